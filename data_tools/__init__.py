@@ -1,0 +1,1 @@
+"""Corpora in their published formats → conversation records. Stands on ``steerlm_megatron.steer`` alone."""

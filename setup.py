@@ -1,0 +1,76 @@
+"""Packaging of steerlm_megatron: what works at all. The versions to install are in constraints.txt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """``__version__`` of the package, read as text: importing it here would need its dependencies."""
+    text = (ROOT / "steerlm_megatron" / "__init__.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"', text, flags=re.MULTILINE)
+    if match is None:
+        raise RuntimeError("steerlm_megatron/__init__.py has no line __version__ = \"...\"")
+    return match.group(1)
+
+
+INSTALL_REQUIRES = [
+    "torch>=2.11",
+    "megatron-core>=0.16.1,<0.20",
+    "deepspeed>=0.19",
+    "numpy>=1.26",
+    "psutil>=5.9",  # megatron-core's checkpoint writer imports it and does not declare it
+    "hydra-core>=1.3.2,<1.4",
+    "omegaconf>=2.3,<2.4",
+    "PyYAML>=6.0",
+    "sentencepiece>=0.2",
+    "tokenizers>=0.20",
+    "transformers>=4.45",
+    "safetensors>=0.4",
+    "zstandard>=0.22",
+    "fastapi>=0.110",
+    "uvicorn>=0.30",
+    "httpx>=0.27",
+    "prometheus-client>=0.20",
+    "rich>=13.7",
+    "matplotlib>=3.8",
+]
+TRACKING = ["tensorboard>=2.16"]
+DEV = [
+    "pytest>=8.0",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "scipy>=1.11",  # tests compare observe/stats.py with it
+    "openai>=1.40",  # tests talk to the server with the official client
+    "ruff>=0.6",
+    "mypy>=1.11",
+    *TRACKING,
+]
+
+setup(
+    name="steerlm_megatron",
+    version=read_version(),
+    description="SteerLM (arXiv 2310.05344) on Megatron-Core: supervised fine-tuning steered by attribute values",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.13",
+    # conf/ stands at the top of the repository. A wheel carries it as package data of steerlm_megatron.conf;
+    # an editable install finds <repo>/conf beside the package.
+    packages=[
+        *find_packages(include=["steerlm_megatron", "steerlm_megatron.*", "data_tools", "data_tools.*"]),
+        "steerlm_megatron.conf",
+    ],
+    package_dir={"steerlm_megatron.conf": "conf"},
+    package_data={"steerlm_megatron.conf": ["*.yaml", "**/*.yaml"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require={"dev": DEV, "tracking": TRACKING},
+    entry_points={"console_scripts": ["steerlm = steerlm_megatron.cli:main"]},
+    zip_safe=False,
+)

@@ -1,0 +1,279 @@
+"""``steerlm <command> [overrides]``: the only place that knows Hydra.
+
+Owns: finding ``conf/``, composing and checking the configuration before anything expensive is imported, starting ranks, exit codes.
+Does not own: what commands do (``stages``). Exit codes: 0 done, 2 config or input error, 75 stopped by a signal after saving, else
+a fault.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from steerlm_megatron import __version__
+from steerlm_megatron.config import load
+from steerlm_megatron.config.schema import Config
+from steerlm_megatron.errors import UserError
+
+# command → (module with run(config), what it does, whether it runs on the ranks that parallel.* asks for)
+COMMANDS: dict[str, tuple[str, str, bool]] = {
+    "preprocess": ("preprocess", "records or a corpus → indexed binary shards", False),
+    "train_ap": ("train", "train the attribute-prediction model (step 1)", True),
+    "annotate": ("annotate", "score every response of a record file (step 2)", True),
+    "train_sft": ("train", "attribute-conditioned SFT, plain SFT with attributes=none (step 3)", True),
+    "bootstrap": ("bootstrap", "sample at the best attribute values and score the responses (step 4)", True),
+    "serve": ("serve", "OpenAI-compatible sampling server", True),
+    "generate": ("generate", "sample responses for the prompts of a record file", True),
+    "evaluate": ("evaluate", "attribute-prediction quality and steering curves", True),
+    "report": ("report", "report.html and report.json from an evaluation", False),
+    "run": ("pipeline", "all steps from one config", True),
+}
+
+_FORCED = (
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=disabled",
+    "hydra/hydra_logging=disabled",
+)
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75
+
+
+def conf_dir() -> Path:
+    """The Hydra configs: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "train_sft.yaml").exists():
+            return candidate
+    raise UserError(f"no configuration files in {package / 'conf'} or {package.parent / 'conf'}; the installation is incomplete")
+
+
+def usage() -> str:
+    """The text of ``steerlm --help``."""
+    lines = [f"steerlm {__version__}: SteerLM on Megatron-Core", "", "usage: steerlm <command> [key=value ...]", "", "commands:"]
+    lines += [f"  {name:<11} {text}" for name, (_, text, _) in COMMANDS.items()]
+    lines += [
+        "",
+        "steerlm <command> --help     the command's options and their defaults",
+        "steerlm <command> --cfg job  the configuration that would run",
+        "steerlm run experiment=quickstart     everything, on an embedded corpus",
+    ]
+    return "\n".join(lines)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _register_schema() -> None:
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    from omegaconf import DictConfig
+
+    keys: list[str] = []
+    for key in node:
+        name = f"{prefix}{key}"
+        keys.append(name)
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            keys += _keys(child, f"{name}.")
+    return keys
+
+
+def _explain(error: Exception, command: str, conf: Path) -> str:
+    """One line for a Hydra error: the key that is wrong, and the nearest right one."""
+    from hydra import compose
+
+    chain, text = error, str(error)
+    while chain.__cause__ is not None:
+        chain = chain.__cause__  # type: ignore[assignment]
+        text = f"{text}\n{chain}"
+    if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is not in struct|not in)", text):
+        key = match.group(1) or match.group(2)
+        full = re.search(r"full_key: ([\w.]+)", text)
+        if not match.group(1) and full:
+            key = full.group(1)
+        known = _keys(compose(config_name=command))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        leaf = key.rsplit(".", 1)[-1]
+        if not near:
+            near = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1] or difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
+        return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else f"; see steerlm {command} --help")
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match.group(1).rpartition("/")
+        options = sorted(p.stem for p in (conf / group).glob("*.yaml")) if group else []
+        return f"{group}={option}: no such option; legal: {' '.join(options)}{_nearest(option, options)}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return f"{match.group(1)}: no such group"
+    full = re.search(r"full_key: ([\w.\[\]]+)", text)
+    first = next((line for line in text.splitlines() if line.strip()), "invalid override")
+    for line in text.splitlines():
+        if "could not be converted" in line or "Invalid" in line or "mismatched" in line or "not assignable" in line:
+            first = line
+    return f"{full.group(1) + ': ' if full else ''}{first.strip()}"
+
+
+def _check_overrides(command: str, overrides: list[str], conf: Path, sweep: bool) -> None:
+    """Compose once ahead of Hydra, so that a wrong override is one clear line and exit code 2."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        try:
+            if sweep:  # values are lists to choose from: check the keys with the first of each
+                parsed = OverridesParser.create().parse_overrides(overrides)
+                overrides = [
+                    f"{p.get_key_element()}={next(iter(p.sweep_string_iterator()))}" if p.is_sweep_override() else p.input_line or ""
+                    for p in parsed
+                ]
+            compose(config_name=command, overrides=overrides)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_explain(error, command, conf)) from None
+
+
+def _flags(arguments: list[str]) -> Any:
+    """Hydra's own flags (``--cfg``, ``--multirun``, ...) and, in ``.overrides``, what is left."""
+    from hydra._internal.utils import get_args_parser
+
+    return get_args_parser().parse_args(arguments)
+
+
+def _is_rank() -> bool:
+    """Whether a launcher (torchrun, srun) started this process as one of several."""
+    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
+
+
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+
+
+def _job(command: str, overrides: list[str]) -> Callable[[Any], None]:
+    def job(cfg: Any) -> None:
+        config = load.from_container(cfg)
+        world = _world() if _is_rank() else None
+        load.finalize(config, world)
+        needed = load.world_of(config)
+        if world is None and needed > 1 and COMMANDS[command][2]:
+            if config.run_dir is None:
+                from steerlm_megatron.observe.runfolder import default_run_dir
+
+                config.run_dir = str(default_run_dir(command))
+            code = _launch(needed, [command, *overrides, f"run_dir={config.run_dir}"])
+            if code:
+                raise SystemExit(code)
+            return
+        module = importlib.import_module(f"steerlm_megatron.stages.{COMMANDS[command][0]}")
+        module.run(config)
+
+    return job
+
+
+def _launch(ranks: int, arguments: list[str]) -> int:
+    """Start ``ranks`` processes of this command on this host with torchrun's agent. Returns the first failing rank's exit code."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def pass_on(number: int, _frame: Any) -> None:
+        import psutil
+
+        for child in psutil.Process().children():
+            child.send_signal(number)
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    signal.signal(signal.SIGUSR1, pass_on)  # SIGTERM and SIGINT are passed on by the agent itself
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=f"steerlm-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "steerlm_megatron", *arguments)
+    except ChildFailedError as error:
+        codes = [f.exitcode for f in error.failures.values()]
+        rank, first = error.get_first_failure()
+        if EXIT_USER_ERROR in codes or EXIT_REQUEUE in codes:
+            return EXIT_USER_ERROR if EXIT_USER_ERROR in codes else EXIT_REQUEUE
+        print(f"steerlm: rank {rank} failed with exit code {first.exitcode}; its log is in run_dir/log", file=sys.stderr)
+        return 1 if first.exitcode <= 0 else first.exitcode
+    except SignalException as error:
+        return EXIT_REQUEUE if error.sigval == signal.SIGTERM else 128 + int(error.sigval)
+    return 0
+
+
+def _print_error(error: UserError) -> None:
+    prefix = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
+    for line in str(error).splitlines():
+        print(f"steerlm: {prefix}error: {line}", file=sys.stderr)
+
+
+def _hydra(command: str, arguments: list[str], conf: Path) -> None:
+    import hydra
+
+    overrides = _flags(arguments).overrides
+    sys.argv = [f"steerlm {command}", *arguments, *_FORCED]
+    # Hydra reports exceptions of the job in its own way; ours pass through it as SystemExit.
+    inner = _job(command, overrides)
+
+    def job(cfg: Any) -> None:
+        try:
+            inner(cfg)
+        except UserError as error:
+            _print_error(error)
+            raise SystemExit(EXIT_USER_ERROR) from None
+        except Exception:
+            traceback.print_exc()
+            raise SystemExit(1) from None
+
+    hydra.main(version_base="1.3", config_path=str(conf), config_name=command)(job)()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of the ``steerlm`` script and of ``python -m steerlm_megatron``. Ends through ``SystemExit``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        raise SystemExit(0 if arguments else EXIT_USER_ERROR)
+    if arguments[0] in ("--version", "-V"):
+        print(__version__)
+        raise SystemExit(0)
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command not in COMMANDS:
+            raise UserError(f"{command}: no such command{_nearest(command, COMMANDS)}\nlegal: {' '.join(COMMANDS)}")
+        conf = conf_dir()
+        _register_schema()
+        flags = _flags(rest)
+        if not (flags.help or flags.hydra_help or flags.info or flags.shell_completion):
+            _check_overrides(command, flags.overrides, conf, sweep=flags.multirun)
+    except UserError as error:
+        _print_error(error)
+        raise SystemExit(EXIT_USER_ERROR) from None
+    try:
+        _hydra(command, rest, conf)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    raise SystemExit(0)

@@ -1,0 +1,251 @@
+"""From plain data to a checked :class:`Config`.
+
+Owns: strict merging and every rule that can be checked before work starts. Does not own: Hydra (``cli.py``).
+Invariant: :func:`finalize` reports all problems at once, each as ``key=value rule; remedy``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from steerlm_megatron.config.schema import Config
+from steerlm_megatron.errors import UserError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "model.activation": ("swiglu", "gelu", "squared_relu"),
+    "model.norm": ("rmsnorm", "layernorm", "layernorm1p"),
+    "engine.name": ("megatron",),
+    "engine.precision": ("fp32", "bf16"),
+    "engine.recompute": ("none", "selective", "full"),
+    "engine.attention": ("auto", "varlen", "sdpa"),
+    "optim.schedule": ("constant", "linear", "cosine"),
+    "data.source": ("messages", "oasst", "demo"),
+    "data.paths": ("reply", "leaf"),
+    "data.on_error": ("error", "skip"),
+    "data.overlong": ("drop", "truncate_left_turns", "truncate_response", "error"),
+    "train.objective": ("sft", "lm"),
+    "evaluate.judge": ("ap", "demo"),
+}
+
+# Keys that must be at least this.
+_AT_LEAST: dict[str, float] = {
+    "model.num_layers": 1,
+    "model.hidden_size": 1,
+    "model.num_heads": 1,
+    "model.ffn_hidden_size": 1,
+    "model.max_position": 2,
+    "model.vocab_multiple": 1,
+    "parallel.tensor": 1,
+    "parallel.pipeline": 1,
+    "engine.timeout_sec": 1,
+    "optim.lr": 0,
+    "optim.min_lr": 0,
+    "optim.warmup_steps": 0,
+    "tokenizer.vocab_size": 16,
+    "data.shard_tokens": 1,
+    "data.demo_conversations": 50,
+    "train.global_batch_samples": 1,
+    "train.micro_batch_samples": 1,
+    "train.row_tokens": 8,
+    "train.log_every_steps": 1,
+    "train.validate_every_steps": 1,
+    "train.save_every_steps": 1,
+    "train.keep_last": 1,
+    "sampling.temperature": 0,
+    "sampling.top_k": 0,
+    "sampling.max_tokens": 1,
+    "server.max_queue": 1,
+    "server.max_batch": 1,
+    "server.max_sequence_tokens": 8,
+    "annotate.batch_tokens": 8,
+    "bootstrap.responses_per_prompt": 1,
+    "evaluate.max_prompts": 1,
+}
+
+
+def from_container(data: Mapping[str, Any] | DictConfig) -> Config:
+    """A typed config from nested plain data. Unknown keys and wrong types are ``UserError``s naming the key."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), data)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        raise UserError(f"config key {key}: {str(error).splitlines()[0]}") from None
+    assert isinstance(config, Config)
+    return config
+
+
+def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """A copy of ``config`` with nested ``overrides`` on top, as strictly checked as the command line."""
+    base = OmegaConf.create(to_container(config))
+    OmegaConf.set_struct(base, True)
+    if "pipeline" in overrides:
+        raise UserError("pipeline: a step's overrides cannot hold a pipeline section")
+    # Mappings that are values, not sections, are replaced whole.
+    for path in ("attributes.best", "train.label_weights", "evaluate.models"):
+        if OmegaConf.select(OmegaConf.create(dict(overrides)), path) is not None:
+            OmegaConf.update(base, path, {}, merge=False, force_add=True)
+    try:
+        return from_container(OmegaConf.merge(base, dict(overrides)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {str(error).splitlines()[0]}") from None
+
+
+def to_container(config: Config) -> dict[str, Any]:
+    """Plain nested data, the inverse of :func:`from_container`."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as YAML, as stored in every run folder."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_container(config)))
+
+
+def world_of(config: Config) -> int:
+    """How many ranks the layout asks for; with ``parallel.data=null`` the fewest that it can run on."""
+    p = config.parallel
+    return p.tensor * p.pipeline * p.context * (p.data or 1)
+
+
+def value_at(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def finalize(config: Config, world: int | None = None) -> Config:
+    """Check every rule; fill in what follows from others. ``world``: number of ranks, None where it is still to be chosen.
+
+    Raises UserError with one line per problem.
+    """
+    problems = [
+        *_check_choices(config),
+        *_check_ranges(config),
+        *_check_model(config),
+        *_check_parallel(config, world),
+        *_check_attributes(config),
+        *_check_train(config),
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    config.data.input = _as_list(config.data.input)
+    return config
+
+
+def _as_list(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
+
+
+def _check_choices(config: Config) -> list[str]:
+    problems = []
+    for key, legal in CHOICES.items():
+        value = value_at(config, key)
+        if value not in legal:
+            problems.append(f"{key}={value} is not one of: {' '.join(legal)}")
+    return problems
+
+
+def _check_ranges(config: Config) -> list[str]:
+    problems = []
+    for key, least in _AT_LEAST.items():
+        value = value_at(config, key)
+        if value is not None and not value >= least:
+            problems.append(f"{key}={value} must be at least {least:g}")
+    for key, high in (("data.valid_fraction", 0.5), ("sampling.top_p", 1.0), ("model.rotary_percent", 1.0), ("model.dropout", 0.99)):
+        value = value_at(config, key)
+        if not 0.0 <= value <= high:
+            problems.append(f"{key}={value} must be between 0 and {high:g}")
+    if not 0 <= config.server.port <= 65535:
+        problems.append(f"server.port={config.server.port} must be between 0 and 65535")
+    return problems
+
+
+def _divisors(number: int) -> str:
+    return " ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+
+
+def _check_model(config: Config) -> list[str]:
+    m, p, problems = config.model, config.parallel, []
+    groups = m.num_query_groups or m.num_heads
+    if m.num_heads < 1 or groups < 1 or m.num_layers < 1 or p.tensor < 1 or p.pipeline < 1:
+        return []  # said by _check_ranges
+    if m.num_heads % groups:
+        problems.append(f"model.num_query_groups={groups} must divide model.num_heads={m.num_heads}; legal: {_divisors(m.num_heads)}")
+    if m.head_dim is None and m.hidden_size % m.num_heads:
+        problems.append(f"model.num_heads={m.num_heads} must divide model.hidden_size={m.hidden_size}, or set model.head_dim")
+    for key, value in (("model.num_heads", m.num_heads), ("model.num_query_groups", groups), ("model.ffn_hidden_size", m.ffn_hidden_size)):
+        if value % p.tensor:
+            problems.append(f"parallel.tensor={p.tensor} must divide {key}={value}; legal: {_divisors(value)}")
+    stages = p.pipeline * (p.virtual_pipeline or 1)
+    if m.num_layers % stages:
+        key = "parallel.pipeline" if not p.virtual_pipeline else "parallel.pipeline x parallel.virtual_pipeline"
+        problems.append(f"{key}={stages} must divide model.num_layers={m.num_layers}; legal: {_divisors(m.num_layers)}")
+    return problems
+
+
+def _check_parallel(config: Config, world: int | None) -> list[str]:
+    p, problems = config.parallel, []
+    if p.context != 1:
+        problems.append(f"parallel.context={p.context} needs Transformer Engine, which this version does not use; set parallel.context=1")
+    if p.sequence and p.tensor == 1:
+        problems.append("parallel.sequence=true splits over tensor-parallel ranks; set parallel.tensor to 2 or more, or parallel.sequence=false")
+    if p.virtual_pipeline is not None and (p.virtual_pipeline < 2 or p.pipeline < 2):
+        problems.append(
+            f"parallel.virtual_pipeline={p.virtual_pipeline} interleaves at least 2 chunks over at least 2 pipeline stages "
+            f"(parallel.pipeline={p.pipeline}); set it to null"
+        )
+    if p.data is not None and p.data < 1:
+        problems.append(f"parallel.data={p.data} must be at least 1, or null for what the world leaves")
+    elif world is not None and min(p.tensor, p.pipeline, p.context) >= 1:
+        unit = p.tensor * p.pipeline * p.context
+        if p.data is not None and world != unit * p.data:
+            problems.append(f"{world} ranks were started, parallel.* asks for {unit * p.data}; set parallel.data=null or start that many")
+        elif world % unit:
+            problems.append(f"{world} ranks were started, not a multiple of parallel.tensor x parallel.pipeline = {unit}")
+    if p.sequence and config.train.row_tokens * config.train.micro_batch_samples % p.tensor:
+        problems.append(f"train.row_tokens={config.train.row_tokens} must be a multiple of parallel.tensor={p.tensor} with parallel.sequence=true")
+    return problems
+
+
+def _check_attributes(config: Config) -> list[str]:
+    a, problems = config.attributes, []
+    if not a.names:
+        return []
+    if a.max_level < 1:
+        problems.append(f"attributes.max_level={a.max_level} must be at least 1")
+    if a.quality not in a.names:
+        problems.append(f"attributes.quality={a.quality} is not one of attributes.names: {' '.join(a.names)}")
+    for key in config.train.label_weights:
+        if key not in a.names:
+            problems.append(f"train.label_weights.{key} is not one of attributes.names: {' '.join(a.names)}")
+    for key in config.evaluate.attributes:
+        if key not in a.names:
+            problems.append(f"evaluate.attributes: {key} is not one of attributes.names: {' '.join(a.names)}")
+    return problems
+
+
+def _check_train(config: Config) -> list[str]:
+    t, problems = config.train, []
+    if t.steps is not None and t.steps < 1:
+        problems.append(f"train.steps={t.steps} must be at least 1, or null to go by train.epochs")
+    if t.steps is None and not t.epochs > 0:
+        problems.append(f"train.epochs={t.epochs} must be positive")
+    if t.row_tokens > config.model.max_position:
+        problems.append(
+            f"train.row_tokens={t.row_tokens} exceeds model.max_position={config.model.max_position}; "
+            "lower the one or raise the other"
+        )
+    if t.validate_rows is not None and t.validate_rows < 1:
+        problems.append(f"train.validate_rows={t.validate_rows} must be at least 1, or null for all")
+    if config.optim.min_lr > config.optim.lr and config.optim.schedule != "constant":
+        problems.append(f"optim.min_lr={config.optim.min_lr:g} exceeds optim.lr={config.optim.lr:g}; lower it")
+    return problems

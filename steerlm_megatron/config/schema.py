@@ -1,0 +1,233 @@
+"""The configuration of every command, as dataclasses.
+
+Owns: names, types, defaults, and the meaning of every key. Does not own: reading YAML (``load.py``) or command lines
+(``cli.py``). Invariant: a key that stands here is read somewhere; a key that does not is refused by ``load.py``.
+
+Enumerations are ``str`` with their legal values in ``CHOICES``, checked by ``load.finalize`` together with every other rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer. Everything Megatron-Core needs to build it, none of how it is split."""
+
+    name: str = "tiny"
+    num_layers: int = 4
+    hidden_size: int = 128
+    num_heads: int = 4
+    num_query_groups: int | None = None  # None: multi-head attention (one key/value head per query head)
+    head_dim: int | None = None  # None: hidden_size / num_heads
+    ffn_hidden_size: int = 352
+    activation: str = "swiglu"  # swiglu | gelu | squared_relu
+    norm: str = "rmsnorm"  # rmsnorm | layernorm | layernorm1p
+    norm_epsilon: float = 1e-5
+    rotary_base: float = 10000.0
+    rotary_percent: float = 1.0
+    max_position: int = 4096  # longest sequence the model is meant for, in tokens
+    tie_embeddings: bool = False
+    bias: bool = False
+    dropout: float = 0.0
+    init_std: float = 0.02
+    vocab_multiple: int = 128  # the embedding has a multiple of this many rows (and of parallel.tensor)
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks are laid out. ``data=null`` takes what is left of the world."""
+
+    tensor: int = 1
+    sequence: bool = False
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    context: int = 1
+    data: int | None = None
+
+
+@dataclass
+class EngineConfig:
+    """The training engine and its precision. ``deepspeed`` is not built yet and refused."""
+
+    name: str = "megatron"
+    precision: str = "fp32"  # fp32 | bf16
+    recompute: str = "none"  # none | selective | full
+    attention: str = "auto"  # auto | varlen | sdpa
+    timeout_sec: int = 600  # a collective that takes longer ends the run
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning-rate schedule. Paper: Adam, LR 5e-6, weight decay 0.01 (facts §6)."""
+
+    lr: float = 5e-6
+    min_lr: float = 5e-6
+    schedule: str = "cosine"  # constant | linear | cosine
+    warmup_steps: int = 10
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.98
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass
+class AttributesConfig:
+    """An attribute schema (``steer.attributes.AttributeSchema``); ``names`` empty means no conditioning at all."""
+
+    name: str = "oasst"
+    names: list[str] = field(default_factory=list)
+    max_level: int = 9
+    quality: str = "quality"  # the attribute that bootstrapping maximises
+    best: dict[str, int] = field(default_factory=dict)  # levels asked for when a user names none
+
+
+@dataclass
+class TemplateConfig:
+    """The prompt template (``steer.templates``)."""
+
+    name: str = "steerlm"  # steerlm | llama2
+    system: str = ""  # used where a conversation has no system message
+    system_suffix: str = "\n\n"  # steerlm only: what follows the system text (facts §4.2)
+
+
+@dataclass
+class TokenizerConfig:
+    """A SentencePiece model; ``train=true`` trains one from the input first."""
+
+    path: str | None = None
+    train: bool = False
+    vocab_size: int = 1024
+
+
+@dataclass
+class DataConfig:
+    """Corpora in (``source``, ``input``), shards out (``output_dir``), shards for training (``train``, ``valid``)."""
+
+    source: str = "messages"  # messages | oasst | demo
+    input: Any = None  # a file, a glob, or a list of them
+    output_dir: str | None = None
+    train: str | None = None
+    valid: str | None = None
+    paths: str = "reply"  # oasst: reply (each assistant reply trained once) | leaf (every root-to-leaf path in full)
+    languages: list[str] = field(default_factory=list)  # empty: all
+    valid_fraction: float = 0.05
+    split_seed: int = 10
+    on_error: str = "error"  # error | skip
+    shard_tokens: int = 50_000_000
+    overlong: str = "truncate_left_turns"  # drop | truncate_left_turns | truncate_response | error
+    demo_conversations: int = 3000
+
+
+@dataclass
+class TrainConfig:
+    """Size and cadence of one training run."""
+
+    steps: int | None = None  # None: from epochs
+    epochs: float = 1.0
+    global_batch_samples: int = 128
+    micro_batch_samples: int = 1  # packed rows of row_tokens in one forward pass
+    row_tokens: int = 4096
+    seed: int = 1234
+    objective: str = "sft"  # sft (responses only) | lm (all tokens)
+    log_every_steps: int = 10
+    validate_every_steps: int = 100
+    validate_rows: int | None = None  # None: the whole validation set
+    save_every_steps: int = 500
+    keep_last: int = 2
+    keep_best: bool = True
+    label_weights: dict[str, float] = field(default_factory=dict)  # train_ap: loss weight per attribute, default 1
+
+
+@dataclass
+class SamplingConfig:
+    """How responses are drawn."""
+
+    temperature: float = 1.0
+    top_k: int = 50  # 0: off. Paper, eq. 3: 50
+    top_p: float = 1.0
+    max_tokens: int = 512
+    seed: int = 1234
+
+
+@dataclass
+class ServerConfig:
+    """The sampling server, and where clients find one (``urls``)."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    urls: list[str] = field(default_factory=list)
+    max_queue: int = 1024
+    max_batch: int = 64  # sequences decoded together
+    max_sequence_tokens: int = 4096  # prompt + response
+    max_cache_tokens: int = 65536  # KV-cache slots over all sequences
+    model_name: str = "steerlm"
+
+
+@dataclass
+class AnnotateConfig:
+    """annotate: scoring a record file."""
+
+    batch_tokens: int = 8192  # packed tokens scored in one forward pass
+    overwrite_labels: bool = True  # human labels are replaced too (facts §1.2); false keeps those present
+
+
+@dataclass
+class BootstrapConfig:
+    """bootstrap: sampling at the best attribute combinations."""
+
+    prompts: int | None = None  # None: every prompt of the input
+    responses_per_prompt: int = 1
+    concurrency: int = 64
+
+
+@dataclass
+class EvaluateConfig:
+    """evaluate: attribute-prediction quality and steering curves."""
+
+    prompts: str | None = None  # record file whose prompts are held out
+    models: dict[str, str] = field(default_factory=dict)  # sft, acsft, bootstrapped → checkpoints to compare
+    max_prompts: int = 64
+    levels: list[int] = field(default_factory=list)  # empty: every level for up to 5, else 5 spread over the scale
+    attributes: list[str] = field(default_factory=list)  # empty: all of the schema
+    judge: str = "ap"  # ap (the attribute-prediction model) | demo (the program that made the embedded corpus)
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    tensorboard: bool = False
+
+
+@dataclass
+class Config:
+    """Everything a command may read. One object for all commands: a section not used by a command keeps its defaults."""
+
+    command: str = ""
+    run_dir: str | None = None
+    overwrite: bool = False
+    init_from: str | None = None
+    checkpoint: str | None = None
+    ap_checkpoint: str | None = None
+    input: str | None = None
+    output: str | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    attributes: AttributesConfig = field(default_factory=AttributesConfig)
+    template: TemplateConfig = field(default_factory=TemplateConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
+    bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    pipeline: dict[str, Any] = field(default_factory=dict)  # run: step name → overrides for that step

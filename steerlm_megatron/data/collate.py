@@ -1,0 +1,97 @@
+"""Rows of samples → one micro-batch of tensors.
+
+Owns: concatenation, the shift of labels, positions, document boundaries, padding. Does not own: which samples share a
+row (``packing.py``) or a step (``loader.py``). Invariant: nothing crosses a document's end: its last token predicts
+nothing, positions restart, and padding is documents of its own with no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from steerlm_megatron.data.views import Sample
+
+PAD_ID = 0  # an id every embedding has, and the label where there is none: padding needs no pass of its own
+PAD_DOCUMENT_TOKENS = 64  # padding is cut into documents this short, as attention's cost grows with their square
+
+
+@dataclass
+class RowBatch:
+    """One micro-batch of packed rows, as CPU tensors. T = rows · row_tokens, P pooled positions, A attributes.
+
+    Args:
+        tokens_T: int64 [T].
+        labels_T: int64 [T]: the next token of the same document; 0 elsewhere.
+        loss_mask_T: float32 [T]: weight of predicting ``labels_T``.
+        positions_T: int64 [T]: position within the document.
+        cu_seqlens: int32 [documents + 1]: where documents begin and end; covers all T, padding included.
+        pool_P: int64 [P]: positions in T whose hidden state is regressed.
+        values_PA: float32 [P, A]: regression targets, NaN where missing.
+        sample_ids: ids of the samples, in the order of their documents.
+        useful_tokens: tokens that are not padding.
+        target_tokens: tokens with loss.
+    """
+
+    tokens_T: torch.Tensor
+    labels_T: torch.Tensor
+    loss_mask_T: torch.Tensor
+    positions_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    pool_P: torch.Tensor
+    values_PA: torch.Tensor
+    sample_ids: list[str]
+    useful_tokens: int
+    target_tokens: int
+
+
+def collate(rows: Sequence[Sequence[Sample]], row_tokens: int, num_attributes: int = 0) -> RowBatch:
+    """Lay out ``rows`` end to end, each padded to ``row_tokens``; a row may be empty.
+
+    ``num_attributes`` gives ``values_PA`` its width. ``ValueError`` (our bug) for a row that does not fit.
+    """
+    total = len(rows) * row_tokens
+    tokens = np.full(total, PAD_ID, np.int64)
+    targets = np.zeros(total, np.bool_)
+    starts: list[int] = []
+    pool: list[np.ndarray] = [np.zeros(0, np.int64)]
+    values: list[np.ndarray] = [np.zeros((0, num_attributes), np.float32)]
+    useful = 0
+    for number, row in enumerate(rows):
+        at, end = number * row_tokens, (number + 1) * row_tokens
+        for sample in row:
+            size = len(sample.tokens_T)
+            if at + size > end:
+                raise ValueError(f"sample {sample.id!r} does not fit its row of {row_tokens} tokens")
+            starts.append(at)
+            tokens[at : at + size] = sample.tokens_T
+            targets[at : at + size] = sample.loss_mask_T
+            if len(sample.pool_P):
+                pool.append(sample.pool_P.astype(np.int64) + at)
+                values.append(sample.values_PA)
+            useful += size
+            at += size
+        starts.extend(range(at, end, PAD_DOCUMENT_TOKENS))
+    bounds = np.array([*starts, total], np.int64)
+    labels = np.zeros(total, np.int64)
+    mask = np.zeros(total, np.float32)
+    labels[:-1] = tokens[1:]
+    mask[:-1] = targets[1:]
+    last = bounds[1:] - 1
+    labels[last] = 0
+    mask[last] = 0
+    return RowBatch(
+        tokens_T=torch.from_numpy(tokens),
+        labels_T=torch.from_numpy(labels),
+        loss_mask_T=torch.from_numpy(mask),
+        positions_T=torch.from_numpy(np.arange(total) - np.repeat(bounds[:-1], np.diff(bounds))),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        pool_P=torch.from_numpy(np.concatenate(pool)),
+        values_PA=torch.from_numpy(np.concatenate(values)),
+        sample_ids=[sample.id for row in rows for sample in row],
+        useful_tokens=useful,
+        target_tokens=int(mask.sum()),
+    )

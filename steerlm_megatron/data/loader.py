@@ -1,0 +1,220 @@
+"""Batches of a training run: which rows make a global step, and which of them this data-parallel rank computes.
+
+Owns: the order of rows, dealing them to ranks and micro-batches, prefetch, the position to resume from. Does not own:
+packing (``packing.py``), tensors (``collate.py``). Invariants: the rows of a step are a function of (plan, seed,
+step) and not of the layout; the order is a function of (seed, epoch, consumed rows), so that resuming replays
+nothing; all ranks get the same number of micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from steerlm_megatron.config.schema import TrainConfig
+from steerlm_megatron.data.collate import RowBatch, collate
+from steerlm_megatron.data.dataset import ShardDataset
+from steerlm_megatron.data.packing import PackPlan
+from steerlm_megatron.data.views import Overlong, Sample, View
+
+_POLL_SEC = 0.1  # how soon a waiting prefetch thread notices that it is to end
+
+
+class StepLoader:
+    """Endless iterator over global steps: each item is this rank's list of micro-batches.
+
+    A step takes ``rows_per_step`` rows, the next ones in the sequence of all epochs (a step may span two epochs).
+    They are dealt round robin to the data-parallel ranks, then cut into micro-batches of
+    ``train.micro_batch_samples`` rows; where rows do not divide, empty rows fill up. A thread prepares steps ahead;
+    ``close`` (or leaving the ``with``) ends it.
+
+    Args:
+        plan: from ``dataset.plan(view, train.row_tokens, …)``.
+        view: the plan's view.
+        start_row: rows consumed by the run so far (``consumed_rows`` of an earlier loader).
+        prefetch_steps: steps prepared ahead; 0: none, and no thread.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        plan: PackPlan,
+        view: View,
+        train: TrainConfig,
+        dp_rank: int = 0,
+        dp_size: int = 1,
+        start_row: int = 0,
+        prefetch_steps: int = 2,
+    ) -> None:
+        assert view == plan.view and train.row_tokens == plan.row_tokens, "the plan is of another view or row length"
+        assert 0 <= dp_rank < dp_size and start_row >= 0 and len(plan) > 0
+        self.dataset, self.plan, self.view = dataset, plan, view
+        self._seed, self._micro_rows = train.seed, max(1, train.micro_batch_samples)
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self.rows_per_step = rows_per_step(plan, train.global_batch_samples)
+        self.micro_batches = -(-self.rows_per_step // (dp_size * self._micro_rows))
+        self._num_attributes = len(dataset.manifest["labels"]["count"])
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+        self.consumed_rows = start_row
+        self.consumed_samples = self._samples_before(start_row)
+        self._next_row = start_row  # of the producer, which runs ahead of the consumer
+        self._prefetch_steps = prefetch_steps
+        self._queue: queue.Queue[tuple[list[RowBatch], int] | BaseException] = queue.Queue(max(1, prefetch_steps))
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    # -- position -----------------------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next row, from 0."""
+        return self.consumed_rows // len(self.plan)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps after which every row was seen at least once."""
+        return self.steps_for(1.0)
+
+    def steps_for(self, epochs: float) -> int:
+        """Steps that ``epochs`` passes over the data take, rounded up; at least one."""
+        return max(1, math.ceil(round(epochs * len(self.plan), 6) / self.rows_per_step))
+
+    def state(self) -> dict[str, int]:
+        """What to store so that ``start_row=state["consumed_rows"]`` goes on from here."""
+        return {
+            "consumed_rows": self.consumed_rows,
+            "consumed_samples": self.consumed_samples,
+            "epoch": self.epoch,
+        }
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[list[RowBatch]]:
+        return self
+
+    def __next__(self) -> list[RowBatch]:
+        if self._failure is not None:
+            raise self._failure
+        if self._prefetch_steps:
+            batches, samples = self._from_thread()
+        else:
+            batches, samples = self._produce()
+        self.consumed_rows += self.rows_per_step
+        self.consumed_samples += samples
+        return batches
+
+    def close(self) -> None:
+        """End the prefetch thread; the loader can be used no more."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._failure = self._failure or StopIteration()
+
+    def __enter__(self) -> StepLoader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- validation ---------------------------------------------------------------------------------------------------
+
+    def eval_batches(self, limit_rows: int | None = None) -> Iterator[list[RowBatch]]:
+        """The plan's first ``limit_rows`` rows (None: all) once, in order, in groups of ``rows_per_step``.
+
+        Each item is this rank's micro-batches of one group, the same number on all ranks. Independent of the position.
+        """
+        rows = np.arange(len(self.plan) if limit_rows is None else min(limit_rows, len(self.plan)))
+        for start in range(0, len(rows), self.rows_per_step):
+            yield self._micro_batches(rows[start : start + self.rows_per_step])
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _from_thread(self) -> tuple[list[RowBatch], int]:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="steerlm-loader", daemon=True)
+            self._thread.start()
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._failure = item
+            raise item
+        return item
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            item: Any
+            try:
+                item = self._produce()
+            except BaseException as error:  # noqa: B036 (re-raised in the consumer)
+                item = error
+            while not self._stop.is_set():
+                try:
+                    self._queue.put(item, timeout=_POLL_SEC)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, BaseException):
+                return
+
+    def _produce(self) -> tuple[list[RowBatch], int]:
+        """The next step, and its number of samples over all ranks."""
+        rows = self._rows(self._next_row, self._next_row + self.rows_per_step)
+        self._next_row += self.rows_per_step
+        samples = int((self.plan.offsets[rows + 1] - self.plan.offsets[rows]).sum())
+        return self._micro_batches(rows), samples
+
+    def _rows(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Rows ``start … stop`` of the sequence of all epochs."""
+        size = len(self.plan)
+        parts = []
+        for epoch in range(start // size, -(-stop // size)):
+            order = self._order(epoch)
+            parts.append(order[max(0, start - epoch * size) : stop - epoch * size])
+        return np.concatenate(parts)
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        if epoch not in self._orders:
+            for old in [known for known in self._orders if known < epoch - 1]:
+                del self._orders[old]
+            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch])))
+            self._orders[epoch] = generator.permutation(len(self.plan))
+        return self._orders[epoch]
+
+    def _samples_before(self, row: int) -> int:
+        epochs, rest = divmod(row, len(self.plan))
+        if not rest:
+            return epochs * len(self.plan.samples)
+        rows = self._order(epochs)[:rest]
+        return epochs * len(self.plan.samples) + int((self.plan.offsets[rows + 1] - self.plan.offsets[rows]).sum())
+
+    def _micro_batches(self, rows: npt.NDArray[np.int64]) -> list[RowBatch]:
+        """This rank's share of the rows of one step."""
+        mine = rows[self._dp_rank :: self._dp_size].tolist()
+        count = -(-len(rows) // (self._dp_size * self._micro_rows))
+        batches = []
+        for number in range(count):
+            chosen = mine[number * self._micro_rows : (number + 1) * self._micro_rows]
+            content: list[Sequence[Sample]] = [self._samples(row) for row in chosen]
+            content += [()] * (self._micro_rows - len(content))
+            batches.append(collate(content, self.plan.row_tokens, self._num_attributes))
+        return batches
+
+    def _samples(self, row: int) -> list[Sample]:
+        overlong = cast(Overlong, self.plan.overlong)
+        samples = []
+        for index in self.plan.row(row).tolist():
+            sample = self.dataset.sample(index, self.view, self.plan.row_tokens, overlong)
+            assert sample is not None, f"the plan has sample {index}, which the {self.view} view drops"
+            samples.append(sample)
+        return samples
+
+
+def rows_per_step(plan: PackPlan, global_batch_samples: int) -> int:
+    """Rows whose expected number of samples is ``global_batch_samples``; at least one. The same for every layout."""
+    return max(1, round(global_batch_samples / plan.samples_per_row))

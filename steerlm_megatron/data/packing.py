@@ -1,0 +1,170 @@
+"""Packing: which samples share a row.
+
+Owns: best-fit-decreasing over lengths, the plan that comes of it, and the plan's file. Does not own: lengths
+(``dataset.py``), the order of rows in training (``loader.py``). Invariants: a sample is in exactly one row, whole; no
+row exceeds ``row_tokens``; a plan is a function of (lengths, row length, seed) alone.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_PLAN_FORMAT = 1
+# Counts of a plan, as its file has them after (format, row_tokens, rows, samples).
+_COUNTS = ("useful_tokens", "total", "truncated", "cut_tokens", "overlong_dropped", "masked_dropped")
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Rows of samples: row r is ``samples[offsets[r]:offsets[r + 1]]``.
+
+    Args:
+        row_tokens: capacity of a row.
+        view, overlong: how ``dataset.sample`` must be asked for these samples.
+        useful_tokens: tokens of all samples in the plan.
+        total: samples in the data set, of which ``truncated`` were shortened (losing ``cut_tokens``),
+        ``overlong_dropped``
+            were left out by the over-long policy, and ``masked_dropped`` because they have no target.
+    """
+
+    offsets: Int64
+    samples: Int64
+    row_tokens: int
+    view: str = "acsft"
+    overlong: str = "truncate_left_turns"
+    useful_tokens: int = 0
+    total: int = 0
+    truncated: int = 0
+    cut_tokens: int = 0
+    overlong_dropped: int = 0
+    masked_dropped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def row(self, index: int) -> Int64:
+        """Sample numbers of row ``index``."""
+        return self.samples[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def samples_per_row(self) -> float:
+        return len(self.samples) / max(1, len(self))
+
+    def report(self) -> dict[str, Any]:
+        """Plain numbers for the run's summary."""
+        return {
+            "rows": len(self),
+            "row_tokens": self.row_tokens,
+            "fill": round(self.useful_tokens / max(1, len(self) * self.row_tokens), 6),
+            "samples": len(self.samples),
+            "samples_per_row": round(self.samples_per_row, 3),
+            "samples_total": self.total,
+            "truncated": self.truncated,
+            "cut_tokens": self.cut_tokens,
+            "dropped_overlong": self.overlong_dropped,
+            "dropped_masked": self.masked_dropped,
+        }
+
+
+def pack(lengths: npt.NDArray[np.integer], row_tokens: int, seed: int) -> tuple[Int64, Int64]:
+    """Best-fit-decreasing. Returns ``offsets`` [rows + 1] and ``samples``; samples of length 0 are in no row.
+
+    Samples go longest first, each into the fullest row that still takes it. Rows with equal room are interchangeable
+    and
+    samples of equal length too, so whole groups are placed at once: a step empties a class of rows or finishes a
+    length, which makes it O(n log n) for the sort plus O(row_tokens · classes) for the rest. ``seed`` decides which
+    of the samples of equal length go together. ``ValueError`` (our bug) for a length above ``row_tokens``.
+    """
+    lengths = np.asarray(lengths)
+    if len(lengths) and int(lengths.max()) > row_tokens:
+        raise ValueError(f"a length of {int(lengths.max())} exceeds row_tokens={row_tokens}")
+    shuffled = np.random.Generator(np.random.PCG64(seed)).permutation(len(lengths))
+    order = shuffled[np.argsort(-lengths[shuffled].astype(np.int64), kind="stable")]
+    sizes, starts, counts = np.unique(-lengths[order].astype(np.int64), return_index=True, return_counts=True)
+
+    room: list[list[Int64]] = [[] for _ in range(row_tokens + 1)]  # room[r]: arrays of rows with r tokens left
+    has_room = np.zeros(row_tokens + 2, np.bool_)
+    row_of = np.full(len(order), -1, np.int64)  # by place in `order`
+    rows = 0
+
+    def put(rows_: Int64, left: int) -> None:
+        if left > 0 and len(rows_):
+            room[left].append(rows_)
+            has_room[left] = True
+
+    for size, start, count in zip((-sizes).tolist(), starts.tolist(), counts.tolist(), strict=True):
+        if size == 0:
+            continue
+        at, stop = start, start + count
+        while at < stop:
+            left = size + int(has_room[size:].argmax())
+            if has_room[left]:
+                candidates = room[left].pop()
+                has_room[left] = bool(room[left])
+            else:
+                left = row_tokens
+                fresh = -(-(stop - at) // (row_tokens // size))
+                candidates = np.arange(rows, rows + fresh)
+                rows += fresh
+            # Best fit: a row just given a sample is the fullest of all, so it takes as many as it can before the next
+            # one.
+            each = left // size
+            full, rest = divmod(stop - at, each)
+            full = min(full, len(candidates))
+            row_of[at : at + full * each] = np.repeat(candidates[:full], each)
+            at += full * each
+            put(candidates[:full], left - each * size)
+            if full < len(candidates):
+                if at < stop:
+                    row_of[at:stop] = candidates[full]
+                    at = stop
+                    put(candidates[full : full + 1], left - rest * size)
+                    full += 1
+                put(candidates[full:], left)
+
+    placed = row_of >= 0
+    row_of, order = row_of[placed], order[placed]
+    offsets = np.concatenate(([0], np.cumsum(np.bincount(row_of, minlength=rows)))).astype(np.int64)
+    return offsets, order[np.argsort(row_of, kind="stable")].astype(np.int64)
+
+
+def save_plan(path: Path, plan: PackPlan) -> bool:
+    """Store a plan as one ``.npy`` array, whole or not at all; False if it cannot be written (it is only a cache)."""
+    header = [_PLAN_FORMAT, plan.row_tokens, len(plan), len(plan.samples), *(getattr(plan, name) for name in _COUNTS)]
+    words = np.concatenate((np.array(header, np.int64), plan.offsets, plan.samples))
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            np.save(file, words)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        return False
+    return True
+
+
+def load_plan(path: Path, row_tokens: int, view: str, overlong: str) -> PackPlan | None:
+    """A stored plan, memory-mapped; None if there is none, or it is not what ``save_plan`` writes."""
+    try:
+        words = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        return None
+    first = 4 + len(_COUNTS)
+    if words.ndim != 1 or words.dtype != np.int64 or len(words) < first or words[0] != _PLAN_FORMAT:
+        return None
+    rows, samples = int(words[2]), int(words[3])
+    if words[1] != row_tokens or len(words) != first + rows + 1 + samples:
+        return None
+    counts = dict(zip(_COUNTS, words[4:first].tolist(), strict=True))
+    offsets = words[first : first + rows + 1]
+    return PackPlan(offsets, words[first + rows + 1 :], row_tokens, view, overlong, **counts)

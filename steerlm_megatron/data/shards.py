@@ -1,0 +1,407 @@
+"""A shard folder: documents as Megatron-Core indexed binary shards, what they mean beside them, and a manifest.
+
+::
+
+    manifest.json             schema, template, tokenizer, counts, label sums, sources, shards; files' checksums
+    tokenizer.model, .json    the tokenizer that made the tokens (``Tokenizer.load(folder)``)
+    shard-00000.bin, .idx     for Megatron-Core's ``IndexedDataset``: one sequence, one document per conversation
+    shard-00000.docs.npy      ``DOC`` [documents + 1]: where each document's turns, spans and id begin; its header
+    shard-00000.turns.npy     ``views.TURN`` [turns]
+    shard-00000.spans.npy     int32 [spans, 2]: runs of trained tokens, as positions in their document
+    shard-00000.values.npy    float32 [turns, attributes], NaN where missing
+    shard-00000.ids.npy       uint8: the documents' ids as UTF-8, end to end
+
+Owns: writing and reading this folder. Does not own: what a turn or a span is (``views.py``), where text comes from
+(``preprocess.py``). Invariants: the folder appears by one rename, when it is whole; the same documents give the same
+bytes (nothing in it tells time, host or path); opening reads the manifest and the heads of the index files only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steerlm_megatron.data.tokenizer import META_FILE, MODEL_FILE, Tokenizer
+from steerlm_megatron.data.views import ASSISTANT, Document
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.templates import Template
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SIDE_ARRAYS = ("docs", "turns", "spans", "values", "ids")
+DOC = np.dtype([("turns", "<i8"), ("spans", "<i8"), ("id", "<i8"), ("header_start", "<i4"), ("header_end", "<i4")])
+
+_IDX_HEAD = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries (Megatron's layout)
+_IDX_MAGIC = b"MMIDIDX\x00\x00"
+_IDX_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # Megatron's codes for token ids
+
+Array = npt.NDArray[Any]
+
+
+class ShardWriter:
+    """Writes one shard folder. A context manager: leaving it without ``publish`` leaves nothing behind.
+
+    Args:
+        folder: the final place. What stands there is replaced at the end if it is a shard folder, and refused
+        otherwise.
+        shard_tokens: a shard is closed once it holds this many tokens.
+        schema: None if there are no attributes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        tokenizer: Tokenizer,
+        schema: AttributeSchema | None,
+        template: Template,
+        shard_tokens: int,
+    ) -> None:
+        if shard_tokens < 1:
+            raise UserError(f"data.shard_tokens={shard_tokens} must be at least 1")
+        self.folder = Path(folder)
+        self._work = self.folder.with_name(f".{self.folder.name}.tmp")
+        self._tokenizer, self._schema, self._template = tokenizer, schema, template
+        self._shard_tokens = shard_tokens
+        names = list(schema.names) if schema else []
+        self._label_sum = np.zeros(len(names), np.float64)
+        self._label_count = np.zeros(len(names), np.int64)
+        self._shards: list[dict[str, Any]] = []
+        self._builder: IndexedDatasetBuilder | None = None
+        self._documents: list[Document] = []  # of the open shard, without their tokens
+        self._tokens = 0
+        self.counts = {"tokens": 0, "target_tokens": 0, "turns": 0, "labelled_turns": 0, "unk_tokens": 0}
+
+    def __enter__(self) -> ShardWriter:
+        if self.folder.exists() and not (self.folder / MANIFEST).is_file() and any(self.folder.iterdir()):
+            raise UserError(
+                f"{self.folder} exists and is not a shard folder; name another data.output_dir or remove it"
+            )
+        shutil.rmtree(self._work, ignore_errors=True)  # what a killed job left
+        self._work.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._builder is not None:
+            self._builder.data_file.close()
+            self._builder = None
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    @property
+    def documents(self) -> int:
+        """Documents added so far."""
+        return sum(shard["documents"] for shard in self._shards) + len(self._documents)
+
+    def add(self, document: Document) -> None:
+        """Append a document."""
+        if self._builder is None:
+            self._open_shard()
+        assert self._builder is not None
+        size = len(document.tokens_T)
+        self._builder.add_document(document.tokens_T, [size])
+        turns, values = document.turns_N, document.values_NA
+        self._documents.append(Document(document.id, turns[:0], document.header, turns, document.spans, values))
+        self._tokens += size
+        present = ~np.isnan(values) & ((turns["role"] == ASSISTANT) & (turns["weight"] > 0))[:, None]
+        self._label_sum += np.where(present, values, 0).sum(axis=0, dtype=np.float64)
+        self._label_count += present.sum(axis=0)
+        self.counts["tokens"] += size
+        self.counts["target_tokens"] += int((document.spans[:, 1] - document.spans[:, 0]).sum())
+        self.counts["turns"] += len(turns)
+        self.counts["labelled_turns"] += int(present.any(axis=1).sum())
+        self.counts["unk_tokens"] += int(np.count_nonzero(document.tokens_T == self._tokenizer.unk_id))
+        if self._tokens >= self._shard_tokens:
+            self._close_shard()
+
+    def commit(self, counts: Mapping[str, Any], sources: list[dict[str, Any]]) -> dict[str, Any]:
+        """``finish`` and ``publish``."""
+        manifest = self.finish(counts, sources)
+        self.publish()
+        return manifest
+
+    def finish(self, counts: Mapping[str, Any], sources: list[dict[str, Any]]) -> dict[str, Any]:
+        """Finish the last shard and write the manifest, which is returned; the folder is not in its place yet.
+
+        ``counts``: what became of the input (``in``, ``out``, ``skipped`` by reason). ``sources``: name and hash each.
+        """
+        if self._builder is not None:
+            self._close_shard()
+        self._tokenizer.save(self._work)
+        manifest = {
+            "format": FORMAT,
+            "schema": self._schema.to_dict() if self._schema else None,
+            "template": self._template.to_dict(),
+            "label_marker_id": self._tokenizer.control_id(self._template.label_marker),
+            "tokenizer": {"hash": self._tokenizer.hash, "vocab_size": self._tokenizer.vocab_size},
+            "counts": {**counts, **self.counts},
+            "labels": {"sum": self._label_sum.tolist(), "count": self._label_count.tolist()},
+            "sources": sources,
+            "files": {name: _describe(self._work / name) for name in (MODEL_FILE, META_FILE)},
+            "shards": self._shards,
+        }
+        with open(self._work / MANIFEST, "w", encoding="utf-8") as file:
+            json.dump(manifest, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(self._work)
+        return manifest
+
+    def publish(self) -> None:
+        """Put the finished folder in its place, instead of an older one."""
+        replaced = self.folder.with_name(f".{self.folder.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.rename(replaced)
+        self._work.rename(self.folder)
+        _sync(self.folder.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _prefix(self) -> str:
+        return f"shard-{len(self._shards):05d}"
+
+    def _open_shard(self) -> None:
+        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # seconds to import
+
+        dtype = DType.optimal_dtype(self._tokenizer.vocab_size)
+        self._builder = IndexedDatasetBuilder(str(self._work / f"{self._prefix()}.bin"), dtype=dtype)
+
+    def _close_shard(self) -> None:
+        assert self._builder is not None
+        prefix, documents = self._prefix(), self._documents
+        self._builder.finalize(str(self._work / f"{prefix}.idx"))
+        self._builder = None
+        ids = [document.id.encode("utf-8", "replace") for document in documents]
+        docs = np.zeros(len(documents) + 1, DOC)
+        docs["turns"][1:] = np.cumsum([len(document.turns_N) for document in documents])
+        docs["spans"][1:] = np.cumsum([len(document.spans) for document in documents])
+        docs["id"][1:] = np.cumsum([len(name) for name in ids])
+        docs["header_start"][:-1] = [document.header[0] for document in documents]
+        docs["header_end"][:-1] = [document.header[1] for document in documents]
+        arrays = {
+            "docs": docs,
+            "turns": np.concatenate([document.turns_N for document in documents]),
+            "spans": np.concatenate([document.spans for document in documents]),
+            "values": np.concatenate([document.values_NA for document in documents]),
+            "ids": np.frombuffer(b"".join(ids), np.uint8),
+        }
+        for name in SIDE_ARRAYS:
+            np.save(self._work / f"{prefix}.{name}.npy", arrays[name])
+        names = [f"{prefix}.bin", f"{prefix}.idx", *(f"{prefix}.{name}.npy" for name in SIDE_ARRAYS)]
+        self._shards.append(
+            {
+                "name": prefix,
+                "documents": len(documents),
+                "tokens": self._tokens,
+                "turns": int(docs["turns"][-1]),
+                "files": {name: _describe(self._work / name) for name in names},
+            }
+        )
+        self._documents, self._tokens = [], 0
+
+
+class Shard:
+    """One shard, memory-mapped when first used."""
+
+    def __init__(self, folder: Path, entry: Mapping[str, Any]) -> None:
+        self.prefix = folder / entry["name"]
+        self.documents: int = entry["documents"]
+        self._dtype = self._check_index()
+
+    @cached_property
+    def lengths(self) -> Array:
+        """int32 [documents]: tokens of each document."""
+        return np.memmap(self._path("idx"), np.int32, "r", _IDX_HEAD.size, (self.documents,))
+
+    @cached_property
+    def tokens(self) -> Array:
+        """All tokens of the shard, end to end."""
+        return np.memmap(self._path("bin"), self._dtype, "r")
+
+    @cached_property
+    def docs(self) -> Array:
+        return self._array("docs")
+
+    @cached_property
+    def turns(self) -> Array:
+        return self._array("turns")
+
+    @cached_property
+    def spans(self) -> Array:
+        return self._array("spans")
+
+    @cached_property
+    def values(self) -> Array:
+        return self._array("values")
+
+    @cached_property
+    def ids(self) -> Array:
+        return self._array("ids")
+
+    def document(self, index: int) -> Document:
+        """Document ``index`` of this shard; its arrays are views of the files."""
+        begin, end = self.docs[index], self.docs[index + 1]
+        pointer = int(self._pointers[index]) // self._dtype.itemsize
+        turns = slice(int(begin["turns"]), int(end["turns"]))
+        return Document(
+            bytes(self.ids[int(begin["id"]) : int(end["id"])]).decode(),
+            self.tokens[pointer : pointer + int(self.lengths[index])],
+            (int(begin["header_start"]), int(begin["header_end"])),
+            self.turns[turns],
+            self.spans[int(begin["spans"]) : int(end["spans"])],
+            self.values[turns],
+        )
+
+    @cached_property
+    def _pointers(self) -> Array:
+        return np.memmap(self._path("idx"), np.int64, "r", _IDX_HEAD.size + 4 * self.documents, (self.documents,))
+
+    def _path(self, suffix: str) -> Path:
+        return self.prefix.with_name(f"{self.prefix.name}.{suffix}")
+
+    def _array(self, name: str) -> Array:
+        path = self._path(f"{name}.npy")
+        try:
+            # An empty file part cannot be mapped; nothing is lost by reading it.
+            array = np.load(path, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}); run `steerlm preprocess` again") from None
+        return array
+
+    def _check_index(self) -> np.dtype[Any]:
+        """The token type, from the head of the index file; ``UserError`` if it is torn or not ours."""
+        path = self._path("idx")
+        with open(path, "rb") as file:
+            head = file.read(_IDX_HEAD.size)
+        size = path.stat().st_size
+        remedy = "run `steerlm preprocess` again"
+        if len(head) < _IDX_HEAD.size:
+            raise UserError(f"{path} is truncated: {size} bytes are fewer than an index header; {remedy}")
+        magic, version, code, sequences, boundaries = _IDX_HEAD.unpack(head)
+        if magic != _IDX_MAGIC or version != 1 or code not in _IDX_DTYPES:
+            raise UserError(f"{path} is not a Megatron-Core index of token ids; {remedy}")
+        wanted = _IDX_HEAD.size + 12 * sequences + 8 * boundaries
+        if size != wanted:
+            raise UserError(f"{path} is truncated or damaged: {size} bytes, its header says {wanted}; {remedy}")
+        if sequences != self.documents:
+            raise UserError(
+                f"{path} is of another corpus: {sequences} documents, {MANIFEST} has {self.documents}; {remedy}"
+            )
+        return _IDX_DTYPES[code]
+
+
+class ShardReader:
+    """A shard folder, opened for reading. Cost of opening: the manifest and one file size per file."""
+
+    def __init__(self, folder: str | Path, verify: bool = False) -> None:
+        """``verify``: also compare all checksums (reads every byte). ``UserError`` names what is missing or damaged."""
+        self.folder = Path(folder)
+        self.manifest, self.hash = _read_manifest(self.folder)
+        for name, entry in self._files().items():
+            self._check_file(self.folder / name, entry, verify)
+        self.shards = [Shard(self.folder, entry) for entry in self.manifest["shards"]]
+        self._first = np.concatenate(([0], np.cumsum([shard.documents for shard in self.shards]))).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def document(self, index: int) -> Document:
+        """Document ``index`` of the whole folder."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self.shards[shard].document(index - int(self._first[shard]))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer stored with the shards."""
+        return Tokenizer.load(self.folder)
+
+    @cached_property
+    def schema(self) -> AttributeSchema | None:
+        """The attribute schema; None if there is none."""
+        stored = self.manifest["schema"]
+        return AttributeSchema.from_dict(stored) if stored else None
+
+    @cached_property
+    def template(self) -> Template:
+        """The prompt template."""
+        return Template.from_dict(self.manifest["template"])
+
+    def _files(self) -> dict[str, Any]:
+        files = dict(self.manifest["files"])
+        for shard in self.manifest["shards"]:
+            files.update(shard["files"])
+        return files
+
+    @staticmethod
+    def _check_file(path: Path, entry: Mapping[str, Any], verify: bool) -> None:
+        remedy = "run `steerlm preprocess` again"
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}; {remedy}") from None
+        if size != entry["bytes"]:
+            problem = "truncated" if size < entry["bytes"] else "too long"
+            raise UserError(f"{path} is {problem}: {size} bytes, {MANIFEST} says {entry['bytes']}; {remedy}")
+        if verify and file_hash(path) != entry["sha256"]:
+            raise UserError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; {remedy}")
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
+    """The manifest and the SHA-256 of its bytes, which stands for the whole folder."""
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such shard folder; make it with `steerlm preprocess`, or mend data.train / data.valid"
+        )
+    try:
+        data = path.read_bytes()
+    except OSError:
+        inside = sorted(child.parent.name for child in folder.glob(f"*/{MANIFEST}"))
+        hint = f"; did you mean {folder / inside[0]}?" if inside else "; make one with `steerlm preprocess`"
+        raise UserError(f"{folder} is not a shard folder: it has no {MANIFEST}{hint}") from None
+    try:
+        manifest = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); run `steerlm preprocess` again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else None
+        raise UserError(f"{path}: format={found!r}, this version reads {FORMAT}; run `steerlm preprocess` again")
+    return manifest, hashlib.sha256(data).hexdigest()
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    """Size and checksum of a finished file, which is on disk from then on."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

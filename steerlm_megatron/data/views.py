@@ -1,0 +1,349 @@
+"""One stored document, four views of it: what a sample's tokens, targets and pooled positions are.
+
+A document is stored once, as the tokens of ``template.render(conversation, schema)``. From it come
+``acsft`` (as stored), ``sft`` (label lines removed), ``lm`` (label lines removed, loss on every token) and ``ap``
+(label lines removed; a label marker after each scored response, whose hidden state is regressed; cut after the last
+marker).
+
+Owns: ``Document``, ``Sample``, the views, and the one policy for over-long samples. Does not own: where documents lie
+(``shards.py``), how samples share a row (``packing.py``). Invariant: every removal is of whole label lines, or by the
+stated over-long policy; nothing else is ever lost.
+
+Over-long policy (``data.overlong``), for a sample of more than ``max_tokens``:
+
+* ``drop``: the sample is left out.
+* ``error``: ``UserError``.
+* ``truncate_response``: the first ``max_tokens`` tokens stay (``ap``: up to the last marker among them).
+* ``truncate_left_turns`` (default): context after the last target goes first; then the oldest turns after the header,
+so
+  that the sample begins with a user turn, but never the last exchange (the last target response and the user turns
+  that it answers). If that is still too long, the beginning of that prompt's text, down to a quarter of
+  ``max_tokens``; then the end of the response (without its end-of-turn, so that no early end is learned; ``ap`` keeps
+  what closes the turn). The first
+  token after such a cut is no target: what it followed is gone.
+
+A sample left without any target is left out. Who calls counts all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.templates import Part
+
+if TYPE_CHECKING:
+    from steerlm_megatron.data.tokenizer import Tokenizer
+    from steerlm_megatron.steer.attributes import AttributeSchema
+    from steerlm_megatron.steer.records import Conversation
+    from steerlm_megatron.steer.templates import Segment, Template
+
+View = Literal["acsft", "sft", "ap", "lm"]
+Overlong = Literal["drop", "truncate_left_turns", "truncate_response", "error"]
+Scored = Literal["labelled", "all"]  # ap: turns of weight 1 with at least one value | every assistant turn
+VIEWS: tuple[str, ...] = get_args(View)
+OVERLONG: tuple[str, ...] = get_args(Overlong)
+
+Array = npt.NDArray[Any]
+
+USER, ASSISTANT = 0, 1
+# Token positions within the stored document; a message that is not the system's is one turn. `text` is what was
+# written, `mark` (assistant) is where the label marker goes: after the response and the text that closes it.
+TURN = np.dtype(
+    [
+        ("start", "<i4"),
+        ("label_start", "<i4"),
+        ("label_end", "<i4"),
+        ("text_start", "<i4"),
+        ("text_end", "<i4"),
+        ("mark", "<i4"),
+        ("end", "<i4"),
+        ("role", "u1"),
+        ("weight", "u1"),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """A conversation as stored. T tokens, N turns, A attributes.
+
+    Args:
+        tokens_T: token ids (int32, or uint16 straight from a shard).
+        header: start and end of the system text's tokens; they may stand inside the first turn (Llama-2's format).
+        turns_N: ``TURN`` records.
+        spans: int32 [spans, 2], start and end of the runs of trained tokens.
+        values_NA: float32 values on the schema's scale, NaN where missing.
+    """
+
+    id: str
+    tokens_T: Array
+    header: tuple[int, int]
+    turns_N: Array
+    spans: npt.NDArray[np.int32]
+    values_NA: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model sees of one conversation.
+
+    Args:
+        tokens_T: int32.
+        loss_mask_T: bool; True: this token is a training target (the first token never is).
+        pool_P: int32, positions whose hidden state is regressed (``ap`` only, else empty).
+        values_PA: float32 regression targets, NaN where missing.
+        turns_P: int32, the scored turn's number among the conversation's messages without the system's.
+        cut_tokens: tokens that the over-long policy took away.
+    """
+
+    id: str
+    tokens_T: npt.NDArray[np.int32]
+    loss_mask_T: npt.NDArray[np.bool_]
+    pool_P: npt.NDArray[np.int32]
+    values_PA: npt.NDArray[np.float32]
+    turns_P: npt.NDArray[np.int32]
+    cut_tokens: int = 0
+
+
+def build_documents(
+    conversations: Sequence[Conversation], tokenizer: Tokenizer, template: Template, schema: AttributeSchema | None
+) -> list[Document]:
+    """Render, encode (in one batch) and lay out conversations."""
+    rendered = [template.render(conversation, schema) for conversation in conversations]
+    encoded = tokenizer.encode_segments_batch(rendered)
+    return [
+        layout(conversation, segments, ids, lengths, schema)
+        for conversation, segments, (ids, lengths) in zip(conversations, rendered, encoded, strict=True)
+    ]
+
+
+def layout(
+    conversation: Conversation,
+    segments: Sequence[Segment],
+    ids: list[int],
+    lengths: list[int],
+    schema: AttributeSchema | None,
+) -> Document:
+    """The document of a rendered conversation: ``lengths[i]`` is the number of ids of ``segments[i]``."""
+    turns: list[list[int]] = []
+    spans: list[list[int]] = []
+    header: tuple[int, int] | None = None
+    messages = conversation.messages
+    turn_index, open_mark, end = -1, False, 0
+    for segment, length in zip(segments, lengths, strict=True):
+        start, end = end, end + length
+        if segment.trained and length:
+            if spans and spans[-1][1] == start:
+                spans[-1][1] = end
+            else:
+                spans.append([start, end])
+        if segment.part == Part.HEADER:
+            header = (header[0] if header else start, end)
+            continue
+        if segment.turn != turn_index and segment.turn < len(messages):
+            turn_index, open_mark = segment.turn, False
+            message = messages[turn_index]
+            assistant = message.role == "assistant"
+            turns.append(
+                [start, start, start, start, start, start, end, int(assistant), message.weight if assistant else 0]
+            )
+        turn = turns[-1]
+        if segment.part == Part.LABEL:
+            turn[1] = start if turn[1] == turn[2] else turn[1]
+            turn[2] = end
+        elif segment.part in (Part.USER, Part.RESPONSE):
+            turn[3:6] = start, end, end
+            open_mark = True
+        elif segment.part == Part.END and open_mark:
+            open_mark = not segment.control and segment.turn == turn_index
+            turn[5] = end if open_mark else turn[5]
+        turn[6] = end
+    values = np.full((len(turns), len(schema.names) if schema else 0), np.nan, np.float32)
+    if values.size and schema:
+        spoken = [message for message in messages if message.role != "system"]
+        for row, message in zip(values, spoken, strict=True):
+            if message.attributes:
+                row[:] = schema.vector(message.attributes)
+    return Document(
+        conversation.id,
+        np.array(ids, np.int32),
+        header or (0, 0),
+        np.array([tuple(turn) for turn in turns], TURN),
+        np.array(spans, np.int32).reshape(-1, 2),
+        values,
+    )
+
+
+def scored_turns(document: Document, scored: Scored) -> npt.NDArray[np.int64]:
+    """Indices of the turns that the ``ap`` view puts a marker after."""
+    turns = document.turns_N
+    wanted = turns["role"] == ASSISTANT
+    if scored == "labelled":
+        wanted = wanted & (turns["weight"] > 0) & ~np.isnan(document.values_NA).all(axis=1)
+    return np.flatnonzero(wanted)
+
+
+def make_sample(
+    document: Document,
+    view: View,
+    max_tokens: int | None = None,
+    overlong: Overlong = "truncate_left_turns",
+    marker_id: int | None = None,
+    scored: Scored = "labelled",
+) -> Sample | None:
+    """A document seen through a view, at most ``max_tokens`` long; None if it is dropped or has no target left.
+
+    ``marker_id`` (the id of ``template.label_marker``) is needed for ``ap``. ``UserError`` under ``overlong="error"``.
+    """
+    cut = _Cut(document, view, scored)
+    if not cut.has_target():
+        return None
+    before = cut.length()
+    if max_tokens is not None and before > max_tokens:
+        if overlong == "drop":
+            return None
+        if overlong == "error":
+            raise UserError(
+                f"sample {document.id!r} has {before} tokens, more than train.row_tokens={max_tokens}; raise it, or "
+                "set data.overlong to drop, truncate_left_turns or truncate_response"
+            )
+        if overlong == "truncate_response":
+            cut.right(max_tokens)
+        else:
+            cut.left_turns(max_tokens)
+        if cut.length() > max_tokens or not cut.has_target():
+            return None
+    kept = np.flatnonzero(cut.keep)
+    tokens, mask = document.tokens_T[kept].astype(np.int32), cut.mask[kept]
+    pool = np.zeros(0, np.int32)
+    if view == "ap":
+        assert marker_id is not None, "the ap view needs marker_id"
+        at = np.searchsorted(kept, document.turns_N["mark"][cut.marks])
+        tokens, mask = np.insert(tokens, at, marker_id), np.insert(mask, at, False)
+        pool = (at + np.arange(len(at))).astype(np.int32)
+    mask[0] = False
+    return Sample(
+        document.id,
+        tokens,
+        mask,
+        pool,
+        document.values_NA[cut.marks].astype(np.float32),
+        cut.marks.astype(np.int32),
+        before - len(tokens),
+    )
+
+
+class _Cut:
+    """Which stored tokens stay (``keep``), which are targets (``mask``), which turns a marker follows (``marks``)."""
+
+    def __init__(self, document: Document, view: View, scored: Scored) -> None:
+        size, turns = len(document.tokens_T), document.turns_N
+        self.document, self.turns, self.view = document, turns, view
+        self.keep = np.ones(size, np.bool_)
+        self.mask = np.zeros(size, np.bool_)
+        self.marks = np.zeros(0, np.int64)
+        if view != "acsft":
+            for turn in turns[turns["label_end"] > turns["label_start"]]:
+                self.keep[turn["label_start"] : turn["label_end"]] = False
+        if view == "lm":
+            self.mask[1:] = True
+        elif view == "ap":
+            self.marks = scored_turns(document, scored)
+            self._end_at_last_mark()
+        else:
+            for start, end in document.spans:
+                self.mask[start:end] = True
+
+    def length(self) -> int:
+        return int(np.count_nonzero(self.keep)) + len(self.marks)
+
+    def has_target(self) -> bool:
+        return len(self.marks) > 0 if self.view == "ap" else bool((self.mask & self.keep)[1:].any())
+
+    def right(self, max_tokens: int) -> None:
+        """Keep the first ``max_tokens`` (``ap``: as many markers as fit, and all that stands before them)."""
+        if self.view == "ap":
+            before = np.concatenate(([0], np.cumsum(self.keep)))[self.turns["mark"][self.marks]]
+            self.marks = self.marks[before + np.arange(len(self.marks)) < max_tokens]
+            self._end_at_last_mark()
+        else:
+            self.keep[np.flatnonzero(self.keep)[max_tokens:]] = False
+
+    def left_turns(self, max_tokens: int) -> None:
+        """The policy ``truncate_left_turns``; see the module's docstring."""
+        turns = self.turns
+        if self.view in ("sft", "acsft"):
+            self.keep[np.flatnonzero(self.mask)[-1] + 1 :] = False
+        final = self._final_turn()
+        first = final  # where the last exchange begins: the run of user turns before the last target
+        while first > 0 and turns["role"][first] == ASSISTANT:
+            first -= 1
+        while first > 0 and turns["role"][first - 1] == USER:
+            first -= 1
+        if self.length() > max_tokens:
+            candidates = [k for k in range(1, first + 1) if turns["role"][k] == USER]
+            chosen = next((k for k in candidates if self._length_from(k) <= max_tokens), first)
+            if chosen > 0:
+                self._drop_before(chosen)
+        if self.length() > max_tokens:
+            self._shorten_prompt(first, final, max_tokens)
+        if self.length() > max_tokens:
+            self._shorten_response(final, max_tokens)
+
+    def _final_turn(self) -> int:
+        if self.view == "ap":
+            return int(self.marks[-1])
+        wanted = self.turns["role"] == ASSISTANT
+        if self.view != "lm":
+            wanted = wanted & (self.turns["weight"] > 0)
+        found = np.flatnonzero(wanted)
+        return int(found[-1]) if len(found) else len(self.turns) - 1
+
+    def _gap(self, turn: int) -> tuple[int, int]:
+        """The stored tokens that go when ``turn`` is to follow the header."""
+        header_start, header_end = self.document.header
+        first = int(self.turns["start"][0])
+        if header_end > header_start > first:  # the header stands inside the first turn, whose opening tokens stay too
+            return header_end, int(self.turns["text_start"][turn])
+        return first, int(self.turns["start"][turn])
+
+    def _length_from(self, turn: int) -> int:
+        start, end = self._gap(turn)
+        return self.length() - int(np.count_nonzero(self.keep[start:end])) - int(np.count_nonzero(self.marks < turn))
+
+    def _drop_before(self, turn: int) -> None:
+        start, end = self._gap(turn)
+        self.keep[start:end] = False
+        self.mask[end] = False
+        self.marks = self.marks[self.marks >= turn]
+
+    def _shorten_prompt(self, first: int, final: int, max_tokens: int) -> None:
+        inside = np.zeros_like(self.keep)
+        for turn in self.turns[first:final]:
+            if turn["role"] == USER:
+                inside[turn["text_start"] : turn["text_end"]] = True
+        text = np.flatnonzero(inside & self.keep)
+        excess = min(self.length() - max_tokens, len(text) - max_tokens // 4)
+        if excess > 0:
+            self.keep[text[:excess]] = False
+            self.mask[text[excess] if excess < len(text) else text[-1]] = False
+
+    def _shorten_response(self, final: int, max_tokens: int) -> None:
+        if self.view != "ap":
+            self.right(max_tokens)
+            return
+        turn = self.turns[final]
+        text = turn["text_start"] + np.flatnonzero(self.keep[turn["text_start"] : turn["text_end"]])
+        excess = self.length() - max_tokens
+        if excess < len(text):  # else nothing of the response would stay: too long even so, and the sample is dropped
+            self.keep[text[len(text) - excess :]] = False
+
+    def _end_at_last_mark(self) -> None:
+        if len(self.marks):
+            self.keep[self.turns["mark"][self.marks[-1]] :] = False

@@ -1,0 +1,202 @@
+"""A client for bulk sampling over HTTP, with the call shape of ``Generator.generate``.
+
+Owns: spreading requests over servers, bounded concurrency, retries, time limits. Does not own: prompts (token ids
+come in), or what becomes of results. Invariants: results come in the order of requests, or an exception says what
+went wrong; a request is sent again only if its server has surely not answered it, and then gives the same result, as
+its seed goes with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import httpx
+
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.protocol import Progress, Request, Result
+from steerlm_megatron.observe.log import get_logger
+
+log = get_logger(__name__)
+
+_RETRY_STATUS = (429, 502, 503, 504)
+_BACKOFF_MAX_SEC = 30.0
+
+
+class ServerFailure(RuntimeError):
+    """A server answered with an error that retrying does not mend, or all tries were in vain."""
+
+
+class SamplingClient:
+    """Draws responses from the servers at ``urls`` (``server.urls``)."""
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        concurrency: int = 64,
+        timeout_sec: float = 600.0,
+        max_tries: int = 8,
+        model: str | None = None,
+    ) -> None:
+        """``concurrency``: requests under way at a time, over all servers. ``timeout_sec``: for one try of one
+        request.
+        ``max_tries``: with backoff in between; the default waits about two minutes in all, servers that say when to
+        come back (429) do not count. ``model``: what to ask for; None takes what is served."""
+        if not urls:
+            raise UserError("server.urls is empty; name at least one, for example server.urls=[http://127.0.0.1:8000]")
+        for url in urls:
+            if not url.startswith(("http://", "https://")):
+                raise UserError(f"server.urls: {url!r} must begin with http:// or https://")
+        if concurrency < 1:
+            raise UserError(f"bootstrap.concurrency={concurrency} must be at least 1")
+        self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
+        self.concurrency, self.timeout_sec, self.max_tries, self.model = concurrency, timeout_sec, max_tries, model
+
+    def check(self) -> None:
+        """Raise UserError unless every server is healthy: for commands to call before any long work."""
+        for url in self.urls:
+            try:
+                response = httpx.get(f"{url}/health", timeout=10.0, trust_env=False)
+            except httpx.HTTPError as e:
+                message = f"server.urls: {url} does not answer ({e!r}); start it with `steerlm serve`"
+                raise UserError(message) from e
+            if response.status_code != 200:
+                raise UserError(f"server.urls: {url}/health says {response.status_code}: {response.text[:300]}")
+
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
+        """As ``Generator.generate``. ``progress`` is called in the order of finishing, from another thread than the
+        caller's only if the caller itself runs inside an event loop.
+
+        Raises UserError (a server refused a request), ServerFailure."""
+        for request in requests:
+            request.params.checked()
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(self.generate_async(requests, progress))
+        box: list[Any] = []
+
+        def run() -> None:
+            try:
+                box.append(asyncio.run(self.generate_async(requests, progress)))
+            except BaseException as e:
+                box.append(e)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        if isinstance(box[0], BaseException):
+            raise box[0]
+        return box[0]
+
+    async def generate_async(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
+        """:meth:`generate` for callers with an event loop."""
+        results: list[Result | None] = [None] * len(requests)
+        # Longest first: stragglers start early. Workers take from one iterator, so at most `concurrency` are under
+        # way.
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids) - requests[i].params.max_tokens)
+        todo = iter(order)
+        turns = itertools.cycle(self.urls)
+        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+
+        async with httpx.AsyncClient(timeout=self.timeout_sec, limits=limits, trust_env=False) as http:
+
+            async def worker() -> None:
+                for i in todo:
+                    results[i] = result = await self._one(http, turns, requests[i])
+                    if progress is not None:
+                        progress(result)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for _ in range(min(self.concurrency, len(requests))):
+                        group.create_task(worker())
+            except BaseExceptionGroup as e:
+                raise e.exceptions[0] from None
+        return [result for result in results if result is not None]
+
+    async def _one(self, http: httpx.AsyncClient, turns: itertools.cycle[str], request: Request) -> Result:
+        body = _body(request, self.model)
+        tries = 0
+        while True:
+            url = next(turns)
+            wait_sec: float | None = None
+            try:
+                response = await http.post(f"{url}/v1/completions", json=body)
+            except httpx.TimeoutException as e:
+                raise ServerFailure(f"{url}: request {request.id} took longer than {self.timeout_sec:g} s") from e
+            except httpx.TransportError as e:
+                reason = f"{url}: {e!r}"
+            else:
+                if response.status_code == 200:
+                    return _result(request, response, url)
+                reason = f"{url}: HTTP {response.status_code}: {_message(response)}"
+                if response.status_code in (400, 404, 422):
+                    raise UserError(f"request {request.id} was refused by {reason}")
+                if response.status_code not in _RETRY_STATUS:
+                    raise ServerFailure(f"request {request.id}: {reason}")
+                wait_sec = _retry_after(response)
+            if wait_sec is None or response.status_code != 429:
+                tries += 1  # a full queue is no failure: it may take as long as the queue takes
+            if tries >= self.max_tries:
+                raise ServerFailure(f"request {request.id}: given up after {tries} tries; the last: {reason}")
+            if wait_sec is None:
+                wait_sec = min(_BACKOFF_MAX_SEC, 0.5 * 2**tries)
+            log.debug("request %s: %s; again in %.1f s", request.id, reason, wait_sec)
+            await asyncio.sleep(wait_sec * random.uniform(0.8, 1.2))  # not all at the same moment
+
+
+def _body(request: Request, model: str | None) -> dict[str, Any]:
+    params = request.params
+    body: dict[str, Any] = {
+        "prompt": list(request.prompt_ids),
+        "max_tokens": params.max_tokens,
+        "temperature": params.temperature,
+        "top_k": params.top_k,
+        "top_p": params.top_p,
+        "seed": params.seed,
+        "return_token_ids": True,
+    }
+    if model is not None:
+        body["model"] = model
+    if params.stop:
+        body["stop"] = list(params.stop)
+    if params.logprobs:
+        body["logprobs"] = 0
+    return body
+
+
+def _result(request: Request, response: httpx.Response, url: str) -> Result:
+    try:
+        answer = response.json()
+        choice, usage = answer["choices"][0], answer["usage"]
+        logprobs = choice["logprobs"]["token_logprobs"] if request.params.logprobs else None
+        return Result(
+            id=request.id,
+            token_ids=tuple(choice["token_ids"]),
+            text=choice["text"],
+            finish_reason=choice["finish_reason"],
+            prompt_tokens=usage["prompt_tokens"],
+            completion_tokens=usage["completion_tokens"],
+            logprobs=None if logprobs is None else tuple(logprobs),
+        )
+    except (ValueError, KeyError, IndexError, TypeError) as e:
+        raise ServerFailure(f"{url} does not answer like `steerlm serve` ({e!r}): {response.text[:300]}") from e
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return response.text[:300]
+
+
+def _retry_after(response: httpx.Response) -> float | None:
+    try:
+        return min(_BACKOFF_MAX_SEC, max(0.0, float(response.headers["Retry-After"])))
+    except (KeyError, ValueError):
+        return None

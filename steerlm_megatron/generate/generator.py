@@ -1,0 +1,413 @@
+"""The generator: requests in, responses out, many at a time.
+
+Owns: requests from submission to result, the step loop and its lockstep over the ranks of a replica, the end of a
+response.
+Does not own: rows (``scheduler.py``), tensors (``runner.py``), HTTP (``server.py``).
+Invariants: every submitted request gets exactly one result or exception, also when the engine fails; ``step`` runs in
+one thread at a time, everything else is thread-safe.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+import torch
+
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.group import LocalGroup, ModelGroup
+from steerlm_megatron.generate.protocol import (
+    Delta,
+    EngineDead,
+    FinishReason,
+    Progress,
+    QueueFull,
+    Request,
+    Result,
+)
+from steerlm_megatron.generate.runner import StepRunner
+from steerlm_megatron.generate.sampling import RowParams
+from steerlm_megatron.generate.scheduler import Scheduler, StepPlan
+from steerlm_megatron.generate.text import ResponseText
+
+HEARTBEAT_SEC = 5.0  # an idle leader tells its followers so this often: well under any collective timeout
+
+
+class TokenizerLike(Protocol):
+    """What generation needs of ``data.tokenizer.Tokenizer``."""
+
+    vocab_size: int
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def control_id(self, text: str) -> int: ...
+
+
+class TemplateLike(Protocol):
+    """What generation needs of ``steer.templates.Template``."""
+
+    @property
+    def control_strings(self) -> tuple[str, ...]: ...
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]: ...
+
+    @property
+    def response_suffix(self) -> str: ...
+
+
+class LimitsLike(Protocol):
+    """The part of ``ServerConfig`` that bounds generation."""
+
+    max_queue: int
+    max_batch: int
+    max_sequence_tokens: int
+    max_cache_tokens: int
+
+
+class Handle:
+    """A submitted request. ``future`` resolves to its :class:`Result`, or to the error that ended the engine."""
+
+    def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
+        self.id = request.id
+        self.future: Future[Result] = Future()
+        self.future.set_running_or_notify_cancel()  # nobody but the engine may resolve it
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """Stop soon; the result then has finish_reason ``cancelled``."""
+        self._cancel(self.id)
+
+
+class _Job:
+    """A request on its way."""
+
+    def __init__(
+        self, request: Request, handle: Handle, text: ResponseText, on_delta: Callable[[Delta], None] | None
+    ) -> None:
+        self.request, self.handle, self.text, self.on_delta = request, handle, text, on_delta
+        params = request.params
+        self.prompt_ids = request.prompt_ids
+        self.row_params = RowParams(params.temperature, params.top_k, params.top_p, params.seed, params.logprobs)
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.reason: FinishReason | None = None
+        self.needs_text = on_delta is not None or bool(params.stop)
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.prompt_ids) + self.request.params.max_tokens
+
+
+class Generator:
+    """Continuous batching over one model replica (paper §3.4 samples responses; facts/performance_references §3b).
+
+    With a replica of several ranks, every rank constructs a Generator; the leader submits and steps while the others
+    sit in :meth:`worker_loop` (or all call :meth:`generate`).
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: TokenizerLike,
+        template: TemplateLike,
+        limits: LimitsLike,
+        group: ModelGroup | None = None,
+    ) -> None:
+        """``model``: called as ``model(input_ids, position_ids, None, labels=None, packed_seq_params=PackedTokens)``,
+        giving full- vocabulary logits. ``group``: None for a replica of one process, else ``group.model_group()``.
+
+        Raises UserError if the limits contradict each other."""
+        check_limits(limits)
+        self.tokenizer, self.template, self.limits = tokenizer, template, limits
+        self.group: ModelGroup = group or LocalGroup()
+        self.stop_ids = frozenset(_stop_ids(tokenizer, template))
+        banned = _special_ids(tokenizer, template) - self.stop_ids
+        self.runner = StepRunner(model, self.group, tokenizer.vocab_size, sorted(banned))
+        self.scheduler: Scheduler[_Job] = Scheduler(limits.max_batch, limits.max_cache_tokens)
+        self.error: str | None = None
+        self.last_beat_sec = time.monotonic()  # when the loop last showed life
+        self.steps = self.sampled_tokens = 0
+        self._jobs: dict[str, _Job] = {}
+        self._lock = threading.RLock()
+        self._work = threading.Condition(self._lock)
+        self._last_message_sec = time.monotonic()
+
+    # ---- submission, any thread of the leader ----
+
+    def problem(self, prompt_tokens: int, max_tokens: int) -> str | None:
+        """Why a request of these sizes can never run, or None."""
+        limit = self.limits.max_sequence_tokens
+        if prompt_tokens < 1:
+            return "the prompt is empty; it needs at least one token"
+        if prompt_tokens + max_tokens > limit:
+            return (
+                f"the prompt has {prompt_tokens} tokens and max_tokens={max_tokens}: "
+                f"{prompt_tokens + max_tokens} together, more than server.max_sequence_tokens={limit}; "
+                "shorten the prompt or lower max_tokens"
+            )
+        return None
+
+    def _check(self, request: Request) -> None:
+        request.params.checked()
+        problem = self.problem(len(request.prompt_ids), request.params.max_tokens)
+        if problem:
+            raise UserError(f"request {request.id}: {problem}")
+        vocab_size = self.tokenizer.vocab_size
+        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab_size:
+            raise UserError(f"request {request.id}: a prompt token id is outside [0, {vocab_size})")
+        if request.id in self._jobs:
+            raise UserError(f"request {request.id}: a request of this id is being answered; ids must be unique")
+
+    def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> Handle:
+        """Queue one request. ``on_delta`` is called from the engine's thread as text becomes certain.
+
+        Raises UserError (cannot ever run), QueueFull, EngineDead."""
+        return self.submit_all([request], [on_delta])[0]
+
+    def submit_all(
+        self,
+        requests: Sequence[Request],
+        on_delta: Sequence[Callable[[Delta], None] | None] | None = None,
+        bounded: bool = True,
+    ) -> list[Handle]:
+        """Queue all of ``requests`` or, on an exception, none. ``bounded=False`` ignores ``server.max_queue``."""
+        assert self.group.is_leader, "only the leader of a replica submits"
+        with self._lock:
+            if self.error is not None:
+                raise EngineDead(self.error)
+            for request in requests:
+                self._check(request)
+            if len({request.id for request in requests}) < len(requests):
+                raise UserError("two requests have the same id; ids must be unique")
+            waiting = len(self.scheduler.waiting)
+            # Requests that a free row awaits do not count: they leave the queue at the next step.
+            free = self.limits.max_batch - len(self.scheduler.running)
+            if bounded and waiting + len(requests) > self.limits.max_queue + free:
+                raise QueueFull(waiting, self._retry_after_sec())
+            handles = []
+            for i, request in enumerate(requests):
+                handle = Handle(request, self.cancel)
+                text = ResponseText(self.tokenizer.decode, request.params.stop, self.template.response_suffix)
+                job = _Job(request, handle, text, on_delta[i] if on_delta else None)
+                self._jobs[request.id] = job
+                self.scheduler.waiting.append(job)
+                handles.append(handle)
+            self._work.notify()
+            return handles
+
+    def _retry_after_sec(self) -> int:
+        return max(1, min(30, len(self.scheduler.waiting) // max(1, self.limits.max_batch)))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; unknown or finished ids are ignored."""
+        with self._lock:
+            job = self._jobs.get(request_id)
+            if job is None or job.reason is not None:
+                return
+            job.reason = "cancelled"
+            if job in self.scheduler.waiting:
+                self.scheduler.waiting.remove(job)
+            result = self._result(job)
+            del self._jobs[request_id]
+        job.handle.future.set_result(result)
+
+    # ---- the loop, one thread of the leader ----
+
+    def step(self) -> bool:
+        """Run one step if there is work; return whether there was. Collective over the replica when there is."""
+        self.last_beat_sec = time.monotonic()
+        with self._lock:
+            if self.error is not None:
+                raise EngineDead(self.error)
+            plan = self.scheduler.plan(lambda job: job.reason is not None)
+            rows = list(self.scheduler.running)
+        if plan is None:
+            return False
+        try:
+            self._send(plan)
+            ids, logprobs = self.runner.run(plan)
+            self._take(rows, ids, logprobs)
+        except BaseException as e:
+            self.fail(f"{type(e).__name__}: {e}")
+            raise
+        self.last_beat_sec = time.monotonic()
+        return True
+
+    def _send(self, plan: StepPlan) -> None:
+        if self.group.size > 1:
+            self.group.broadcast(plan)
+            self._last_message_sec = time.monotonic()
+
+    def _take(self, rows: list[_Job], ids: list[int], logprobs: list[float] | None) -> None:
+        """Give each row its token; resolve the requests that end with it."""
+        finished: list[tuple[_Job, Result]] = []
+        with self._lock:
+            self.steps += 1
+            for row, job in enumerate(rows):
+                if job.reason is not None:  # cancelled while the step ran
+                    continue
+                job.token_ids.append(ids[row])
+                self.sampled_tokens += 1
+                if logprobs is not None and job.row_params.logprobs:
+                    job.logprobs.append(logprobs[row])
+                piece, job.reason = self._advance(job, ids[row])
+                if job.reason is not None:
+                    finished.append((job, self._result(job, piece)))
+                    del self._jobs[job.request.id]
+                elif job.on_delta is not None:
+                    job.on_delta(Delta(piece, (ids[row],)))
+        for job, result in finished:
+            job.handle.future.set_result(result)
+
+    def _advance(self, job: _Job, token_id: int) -> tuple[str, FinishReason | None]:
+        """Text that became certain, and why the response ends here, if it does."""
+        piece = ""
+        if token_id in self.stop_ids:
+            return piece, "stop"
+        if job.needs_text:
+            piece = job.text.push(token_id)
+            if job.text.stopped_at is not None:
+                return piece, "stop"
+        return piece, "length" if len(job.token_ids) >= job.request.params.max_tokens else None
+
+    def _result(self, job: _Job, piece: str = "") -> Result:
+        """The job's result; its last piece of text goes out as a delta."""
+        by_control = bool(job.token_ids) and job.token_ids[-1] in self.stop_ids
+        text, rest = job.text.finish(job.token_ids[:-1] if by_control else job.token_ids, by_control)
+        if job.on_delta is not None and job.reason != "cancelled":
+            job.on_delta(Delta(piece + rest, tuple(job.token_ids[-1:])))
+        assert job.reason is not None
+        return Result(
+            id=job.request.id,
+            token_ids=tuple(job.token_ids),
+            text=text,
+            finish_reason=job.reason,
+            prompt_tokens=len(job.prompt_ids),
+            completion_tokens=len(job.token_ids),
+            logprobs=tuple(job.logprobs) if job.row_params.logprobs else None,
+        )
+
+    def fail(self, reason: str) -> None:
+        """The engine is over: everything pending, and everything to come, gets ``EngineDead(reason)``."""
+        with self._lock:
+            if self.error is None:
+                self.error = reason
+            jobs = list(self._jobs.values())
+            self._jobs.clear()
+            self.scheduler.waiting.clear()
+            self._work.notify_all()
+        for job in jobs:
+            job.reason = "cancelled"
+            if not job.handle.future.done():
+                job.handle.future.set_exception(EngineDead(reason))
+
+    def run_until(self, stop: threading.Event, heartbeat_sec: float = HEARTBEAT_SEC) -> None:
+        """Step until ``stop`` is set, sleeping while there is nothing to do. Leader only."""
+        while not stop.is_set():
+            if self.step():
+                continue
+            if self.group.size > 1 and time.monotonic() - self._last_message_sec > heartbeat_sec:
+                self._send(StepPlan("idle"))
+            with self._lock:
+                if not self._jobs and not stop.is_set():
+                    self._work.wait(timeout=0.5)
+
+    def wake(self) -> None:
+        """Make a sleeping :meth:`run_until` look at its stop event."""
+        with self._lock:
+            self._work.notify_all()
+
+    def stop_workers(self) -> None:
+        """Send the other ranks out of :meth:`worker_loop`. Leader only."""
+        self._send(StepPlan("stop"))
+
+    def worker_loop(self) -> None:
+        """Follow the leader until it says stop. Collective over the replica."""
+        assert not self.group.is_leader
+        while True:
+            plan: StepPlan = self.group.broadcast(None)
+            if plan.kind == "stop":
+                return
+            if plan.kind == "run":
+                self.runner.run(plan)
+
+    # ---- in process ----
+
+    def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
+        """Answer all of ``requests``, in their order, in the calling thread. Every rank of the replica gets the
+        results.
+
+        ``progress`` is called on the leader after each finished request. ``server.max_queue`` does not apply. Raises
+        UserError before anything runs if a request can never run. Collective over the replica.
+        """
+        if not self.group.is_leader:
+            self.worker_loop()
+            results = self.group.broadcast(None)
+            if isinstance(results, Exception):
+                raise results
+            return results
+        try:
+            answer: Any = self._generate(requests, progress)
+        except BaseException as e:
+            if self.group.size > 1 and self.error is None:  # the ranks are in step: let the others see the same error
+                self.stop_workers()
+                self.group.broadcast(e if isinstance(e, UserError) else RuntimeError(f"rank 0: {e!r}"))
+            raise
+        if self.group.size > 1:
+            self.stop_workers()
+            self.group.broadcast(answer)
+        return answer
+
+    def _generate(self, requests: Sequence[Request], progress: Progress | None) -> list[Result]:
+        # Longest first: stragglers start early, and neighbours in the cache have similar lengths.
+        order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids) - requests[i].params.max_tokens)
+        handles = self.submit_all([requests[i] for i in order], bounded=False)
+        done: list[Future[Result]] = []
+        for handle in handles:
+            handle.future.add_done_callback(done.append)
+        try:
+            while self.step():
+                for future in done if progress is not None else ():
+                    assert progress is not None
+                    progress(future.result())
+                done.clear()
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+        results = {handle.id: handle.future.result(timeout=0) for handle in handles}
+        return [results[request.id] for request in requests]
+
+
+def check_limits(limits: LimitsLike) -> None:
+    """Raise UserError if no request could ever run."""
+    for name in ("max_queue", "max_batch", "max_sequence_tokens", "max_cache_tokens"):
+        value = getattr(limits, name)
+        if value < 1:
+            raise UserError(f"server.{name}={value} must be at least 1")
+    if limits.max_cache_tokens < limits.max_sequence_tokens:
+        raise UserError(
+            f"server.max_cache_tokens={limits.max_cache_tokens} is less than server.max_sequence_tokens="
+            f"{limits.max_sequence_tokens}: the longest sequence would never fit; raise the one or lower the other"
+        )
+
+
+def _stop_ids(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
+    ids = {tokenizer.control_id(s) for s in template.stop_strings}
+    eos = getattr(tokenizer, "eos_id", None)
+    return ids | ({eos} if eos is not None and eos >= 0 else set())
+
+
+def _special_ids(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
+    """Ids that are not text: control strings of the template, and pieces of the tokenizer without a text (``<s>``,
+    ``<pad>``).
+
+    Each id is decoded twice over, since a lone blank at the start may be swallowed by a decoder."""
+    ids = {tokenizer.control_id(s) for s in template.control_strings}
+    return ids | {i for i in range(tokenizer.vocab_size) if not tokenizer.decode([i, i])}

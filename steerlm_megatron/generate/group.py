@@ -1,0 +1,129 @@
+"""The ranks that hold one model replica, as generation sees them.
+
+Owns: who leads, who samples, and the three messages of a step (plan, hidden states, sampled ids). Does not own: what
+is in them.
+Invariant: every rank of the replica makes the same calls in the same order; the leader decides, the others follow.
+"""
+
+from __future__ import annotations
+
+import pickle
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+
+class ModelGroup(Protocol):
+    """One model replica: TP × PP ranks in lockstep."""
+
+    size: int
+    is_leader: bool  # owns the queue and the HTTP server
+    is_first_stage: bool
+    is_last_stage: bool
+    is_sampler: bool  # draws the tokens: one rank of the last stage
+
+    def broadcast(self, value: Any) -> Any:
+        """The leader's ``value`` on every rank. Collective over the replica."""
+        ...
+
+    def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Hidden states from the stage before."""
+        ...
+
+    def send_hidden(self, hidden: torch.Tensor) -> None:
+        """Hidden states to the stage after."""
+        ...
+
+    def broadcast_sampled(self, sampled: torch.Tensor) -> torch.Tensor:
+        """The last stage's ``sampled`` (CPU) on every rank; others pass a buffer of its shape. Collective over the
+        replica."""
+        ...
+
+
+class LocalGroup:
+    """A replica that is one process; torch.distributed is not touched."""
+
+    size = 1
+    is_leader = True
+    is_first_stage = True
+    is_last_stage = True
+    is_sampler = True
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+    def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        raise AssertionError("one stage only")
+
+    def send_hidden(self, hidden: torch.Tensor) -> None:
+        raise AssertionError("one stage only")
+
+    def broadcast_sampled(self, sampled: torch.Tensor) -> torch.Tensor:
+        return sampled
+
+
+class MegatronGroup:
+    """The TP × PP ranks of this process's data-parallel replica. Construction is collective over the replica."""
+
+    def __init__(self, timeout_sec: int = 600) -> None:
+        from megatron.core import parallel_state
+
+        ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
+        # Control messages are small host values: gloo, so that they never wait behind a GPU's stream.
+        self._control = dist.new_group(
+            ranks, timeout=timedelta(seconds=timeout_sec), backend="gloo", use_local_synchronization=True
+        )
+        self._pipeline = parallel_state.get_pipeline_model_parallel_group()
+        self.size = len(ranks)
+        self._leader = min(ranks)
+        self.is_leader = dist.get_rank() == self._leader
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        self.is_first_stage, self.is_last_stage = stage == 0, stage == stages - 1
+        self._previous = parallel_state.get_pipeline_model_parallel_prev_rank()
+        self._next = parallel_state.get_pipeline_model_parallel_next_rank()
+        # The rank that samples: the first of the last stage. Its choice goes to its stage's other tensor-parallel
+        # ranks too, so that a difference in the last bit of their logits cannot part their ways.
+        sampling_rank: list[Any] = [parallel_state.get_pipeline_model_parallel_last_rank() if self.is_leader else None]
+        dist.broadcast_object_list(sampling_rank, src=self._leader, group=self._control)
+        self._sampling_rank: int = sampling_rank[0]
+        self.is_sampler = dist.get_rank() == self._sampling_rank
+
+    def broadcast(self, value: Any) -> Any:
+        """Pickled by the leader; two gloo broadcasts (size, bytes)."""
+        if self.is_leader:
+            data = torch.frombuffer(bytearray(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)), dtype=torch.uint8)
+            size = torch.tensor([data.numel()], dtype=torch.int64)
+            dist.broadcast(size, src=self._leader, group=self._control)
+            dist.broadcast(data, src=self._leader, group=self._control)
+            return value
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.broadcast(size, src=self._leader, group=self._control)
+        data = torch.empty(int(size.item()), dtype=torch.uint8)
+        dist.broadcast(data, src=self._leader, group=self._control)
+        return pickle.loads(data.numpy().tobytes())
+
+    def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        hidden = torch.empty(shape, dtype=dtype, device=device)
+        dist.recv(hidden, src=self._previous, group=self._pipeline)
+        return hidden
+
+    def send_hidden(self, hidden: torch.Tensor) -> None:
+        dist.send(hidden.contiguous(), dst=self._next, group=self._pipeline)
+
+    def broadcast_sampled(self, sampled: torch.Tensor) -> torch.Tensor:
+        dist.broadcast(sampled, src=self._sampling_rank, group=self._control)
+        return sampled
+
+
+def model_group(timeout_sec: int = 600) -> ModelGroup:
+    """The group that fits this process: a replica of one needs no messages. Collective over the replica."""
+    if not dist.is_initialized():
+        return LocalGroup()
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_initialized() or dist.get_world_size(parallel_state.get_model_parallel_group()) == 1:
+        return LocalGroup()
+    return MegatronGroup(timeout_sec)

@@ -1,0 +1,159 @@
+"""From logits to token ids, reproducibly.
+
+Owns: temperature, top-k and top-p truncation, the random numbers, and log-probabilities. Does not own: which tokens
+may appear at all (given as ``banned_ids``), or when a response ends.
+Invariant: the token drawn for a row depends on that row's logits and parameters and on (seed, index of the token)
+only, never on the other rows of the batch. So there is one uniform number per token, a hash of (seed, index), put
+through the inverse of the truncated distribution; no generator state exists that arrival order could disturb.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from steerlm_megatron.generate.protocol import mix64
+
+# top-k is found with one of these sizes, chosen by a row's own k: the size of torch.topk, which could decide ties,
+# must not follow the batch.
+_TOPK_SIZES = (64, 512, 4096)
+
+
+@dataclass(frozen=True)
+class RowParams:
+    """What the sampler needs to know of one row; ``seed`` in [0, 2^63)."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    logprobs: bool = False
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1), the ``index``-th of stream ``seed``: SplitMix64 over both, top 53 bits."""
+    return (mix64(mix64(seed) ^ mix64(index + 0x632BE59BD9B4E019)) >> 11) * 2.0**-53
+
+
+@dataclass
+class _Group:
+    """Rows of a batch that go through the same torch calls."""
+
+    rows: list[int]
+    method: tuple[str, int]
+    index_B: torch.Tensor | None  # None: the whole batch in order
+    temperature_B1: torch.Tensor
+    top_k_B1: torch.Tensor
+    top_p_B1: torch.Tensor
+    truncates: bool
+
+
+class BatchSampler:
+    """Samples for a batch whose membership changes seldom: :meth:`set_rows` on change, :meth:`sample` every step."""
+
+    def __init__(self, vocab_size: int, banned_ids: Sequence[int], device: torch.device) -> None:
+        """``vocab_size``: ids from there on are embedding padding and never drawn, nor is any of ``banned_ids``."""
+        self.vocab_size = vocab_size
+        self.device = device
+        banned = sorted({i for i in banned_ids if 0 <= i < vocab_size})
+        self._banned = torch.tensor(banned, dtype=torch.int64, device=device)
+        self._rows: list[RowParams] = []
+        self._groups: list[_Group] = []
+        self._wants_logprobs = False
+
+    def _method(self, row: RowParams) -> tuple[str, int]:
+        if row.temperature == 0.0 or row.top_k == 1:
+            return ("greedy", 0)
+        if row.top_k == 0 or row.top_k >= self.vocab_size:
+            return ("full", 0) if row.top_p >= 1.0 else ("topk", self.vocab_size)
+        return ("topk", min([size for size in _TOPK_SIZES if size >= row.top_k] + [self.vocab_size]))
+
+    def set_rows(self, rows: Sequence[RowParams]) -> None:
+        """The parameters of the batch's rows, in order."""
+        if list(rows) == self._rows:
+            return
+        self._rows = list(rows)
+        self._wants_logprobs = any(row.logprobs for row in rows)
+        by_method: dict[tuple[str, int], list[int]] = {}
+        for i, row in enumerate(rows):
+            by_method.setdefault(self._method(row), []).append(i)
+        self._groups = [self._make_group(method, members) for method, members in sorted(by_method.items())]
+
+    def _make_group(self, method: tuple[str, int], members: list[int]) -> _Group:
+        rows = [self._rows[i] for i in members]
+
+        def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor(values, dtype=dtype).unsqueeze(1).to(self.device)
+
+        whole = len(members) == len(self._rows)
+        size = min(method[1], self.vocab_size)
+        return _Group(
+            rows=members,
+            method=(method[0], size),
+            index_B=None if whole else torch.tensor(members, dtype=torch.int64).to(self.device),
+            temperature_B1=column([row.temperature for row in rows], torch.float64),
+            top_k_B1=column([row.top_k or size for row in rows], torch.int64),
+            top_p_B1=column([row.top_p for row in rows], torch.float64),
+            truncates=any(row.top_p < 1.0 for row in rows),
+        )
+
+    def sample(self, logits_BV: torch.Tensor, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draw one id per row; ``indices``: how many tokens each row has drawn before.
+
+        ``logits_BV`` may be overwritten. Returns ids int64 [B] and, if any row asked, log-probabilities float32 [B],
+        both on the logits' device. No host synchronisation.
+        """
+        logits_BV = logits_BV[:, : self.vocab_size].float()
+        if self._banned.numel():
+            logits_BV.index_fill_(1, self._banned, float("-inf"))
+        ids_B: torch.Tensor | None = None
+        for group in self._groups:
+            part_BV = logits_BV if group.index_B is None else logits_BV.index_select(0, group.index_B)
+            drawn_B = self._draw(part_BV, group, indices)
+            if group.index_B is None:
+                ids_B = drawn_B
+            else:
+                if ids_B is None:
+                    ids_B = torch.empty(logits_BV.shape[0], dtype=torch.int64, device=logits_BV.device)
+                ids_B.index_copy_(0, group.index_B, drawn_B)
+        assert ids_B is not None, "set_rows() before sample()"
+        if not self._wants_logprobs:
+            return ids_B, None
+        chosen_B = logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1)
+        return ids_B, chosen_B - logits_BV.logsumexp(1)
+
+    def _draw(self, logits_BV: torch.Tensor, group: _Group, indices: Sequence[int]) -> torch.Tensor:
+        name, size = group.method
+        if name == "greedy":
+            return logits_BV.argmax(1)
+        u_B1 = (
+            torch.tensor([uniform(self._rows[i].seed, indices[i]) for i in group.rows], dtype=torch.float64)
+            .unsqueeze(1)
+            .to(logits_BV.device, non_blocking=True)
+        )
+        if name == "full":
+            probs_BV = torch.softmax(logits_BV.double() / group.temperature_B1, 1)
+            return _invert(probs_BV, u_B1)
+        # Most likely first: truncation by rank and by cumulated probability are both prefixes of this order.
+        top_BK, ids_BK = torch.topk(logits_BV, size, dim=1)
+        scaled_BK = top_BK.double() / group.temperature_B1
+        rank_K = torch.arange(size, device=logits_BV.device)
+        scaled_BK.masked_fill_(rank_K >= group.top_k_B1, float("-inf"))
+        probs_BK = torch.softmax(scaled_BK, 1)
+        if group.truncates:
+            before_BK = probs_BK.cumsum(1) - probs_BK
+            # Kept: the smallest prefix that reaches top_p. The first token is always kept.
+            probs_BK = torch.where((before_BK < group.top_p_B1) | (rank_K == 0), probs_BK, 0.0)
+        return ids_BK.gather(1, _invert(probs_BK, u_B1).unsqueeze(1)).squeeze(1)
+
+
+def _invert(probs_BK: torch.Tensor, u_B1: torch.Tensor) -> torch.Tensor:
+    """The first index where the cumulated (unnormalised) probability exceeds u × total; never one of probability 0."""
+    cdf_BK = probs_BK.cumsum(1)
+    target_B1 = u_B1 * cdf_BK[:, -1:]
+    index_B1 = torch.searchsorted(cdf_BK, target_B1, right=True)
+    # u × total can round up to the total; then the last index of positive probability is meant.
+    last_B1 = torch.searchsorted(cdf_BK, cdf_BK[:, -1:].contiguous())
+    return torch.minimum(index_B1, last_B1).squeeze(1)

@@ -1,0 +1,302 @@
+"""The sampling server: OpenAI's HTTP API over a generator.
+
+Owns: routes, streaming, disconnects, back pressure, metrics, the port, and shutting down. Does not own: what a
+request means (``service.py``), the engine's thread (``engine_loop.py``).
+Invariants: every request is answered or its connection is gone: an engine that dies answers all that wait with HTTP
+500; a client that leaves frees its row; more than ``server.max_queue`` waiting requests are refused with HTTP 429.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from starlette.exceptions import HTTPException
+
+from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.api import ApiError, ChatBody, CompletionBody, validation_error
+from steerlm_megatron.generate.engine_loop import EngineLoop
+from steerlm_megatron.generate.generator import Generator, Handle
+from steerlm_megatron.generate.protocol import Delta, EngineDead, QueueFull, Result
+from steerlm_megatron.generate.service import Ask, Service
+from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.steer.attributes import AttributeSchema
+
+log = get_logger(__name__)
+
+
+class _GeneratorCollector:
+    """The generator's own numbers, read when asked for."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+
+    def collect(self) -> Iterator[Metric]:
+        generator, scheduler = self.generator, self.generator.scheduler
+        yield GaugeMetricFamily("steerlm_running", "Sequences being generated", value=len(scheduler.running))
+        yield GaugeMetricFamily("steerlm_waiting", "Requests waiting for a row", value=len(scheduler.waiting))
+        yield GaugeMetricFamily("steerlm_cache_tokens", "Tokens in the KV cache", value=scheduler.cached_tokens)
+        yield CounterMetricFamily("steerlm_steps", "Engine steps", value=generator.steps)
+        yield CounterMetricFamily("steerlm_sampled_tokens", "Tokens sampled", value=generator.sampled_tokens)
+
+
+class _Metrics:
+    def __init__(self, generator: Generator) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(_GeneratorCollector(generator))
+        self.requests = Counter("steerlm_requests", "HTTP requests", ["endpoint", "status"], registry=self.registry)
+        self.prompt_tokens = Counter("steerlm_prompt_tokens", "Prompt tokens taken in", registry=self.registry)
+        buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+        self.seconds = Histogram(
+            "steerlm_request_seconds", "Time to answer", ["endpoint"], registry=self.registry, buckets=buckets
+        )
+
+
+class _Endpoints:
+    """The two completion endpoints; what they share."""
+
+    def __init__(self, service: Service, loop: EngineLoop, metrics: _Metrics) -> None:
+        self.service, self.loop, self.metrics = service, loop, metrics
+        self.generator = service.generator
+
+    async def answer(self, name: str, understand: Callable[[], Ask], http: HttpRequest) -> Response:
+        """Understand, run, respond; count."""
+        began = time.monotonic()
+        try:
+            ask = await asyncio.to_thread(understand)
+            response = await (self._stream(ask) if ask.body.stream else self._whole(ask, http))
+            self.metrics.prompt_tokens.inc(sum(len(r.prompt_ids) for r in ask.requests[:: ask.body.n]))
+        except ApiError as e:
+            response = JSONResponse(e.body, e.status)
+        except UserError as e:
+            response = JSONResponse(ApiError(400, str(e)).body, 400)
+        except QueueFull as e:
+            body = ApiError(429, f"{e}; try again later", kind="rate_limit_error", code="queue_full").body
+            response = JSONResponse(body, 429, headers={"Retry-After": str(e.retry_after_sec)})
+        except EngineDead as e:
+            response = JSONResponse(ApiError(500, f"the engine stopped: {e}", kind="server_error").body, 500)
+        self.metrics.requests.labels(name, str(response.status_code)).inc()
+        self.metrics.seconds.labels(name).observe(time.monotonic() - began)
+        return response
+
+    async def _whole(self, ask: Ask, http: HttpRequest) -> Response:
+        handles = self.generator.submit_all(ask.requests)
+        results = asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles))
+        gone = asyncio.ensure_future(_disconnected(http))
+        try:
+            waits: list[asyncio.Future[Any]] = [results, gone]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if not results.done():
+                return Response(status_code=499)  # nobody is there to read it; it counts in the metrics
+            return JSONResponse(self.service.response(ask, await results))
+        finally:
+            gone.cancel()
+            results.cancel()
+            _cancel(handles)
+
+    async def _stream(self, ask: Ask) -> Response:
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[tuple[int, Delta | Result | BaseException]] = asyncio.Queue()
+
+        def sink(index: int) -> Callable[[Any], None]:
+            def put(event: Any) -> None:
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+            return put
+
+        sinks = [sink(i) for i in range(len(ask.requests))]
+        handles = self.generator.submit_all(ask.requests, sinks)
+        for put, handle in zip(sinks, handles, strict=True):
+            handle.future.add_done_callback(lambda future, put=put: put(future.exception() or future.result()))  # type: ignore[misc]
+        return StreamingResponse(self._events(ask, handles, events), media_type="text/event-stream")
+
+    async def _events(
+        self, ask: Ask, handles: Sequence[Handle], events: asyncio.Queue[tuple[int, Delta | Result | BaseException]]
+    ) -> AsyncIterator[bytes]:
+        results: dict[int, Result] = {}
+        begun: set[int] = set()
+        try:
+            while len(results) < len(handles):
+                index, event = await events.get()
+                if isinstance(event, BaseException):
+                    yield _sse(ApiError(500, f"the engine stopped: {event}", kind="server_error").body)
+                    return
+                if isinstance(event, Result):
+                    results[index] = event
+                    yield _sse(self.service.chunk(ask, index, None, (), event.finish_reason))
+                elif event.text or ask.body.return_token_ids or index not in begun:
+                    yield _sse(self.service.chunk(ask, index, event.text, event.token_ids, first=index not in begun))
+                    begun.add(index)
+            if ask.body.stream_options is not None and ask.body.stream_options.include_usage:
+                yield _sse(self.service.usage_chunk(ask, [results[i] for i in range(len(handles))]))
+            yield b"data: [DONE]\n\n"
+        finally:
+            _cancel(handles)
+
+
+def _cancel(handles: Sequence[Handle]) -> None:
+    for handle in handles:
+        handle.cancel()
+
+
+def _sse(body: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
+
+
+async def _disconnected(http: HttpRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+def create_app(service: Service, loop: EngineLoop) -> FastAPI:
+    """The ASGI application. The engine loop is the caller's to start and stop."""
+    app = FastAPI(title="steerlm_megatron", docs_url=None, redoc_url=None)
+    metrics = _Metrics(service.generator)
+    endpoints = _Endpoints(service, loop, metrics)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(http: HttpRequest, e: RequestValidationError) -> Response:
+        metrics.requests.labels(http.url.path, "400").inc()
+        return JSONResponse(validation_error(e.errors()).body, 400)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(http: HttpRequest, e: HTTPException) -> Response:
+        return JSONResponse(ApiError(e.status_code, f"{http.method} {http.url.path}: {e.detail}").body, e.status_code)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatBody, http: HttpRequest) -> Response:
+        return await endpoints.answer("/v1/chat/completions", lambda: service.chat(body), http)
+
+    @app.post("/v1/completions")
+    async def completions(body: CompletionBody, http: HttpRequest) -> Response:
+        return await endpoints.answer("/v1/completions", lambda: service.completion(body), http)
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return service.models()
+
+    @app.get("/health")
+    async def health() -> Response:
+        problem = loop.problem()
+        if problem is None:
+            return JSONResponse({"status": "ok", "steps": service.generator.steps})
+        return JSONResponse({"status": "failed", "reason": problem}, 503)
+
+    @app.get("/metrics")
+    async def metrics_text() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return app
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that accepts connections. ``stop`` (any thread) makes :func:`serve` finish what runs and return."""
+
+    url: str
+    stop: Callable[[], None]
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn that reports when it listens, and leaves a signal's aftermath to us: it would raise it again on its way
+    out."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def serve(
+    generator: Generator,
+    schema: AttributeSchema | None,
+    server: ServerConfig,
+    sampling: SamplingConfig,
+    ready: Callable[[Running], None] | None = None,
+    grace_sec: int = 30,
+) -> None:
+    """Serve until SIGTERM, SIGINT or ``Running.stop``; then refuse new connections and let what runs finish for
+    ``grace_sec``.
+
+    ``server.port`` 0 takes a free port. Ranks other than the replica's leader follow it and return when it ends.
+    Raises UserError if the port is taken. Collective over the replica.
+    """
+    if not generator.group.is_leader:
+        generator.worker_loop()
+        return
+    listener = _listen(server.host, server.port)
+    loop = EngineLoop(generator)
+    app = create_app(Service(generator, schema, server, sampling), loop)
+    port = listener.getsockname()[1]
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    url = f"http://{host}:{port}"
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=grace_sec
+    )
+
+    def on_ready() -> None:
+        log.info("serving %s on %s", server.model_name, url)
+        if ready is not None:
+            ready(Running(url, lambda: setattr(http, "should_exit", True)))
+
+    http = _Uvicorn(config, on_ready)
+    loop.start()
+    try:
+        http.run(sockets=[listener])
+    finally:
+        loop.stop()
+        listener.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        # Listening is what collides with another server that also set SO_REUSEADDR.
+        listener.listen(2048)
+    except (OSError, OverflowError) as e:
+        listener.close()
+        raise UserError(
+            f"server.host={host} server.port={port} cannot be used: {getattr(e, 'strerror', None) or e}; "
+            "stop what listens there or choose another server.port"
+        ) from e
+    return listener
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise UserError if nothing can listen there now: for commands to call before any long work."""
+    _listen(host, port).close()

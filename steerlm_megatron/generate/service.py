@@ -1,0 +1,240 @@
+"""What an HTTP request means: bodies to generator requests, results to bodies.
+
+Owns: prompts of chats (through the template alone), default parameters, response bodies. Does not own: HTTP
+(``server.py``), the bodies' shapes (``api.py``). Invariant: text that a client sends never becomes a control token.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
+from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.api import ApiError, ChatBody, CompletionBody, envelope, usage
+from steerlm_megatron.generate.generator import Generator
+from steerlm_megatron.generate.protocol import Request, Result, SamplingParams, derive_seed
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.records import Message
+from steerlm_megatron.steer.templates import Template
+
+
+@dataclass
+class Ask:
+    """One HTTP request, understood: ``choices`` requests for each of ``prompts`` prompts."""
+
+    id: str
+    kind: str  # the ``object`` of the response
+    body: ChatBody | CompletionBody
+    requests: list[Request]
+    prompts: int
+    created: int
+
+    @property
+    def is_chat(self) -> bool:
+        return isinstance(self.body, ChatBody)
+
+
+class Service:
+    """Translates between the API and a generator."""
+
+    def __init__(
+        self, generator: Generator, schema: AttributeSchema | None, server: ServerConfig, sampling: SamplingConfig
+    ) -> None:
+        """``schema`` None: a model without attribute conditioning; asking it for attributes is an error."""
+        self.generator, self.schema = generator, schema
+        self.server, self.sampling = server, sampling
+        self.started = int(time.time())
+        tokenizer, template = generator.tokenizer, generator.template
+        assert isinstance(template, Template)
+        self.template: Template = template
+        self.tokenizer: Tokenizer = tokenizer  # type: ignore[assignment]  # the generator needs less of it
+
+    # ---- in ----
+
+    def chat(self, body: ChatBody) -> Ask:
+        """Understand a chat. Raises ApiError."""
+        self._check_model(body.model)
+        if body.max_tokens is not None and body.max_completion_tokens is not None:
+            raise ApiError(400, "max_tokens and max_completion_tokens are the same thing; give one", "max_tokens")
+        try:
+            prompt_ids = self.chat_prompt(body)
+        except UserError as e:
+            raise ApiError(400, str(e), "messages") from e
+        max_tokens = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
+        return self._ask("chatcmpl", "chat.completion", body, [prompt_ids], max_tokens, bool(body.logprobs))
+
+    def chat_prompt(self, body: ChatBody) -> list[int]:
+        """Token ids up to where the response starts."""
+        messages = []
+        for i, message in enumerate(body.messages):
+            where = f"messages[{i}]"
+            if message.role == "system" and i > 0:
+                raise ApiError(400, f"{where}: a system message must come first", "messages")
+            if message.attributes is not None and message.role != "assistant":
+                raise ApiError(400, f"{where}: attributes belong to assistant messages", "messages")
+            values = self._values(message.attributes, f"{where}.attributes")
+            messages.append(Message(message.role, message.text(), values))
+        if messages[-1].role != "user":
+            raise ApiError(400, "the last of messages must be the user's; the response follows it", "messages")
+        levels = None
+        if self.schema is not None:
+            try:
+                levels = self.schema.complete(body.attributes)
+            except UserError as e:
+                raise ApiError(400, f"attributes: {e}", "attributes") from e
+        elif body.attributes:
+            self._values(body.attributes, "attributes")
+        return self.tokenizer.encode_segments(self.template.prefix(messages, self.schema, levels))[0]
+
+    def _values(self, values: Mapping[str, Any] | None, where: str) -> Mapping[str, float] | None:
+        if not values:
+            return None
+        param = where if where == "attributes" else "messages"
+        if self.schema is None:
+            names = ", ".join(values)
+            raise ApiError(400, f"{where}: {names}: this model was trained without attributes; leave them out", param)
+        try:
+            self.schema.check_values(values)
+        except UserError as e:
+            raise ApiError(400, f"{where}: {e}", param) from e
+        return values
+
+    def completion(self, body: CompletionBody) -> Ask:
+        """Understand a plain completion. Raises ApiError."""
+        self._check_model(body.model)
+        if body.best_of is not None and body.best_of != body.n:
+            raise ApiError(400, f"best_of={body.best_of} must equal n={body.n}: choices are not ranked", "best_of")
+        prompts = []
+        for prompt in body.prompts():
+            try:
+                prompts.append(self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+            except UserError as e:
+                raise ApiError(400, str(e), "prompt") from e
+        return self._ask("cmpl", "text_completion", body, prompts, body.max_tokens, body.logprobs is not None)
+
+    def _check_model(self, model: str | None) -> None:
+        if model is not None and model != self.server.model_name:
+            message = f"model {model!r} is not served here; this is {self.server.model_name!r} (server.model_name)"
+            raise ApiError(404, message, "model", code="model_not_found")
+
+    def _ask(
+        self,
+        prefix: str,
+        kind: str,
+        body: ChatBody | CompletionBody,
+        prompts: Sequence[list[int]],
+        max_tokens: int | None,
+        logprobs: bool,
+    ) -> Ask:
+        if logprobs and body.stream:
+            raise ApiError(400, "logprobs are not available with stream=true; drop one of them", "logprobs")
+        if body.stream_options is not None and not body.stream:
+            raise ApiError(400, "stream_options needs stream=true", "stream_options")
+        request_id = f"{prefix}-{uuid.uuid4().hex}"
+        base_seed = body.seed if body.seed is not None else random.SystemRandom().getrandbits(62)
+        defaults = self.sampling
+        requests: list[Request] = []
+        for p, ids in enumerate(prompts):
+            room = self.server.max_sequence_tokens - len(ids)
+            wanted = max_tokens if max_tokens is not None else max(1, min(defaults.max_tokens, room))
+            problem = self.generator.problem(len(ids), wanted)
+            if problem:
+                raise ApiError(
+                    400, problem, "messages" if prefix == "chatcmpl" else "prompt", code="context_length_exceeded"
+                )
+            for choice in range(body.n):
+                params = SamplingParams(
+                    temperature=_or(body.temperature, defaults.temperature),
+                    top_k=_or(body.top_k, defaults.top_k),
+                    top_p=_or(body.top_p, defaults.top_p),
+                    max_tokens=wanted,
+                    # Equal prompts of a list differ too; a request on its own is reproducible from its seed.
+                    seed=derive_seed(base_seed, p * body.n + choice),
+                    stop=body.stops(),
+                    logprobs=logprobs,
+                )
+                requests.append(Request(f"{request_id}-{p}-{choice}", tuple(ids), params))
+        return Ask(request_id, kind, body, requests, len(prompts), int(time.time()))
+
+    # ---- out ----
+
+    def response(self, ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
+        """The whole body."""
+        choices = []
+        for i, result in enumerate(results):
+            choice: dict[str, Any] = {"index": i, "finish_reason": result.finish_reason, "logprobs": None}
+            if ask.is_chat:
+                choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
+            else:
+                choice["text"] = result.text
+            if result.logprobs is not None:
+                choice["logprobs"] = self._logprobs(ask, result)
+            if ask.body.return_token_ids:
+                choice["token_ids"] = list(result.token_ids)
+            choices.append(choice)
+        head = envelope(ask.kind, ask.id, self.server.model_name, ask.created)
+        return {**head, "choices": choices, "usage": usage(results, ask.prompts)}
+
+    def _logprobs(self, ask: Ask, result: Result) -> dict[str, Any]:
+        assert result.logprobs is not None
+        tokens = [self.tokenizer.decode([i]) for i in result.token_ids]
+        if ask.is_chat:
+            content = [
+                {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
+                for token, logprob in zip(tokens, result.logprobs, strict=True)
+            ]
+            return {"content": content, "refusal": None}
+        offsets = [0]
+        for token in tokens:
+            offsets.append(offsets[-1] + len(token))
+        return {
+            "tokens": tokens,
+            "token_logprobs": list(result.logprobs),
+            "top_logprobs": None,
+            "text_offset": offsets[:-1],
+        }
+
+    def chunk(
+        self, ask: Ask, index: int, text: str | None, ids: Sequence[int], reason: str | None = None, first: bool = False
+    ) -> dict[str, Any]:
+        """One piece of a stream. ``text`` None: nothing but the finish reason."""
+        choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+        if ask.is_chat:
+            delta: dict[str, Any] = {"role": "assistant"} if first else {}
+            if text is not None:
+                delta["content"] = text
+            choice["delta"] = delta
+        else:
+            choice["text"] = text or ""
+        if ask.body.return_token_ids:
+            choice["token_ids"] = list(ids)
+        kind = "chat.completion.chunk" if ask.is_chat else ask.kind
+        return {**envelope(kind, ask.id, self.server.model_name, ask.created), "choices": [choice]}
+
+    def usage_chunk(self, ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
+        """The last piece of a stream that asked for token counts."""
+        kind = "chat.completion.chunk" if ask.is_chat else ask.kind
+        head = envelope(kind, ask.id, self.server.model_name, ask.created)
+        return {**head, "choices": [], "usage": usage(results, ask.prompts)}
+
+    def models(self) -> dict[str, Any]:
+        """``GET /v1/models``."""
+        model: dict[str, Any] = {
+            "id": self.server.model_name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "steerlm_megatron",
+            "max_model_len": self.server.max_sequence_tokens,
+            "attributes": None if self.schema is None else self.schema.to_dict(),
+        }
+        return {"object": "list", "data": [model]}
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

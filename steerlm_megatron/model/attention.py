@@ -1,0 +1,291 @@
+"""Attention over packed rows: exact, without Transformer Engine.
+
+Owns: :class:`PackedTokens` (what a forward pass knows about document boundaries), the ``core_attention`` module that
+Megatron-Core's ``SelfAttention`` calls, and its backends. Does not own: projections and RoPE arithmetic (Megatron-Core), the KV
+cache (``generate/kv_cache.py``).
+Invariant: no token attends outside its own document, on any backend; logits equal those of the documents run alone.
+
+Megatron-Core refuses packed input in its own core attention (facts/performance_references §2b). It hands ``packed_seq_params`` on
+unread unless ``qkv_format == "thd"``, and applies RoPE from a table that it is given; so a row travels as an ordinary [T, 1, ...]
+sequence whose RoPE table holds each token's own position, and only this module looks at the boundaries.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from steerlm_megatron.errors import UserError
+
+# Documents of up to this many tokens share batched attention calls; longer ones are worth a call of their own.
+_ALONE_FROM_TOKENS = 512
+
+
+class KVCacheLike(Protocol):
+    """What generation puts into :class:`PackedTokens` to take attention over."""
+
+    def attend(
+        self, layer_number: int, q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Store this step's keys and values of a layer (1-based, global number); return the attention output [T, N, H]."""
+        ...
+
+
+@dataclass
+class PackedTokens(PackedSeqParams):
+    """Document boundaries of T packed tokens, for every layer of one forward pass.
+
+    ``positions_T``: int64, each token's position in its own document. ``cu_seqlens``: int32 [docs + 1], covers all T tokens.
+    ``lengths``: the same on the host, so that no layer synchronises. With ``kv`` set, boundaries are the cache's affair.
+    ``output_index_K`` spares the output layer the positions nobody asks about: masked tokens, prompts, all but a pooled one.
+    """
+
+    qkv_format: str = "packed"  # anything but "thd": Megatron-Core then leaves the layout alone
+    positions_T: torch.Tensor | None = None
+    cu_seqlens: torch.Tensor | None = None
+    lengths: list[int] = field(default_factory=list)
+    kv: KVCacheLike | None = None
+    output_index_K: torch.Tensor | None = None  # int64, the tokens whose output is wanted; None: all of them
+    max_seqlen_q: int = 0
+    max_seqlen_kv: int = 0
+    _buckets: list[Bucket] | None = None
+    _order_T: torch.Tensor | None = None
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, positions_T: torch.Tensor) -> PackedTokens:
+        """From int32 [docs + 1] boundaries on the host and the positions they imply, both moved with the row."""
+        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        longest = max(lengths)
+        return cls(
+            positions_T=positions_T, cu_seqlens=cu_seqlens, lengths=lengths, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
+
+    def to(self, device: torch.device) -> PackedTokens:
+        """Move what kernels read to ``device``."""
+        assert self.positions_T is not None and self.cu_seqlens is not None
+        self.positions_T = self.positions_T.to(device, non_blocking=True)
+        self.cu_seqlens = self.cu_seqlens.to(device, non_blocking=True)
+        if self.output_index_K is not None:
+            self.output_index_K = self.output_index_K.to(device, non_blocking=True)
+        return self
+
+    def buckets(self) -> tuple[list[Bucket], torch.Tensor]:
+        """The batched calls that cover all documents, and where each token's output stands in their concatenation."""
+        if self._buckets is None:
+            assert self.positions_T is not None
+            self._buckets, self._order_T = _make_buckets(self.lengths, self.positions_T.device)
+        assert self._order_T is not None
+        return self._buckets, self._order_T
+
+
+@dataclass
+class Bucket:
+    """Documents of similar length, padded at their end to one length.
+
+    ``index_P``: token index of each of the ``documents * length`` slots; a padding slot repeats its document's last token.
+    Causality keeps padding out: it stands after every real token, so no real query sees it. ``back_P``: for the backward pass.
+    """
+
+    documents: int
+    length: int
+    index_P: torch.Tensor
+    slots_R: torch.Tensor  # positions in index_P that are real tokens
+    tokens_R: torch.Tensor  # and the tokens they are
+
+
+def _bucket_ceiling(length: int) -> int:
+    """Lengths 1..8 → 8, then 8 steps per doubling: at most 1/8 of a bucket is padding."""
+    if length <= 8:
+        return 8
+    step = 1 << max(0, (length - 1).bit_length() - 4)
+    return -(-length // step) * step
+
+
+def _make_buckets(lengths: list[int], device: torch.device) -> tuple[list[Bucket], torch.Tensor]:
+    starts: list[int] = []
+    total = 0
+    groups: dict[int, list[int]] = {}
+    for document, length in enumerate(lengths):
+        starts.append(total)
+        total += length
+        key = _bucket_ceiling(length) if length < _ALONE_FROM_TOKENS else -1 - document
+        groups.setdefault(key, []).append(document)
+    buckets: list[Bucket] = []
+    order_T = torch.empty(total, dtype=torch.int64)
+    offset = 0
+    for documents in groups.values():
+        longest = max(lengths[d] for d in documents)
+        first_D = torch.tensor([starts[d] for d in documents])
+        length_D = torch.tensor([lengths[d] for d in documents])
+        step_L = torch.arange(longest)
+        index_DL = first_D[:, None] + torch.minimum(step_L[None, :], length_D[:, None] - 1)
+        slots_R = (step_L[None, :] < length_D[:, None]).reshape(-1).nonzero().squeeze(1)
+        index_P = index_DL.reshape(-1)
+        tokens_R = index_P[slots_R]
+        order_T[tokens_R] = offset + slots_R
+        offset += index_P.numel()
+        buckets.append(
+            Bucket(len(documents), longest, index_P.to(device), slots_R.to(device), tokens_R.to(device))
+        )
+    return buckets, order_T.to(device)
+
+
+class _Gather(torch.autograd.Function):
+    """``x[index]`` whose backward is the inverse gather: padding slots carry no gradient, so nothing has to be accumulated."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TNH: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+        ctx.bucket, ctx.tokens = bucket, x_TNH.shape[0]
+        return x_TNH.index_select(0, bucket.index_P)
+
+    @staticmethod
+    def backward(ctx: Any, grad_PNH: torch.Tensor) -> tuple[torch.Tensor, None]:
+        grad_TNH = grad_PNH.new_zeros((ctx.tokens, *grad_PNH.shape[1:]))
+        grad_TNH.index_copy_(0, ctx.bucket.tokens_R, grad_PNH.index_select(0, ctx.bucket.slots_R))
+        return grad_TNH, None
+
+
+def attend_sdpa(
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, packed: PackedTokens, scale: float, dropout: float = 0.0
+) -> torch.Tensor:
+    """Causal attention inside each document through torch's SDPA, in as few calls as lengths allow. Returns [T, N, H]."""
+    buckets, order_T = packed.buckets()
+    grouped = q_TNH.shape[1] != k_TGH.shape[1]
+    outputs: list[torch.Tensor] = []
+    for bucket in buckets:
+        q, k, v = (
+            _Gather.apply(x, bucket).unflatten(0, (bucket.documents, bucket.length)).transpose(1, 2)
+            for x in (q_TNH, k_TGH, v_TGH)
+        )
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=bucket.length > 1, scale=scale, dropout_p=dropout, enable_gqa=grouped
+        )
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).index_select(0, order_T)
+
+
+def _varlen_function() -> Callable[..., torch.Tensor] | None:
+    """torch's variable-length flash attention with causality bound the way this torch spells it, or None without it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = inspect.signature(varlen_attn).parameters
+    # 2.10 says is_causal; later versions say window_size=(-1, 0).
+    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    has_gqa, has_scale = "enable_gqa" in names, "scale" in names
+
+    def call(
+        q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, packed: PackedTokens, scale: float, dropout: float = 0.0
+    ) -> torch.Tensor:
+        assert dropout == 0.0, "refused by attention_backend()"
+        extra: dict[str, Any] = {"scale": scale} if has_scale else {}
+        if q_TNH.shape[1] != k_TGH.shape[1]:
+            if has_gqa:
+                extra["enable_gqa"] = True
+            else:
+                repeat = q_TNH.shape[1] // k_TGH.shape[1]
+                k_TGH, v_TGH = k_TGH.repeat_interleave(repeat, 1), v_TGH.repeat_interleave(repeat, 1)
+        cu, longest = packed.cu_seqlens, packed.max_seqlen_q
+        return varlen_attn(q_TNH, k_TGH, v_TGH, cu, cu, longest, longest, **causal, **extra)
+
+    return call
+
+
+def attention_backend(name: str, config: TransformerConfig) -> Callable[..., torch.Tensor]:
+    """The function behind ``engine.attention``: ``auto`` takes ``varlen`` where it can run (CUDA, bf16, no dropout)."""
+    usable = torch.cuda.is_available() and config.params_dtype is not torch.float32 and config.attention_dropout == 0.0
+    if name == "sdpa" or (name == "auto" and not usable):
+        return attend_sdpa
+    function = _varlen_function() if usable else None
+    if function is None:
+        if name == "auto":
+            return attend_sdpa
+        raise UserError(
+            f"engine.attention={name} needs CUDA, engine.precision=bf16, model.dropout=0 and torch >= 2.10; "
+            "use engine.attention=sdpa or auto"
+        )
+    return function
+
+
+class PackedAttention(MegatronModule):
+    """``core_attention`` of Megatron-Core's ``SelfAttention`` for packed rows and for generation with a KV cache."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(config=config)
+        assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
+        assert config.context_parallel_size == 1, "refused by config.load"
+        self.layer_number = layer_number
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        assert config.kv_channels is not None
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.attend = attention_backend(backend, config)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        /,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedTokens | None = None,
+    ) -> torch.Tensor:
+        """[T, 1, N, H], [T, 1, G, H] twice → [T, 1, N * H]."""
+        assert isinstance(packed_seq_params, PackedTokens) and attention_bias is None
+        q_TNH, k_TGH, v_TGH = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if packed_seq_params.kv is not None:
+            out_TNH = packed_seq_params.kv.attend(self.layer_number, q_TNH, k_TGH, v_TGH, self.scale)
+        elif self.training and self.dropout > 0.0:
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                out_TNH = self.attend(q_TNH, k_TGH, v_TGH, packed_seq_params, self.scale, self.dropout)
+        else:
+            out_TNH = self.attend(q_TNH, k_TGH, v_TGH, packed_seq_params, self.scale)
+        return out_TNH.reshape(out_TNH.shape[0], 1, -1)
+
+
+class PackedRotaryEmbedding(RotaryEmbedding):
+    """RoPE table of a packed row: entry t belongs to the position of token t in its own document.
+
+    ``GPTModel`` asks for the table's length with ``packed_seq_params`` in hand and for the table right after; the first call
+    leaves the positions for the second. The table then travels as a tensor, so recomputation and pipelining see the right one.
+    """
+
+    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
+        """Remember the row's positions; return how many there are."""
+        packed = kwargs.get("packed_seq_params", args[4] if len(args) > 4 else None)
+        assert isinstance(packed, PackedTokens) and packed.positions_T is not None
+        self._positions_T = packed.positions_T
+        return packed.positions_T.shape[0]
+
+    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
+        """[T, 1, 1, rotary dim] angles, float32."""
+        positions_T = self._positions_T
+        if self.inv_freq.device != positions_T.device:
+            self.inv_freq = self.inv_freq.to(positions_T.device)
+        freqs_TR = torch.outer(positions_T.to(self.inv_freq.dtype), self.inv_freq)
+        return torch.cat((freqs_TR, freqs_TR), dim=-1)[:, None, None, :]

@@ -1,0 +1,251 @@
+"""Building the Megatron-Core ``GPTModel`` of a configuration.
+
+Owns: the mapping from ``ModelConfig`` to Megatron-Core, the layer spec, initial weights. Does not own: data-parallel wrapping and
+precision (engines), weights from elsewhere (``train/checkpoint.py``).
+Invariant: initial weights are a function of (seed, parameter name) alone, so every TP x PP layout starts from the same model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from steerlm_megatron.model.attention import PackedAttention, PackedRotaryEmbedding
+from steerlm_megatron.model.norm import PackedNorm
+from steerlm_megatron.model.regression_head import RegressionHead
+from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
+
+_ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
+
+
+class PackedGPTModel(GPTModel):
+    """``GPTModel`` that applies its output layer only where an output is wanted (``PackedTokens.output_index_K``).
+
+    With labels of the same K positions it returns their losses [1, K]; without, logits [1, K, V] (or attribute values [1, K, A]).
+    """
+
+    def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self.post_process:
+            if self.config.sequence_parallel:
+                # The output layer is built for whole sequences (see build_model): what follows is the same on every rank up to
+                # its own all-reduce, so here the gradient is split, not summed.
+                hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+                    hidden_states, tensor_parallel_output_grad=False
+                )
+            index_K = kwargs["packed_seq_params"].output_index_K
+            if index_K is not None:
+                hidden_states = hidden_states.index_select(0, index_K)
+        return super()._postprocess(hidden_states=hidden_states, **kwargs)
+
+
+def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
+    """Rows of the embedding: ``vocab_size`` rounded up so that tensor parallelism divides it.
+
+    ``multiple`` is 128 by default, as in Megatron: the result is then the same for every power-of-two ``tensor``, which is what
+    lets a checkpoint move between layouts.
+    """
+    unit = math.lcm(multiple, tensor)
+    return -(-vocab_size // unit) * unit
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, *, per_token_loss: bool = True
+) -> TransformerConfig:
+    """Megatron-Core's configuration of ``model`` laid out by ``parallel``, run as ``engine`` says."""
+    dtype = dtype_of(engine.precision)
+    recompute: dict[str, Any] = {}
+    if engine.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif engine.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_heads,
+        num_query_groups=model.num_query_groups or model.num_heads,
+        kv_channels=model.head_dim or model.hidden_size // model.num_heads,
+        ffn_hidden_size=model.ffn_hidden_size,
+        activation_func=_ACTIVATIONS[model.activation],
+        gated_linear_unit=model.activation == "swiglu",
+        normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
+        layernorm_zero_centered_gamma=model.norm == "layernorm1p",
+        layernorm_epsilon=model.norm_epsilon,
+        add_bias_linear=model.bias,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.dropout,
+        init_method_std=model.init_std,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        # Interleaved stages exchange both directions at once. Batched, two stages would pair the wrong messages; unbatched,
+        # Megatron-Core keeps the directions apart in two groups.
+        overlap_p2p_comm=parallel.virtual_pipeline is not None,
+        batch_p2p_comm=parallel.virtual_pipeline is None,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=per_token_loss,
+        deterministic_mode=False,
+        # Megatron-Core marks split parameters while it draws them; initialize_parameters or a checkpoint then replaces the values.
+        perform_initialization=True,
+        use_cpu_initialization=not has_cuda(),
+        # Fusions need Apex or Transformer Engine kernels.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        bias_activation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **recompute,
+    )
+
+
+def layer_spec(attention: str) -> ModuleSpec:
+    """One transformer layer: Megatron-Core's modules with our core attention and norms."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=PackedNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=_core_attention(attention),
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=PackedNorm,
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def _core_attention(backend: str) -> Any:
+    def build(**kwargs: Any) -> PackedAttention:
+        return PackedAttention(**kwargs, backend=backend)
+
+    return build
+
+
+def build_model(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    engine: EngineConfig,
+    vocab_size: int,
+    attributes: int | None = None,
+    seed: int = 0,
+    vp_stage: int | None = None,
+    gather_logits: bool = False,
+    initialize: bool = True,
+) -> PackedGPTModel:
+    """This rank's part of the model, on its device, in float32 (engines convert).
+
+    ``attributes``: build the regression head with that many outputs in place of the output layer. ``vocab_size``: of the
+    tokenizer; the embedding has :func:`padded_vocab_size` rows. ``gather_logits``: full-vocabulary logits on every
+    tensor-parallel rank (generation). ``initialize=False`` leaves the weights to a checkpoint.
+    """
+    config = transformer_config(model, parallel, engine)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    chunks = parallel.virtual_pipeline or 1
+    first = stage == 0 and (vp_stage or 0) == 0
+    last = stage == parallel.pipeline - 1 and (vp_stage or 0) == chunks - 1
+    layers = get_num_layers_to_build(config, vp_stage)
+    spec = TransformerBlockSubmodules(layer_specs=[layer_spec(engine.attention)] * layers, layer_norm=PackedNorm)
+    gpt = PackedGPTModel(
+        config=config,
+        transformer_layer_spec=spec,  # type: ignore[arg-type]  # mcore takes either
+        vocab_size=padded_vocab_size(vocab_size, model.vocab_multiple, parallel.tensor),
+        max_sequence_length=model.max_position,
+        pre_process=first,
+        post_process=last,
+        parallel_output=not gather_logits,
+        share_embeddings_and_output_weights=model.tie_embeddings and attributes is None,
+        position_embedding_type="rope",
+        rotary_percent=model.rotary_percent,
+        rotary_base=int(model.rotary_base),
+        vp_stage=vp_stage,
+    )
+    gpt.rotary_pos_emb = PackedRotaryEmbedding(
+        kv_channels=config.kv_channels,
+        rotary_percent=model.rotary_percent,
+        rotary_base=int(model.rotary_base),
+        use_cpu_initialization=not has_cuda(),
+        cp_group=gpt.pg_collection.cp,
+    )
+    if last:
+        if attributes is not None:
+            gpt.output_layer = RegressionHead(config, attributes)
+        else:
+            gpt.output_layer.sequence_parallel = False  # PackedGPTModel gathers the sequence itself
+            gpt.output_layer.allreduce_dgrad = parallel.tensor > 1
+    if initialize:
+        initialize_parameters(gpt, model, seed, vocab_size)
+    return gpt.to(device())
+
+
+def global_names(gpt: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters with the names they have in the unsplit model: layer numbers count from the model's first layer."""
+    numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(gpt.decoder.layers)}
+    for name, parameter in gpt.named_parameters():
+        for local, number in numbers.items():
+            if name.startswith(local):
+                name = f"decoder.layers.{number}.{name[len(local) :]}"
+                break
+        yield name, parameter
+
+
+def initialize_parameters(gpt: GPTModel, model: ModelConfig, seed: int, vocab_size: int) -> None:
+    """Draw the initial weights: N(0, init_std²), and N(0, init_std² / 2L) for the projections into the residual stream.
+
+    Each whole parameter is drawn from a generator seeded by (seed, name), and this rank keeps its slice. Embedding rows beyond
+    the tokenizer's vocabulary start at zero.
+    """
+    world, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    for name, parameter in global_names(gpt):
+        if "layernorm" in name or "norm." in name or name.endswith("bias") or name.startswith("output_layer.regression"):
+            if name.endswith("linear_qkv.bias") or ".linear_" in name and name.endswith("bias"):
+                parameter.data.zero_()
+            continue
+        residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        std = model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
+        if name == "output_layer.weight" and model.tie_embeddings:
+            name = "embedding.word_embeddings.weight"  # the tied copy on the last stage is the same tensor
+        split = world > 1 and getattr(parameter, "tensor_model_parallel", False)
+        axis, stride = getattr(parameter, "partition_dim", 0), getattr(parameter, "partition_stride", 1)
+        shape = list(parameter.shape)
+        if split:
+            shape[axis] *= world
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        full = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            full[vocab_size:] = 0.0
+        if split:
+            # A gated layer stores [gate; up]: stride 2, each half split on its own.
+            full = torch.cat(full.chunk(world * stride, dim=axis)[rank::world], dim=axis)
+        parameter.data.copy_(full)

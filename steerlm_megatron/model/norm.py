@@ -1,0 +1,34 @@
+"""RMSNorm, LayerNorm and LayerNorm-1p that may run under sequence parallelism without Transformer Engine or Apex.
+
+Invariant: statistics are computed in float32, whatever the activations' dtype. With sequence parallelism each rank sees its own
+tokens, so the weights' gradients are partial; ``weight.sequence_parallel = True`` makes Megatron-Core sum them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class PackedNorm(torch.nn.Module):
+    """One of the three norms over the last dimension; ``config.normalization`` and ``layernorm_zero_centered_gamma`` say which."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.rms = config.normalization == "RMSNorm"
+        self.one_plus = config.layernorm_zero_centered_gamma
+        self.eps = eps
+        self.shape = (hidden_size,)
+        self.weight = torch.nn.Parameter(torch.zeros(hidden_size) if self.one_plus else torch.ones(hidden_size))
+        if not self.rms:
+            self.bias = torch.nn.Parameter(torch.zeros(hidden_size))
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] → [..., D], same dtype."""
+        weight = self.weight + 1 if self.one_plus else self.weight
+        if self.rms:
+            return F.rms_norm(x.float(), self.shape, weight.float(), self.eps).to(x.dtype)
+        return F.layer_norm(x.float(), self.shape, weight.float(), self.bias.float(), self.eps).to(x.dtype)

@@ -1,0 +1,40 @@
+"""The attribute-prediction head: hidden state → one float per attribute.
+
+HelpSteer (arXiv 2311.09528 §4.4; facts §8.1): a linear layer with bias on the hidden state at the end of the response. It takes
+the place of the output layer on the last pipeline stage, so the model around it stays Megatron-Core's ``GPTModel``. Which
+positions it is applied to is said by ``PackedTokens.output_index_K``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RegressionHead(MegatronModule):
+    """Linear(D, A), computed in float32, the same on every tensor-parallel rank.
+
+    Starts at zero weight: before training it predicts its bias, which :meth:`set_bias` puts at the labels' mean, the best
+    constant. Training then only has to find what the text adds.
+    """
+
+    def __init__(self, config: TransformerConfig, attributes: int) -> None:
+        super().__init__(config=config)
+        self.regression = torch.nn.Linear(config.hidden_size, attributes, bias=True)
+        torch.nn.init.zeros_(self.regression.weight)
+        torch.nn.init.zeros_(self.regression.bias)
+
+    def set_bias(self, mean_A: torch.Tensor) -> None:
+        """Start from ``mean_A``, the training labels' mean (float32 [A])."""
+        with torch.no_grad():
+            self.regression.bias.copy_(mean_A)
+
+    def forward(
+        self, hidden_SBD: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None
+    ) -> tuple[torch.Tensor, None]:
+        """[K, 1, D] → ([K, 1, A] float32, no bias). The signature is that of a Megatron-Core output layer."""
+        head = self.regression
+        return torch.nn.functional.linear(hidden_SBD.float(), head.weight.float(), head.bias.float()), None

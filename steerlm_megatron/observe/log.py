@@ -1,0 +1,88 @@
+"""Log lines: one logger for the whole package, on the console and in ``run_dir/log/rank_N.log``.
+
+Owns: where lines go and how they look. Does not own: metrics (``metrics.py``) and bars (``progress.py``).
+Invariant: nothing is printed before ``setup_logging``, and calling it twice replaces the handlers, never doubles them.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import cache
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+ROOT_NAME = "steerlm"
+_FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
+_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+
+
+class _StderrHandler(logging.StreamHandler):
+    """Writes to whatever ``sys.stderr`` is at the time of the line: tests and launchers replace it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+@cache
+def console() -> Console:
+    """The one rich console of this process (standard error). Bars and log lines share it, so that neither tears the
+    other.
+    """
+    return Console(stderr=True)
+
+
+def get_logger(name: str = "") -> logging.Logger:
+    """The package's logger, or the child ``name`` of it. ``__name__`` of a module of the package may be given as it
+    is.
+    """
+    name = name.removeprefix("steerlm_megatron").strip(".")
+    return logging.getLogger(f"{ROOT_NAME}.{name}" if name else ROOT_NAME)
+
+
+def setup_logging(
+    run_dir: str | Path | None = None, rank: int = 0, *, level: str = "INFO", terminal: bool | None = None
+) -> logging.Logger:
+    """Sends the package's log lines to the console and, with ``run_dir``, to ``run_dir/log/rank_<rank>.log``
+    (appended).
+
+    On the console rank 0 shows ``level`` and above, other ranks warnings and above, marked with their rank. The file
+    has ``level`` and above of its own rank. ``terminal`` None: rich where standard error is a terminal, plain lines
+    with time stamps elsewhere.
+    """
+    logger = logging.getLogger(ROOT_NAME)
+    close_logging()
+    logger.setLevel(level)
+    logger.propagate = False  # hydra and torch put handlers of their own on the root logger
+
+    use_rich = console().is_terminal if terminal is None else terminal
+    mark = "" if rank == 0 else f"[rank {rank}] "
+    if use_rich:
+        handler: logging.Handler = RichHandler(
+            console=console(), show_path=False, markup=False, highlighter=None, log_time_format="[%H:%M:%S]"
+        )
+        handler.setFormatter(logging.Formatter(f"{mark}%(message)s"))
+    else:
+        handler = _StderrHandler()
+        handler.setFormatter(logging.Formatter(_FORMAT.replace("%(message)s", f"{mark}%(message)s"), _DATE_FORMAT))
+    handler.setLevel(level if rank == 0 else logging.WARNING)
+    logger.addHandler(handler)
+
+    if run_dir is not None:
+        path = Path(run_dir) / "log" / f"rank_{rank}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file_handler = logging.FileHandler(path, encoding="utf-8")
+        file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", _DATE_FORMAT))
+        logger.addHandler(file_handler)
+    return logger
+
+
+def close_logging() -> None:
+    """Flushes, closes and takes away the handlers that ``setup_logging`` put there."""
+    logger = logging.getLogger(ROOT_NAME)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,257 @@
+"""Numbers over time: ``metrics.jsonl``, the optional TensorBoard sink, throughput and model FLOPs.
+
+Owns: the file's format and the definition of the rates. Does not own: which numbers a stage logs.
+Invariant: every line of ``metrics.jsonl`` that ends in a newline is one strict-JSON object; a step occurs at most
+once per run, resumed or not, when the caller says where it resumed (``truncate_after``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.runfolder import atomic_path, to_strict_json
+
+FILE_NAME = "metrics.jsonl"
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a metrics file, in order. A last line without newline that does not parse is a torn write: left
+    out.
+
+    Raises:
+        UserError: any other line is not a JSON object.
+    """
+    path = Path(path)
+    rows: list[dict[str, Any]] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number}: not JSON ({error}); delete the line to go on with this run") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: not a JSON object; delete the line to go on with this run")
+        rows.append(row)
+    return rows
+
+
+class MetricsWriter:
+    """Appends one JSON object per logged step to ``run_dir/metrics.jsonl``, flushed line by line.
+
+    Non-finite numbers are written as null and their names listed under ``nonfinite``: the file stays strict JSON and
+    a NaN loss stays visible. With ``active=False`` (ranks other than 0) nothing is opened or written.
+    """
+
+    def __init__(self, run_dir: str | Path, *, tensorboard: bool = False, active: bool = True) -> None:
+        """Opens for appending; a torn last line of a killed run is cut off first.
+
+        Raises:
+            UserError: ``tensorboard`` is asked for and not installed.
+        """
+        self.path = Path(run_dir) / FILE_NAME
+        self.active = active
+        self._stream: TextIO | None = None
+        self._tensorboard: Any = None
+        self._tensorboard_dir = Path(run_dir) / "tensorboard" if tensorboard and active else None
+        self._purge_step: int | None = None
+        if self._tensorboard_dir is not None:
+            _summary_writer_class()  # missing: say so now, not at the first logged step
+        if active and self.path.exists():
+            self._rewrite(lambda row: True)
+
+    def truncate_after(self, step: int) -> int:
+        """Drops the lines whose ``step`` is beyond ``step``, the one training resumes from. Returns how many were
+        dropped.
+        """
+        if not self.active:
+            return 0
+        self.close()
+        self._purge_step = step + 1
+        return self._rewrite(lambda row: row.get("step", step) <= step) if self.path.exists() else 0
+
+    def _rewrite(self, keep: Callable[[Mapping[str, Any]], bool]) -> int:
+        rows = read_metrics(self.path)
+        kept = [row for row in rows if keep(row)]
+        if len(kept) == len(rows) and self.path.read_bytes()[-1:] in (b"", b"\n"):
+            return 0
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row, allow_nan=False) + "\n" for row in kept), encoding="utf-8")
+        return len(rows) - len(kept)
+
+    def write(self, step: int, values: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        """Appends ``{"step": step, **values, **more}``; numpy and torch scalars are turned into numbers.
+
+        Returns the object as written (also where the writer is not active).
+        """
+        raw = {**(values or {}), **more}
+        row: dict[str, Any] = {"step": int(step), **to_strict_json(raw)}
+        nonfinite = sorted(name for name, value in raw.items() if _has_nonfinite(value))
+        if nonfinite:
+            row["nonfinite"] = nonfinite
+        if not self.active:
+            return row
+        if self._stream is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self.path.open("a", encoding="utf-8")
+        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
+        self._stream.flush()
+        self._write_tensorboard(row)
+        return row
+
+    def _write_tensorboard(self, row: Mapping[str, Any]) -> None:
+        if self._tensorboard_dir is None:
+            return
+        if self._tensorboard is None:
+            self._tensorboard = _summary_writer_class()(str(self._tensorboard_dir), purge_step=self._purge_step)
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                self._tensorboard.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Closes the sinks; a later ``write`` opens them again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _has_nonfinite(value: Any) -> bool:
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, Mapping):
+        return any(_has_nonfinite(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return any(_has_nonfinite(item) for item in value)
+    return False
+
+
+def _summary_writer_class() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            "tracking.tensorboard=true needs the package tensorboard; pip install 'steerlm_megatron[tracking]' "
+            "or set tracking.tensorboard=false"
+        ) from error
+    return SummaryWriter
+
+
+def model_flops(
+    num_parameters: int,
+    num_layers: int,
+    hidden_size: int,
+    tokens: int,
+    sum_squared_lengths: float,
+    *,
+    training: bool = True,
+) -> float:
+    """Floating-point operations of a causal transformer on ``tokens`` packed tokens.
+
+    Training (forward + backward): ``6·N·T + 6·L·h·Σ sᵢ²``. Forward alone is a third of it. Recomputation is not
+    counted: this is the numerator of MFU, not HFU.
+
+    Args:
+        num_parameters: N, all parameters that a token is multiplied with (no input embedding).
+        num_layers: L.
+        hidden_size: h, the width of attention (heads x head dimension).
+        tokens: T, useful tokens; padding is not counted.
+        sum_squared_lengths: Σ sᵢ² over the documents, in tokens².
+    """
+    total = 6.0 * num_parameters * tokens + 6.0 * num_layers * hidden_size * sum_squared_lengths
+    return total if training else total / 3.0
+
+
+class Throughput:
+    """Rates since the last ``take``: useful tokens per second of working time.
+
+    Useful tokens are those of documents; padding counts only in ``fill``. Time inside ``paused()`` (validation,
+    saving) is left out. Counts are of whatever was added: add global sums to get global rates.
+    """
+
+    def __init__(
+        self,
+        *,
+        flops_of: Callable[[int, float], float] | None = None,
+        peak_flops: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """``flops_of(tokens, sum_squared_lengths)`` gives ``model_flops``; ``peak_flops`` (all devices, FLOP/s) gives
+        ``mfu``.
+        """
+        self._flops_of = flops_of
+        self._peak_flops = peak_flops
+        self._clock = clock
+        self.total_tokens = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._since = self._clock()
+        self._paused_sec = 0.0
+        self._steps = 0
+        self._tokens = 0
+        self._target_tokens = 0
+        self._slots = 0
+        self._squares = 0.0
+
+    def add(
+        self, useful_tokens: int, *, target_tokens: int = 0, slot_tokens: int = 0, sum_squared_lengths: float = 0.0
+    ) -> None:
+        """One step's counts. ``slot_tokens``: what the rows could hold, padding included."""
+        self._steps += 1
+        self._tokens += useful_tokens
+        self._target_tokens += target_tokens
+        self._slots += slot_tokens
+        self._squares += sum_squared_lengths
+        self.total_tokens += useful_tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time in here does not count."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._paused_sec += self._clock() - start
+
+    def take(self) -> dict[str, float]:
+        """The rates since the last call, and starts anew.
+
+        Keys: ``tokens`` (useful, since the start), ``tokens_per_sec``, ``target_tokens_per_sec``, ``step_sec``;
+        ``fill`` with slots; ``flops_per_sec`` and ``mfu`` where they can be told.
+        """
+        seconds = max(self._clock() - self._since - self._paused_sec, 1e-9)
+        rates: dict[str, float] = {
+            "tokens": self.total_tokens,
+            "tokens_per_sec": self._tokens / seconds,
+            "target_tokens_per_sec": self._target_tokens / seconds,
+            "step_sec": seconds / max(self._steps, 1),
+        }
+        if self._slots:
+            rates["fill"] = self._tokens / self._slots
+        if self._flops_of is not None:
+            rates["flops_per_sec"] = self._flops_of(self._tokens, self._squares) / seconds
+            if self._peak_flops:
+                rates["mfu"] = rates["flops_per_sec"] / self._peak_flops
+        self._reset()
+        return rates

@@ -1,0 +1,331 @@
+"""The folder of one run: what was asked, where it ran, how it ended.
+
+Owns: ``config.yaml command.txt env.json summary.json`` and the rule that a complete run is not overwritten. Does not
+own: ``metrics.jsonl`` (``metrics.py``), ``log/`` (``log.py``), ``checkpoints/`` (``train``).
+Invariant: each of these files is whole or absent, and ``summary.json`` says ``complete`` only after everything else
+is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from steerlm_megatron.errors import UserError
+
+STATUSES = ("running", "complete", "failed", "interrupted")
+REQUEUE_EXIT_CODE = 75  # stopped by a signal after saving: the scheduler should start the same command again
+_PACKAGES = (
+    "torch megatron-core deepspeed transformer-engine numpy hydra-core omegaconf sentencepiece tokenizers transformers "
+    "safetensors fastapi uvicorn httpx"
+).split()
+_VARIABLES = (
+    "OMP_NUM_THREADS CUDA_VISIBLE_DEVICES RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT "
+    "SLURM_JOB_ID SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_NNODES SLURM_NTASKS SLURM_RESTART_COUNT"
+).split()
+_OWN_ENTRIES = (
+    "config.yaml command.txt env.json metrics.jsonl summary.json report.html report.json log checkpoints tensorboard"
+).split()
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary name beside ``path``; what was written there is fsynced and renamed to ``path`` on success.
+
+    On an exception the temporary file is removed and ``path`` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Writes ``text`` (UTF-8) so that ``path`` is the old file or the whole new one, never a part."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json_atomic(path: str | Path, obj: Any) -> None:
+    """Writes ``obj`` as strict JSON (NaN and infinities become null), indented, by temporary file, fsync and rename."""
+    write_text_atomic(path, json.dumps(to_strict_json(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def to_strict_json(obj: Any) -> Any:
+    """``obj`` with only what JSON has: dict, list, str, int, float, bool, None. Non-finite floats become None.
+
+    Mappings, sequences, sets (sorted), paths, and scalars with ``item()`` (numpy, torch) are turned; anything else is
+    a TypeError.
+    """
+    if obj is None or isinstance(obj, bool | int | str):
+        return obj
+    if isinstance(obj, float):
+        return obj if math.isfinite(obj) else None
+    if isinstance(obj, Mapping):
+        return {str(key): to_strict_json(value) for key, value in obj.items()}
+    if isinstance(obj, Path):
+        return str(obj)
+    if isinstance(obj, set | frozenset):
+        return [to_strict_json(value) for value in sorted(obj)]
+    if hasattr(obj, "tolist"):  # numpy and torch, arrays and scalars
+        return to_strict_json(obj.tolist())
+    if isinstance(obj, Sequence):
+        return [to_strict_json(value) for value in obj]
+    raise TypeError(f"{type(obj).__name__} cannot be written as JSON: {obj!r}")
+
+
+def fingerprint(values: Mapping[str, Any], paths: Iterable[str | Path] = ()) -> str:
+    """SHA-256 (hex) of ``values`` and of what stands under ``paths``: equal inputs, equal fingerprint.
+
+    A file counts by its content. A run folder counts by the fingerprint in its own summary. Any other folder counts
+    by the names, sizes and modification times in it: reading a checkpoint whole would take longer than a step it saves.
+
+    Raises:
+        UserError: a path does not exist.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps(to_strict_json(values), sort_keys=True).encode())
+    for path in map(Path, paths):
+        digest.update(b"\0" + str(path.name).encode() + b"\0")
+        if path.is_file():
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        elif path.is_dir():
+            own = (read_summary(path) or {}).get("fingerprint")
+            digest.update(str(own).encode() if own else _folder_listing(path).encode())
+        else:
+            raise UserError(f"{path}: no such file or folder; it is an input of this step")
+    return digest.hexdigest()
+
+
+def _folder_listing(path: Path) -> str:
+    lines = []
+    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+        stat = file.stat()
+        lines.append(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}")
+    return "\n".join(lines)
+
+
+def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
+    """``summary.json`` of a run folder, or None where there is none. A damaged one is a UserError."""
+    path = Path(run_dir) / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}); delete it to run this step again") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"{path} is not a JSON object; delete it to run this step again")
+    return summary
+
+
+def is_complete(run_dir: str | Path, wanted_fingerprint: str | None = None) -> bool:
+    """Whether the run ended well and, if a fingerprint is given, had the same inputs."""
+    summary = read_summary(run_dir)
+    if summary is None or summary.get("status") != "complete":
+        return False
+    return wanted_fingerprint is None or summary.get("fingerprint") == wanted_fingerprint
+
+
+def default_run_dir(command: str, root: str | Path = "runs") -> Path:
+    """A folder name not taken yet: ``runs/<command>/<date>_<time>``. It is not created."""
+    base = Path(root) / command / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    path, number = base, 1
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{base.name}-{number}")
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, this package and the libraries a run depends on. Imports none of them."""
+    found = {"python": platform.python_version()}
+    for package in ("steerlm_megatron", *_PACKAGES):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue  # optional, or run from a checkout that was never installed
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What ``env.json`` says: versions, host, devices, chosen environment variables, git commit of the code."""
+    return {
+        "versions": versions(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": sys.executable,
+        "cpu_count": os.cpu_count(),
+        "devices": _devices(),
+        "git": _git_state(Path(__file__).resolve().parents[2]),
+        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "working_dir": os.getcwd(),
+    }
+
+
+def _devices() -> list[str]:
+    """Names of the CUDA devices, if this process has loaded torch already; observing must not cost a torch import."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether tracked files were changed; None outside a git checkout or without git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
+            return None  # installed inside somebody else's repository: its commit says nothing about this code
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return {"commit": git("rev-parse", "HEAD"), "changed": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class RunFolder:
+    """One run's folder. Every rank may hold one; only rank 0 writes.
+
+    Use as a context manager around the work: the summary says ``running`` inside, then ``complete``, ``failed`` (with
+    the error) or ``interrupted`` (Ctrl-C, or ``SystemExit(75)`` after a signal).
+
+    Attributes:
+        path: the folder.
+        resumed: an earlier attempt that did not complete stands in it.
+    """
+
+    def __init__(self, path: str | Path, command: str, *, overwrite: bool = False, rank: int = 0) -> None:
+        """Creates the folder; with ``overwrite`` a complete run in it is removed first (what runs write, nothing else).
+
+        Raises:
+            UserError: the run in it is complete and ``overwrite`` is false.
+        """
+        self.path = Path(path)
+        self.command = command
+        self.rank = rank
+        self.resumed = False
+        self._summary: dict[str, Any] = {}
+        self._started = time.monotonic()
+        if rank != 0:
+            return
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run_dir={self.path} is a file; give a folder, existing or new")
+        earlier = read_summary(self.path)
+        if earlier is not None and earlier.get("status") == "complete":
+            if not overwrite:
+                raise UserError(
+                    f"run_dir={self.path} holds a complete run of '{earlier.get('command', '?')}'; "
+                    "choose another run_dir, or set overwrite=true to replace it"
+                )
+            self._remove_own_entries()
+            earlier = None
+        self.resumed = earlier is not None
+        self._attempts = int((earlier or {}).get("attempts", 0)) + 1
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir={self.path} cannot be created: {error.strerror}") from error
+
+    def _remove_own_entries(self) -> None:
+        # The summary goes first: whatever interrupts the removal, the folder no longer claims to be complete.
+        for name in ("summary.json", *_OWN_ENTRIES):
+            entry = self.path / name
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+
+    def start(self, config_yaml: str = "", argv: Sequence[str] | None = None, inputs: str | None = None) -> RunFolder:
+        """Writes config, command, environment and a summary that says ``running``. ``inputs``: the run's
+        ``fingerprint``.
+        """
+        if self.rank != 0:
+            return self
+        self._started = time.monotonic()
+        write_text_atomic(self.path / "config.yaml", config_yaml)
+        history = self.path / "command.txt"
+        earlier = history.read_text(encoding="utf-8") if self.resumed and history.exists() else ""
+        write_text_atomic(history, earlier + shlex.join(sys.argv if argv is None else argv) + "\n")
+        write_json_atomic(self.path / "env.json", environment())
+        self._summary = {
+            "status": "running",
+            "command": self.command,
+            "fingerprint": inputs,
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "attempts": self._attempts,
+            "counts": {},
+            "metrics": {},
+            "timings": {},
+            "outputs": {},
+            "versions": versions(),
+        }
+        self._write()
+        return self
+
+    def update(self, **sections: Mapping[str, Any]) -> None:
+        """Merges into sections of the summary: ``update(counts={"in": 5}, timings={"score_sec": 2.5})``; written at
+        once.
+        """
+        for name, values in sections.items():
+            self._summary.setdefault(name, {}).update(values)
+        self._write()
+
+    def finish(self, status: str = "complete", error: str | None = None) -> None:
+        """Writes how the run ended. The last thing a run does."""
+        assert status in STATUSES, status
+        self._summary["status"] = status
+        self._summary["ended"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._summary["wall_sec"] = round(time.monotonic() - self._started, 3)
+        if error is not None:
+            self._summary["error"] = error
+        self._write()
+
+    def _write(self) -> None:
+        if self.rank == 0:
+            write_json_atomic(self.path / "summary.json", self._summary)
+
+    def __enter__(self) -> RunFolder:
+        if not self._summary:
+            self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            if self._summary.get("status", "running") == "running":
+                self.finish("complete")
+        elif isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == REQUEUE_EXIT_CODE:
+            self.finish("interrupted")
+        else:
+            self.finish("failed", error=f"{type(error).__name__}: {error}")

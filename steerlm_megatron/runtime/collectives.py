@@ -1,0 +1,60 @@
+"""Small collectives on plain Python values, for control flow. Never in a hot loop."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from steerlm_megatron.runtime.device import device
+
+T = TypeVar("T")
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Rank ``source``'s value on every rank. Collective over the world."""
+    if dist.get_world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank. Collective over the world."""
+    if dist.get_world_size() == 1:
+        return [value]
+    out: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if it is true on one. Collective over the world."""
+    if dist.get_world_size() == 1:
+        return flag
+    tensor = torch.tensor([int(flag)], dtype=torch.int32, device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def barrier() -> None:
+    """Wait for every rank. Collective over the world."""
+    if dist.get_world_size() > 1:
+        any_rank(False)
+
+
+def sum_from_last_stage(sums_M: torch.Tensor) -> torch.Tensor:
+    """Add ``sums_M`` over data-parallel ranks and hand the last stage's total to every stage.
+
+    ``sums_M``: float64 [M] on CPU; stages other than the last pass zeros of the same length. Collective over the world.
+    """
+    total = sums_M.to(device())
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            last = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast(total, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return total.cpu()

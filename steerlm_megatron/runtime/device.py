@@ -1,0 +1,35 @@
+"""Which device this process computes on. Invariant: importing this touches no CUDA state."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def has_cuda() -> bool:
+    """True if a CUDA device can be used by this process."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this process: ``cuda:LOCAL_RANK`` where there is one, else ``cpu``."""
+    if has_cuda():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """The collective backend that fits :func:`device`. With CUDA, CPU tensors go through gloo."""
+    return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """``fp32`` or ``bf16`` as a torch dtype."""
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def set_cpu_threads(ranks_on_host: int) -> None:
+    """Share the host's cores between its ranks, unless ``OMP_NUM_THREADS`` says otherwise."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, ranks_on_host)))

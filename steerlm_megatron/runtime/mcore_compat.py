@@ -1,0 +1,177 @@
+"""Megatron-Core on a machine without CUDA, and without Transformer Engine or Apex.
+
+Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. The CUDA ones do nothing where CUDA is
+available; the one for torch's Adam applies wherever neither Transformer Engine nor Apex is installed.
+Invariant: :func:`apply` is idempotent and is called before the first Megatron-Core object is built.
+
+Megatron-Core assumes CUDA in four ways (facts/performance_references §2b; found by reading 0.16.1):
+
+1. ``torch.cuda.current_device()`` as a ``device=`` argument, ``torch.cuda.synchronize()``, ``Tensor.cuda()``;
+2. the literal ``device="cuda"`` in schedules, clip_grads, optimizer, state_dict_saver;
+3. type names such as ``'torch.cuda.FloatTensor'`` in the optimizers' parameter grouping and in gradient clipping;
+4. the CUDA generator as the source of model-parallel randomness (``tensor_parallel/random.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from steerlm_megatron.runtime.device import has_cuda
+
+_CPU = torch.device("cpu")
+_applied = False
+
+
+class _CpuTorch(types.ModuleType):
+    """``torch`` as seen by one Megatron-Core module: factory functions turn ``device="cuda"`` into the CPU (way 2)."""
+
+    _FACTORIES = ("zeros", "ones", "tensor", "empty", "full", "arange", "empty_like", "zeros_like")
+
+    def __init__(self, cuda: Any = None) -> None:
+        super().__init__("torch")
+        for name in self._FACTORIES:
+            setattr(self, name, _cpu_factory(getattr(torch, name)))
+        if cuda is not None:
+            self.cuda = cuda
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _cpu_factory(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(function)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = _CPU
+        return function(*args, **kwargs)
+
+    return on_cpu
+
+
+class _CpuGenerators(types.ModuleType):
+    """``torch.cuda`` as seen by ``tensor_parallel/random.py``: the CPU generator stands in for the device's (way 4)."""
+
+    def __init__(self) -> None:
+        super().__init__("torch.cuda")
+        self.manual_seed = torch.manual_seed
+        self.get_rng_state = lambda *_: torch.get_rng_state()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+@contextlib.contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    """Within: ``Tensor.type()`` names a CPU tensor as if it were a CUDA one (way 3)."""
+    original = torch.Tensor.type
+
+    def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if isinstance(result, str) and not result.startswith("torch.cuda."):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+    torch.Tensor.type = named  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _cuda_type_names():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _patch_torch_cuda() -> None:
+    """Way 1. Global, because Megatron-Core calls these everywhere; on a host without CUDA nothing else can use them."""
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_a, **_k: None
+    torch.Tensor.cuda = lambda self, *_a, **_k: self  # type: ignore[method-assign,assignment]
+
+
+def _patch_literals() -> None:
+    """Way 2, per module."""
+    from megatron.core.dist_checkpointing import exchange_utils
+    from megatron.core.dist_checkpointing.strategies import state_dict_saver
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core import utils
+    from megatron.core.pipeline_parallel import schedules
+
+    for module in (utils, schedules, clip_grads, optimizer, distrib_optimizer, state_dict_saver, exchange_utils):
+        module.torch = _CpuTorch()  # type: ignore[attr-defined]
+
+
+def _patch_type_checks() -> None:
+    """Way 3, only around the functions that compare type names."""
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    for owner, name in (
+        (optimizer.Float16OptimizerWithFloat16Params, "__init__"),
+        (distrib_optimizer.DistributedOptimizer, "__init__"),
+    ):
+        setattr(owner, name, _with_cuda_type_names(getattr(owner, name)))
+    grouping = distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups
+    distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups = classmethod(  # type: ignore[assignment]
+        _with_cuda_type_names(grouping.__func__)  # type: ignore[attr-defined]
+    )
+    clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
+    for module in (clip_grads, optimizer):
+        module.clip_grad_by_total_norm_fp32 = clip  # type: ignore[attr-defined]
+
+
+def _patch_generators() -> None:
+    """Way 4. Model-parallel RNG states are states of the CPU generator."""
+    from megatron.core.tensor_parallel import random as mcore_random
+
+    mcore_random.torch = _CpuTorch(cuda=_CpuGenerators())  # type: ignore[attr-defined]
+    mcore_random._get_cuda_rng_state = lambda *_a, **_k: torch.get_rng_state()  # type: ignore[assignment]
+    mcore_random._set_cuda_rng_state = lambda state, *_a, **_k: torch.set_rng_state(state)  # type: ignore[assignment]
+
+
+def _patch_torch_adam() -> None:
+    """Let the distributed optimizer load into torch's Adam, whose state has a ``step`` that Apex's lacks.
+
+    ``_set_main_param_and_optimizer_states`` copies every entry of the optimizer state from the checkpoint and stumbles over
+    ``step``, which checkpoints keep in the parameter groups. It is handed its own value back; ``checkpoint.py`` sets the real one.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state and "step" not in tensors:
+            tensors = {**tensors, "step": state["step"]}
+        original(self, model_param, tensors)
+
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = with_step  # type: ignore[method-assign]
+
+
+def apply() -> None:
+    """Make Megatron-Core run on this host. No-op after the first call."""
+    global _applied
+    if _applied:
+        return
+    _applied = True
+    from megatron.core.optimizer import distrib_optimizer
+
+    if not distrib_optimizer.HAVE_APEX_OR_TE:
+        _patch_torch_adam()
+    if has_cuda():
+        return
+    _patch_torch_cuda()
+    _patch_literals()
+    _patch_type_checks()
+    _patch_generators()

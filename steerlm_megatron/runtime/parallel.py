@@ -1,0 +1,132 @@
+"""Process groups and who this rank is in them.
+
+Owns: starting ``torch.distributed`` and Megatron-Core's model-parallel groups, seeding, and :class:`Layout`, the answer to
+"which rank am I". Does not own: starting processes (``cli.py``). Invariant: one layout per process; :func:`initialize` with the
+same sizes again is a no-op, so that the steps of a pipeline can share a process.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from steerlm_megatron.config.schema import ParallelConfig
+from steerlm_megatron.runtime import device, mcore_compat
+
+
+@dataclass(frozen=True)
+class Layout:
+    """This rank's coordinates and the sizes of the axes it lives on. ``rank`` is global."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def is_model_head(self) -> bool:
+        """The first rank of this data-parallel replica: it speaks for the replica."""
+        return self.tp_rank == 0 and self.pp_rank == 0
+
+
+def world_size() -> int:
+    """How many ranks were started, before any group exists."""
+    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"))
+
+
+def global_rank() -> int:
+    """This process's rank, before any group exists."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _start_torch_distributed(timeout_sec: int) -> None:
+    if dist.is_initialized():
+        return
+    timeout = timedelta(seconds=timeout_sec)
+    if world_size() == 1:
+        # No network and no port for a run of one process.
+        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+    dist.init_process_group(device.backend(), timeout=timeout)
+
+
+def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> Layout:
+    """Start (or reuse) the groups of ``parallel`` and seed this rank. Collective over the world.
+
+    Megatron-Core's order: tensor-parallel ranks are neighbours, then data, then pipeline. Seeds follow its rule too: the same
+    everywhere outside tensor-parallel regions, different per tensor-parallel rank inside, different per pipeline stage.
+    """
+    mcore_compat.apply()
+    device.set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if device.has_cuda():
+        torch.cuda.set_device(device.device())
+    _start_torch_distributed(timeout_sec)
+    sizes = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
+    if parallel_state.is_initialized() and getattr(initialize, "sizes", None) != sizes:
+        parallel_state.destroy_model_parallel()
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+            distributed_timeout_minutes=max(1, timeout_sec // 60),
+        )
+        initialize.sizes = sizes  # type: ignore[attr-defined]
+    seed_everything(seed)
+    return layout()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch and Megatron-Core's model-parallel generators for this rank."""
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+
+
+def layout() -> Layout:
+    """The coordinates of this rank in the groups that stand."""
+    return Layout(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def shutdown() -> None:
+    """Tear the groups down, so that no rank leaves while another still talks to it."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

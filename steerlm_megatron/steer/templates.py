@@ -1,0 +1,274 @@
+"""Prompt templates: a conversation as a list of segments, for training and for inference alike.
+
+Owns: where control tokens, role names, label lines, text and stop strings stand, and which of it is trained. Does not
+own: the label string (``attributes.py``), token ids (``data/tokenizer.py``).
+
+Invariants: only a segment with ``control=True`` ever becomes a control token: text that merely looks like one stays
+text, since it stands in a text segment. The segments of ``prefix`` are, piece by piece, those that ``render`` puts
+before the same response, and a RESPONSE segment is exactly the message's content; so (tokens of the prefix + tokens of
+the response) are the training tokens.
+
+To shorten a conversation, drop messages and render again; never drop segments (the system text may stand in a turn).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, ClassVar
+
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.attributes import AttributeSchema, nearest
+from steerlm_megatron.steer.records import Conversation, Message
+
+_FIELDS = ("name", "system", "system_suffix")
+
+
+class Part(IntEnum):
+    """What a segment is."""
+
+    HEADER = 0  # system text and what surrounds it
+    USER = 1  # what the user wrote
+    ROLE = 2  # turn token, role name, separators
+    LABEL = 3  # label marker, label string and newline
+    RESPONSE = 4  # exactly the assistant message's content
+    END = 5  # what closes a response
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A piece of a prompt that is encoded on its own.
+
+    Args:
+        text: the characters.
+        control: exactly one token id, that of the control string ``text``; otherwise plain text.
+        trained: whether the loss is taken on the segment's tokens.
+        part: what it is.
+        turn: index of its message in ``messages``; -1 for the header. The turn token that closes a final assistant
+            message starts the turn that would follow: its index is ``len(messages)``.
+    """
+
+    text: str
+    control: bool
+    trained: bool
+    part: Part
+    turn: int
+
+
+@dataclass(frozen=True)
+class Template(ABC):
+    """A prompt template; ``from_config`` gives the right one.
+
+    Args:
+        system: the system text where a conversation has none of its own.
+        system_suffix: what follows the system text (``steerlm`` only).
+    """
+
+    name: ClassVar[str]
+    control_strings: ClassVar[tuple[str, ...]]
+    stop_strings: ClassVar[tuple[str, ...]]
+    response_suffix: ClassVar[str]  # trained text between a response and the stop string; not part of the response
+    label_marker: ClassVar[str] = "<extra_id_2>"
+
+    system: str = ""
+    system_suffix: str = ""
+
+    @staticmethod
+    def from_config(cfg: Any) -> Template:
+        """From a mapping or an object with the fields of ``config.schema.TemplateConfig``."""
+        if isinstance(cfg, Mapping):
+            return Template.from_dict(cfg)
+        return Template.from_dict({key: getattr(cfg, key) for key in _FIELDS})
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Template:
+        """Inverse of ``to_dict``. Raises ``UserError`` for an unknown template or key."""
+        for key in data:
+            if key not in _FIELDS:
+                raise UserError(f"template.{key}: unknown key; legal keys: {' '.join(_FIELDS)}")
+        name = data.get("name")
+        if name not in TEMPLATES:
+            near = nearest(str(name), tuple(TEMPLATES))
+            raise UserError(f"template.name={name!r}{near}; legal: {' '.join(TEMPLATES)}")
+        options = {key: str(data[key]) for key in _FIELDS[1:] if data.get(key) is not None}
+        return TEMPLATES[name](**options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with the keys of the config group, to be stored in shards and checkpoints."""
+        return {"name": self.name, "system": self.system, "system_suffix": self.system_suffix}
+
+    def render(self, conversation: Conversation, schema: AttributeSchema | None = None) -> list[Segment]:
+        """A whole conversation for training.
+
+        Each assistant message with attributes has its label line, unless ``schema`` is None or nameless (plain SFT).
+        Trained are the responses of weight 1 and what ends them; label lines never are.
+
+        Raises:
+            UserError: an attribute that the schema lacks, or NaN.
+        """
+        return self._segments(conversation.messages, schema, training=True)
+
+    def prefix(
+        self,
+        messages: Sequence[Message],
+        schema: AttributeSchema | None = None,
+        levels: Mapping[str, int] | None = None,
+    ) -> list[Segment]:
+        """The prompt of the assistant message that would follow ``messages``, up to where the response starts.
+
+        Its label line holds ``levels`` exactly as given (see ``AttributeSchema.complete``); no levels, no label line.
+        Earlier assistant messages keep the label lines of their own attributes. Nothing is trained.
+
+        Raises:
+            UserError: no user message, an unknown attribute, or a level out of scale.
+        """
+        if not any(message.role == "user" for message in messages):
+            raise UserError("messages has no user message; a prompt needs one")
+        segments = self._segments(messages, schema, training=False)
+        turn = len(messages)
+        segments += self._open_response(turn, False)
+        if schema is not None and levels:
+            segments += self._label(schema.format(levels), turn)
+        return segments
+
+    def _label(self, text: str, turn: int) -> list[Segment]:
+        """The label line; none for an empty label."""
+        if not text:
+            return []
+        return [
+            Segment(self.label_marker, True, False, Part.LABEL, turn),
+            Segment(text + "\n", False, False, Part.LABEL, turn),
+        ]
+
+    def _until_response(
+        self, message: Message, schema: AttributeSchema | None, turn: int, follows: bool
+    ) -> list[Segment]:
+        """An assistant turn from its start up to where its response starts; ``follows``: see ``_open_response``."""
+        segments = self._open_response(turn, follows)
+        if schema is not None and message.attributes:
+            segments += self._label(schema.format(schema.levels(message.attributes)), turn)
+        return segments
+
+    @abstractmethod
+    def _segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
+        """All given messages; ``training`` marks trained segments and closes a final assistant message."""
+
+    @abstractmethod
+    def _open_response(self, turn: int, follows: bool) -> list[Segment]:
+        """What stands before an assistant turn's label line; ``follows``: a trained assistant turn came just before."""
+
+
+@dataclass(frozen=True)
+class SteerLMTemplate(Template):
+    """The template of the released SteerLM code and model cards (facts §4.2)::
+
+        <extra_id_0>System\\n{system}{system_suffix}
+        <extra_id_1>User\\n{text}\\n
+        <extra_id_1>Assistant\\n[<extra_id_2>{label}\\n]{response}\\n
+        <extra_id_1>
+
+    (without the line breaks shown). The turn token after an assistant turn is trained: it is the end of the turn.
+    """
+
+    name: ClassVar[str] = "steerlm"
+    control_strings: ClassVar[tuple[str, ...]] = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
+    stop_strings: ClassVar[tuple[str, ...]] = ("<extra_id_1>",)
+    response_suffix: ClassVar[str] = "\n"
+
+    system_suffix: str = "\n\n"
+
+    def _open_response(self, turn: int, follows: bool) -> list[Segment]:
+        return [
+            Segment("<extra_id_1>", True, follows, Part.ROLE, turn),
+            Segment("Assistant\n", False, False, Part.ROLE, turn),
+        ]
+
+    def _segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
+        system, turns = _split_system(messages, self.system)
+        segments = [
+            Segment("<extra_id_0>", True, False, Part.HEADER, -1),
+            Segment("System\n", False, False, Part.HEADER, -1),
+            Segment(system + self.system_suffix, False, False, Part.HEADER, -1),
+        ]
+        follows = False  # whether the message before was a trained assistant turn
+        for turn, message in turns:
+            if message.role == "user":
+                segments += (
+                    Segment("<extra_id_1>", True, follows, Part.ROLE, turn),
+                    Segment("User\n", False, False, Part.ROLE, turn),
+                    Segment(message.content + "\n", False, False, Part.USER, turn),
+                )
+                follows = False
+                continue
+            segments += self._until_response(message, schema, turn, follows)
+            follows = training and message.weight > 0
+            segments += (
+                Segment(message.content, False, follows, Part.RESPONSE, turn),
+                Segment("\n", False, follows, Part.END, turn),
+            )
+        if training and messages and messages[-1].role == "assistant":
+            segments.append(Segment("<extra_id_1>", True, follows, Part.END, len(messages)))
+        return segments
+
+
+@dataclass(frozen=True)
+class Llama2Template(Template):
+    """Llama-2's chat format, with a label line before the response::
+
+        <s>[INST] <<SYS>>\\n{system}\\n<</SYS>>\\n\\n{text} [/INST] [<extra_id_2>{label}\\n]{response} </s>
+        <s>[INST] {text} [/INST] …
+
+    (without the line breaks shown). An empty system text has no ``<<SYS>>`` block; ``system_suffix`` is not used.
+    """
+
+    name: ClassVar[str] = "llama2"
+    control_strings: ClassVar[tuple[str, ...]] = ("<s>", "</s>", "[INST]", "[/INST]", "<extra_id_2>")
+    stop_strings: ClassVar[tuple[str, ...]] = ("</s>",)
+    response_suffix: ClassVar[str] = " "
+
+    def _open_response(self, turn: int, follows: bool) -> list[Segment]:
+        return [Segment(" ", False, False, Part.ROLE, turn)]
+
+    def _segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
+        system, turns = _split_system(messages, self.system)
+        segments: list[Segment] = []
+        for turn, message in turns:
+            if message.role == "user":
+                segments += (
+                    Segment("<s>", True, False, Part.ROLE, turn),
+                    Segment("[INST]", True, False, Part.ROLE, turn),
+                )
+                if system:
+                    segments.append(Segment(f" <<SYS>>\n{system}\n<</SYS>>\n\n", False, False, Part.HEADER, -1))
+                space = "" if system else " "
+                system = ""
+                segments += (
+                    Segment(f"{space}{message.content} ", False, False, Part.USER, turn),
+                    Segment("[/INST]", True, False, Part.ROLE, turn),
+                )
+                continue
+            trained = training and message.weight > 0
+            segments += self._until_response(message, schema, turn, False)
+            segments += (
+                Segment(message.content, False, trained, Part.RESPONSE, turn),
+                Segment(" ", False, trained, Part.END, turn),
+                Segment("</s>", True, trained, Part.END, turn),
+            )
+        return segments
+
+
+TEMPLATES: dict[str, type[Template]] = {template.name: template for template in (SteerLMTemplate, Llama2Template)}
+
+
+def join(segments: Iterable[Segment]) -> str:
+    """The segments as one string, for people and tests (it no longer tells control strings from text)."""
+    return "".join(segment.text for segment in segments)
+
+
+def _split_system(messages: Sequence[Message], default: str) -> tuple[str, list[tuple[int, Message]]]:
+    """The system text, and the other messages with their indices in ``messages``."""
+    if messages and messages[0].role == "system":
+        return messages[0].content, list(enumerate(messages))[1:]
+    return default, list(enumerate(messages))

@@ -1,0 +1,244 @@
+"""The Megatron-Core engine: tensor, sequence, pipeline and data parallelism with the distributed optimizer.
+
+Owns: wrapping the model, one training step through Megatron-Core's schedules, its optimizer, what goes into a sharded checkpoint.
+Does not own: the loss (``objective.py``), files around the checkpoint (``checkpoint.py``), the loop.
+Invariant: gradients are divided once, by the number of loss terms in the global batch (``calculate_per_token_loss``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.module import Float16Module
+
+from steerlm_megatron.config.schema import EngineConfig, OptimConfig
+from steerlm_megatron.data.collate import RowBatch
+from steerlm_megatron.model.attention import PackedTokens
+from steerlm_megatron.model.gpt import PackedGPTModel
+from steerlm_megatron.runtime.collectives import sum_from_last_stage
+from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
+from steerlm_megatron.runtime.parallel import Layout, layout
+from steerlm_megatron.train.checkpoint import load_sharded, save_sharded
+from steerlm_megatron.train.engine import Engine, StepResult
+from steerlm_megatron.train.objective import Objective
+from steerlm_megatron.train.schedule import build_schedule
+
+# Sharding of the optimizer that any other layout can read; the other types of Megatron-Core fail without Transformer Engine.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class MegatronEngine(Engine):
+    """``chunks``: this rank's model, one part per virtual pipeline stage (usually one), built by ``model.gpt.build_model``."""
+
+    def __init__(
+        self, chunks: Sequence[PackedGPTModel], objective: Objective, optim: OptimConfig, engine: EngineConfig, steps: int
+    ) -> None:
+        self.layout: Layout = layout()
+        self.objective = objective
+        self.config = chunks[0].config
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False, average_in_collective=False
+        )
+        self.chunks = [
+            DistributedDataParallel(self.config, ddp, Float16Module(self.config, chunk) if self.config.bf16 else chunk)
+            for chunk in chunks
+        ]
+        for chunk in self.chunks:
+            chunk.broadcast_params()
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(optim, engine), self.chunks)
+        self._use_fused_adam()
+        self.schedule = build_schedule(self.optimizer, optim, steps)
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.forward_backward = get_forward_backward_func()
+
+    @staticmethod
+    def _optimizer_config(optim: OptimConfig, engine: EngineConfig) -> OptimizerConfig:
+        return OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            min_lr=optim.min_lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.eps,
+            clip_grad=optim.clip_grad,
+            bf16=engine.precision == "bf16",
+            params_dtype=dtype_of(engine.precision),
+            use_distributed_optimizer=True,
+        )
+
+    def _inner_optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """torch's optimizers inside Megatron-Core's wrappers; ranks without parameters have none."""
+        for wrapper in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            if wrapper.optimizer is not None:
+                yield wrapper.optimizer
+
+    def _use_fused_adam(self) -> None:
+        """One kernel per parameter instead of a dozen; torch has it for CPU and CUDA, Megatron-Core does not ask for it."""
+        for inner in self._inner_optimizers():
+            if isinstance(inner, torch.optim.AdamW):
+                for group in (inner.defaults, *inner.param_groups):
+                    group["fused"], group["foreach"] = True, False
+
+    # ---- steps
+
+    def _forward(self, batches: Iterator[RowBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+        batch = next(batches)
+        packed = PackedTokens.from_cu_seqlens(batch.cu_seqlens, batch.positions_T)
+        packed.output_index_K = self.objective.output_index(batch)
+        labels = self.objective.labels(batch)
+        here = device()
+        output = model(
+            batch.tokens_T[None].to(here, non_blocking=True),
+            batch.positions_T[None].to(here, non_blocking=True),
+            None,
+            labels=None if labels is None else labels.to(here, non_blocking=True),
+            packed_seq_params=packed.to(here),
+        )
+        return output, partial(self._loss, batch)
+
+    def _loss(self, batch: RowBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        total, sums_M = self.objective.loss(output, batch)
+        terms = torch.tensor(self.objective.terms(batch), dtype=torch.int, device=total.device)
+        return total, terms, {"sums": sums_M}
+
+    def _run(self, batches: Sequence[RowBatch], forward_only: bool) -> torch.Tensor:
+        """Sums of metrics of this data-parallel rank's micro-batches, float64 [M]; zeros except on the last stage."""
+        iterators = [iter(batches) for _ in self.chunks]
+        stored = self.forward_backward(
+            forward_step_func=self._forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=len(batches),
+            seq_length=batches[0].tokens_T.numel(),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        sums_M = torch.zeros(len(self.objective.metric_names), dtype=torch.float64)
+        if self.layout.is_last_stage and stored:
+            sums_M = torch.stack([entry["sums"] for entry in stored]).sum(0).cpu()  # host sync: once a step
+        return sums_M
+
+    def train_step(self, batches: Sequence[RowBatch]) -> StepResult:
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums_M = self._run(batches, forward_only=False)
+        means = self.objective.means(sum_from_last_stage(sums_M).tolist())
+        self.schedule.step(increment=1)
+        _, grad_norm, _ = self.optimizer.step()
+        lr = max(group["lr"] for group in self.optimizer.param_groups) if self.optimizer.param_groups else 0.0
+        loss = means.pop("loss")
+        return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0), lr=lr, metrics=means)
+
+    @torch.no_grad()
+    def evaluate(self, steps: Iterable[Sequence[RowBatch]]) -> dict[str, float]:
+        for chunk in self.chunks:
+            chunk.eval()
+        sums_M = torch.zeros(len(self.objective.metric_names), dtype=torch.float64)
+        for batches in steps:
+            sums_M += self._run(batches, forward_only=True)
+        return self.objective.means(sum_from_last_stage(sums_M).tolist())
+
+    # ---- checkpoints
+
+    def _model_state(self) -> dict[str, Any]:
+        """Sharded state per chunk, of the bare models: their keys are the same whatever wraps them."""
+        if len(self.chunks) == 1:
+            return {"model": _bare(self.chunks[0]).sharded_state_dict()}
+        return {f"model{i}": _bare(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
+
+    def _rng_state(self) -> ShardedObject:
+        """Generator states of this (pipeline, tensor, data) coordinate; only the same layout can take them up again."""
+        state = {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if has_cuda() else None,
+            "tracker": get_cuda_rng_tracker().get_states(),
+        }
+        at = self.layout
+        shape, offset = (at.pp_size, at.tp_size, at.dp_size), (at.pp_rank, at.tp_rank, at.dp_rank)
+        return ShardedObject("rng", state, shape, offset, replica_id=0)
+
+    def save(self, folder: Path) -> None:
+        state = self._model_state()
+        model_state = dict(state)
+        state["optimizer"] = self.optimizer.sharded_state_dict(_flat(model_state), metadata=_METADATA)
+        state["schedule"] = self.schedule.state_dict()
+        state["layout"] = self._layout_tuple()
+        state["rng"] = self._rng_state()
+        save_sharded(state, folder)
+
+    def load(self, folder: Path) -> None:
+        for inner in self._inner_optimizers():
+            _allocate_adam(inner)
+        state = self._model_state()
+        model_state = dict(state)
+        state["optimizer"] = self.optimizer.sharded_state_dict(_flat(model_state), is_loading=True, metadata=_METADATA)
+        same_layout = dist_checkpointing.load_common_state_dict(str(folder)).get("layout") == self._layout_tuple()
+        if same_layout:
+            state["rng"] = self._rng_state()
+        loaded = load_sharded(state, folder)
+        self._take_model(loaded)
+        self.optimizer.load_state_dict(loaded["optimizer"])
+        for inner in self._inner_optimizers():
+            for entry in inner.state.values():
+                # Megatron-Core hands one step tensor to all parameters, and torch's Adam adds to it once for each of them.
+                entry["step"] = entry["step"].clone().to(entry["exp_avg"].device)
+        self._use_fused_adam()
+        self.schedule.load_state_dict(loaded["schedule"])
+        if same_layout:
+            self._take_rng(loaded["rng"])
+
+    def _layout_tuple(self) -> tuple[int, ...]:
+        return (self.layout.pp_size, self.layout.tp_size, self.layout.dp_size)
+
+    def _take_rng(self, state: dict[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        if has_cuda() and state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"])
+        get_cuda_rng_tracker().set_states(state["tracker"])
+
+    def _take_model(self, loaded: dict[str, Any], strict: bool = True) -> None:
+        for i, chunk in enumerate(self.chunks):
+            _bare(chunk).load_state_dict(loaded["model" if len(self.chunks) == 1 else f"model{i}"], strict=strict)
+
+    def load_model(self, folder: Path) -> None:
+        self._take_model(load_sharded(self._model_state(), folder, missing_ok=("output_layer.",)), strict=False)
+        self.optimizer.reload_model_params()
+
+
+def _bare(chunk: torch.nn.Module) -> PackedGPTModel:
+    """The model inside its data-parallel and precision wrappers."""
+    while not isinstance(chunk, PackedGPTModel):
+        chunk = chunk.module
+    return chunk
+
+
+def _flat(model_state: dict[str, Any]) -> dict[str, Any]:
+    """One chunk's state as it is; several chunks' under their names, as Megatron-Core's optimizers expect."""
+    return model_state["model"] if set(model_state) == {"model"} else model_state
+
+
+def _allocate_adam(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter its Adam state, so that a checkpoint has somewhere to go before the first step."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+

@@ -1,0 +1,112 @@
+"""What is minimised: language modelling on masked tokens, or regression of attribute values.
+
+Owns: which positions of a row produce output, the sums of losses over them, and their counts. Does not own: scaling; an objective
+returns sums and only engines divide, once, by the count of the whole global batch (DESIGN invariant 2).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from steerlm_megatron.data.collate import RowBatch
+
+
+class Objective(ABC):
+    """A loss that is a sum over terms. ``metric_names`` name the float64 vector of sums that :meth:`loss` returns."""
+
+    metric_names: tuple[str, ...]
+
+    @abstractmethod
+    def output_index(self, batch: RowBatch) -> torch.Tensor:
+        """int64 [K], K ≥ 1: the positions whose output is needed (a row without any asks for position 0 and ignores it)."""
+
+    @abstractmethod
+    def labels(self, batch: RowBatch) -> torch.Tensor | None:
+        """int64 [1, K] next tokens, or None where the model returns values instead of losses."""
+
+    @abstractmethod
+    def terms(self, batch: RowBatch) -> int:
+        """How many terms the sum has: what the global batch's sum is divided by."""
+
+    @abstractmethod
+    def loss(self, output: torch.Tensor, batch: RowBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(scalar sum of losses, float64 sums [M] in the order of ``metric_names``) from the model's output for K positions."""
+
+    @abstractmethod
+    def means(self, sums_M: Sequence[float]) -> dict[str, float]:
+        """The logged metrics of summed sums. ``loss`` is always among them."""
+
+
+def _at_least_one(index_K: torch.Tensor) -> torch.Tensor:
+    return index_K if index_K.numel() else index_K.new_zeros(1)
+
+
+class TokenObjective(Objective):
+    """Cross-entropy of the next token where ``loss_mask_T`` says so: -log P(y_t | v, x, y_<t)  (SteerLM, step 3; facts §1.3)."""
+
+    metric_names = ("loss", "tokens")
+
+    def output_index(self, batch: RowBatch) -> torch.Tensor:
+        return _at_least_one(batch.loss_mask_T.nonzero().squeeze(1))
+
+    def labels(self, batch: RowBatch) -> torch.Tensor | None:
+        return batch.labels_T[self.output_index(batch)][None]
+
+    def terms(self, batch: RowBatch) -> int:
+        return int(batch.target_tokens)
+
+    def loss(self, output: torch.Tensor, batch: RowBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        total = output.float().sum() if self.terms(batch) else output.float().sum() * 0.0
+        count = torch.full((), float(self.terms(batch)), dtype=torch.float64, device=total.device)
+        return total, torch.stack([total.detach().double(), count])
+
+    def means(self, sums_M: Sequence[float]) -> dict[str, float]:
+        return {"loss": sums_M[0] / max(sums_M[1], 1.0)}
+
+
+class RegressionObjective(Objective):
+    """Masked mean squared error over the labels that are present: Σ w_a m (p - v)² / Σ m  (HelpSteer; facts §8.1).
+
+    ``weights``: w_a per attribute, 1 where absent. Values are on the schema's scale. The count Σ m is of labels, not of samples, and
+    over the whole global batch (the reference normalises per micro-batch).
+    """
+
+    def __init__(self, names: Sequence[str], weights: Mapping[str, float] | None = None) -> None:
+        self.names = tuple(names)
+        self.weights_A = torch.tensor([float((weights or {}).get(name, 1.0)) for name in self.names])
+        self.metric_names = ("loss", "labels") + tuple(f"{kind}/{n}" for kind in ("sq", "abs", "count") for n in self.names)
+
+    def output_index(self, batch: RowBatch) -> torch.Tensor:
+        return _at_least_one(batch.pool_P)
+
+    def labels(self, batch: RowBatch) -> torch.Tensor | None:
+        return None
+
+    def terms(self, batch: RowBatch) -> int:
+        return int((~batch.values_PA.isnan()).sum())
+
+    def loss(self, output: torch.Tensor, batch: RowBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        predicted_PA = output.float().squeeze(0)
+        if batch.pool_P.numel() == 0:
+            empty_M = torch.zeros(len(self.metric_names), dtype=torch.float64, device=predicted_PA.device)
+            return predicted_PA.sum() * 0.0, empty_M
+        values_PA = batch.values_PA.to(predicted_PA.device)
+        present_PA = ~values_PA.isnan()
+        error_PA = torch.where(present_PA, predicted_PA - values_PA.nan_to_num(), 0.0)
+        total = (error_PA.square() * self.weights_A.to(error_PA.device)).sum()
+        detached = error_PA.detach().double()
+        count_A = present_PA.sum(0).double()
+        head = torch.stack([total.detach().double(), count_A.sum()])
+        return total, torch.cat([head, detached.square().sum(0), detached.abs().sum(0), count_A])
+
+    def means(self, sums_M: Sequence[float]) -> dict[str, float]:
+        named = dict(zip(self.metric_names, sums_M, strict=True))
+        means = {"loss": named["loss"] / max(named["labels"], 1.0)}
+        for name in self.names:
+            if count := named[f"count/{name}"]:
+                means[f"mse/{name}"] = named[f"sq/{name}"] / count
+                means[f"mae/{name}"] = named[f"abs/{name}"] / count
+        return means

@@ -1,0 +1,340 @@
+"""The generator: cache against no cache, independence of the batch, admission, stops, failure."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from steerlm_megatron.config.schema import ServerConfig
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.generator import Generator, check_limits
+from steerlm_megatron.generate.protocol import Delta, EngineDead, QueueFull, Request, Result, SamplingParams
+from steerlm_megatron.generate.text import ResponseText
+from steerlm_megatron.model.attention import PackedTokens
+
+VOCAB = 64
+TURN, LABEL = 62, 63  # control ids; text is 0..61
+
+
+class FakeTokenizer:
+    """One id per character of a small alphabet, plus two control ids."""
+
+    vocab_size = VOCAB
+    alphabet = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?:;-'"
+
+    def encode(self, text: str) -> list[int]:
+        return [self.alphabet.index(c) for c in text]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self.alphabet[i] if i < 62 else f"<{i}>" for i in ids)
+
+    def control_id(self, text: str) -> int:
+        return {"<turn>": TURN, "<label>": LABEL}[text]
+
+
+@dataclass(frozen=True)
+class FakeTemplate:
+    control_strings: tuple[str, ...] = ("<turn>", "<label>")
+    stop_strings: tuple[str, ...] = ("<turn>",)
+    response_suffix: str = "\n"
+
+
+class FakeModel(torch.nn.Module):
+    """Two layers of grouped-query attention whose logits depend on every token and its position."""
+
+    def __init__(self, stop_bias: float = 0.0, heads: int = 4, groups: int = 2, head_dim: int = 8) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.heads, self.groups, self.head_dim = heads, groups, head_dim
+        dim = heads * head_dim
+
+        def weight(*shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.randn(*shape, generator=generator) / shape[-1] ** 0.5 * 1.5)
+
+        self.embedding = torch.nn.Parameter(torch.randn(VOCAB, dim, generator=generator))
+        self.positions = torch.nn.Parameter(torch.randn(512, dim, generator=generator))
+        self.qkv = torch.nn.ParameterList([weight((heads + 2 * groups) * head_dim, dim) for _ in range(2)])
+        self.out = weight(VOCAB + 8, dim)  # 8 rows of padding
+        self.stop_bias = stop_bias
+        self.calls: list[int] = []
+        self.fail_at: int | None = None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: None,
+        labels: None = None,
+        packed_seq_params: PackedTokens | None = None,
+    ) -> torch.Tensor:
+        self.calls.append(input_ids.shape[1])
+        if self.fail_at is not None and len(self.calls) >= self.fail_at:
+            raise RuntimeError("the model broke")
+        x = self.embedding[input_ids[0]] + self.positions[position_ids[0]]
+        for number, qkv in enumerate(self.qkv, 1):
+            parts = (x @ qkv.T).split([n * self.head_dim for n in (self.heads, self.groups, self.groups)], dim=1)
+            q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in parts)
+            scale = self.head_dim**-0.5
+            if packed_seq_params is None:
+                q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+                x = x + out[0].transpose(0, 1).flatten(1)
+            else:
+                assert packed_seq_params.kv is not None
+                x = x + packed_seq_params.kv.attend(number, q, k, v, scale).flatten(1)
+        if packed_seq_params is not None and packed_seq_params.output_index_K is not None:
+            x = x[packed_seq_params.output_index_K]
+        logits = x @ self.out.T
+        logits[:, TURN] += self.stop_bias
+        return logits[None]
+
+
+def limits(**changes: int) -> ServerConfig:
+    values: dict[str, Any] = {"max_queue": 1000, "max_batch": 8, "max_sequence_tokens": 128, "max_cache_tokens": 1024}
+    return ServerConfig(**{**values, **changes})
+
+
+def make(model: FakeModel | None = None, **changes: int) -> Generator:
+    return Generator(model or FakeModel(), FakeTokenizer(), FakeTemplate(), limits(**changes))
+
+
+def prompts(count: int, seed: int = 0, longest: int = 40) -> list[tuple[int, ...]]:
+    rng = random.Random(seed)
+    return [tuple(rng.randrange(62) for _ in range(rng.randint(1, longest))) for _ in range(count)]
+
+
+def requests_for(
+    asked: Sequence[tuple[int, ...]], *, max_tokens: int = 20, temperature: float = 1.0, **more: Any
+) -> list[Request]:
+    return [
+        Request(f"r{i}", ids, SamplingParams(temperature=temperature, max_tokens=max_tokens + i % 7, seed=i, **more))
+        for i, ids in enumerate(asked)
+    ]
+
+
+@torch.no_grad()
+def greedy_without_cache(model: FakeModel, prompt: tuple[int, ...], max_tokens: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(max_tokens):
+        logits = model(torch.tensor([ids]), torch.arange(len(ids))[None], None)[0, -1, :VOCAB].clone()
+        logits[LABEL] = -torch.inf
+        ids.append(int(logits.argmax()))
+        if ids[-1] == TURN:
+            break
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_greedy_equals_recomputation_without_cache(groups: int) -> None:
+    model = FakeModel(groups=groups)
+    asked = prompts(30)
+    results = make(model).generate(requests_for(asked, temperature=0.0))
+    for request, result in zip(requests_for(asked), results, strict=True):
+        assert list(result.token_ids) == greedy_without_cache(model, request.prompt_ids, request.params.max_tokens)
+        assert result.completion_tokens == len(result.token_ids)
+        assert result.prompt_tokens == len(request.prompt_ids)
+        assert result.finish_reason == ("stop" if result.token_ids[-1] == TURN else "length")
+
+
+def test_result_does_not_depend_on_batch_or_order() -> None:
+    asked = requests_for(prompts(24), logprobs=True)
+    reference = {r.id: r for r in make(max_batch=1).generate(asked)}
+    for max_batch, cache in ((8, 1024), (24, 400), (5, 4096)):
+        shuffled = asked[:]
+        random.Random(max_batch).shuffle(shuffled)
+        generator = make(max_batch=max_batch, max_cache_tokens=cache)
+        results = generator.generate(shuffled)
+        assert [r.id for r in results] == [r.id for r in shuffled]
+        for result in results:
+            assert result.token_ids == reference[result.id].token_ids
+            assert result.logprobs == pytest.approx(reference[result.id].logprobs, abs=1e-4)
+            assert result.logprobs is not None and len(result.logprobs) == len(result.token_ids)
+
+
+def test_arrivals_in_the_middle_do_not_matter() -> None:
+    asked = requests_for(prompts(16, seed=3))
+    reference = {r.id: r.token_ids for r in make(max_batch=16).generate(asked)}
+    generator = make()
+    handles = []
+    for request in asked:
+        handles.append(generator.submit(request))
+        generator.step()
+    while generator.step():
+        pass
+    assert {h.id: h.future.result(0).token_ids for h in handles} == reference
+
+
+def test_equal_prompts_are_computed_once() -> None:
+    model = FakeModel()
+    prompt = tuple(range(30))
+    asked = [Request(str(i), prompt, SamplingParams(max_tokens=5, seed=i)) for i in range(6)]
+    shared = make(model).generate(asked)
+    assert model.calls[0] == 30
+    alone = [make().generate([request])[0] for request in asked]
+    assert [r.token_ids for r in shared] == [r.token_ids for r in alone]
+    assert len({r.token_ids for r in shared}) > 1
+
+
+def test_cache_budget_is_respected_and_all_finish() -> None:
+    generator = make(max_batch=16, max_cache_tokens=256)
+    scheduler = generator.scheduler
+    handles = generator.submit_all(requests_for(prompts(40, seed=2, longest=90)))
+    while generator.step():
+        rows, capacity = generator.runner.cache.rows, generator.runner.cache.capacity
+        assert rows * capacity <= 256 and len(scheduler.running) <= rows
+    assert all(handle.future.result(0).finish_reason in ("stop", "length") for handle in handles)
+
+
+def test_control_ids_and_padding_are_never_sampled() -> None:
+    results = make().generate(requests_for(prompts(20), temperature=50.0, top_k=0))
+    assert {i for r in results for i in r.token_ids} <= set(range(63))  # TURN may, LABEL and padding may not
+
+
+def test_stop_token_ends_text_and_takes_the_suffix() -> None:
+    class Scripted(FakeModel):
+        script: Sequence[int] = ()
+
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            logits = super().forward(*args, **kwargs)
+            position = int(kwargs["position_ids"][0, -1])
+            logits[:, -1, self.script[position]] = 1e4
+            return logits
+
+    model, tokenizer = Scripted(), FakeTokenizer()
+
+    def run(text: str, end: bool, **params: Any) -> tuple[Result, str]:
+        model.script = [*tokenizer.encode(text), *([TURN] if end else [])]
+        deltas: list[Delta] = []
+        generator = make(model)
+        handle = generator.submit(
+            Request("x", (0,), SamplingParams(temperature=0, **{"max_tokens": 50, **params})), deltas.append
+        )
+        while generator.step():
+            pass
+        return handle.future.result(0), "".join(delta.text for delta in deltas)
+
+    result, streamed = run("hello\n\n", end=True)
+    assert (result.text, result.finish_reason, result.completion_tokens) == ("hello\n", "stop", 8)
+    assert streamed == "hello\n"
+    result, streamed = run("hello\n", end=False, max_tokens=6)
+    assert (result.text, result.finish_reason, streamed) == ("hello\n", "length", "hello\n")
+    result, streamed = run("one END two", end=True, stop=("END", "zzz"))
+    assert (result.text, result.finish_reason, streamed) == ("one ", "stop", "one ")
+    assert result.completion_tokens == len("one END")
+    result, streamed = run("one ENd two", end=True, stop=("END",))
+    assert result.text == streamed == "one ENd two"
+    result, streamed = run("ab", end=True, stop=("abc",))
+    assert result.text == streamed == "ab"
+
+
+def test_streaming_text_waits_for_whole_characters() -> None:
+    data = "é→x".encode()
+    text = ResponseText(lambda ids: bytes(ids).decode("utf-8", "replace"), (), "")
+    assert "".join(text.push(b) for b in data) == "é→x"
+    assert text.finish(list(data), False) == ("é→x", "")
+    text = ResponseText(lambda ids: bytes(ids).decode("utf-8", "replace"), (), "")
+    assert text.push(0xC3) == ""
+    assert text.finish([0xC3], False) == ("\ufffd", "\ufffd")
+
+
+def test_cancel_waiting_and_running() -> None:
+    generator = make(max_batch=2)
+    handles = generator.submit_all(requests_for(prompts(5), max_tokens=60))
+    generator.step()
+    handles[0].cancel()
+    handles[4].cancel()
+    assert handles[0].future.result(0).finish_reason == "cancelled"
+    assert handles[4].future.result(0).completion_tokens == 0
+    while generator.step():
+        pass
+    reference = {r.id: r.token_ids for r in make().generate(requests_for(prompts(5), max_tokens=60))}
+    for handle in handles[1:4]:
+        assert handle.future.result(0).token_ids == reference[handle.id]
+    handles[1].cancel()  # finished: nothing happens
+
+
+def test_refusals() -> None:
+    generator = make(max_queue=3, max_batch=2)
+    with pytest.raises(UserError, match=r"100 tokens and max_tokens=40.*max_sequence_tokens=128"):
+        generator.submit(Request("a", (1,) * 100, SamplingParams(max_tokens=40)))
+    with pytest.raises(UserError, match="empty"):
+        generator.submit(Request("a", ()))
+    with pytest.raises(UserError, match="outside"):
+        generator.submit(Request("a", (VOCAB,), SamplingParams(max_tokens=4)))
+    with pytest.raises(UserError, match="unique"):
+        generator.generate([Request("a", (1,), SamplingParams(max_tokens=4))] * 2)
+    asked = requests_for(prompts(6))
+    generator.submit_all(asked[:5])
+    with pytest.raises(QueueFull) as full:
+        generator.submit(asked[5])
+    assert full.value.retry_after_sec >= 1
+    while generator.step():
+        pass
+    generator.submit(asked[5])
+
+
+def test_failure_reaches_everyone() -> None:
+    model = FakeModel()
+    model.fail_at = 3
+    generator = make(model, max_batch=2)
+    handles = generator.submit_all(requests_for(prompts(5)))
+    with pytest.raises(RuntimeError, match="broke"):
+        while generator.step():
+            pass
+    for handle in handles:
+        with pytest.raises(EngineDead, match="the model broke"):
+            handle.future.result(0)
+    with pytest.raises(EngineDead):
+        generator.submit(Request("late", (1,)))
+
+
+def test_progress_and_its_exceptions() -> None:
+    seen: list[str] = []
+    results = make().generate(requests_for(prompts(9)), lambda r: seen.append(r.id))
+    assert sorted(seen) == sorted(r.id for r in results)
+
+    def stop(result: Result) -> None:
+        raise KeyboardInterrupt
+
+    generator = make()
+    with pytest.raises(KeyboardInterrupt):
+        generator.generate(requests_for(prompts(9)), stop)
+    assert len(generator.generate(requests_for(prompts(3)))) == 3  # the generator is still good
+
+
+def test_submission_from_threads_while_running() -> None:
+    generator = make()
+    asked = requests_for(prompts(40, seed=9))
+    reference = {r.id: r.token_ids for r in make(max_batch=16).generate(asked)}
+    stop = threading.Event()
+    engine = threading.Thread(target=generator.run_until, args=(stop,))
+    engine.start()
+    found: dict[str, tuple[int, ...]] = {}
+
+    def client(part: list[Request]) -> None:
+        for request in part:
+            found[request.id] = generator.submit(request).future.result(30).token_ids
+
+    clients = [threading.Thread(target=client, args=(asked[i::4],)) for i in range(4)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    stop.set()
+    generator.wake()
+    engine.join(10)
+    assert found == reference
+
+
+def test_limits_that_contradict_each_other() -> None:
+    with pytest.raises(UserError, match="max_cache_tokens=100"):
+        check_limits(limits(max_cache_tokens=100))
+    with pytest.raises(UserError, match="max_batch=0"):
+        check_limits(limits(max_batch=0))

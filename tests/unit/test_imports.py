@@ -1,0 +1,201 @@
+"""The direction of DESIGN §4: imports point left only, and each heavy library has its few places."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = "steerlm_megatron"
+
+# A part may import parts of a lower level, and of its own level as long as these do not import it back.
+LEVELS = {
+    "__init__": 0, "errors": 0, "steer": 0, "config": 0,
+    "runtime": 1, "observe": 1,
+    "data": 2, "model": 2,
+    "train": 3, "generate": 3,
+    "stages": 4, "plan": 4,
+    "cli": 5, "slurm": 5,
+    "__main__": 6,
+}  # fmt: skip
+NEVER = {("train", "generate"), ("generate", "train")}
+
+# Library -> files (or folders, with a slash at the end) of the package that may import it.
+PLACES = {
+    "hydra": ("cli.py",),
+    "deepspeed": ("train/engine_deepspeed.py",),
+    "megatron": (
+        "runtime/parallel.py", "runtime/mcore_compat.py", "runtime/collectives.py", "model/", "train/engine_mcore.py",
+        "train/checkpoint.py", "train/schedule.py", "train/engine_deepspeed.py", "train/losses.py", "generate/",
+        "data/shards.py",
+    ),
+    "data_tools": ("stages/",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: ``module`` (absolute, dotted) in line ``line``; ``lazy``: inside a function."""
+
+    module: str
+    line: int
+    lazy: bool
+
+
+def imports_of(source: str, package: str) -> Iterator[Import]:
+    """All imports of a file, wherever in it; ``package`` (dotted) is what relative ones start from."""
+
+    def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, lazy)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                kept = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*kept, base] if base else kept)
+            if base == PACKAGE:  # from steerlm_megatron import cli: the names are parts
+                for alias in node.names:
+                    yield Import(f"{base}.{alias.name}", node.lineno, lazy)
+            else:
+                yield Import(base, node.lineno, lazy)
+        inside = lazy or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    yield from visit(ast.parse(source), False)
+
+
+def part_of(relative: str) -> str:
+    """``steer/records.py`` -> steer; ``cli.py`` -> cli."""
+    return relative.split("/")[0].removesuffix(".py")
+
+
+def problems(root: Path) -> list[str]:
+    """Every wrong import under ``root``, which holds the folders steerlm_megatron and data_tools."""
+    found: list[str] = []
+    edges: dict[tuple[str, str], str] = {}
+    for path in sorted((root / PACKAGE).rglob("*.py")):
+        relative = path.relative_to(root / PACKAGE).as_posix()
+        package = ".".join((PACKAGE, *Path(relative).parts[:-1]))
+        part = part_of(relative)
+        if part not in LEVELS:
+            found.append(f"{relative}: '{part}' has no level; give it one in tests/unit/test_imports.py")
+            continue
+        for item in imports_of(path.read_text(encoding="utf-8"), package):
+            where = f"{relative}:{item.line}"
+            top, *rest = item.module.split(".")
+            if top == PACKAGE:
+                target = rest[0] if rest and rest[0] in LEVELS else "__init__"
+                if target == part or target == "__init__":
+                    continue
+                edges.setdefault((part, target), where)
+                if LEVELS[target] > LEVELS[part] or (part, target) in NEVER:
+                    found.append(f"{where}: {part} imports {target}")
+            else:
+                found += library_problems(relative, where, top, item)
+    for (part, target), where in edges.items():
+        if LEVELS[part] == LEVELS[target] and part < target and (target, part) in edges:
+            found.append(f"{where} and {edges[target, part]}: {part} and {target} import each other")
+    return found + data_tools_problems(root)
+
+
+def library_problems(relative: str, where: str, top: str, item: Import) -> list[str]:
+    """What is wrong with importing the library ``top`` in the file ``relative``."""
+    places = PLACES.get(top)
+    if places is not None and not any(
+        relative.startswith(place) if place.endswith("/") else relative == place for place in places
+    ):
+        return [f"{where}: {top} is imported only in {', '.join(places)}"]
+    if part_of(relative) in ("steer", "errors", "__init__") and top not in sys.stdlib_module_names:
+        if not (top == "zstandard" and relative == "steer/records.py" and item.lazy):
+            return [f"{where}: {part_of(relative)} is standard library only, not {top}"]
+    return []
+
+
+def data_tools_problems(root: Path) -> list[str]:
+    """data_tools may import steer and errors of the package, and no heavy library."""
+    found = []
+    for path in sorted((root / "data_tools").rglob("*.py")):
+        relative = path.relative_to(root).as_posix()
+        for item in imports_of(path.read_text(encoding="utf-8"), ".".join(Path(relative).parts[:-1])):
+            top, *rest = item.module.split(".")
+            if top == PACKAGE and (rest[:1] or ["?"])[0] not in ("steer", "errors"):
+                found.append(f"{relative}:{item.line}: data_tools imports {item.module}")
+            if top in ("hydra", "deepspeed", "megatron"):
+                found.append(f"{relative}:{item.line}: data_tools imports {top}")
+    return found
+
+
+def test_imports_point_left() -> None:
+    assert (ROOT / PACKAGE / "errors.py").is_file()
+    assert problems(ROOT) == []
+
+
+PLANTED = {
+    "steer/a.py": ("import numpy", "standard library only"),
+    "steer/b.py": ("from steerlm_megatron.data import shards", "steer imports data"),
+    "steer/records.py": ("import zstandard", "standard library only"),
+    "runtime/a.py": ("from ..model.gpt import build", "runtime imports model"),
+    "observe/a.py": ("from steerlm_megatron import stages", "observe imports stages"),
+    "train/a.py": ("def f():\n    import steerlm_megatron.generate.generator", "train imports generate"),
+    "generate/a.py": ("from steerlm_megatron.train.loop import run", "generate imports train"),
+    "stages/a.py": ("import hydra", "hydra is imported only in cli.py"),
+    "train/loop.py": ("from megatron.core import parallel_state", "megatron is imported only in"),
+    "train/engine_mcore.py": ("import deepspeed", "deepspeed is imported only in"),
+    "data/a.py": ("from data_tools import oasst", "data_tools is imported only in stages/"),
+    "cli_tools.py": ("import os", "has no level"),
+    "../data_tools/a.py": ("from steerlm_megatron.data.shards import ShardDataset", "data_tools imports"),
+}
+
+
+@pytest.mark.parametrize("relative", PLANTED)
+def test_planted_wrong_edge_is_found(tmp_path: Path, relative: str) -> None:
+    line, message = PLANTED[relative]
+    path = (tmp_path / PACKAGE / relative).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line + "\n", encoding="utf-8")
+    found = problems(tmp_path)
+    assert len(found) == 1 and message in found[0], found
+
+
+def test_planted_cycle_is_found_and_right_edges_pass(tmp_path: Path) -> None:
+    files = {
+        "errors.py": "import os",
+        "steer/records.py": "from steerlm_megatron.errors import UserError\ndef f():\n    import zstandard",
+        "runtime/parallel.py": "import megatron.core\nfrom steerlm_megatron.observe import log",
+        "stages/a.py": "from steerlm_megatron.train import loop\nimport steerlm_megatron.generate.x\nimport data_tools",
+        "cli.py": "import hydra\nfrom . import stages",
+    }
+    for relative, text in files.items():
+        path = tmp_path / PACKAGE / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert problems(tmp_path) == []
+    (tmp_path / PACKAGE / "observe").mkdir()
+    (tmp_path / PACKAGE / "observe" / "log.py").write_text("import steerlm_megatron.runtime.device", encoding="utf-8")
+    assert len(problems(tmp_path)) == 1 and "import each other" in problems(tmp_path)[0]
+
+
+def test_importing_the_package_is_fast_and_light() -> None:
+    code = """
+        import sys, time
+        start = time.process_time()
+        import steerlm_megatron, steerlm_megatron.errors, steerlm_megatron.config.schema
+        seconds = time.process_time() - start
+        heavy = sorted({"torch", "megatron", "deepspeed", "hydra", "transformers", "numpy"} & set(sys.modules))
+        print(seconds, *heavy)
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    seconds, *heavy = result.stdout.split()
+    assert heavy == []
+    assert float(seconds) < 0.5

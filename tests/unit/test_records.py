@@ -1,0 +1,236 @@
+"""steer.records: round trips, every suffix, every refusal with file and line, and whole files only."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.records import (
+    Conversation,
+    Message,
+    content_hash,
+    expand_paths,
+    from_json,
+    open_text,
+    read_records,
+    to_json,
+    write_records,
+)
+
+SCHEMA = AttributeSchema("own", ("quality", "humor"), 9)
+GOOD = {"id": "a", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
+
+
+def record(*messages: tuple[str, Any], **more: Any) -> dict[str, Any]:
+    return {"id": "x", "messages": [{"role": role, "content": content} for role, content in messages], **more}
+
+
+def reply(**keys: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r", **keys}]}
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+JSON = st.none() | st.booleans() | st.integers(-9, 9) | TEXT
+EXTRA = st.dictionaries(st.sampled_from(["lang", "tree_id", "meta"]), JSON)
+VALUES = st.none() | st.dictionaries(st.sampled_from(SCHEMA.names), st.floats(0, 9), min_size=1)
+TURNS = st.lists(
+    st.tuples(
+        st.builds(Message, st.just("user"), TEXT, extra=EXTRA),
+        st.builds(Message, st.just("assistant"), TEXT.map(lambda s: s + "."), VALUES, st.integers(0, 1), EXTRA),
+    ),
+    min_size=1,
+    max_size=3,
+)
+CONVERSATIONS = st.builds(
+    lambda name, turns, source, extra: Conversation(name, tuple(m for turn in turns for m in turn), source, extra),
+    TEXT,
+    TURNS,
+    TEXT,
+    EXTRA,
+)
+
+
+@given(CONVERSATIONS)
+def test_json_round_trip(conversation: Conversation) -> None:
+    assert from_json(json.loads(json.dumps(to_json(conversation))), "f:1", SCHEMA) == conversation
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_files_round_trip(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / "deep" / f"records{suffix}"
+    conversations = [
+        Conversation(str(i), (Message("user", f"é\u2028\u0085{i}"), Message("assistant", "r" * i + ".")), "s", {"k": i})
+        for i in range(3000)
+    ]
+    assert write_records(path, conversations) == 3000
+    assert list(read_records(path)) == conversations
+    assert len(list(open_text(path))) == 3000
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    first = path.read_bytes()
+    write_records(path, conversations)
+    assert path.read_bytes() == first
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl.zst"
+    write_records(path, [from_json(GOOD, "f:1")])
+
+    def broken() -> Iterator[Conversation]:
+        yield from_json(GOOD, "f:1")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        write_records(path, broken())
+    assert len(list(read_records(path))) == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lenient_where_nothing_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    first, last = json.dumps(GOOD).encode(), json.dumps({**GOOD, "id": 7}).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + first + b"\r\n\n  \n" + last)
+    assert [c.id for c in read_records(path)] == ["a", "7"]  # BOM, CRLF, blank lines, no last newline, number as id
+    data = reply(attributes={"quality": 6.75, "humor": None}, weight=0, levels={"quality": 7})
+    made = from_json(data, "dir/f.jsonl:3")
+    assert made.id == "f.jsonl:3"
+    assert made.messages[1] == Message("assistant", "r", {"quality": 6.75}, 0, {"levels": {"quality": 7}})
+    assert from_json(reply(attributes={}), "f:1").messages[1].attributes is None
+    assert from_json(reply(attributes={"other": 500}), "f:1", AttributeSchema("none", (), 9)).messages[1].attributes
+
+
+def test_several_files_and_globs(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl.gz"):
+        write_records(tmp_path / name, [Conversation(name, (Message("user", "q"), Message("assistant", "r")))])
+    paths = [str(tmp_path / "*.jsonl*"), str(tmp_path / "b.jsonl")]
+    assert [c.id for c in read_records(paths)] == ["a.jsonl.gz", "b.jsonl"]
+    for bad, match in (([], "no input file"), (tmp_path, "is a folder"), (tmp_path / "c*.jsonl", "no such file")):
+        with pytest.raises(UserError, match=match):
+            expand_paths(bad)
+    with pytest.raises(UserError, match="no such file"):
+        read_records(tmp_path / "missing.jsonl")  # at the call, before anything is iterated
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        ({"id": "x"}, "messages=None must be a list"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": ["hi"]}, r"messages\[0\]='hi' must be an object"),
+        (record(("human", "q")), "role='human'; legal: system user assistant"),
+        (record(("user", None)), r"messages\[0\].content=None must be a string"),
+        (record(("user", [{"type": "text"}])), "must be a string"),
+        (record(("user", "q")), "no response"),
+        (record(("user", "q"), ("assistant", " \n")), "no response"),
+        (record(("assistant", "r")), "begins with an assistant"),
+        (record(("system", "s"), ("assistant", "r"), ("user", "q"), ("assistant", "r")), "begins with an assistant"),
+        (record(("system", "s")), "no user message"),
+        (record(("user", "q"), ("system", "s"), ("assistant", "r")), r"messages\[1\] is a system message"),
+        (record(("user", "\ud800"), ("assistant", "r")), "surrogate"),
+        (record(("user", "q"), ("assistant", "r"), id=[1]), "id="),
+        (record(("user", "q"), ("assistant", "r"), source=3), "source=3"),
+        (reply(weight=2), "weight=2 must be 0"),
+        (reply(weight="1"), "weight='1'"),
+        (reply(weight=True), "weight=True"),
+        (reply(attributes=[1]), "must be an object"),
+        (reply(attributes={"humour": 1}), r"messages\[1\].attributes: unknown .* \(did you mean 'humor'"),
+        (reply(attributes={"quality": 9.5}), r"outside 0\.\.9"),
+        (reply(attributes={"quality": "9"}), "not a number"),
+        ({"messages": [{"role": "user", "content": "q", "attributes": {"quality": 1}}]}, "is on a user message"),
+        ({"messages": [{"role": "user", "content": "q", "weight": 1}]}, "is on a user message"),
+    ],
+)
+def test_refusals_name_file_and_line(tmp_path: Path, data: dict[str, Any], match: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n" + json.dumps(data) + "\n" + json.dumps(GOOD) + "\n")
+    with pytest.raises(UserError, match=match) as caught:
+        list(read_records(path, SCHEMA))
+    assert str(caught.value).startswith(f"{path}:2: ")
+    rejected: list[tuple[str, str]] = []
+    assert len(list(read_records(path, SCHEMA, "skip", rejected))) == 2
+    assert rejected == [(f"{path}:2", str(caught.value).removeprefix(f"{path}:2: "))]
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        (b"{'id': 1}\n", "malformed JSON"),
+        (b"[1]\n", "expected a JSON object, found list"),
+        (b'{"id": "\xff"}\n', "invalid UTF-8 at byte 8"),
+        (json.dumps(reply(attributes={"quality": float("nan")})).encode() + b"\n", "NaN is not a JSON number"),
+        (json.dumps(reply(attributes={"quality": float("inf")})).encode() + b"\n", "Infinity is not a JSON number"),
+        (b"[" * 200_000 + b"\n", "malformed JSON"),
+        (json.dumps(GOOD).encode()[:-9], "torn last line"),
+    ],
+)
+def test_malformed_lines(tmp_path: Path, line: bytes, match: str) -> None:
+    path = tmp_path / "my: bad.jsonl"
+    path.write_bytes(json.dumps(GOOD).encode() + b"\n\n" + line)
+    with pytest.raises(UserError, match=match) as caught:
+        list(read_records(path, SCHEMA))
+    assert str(caught.value).startswith(f"{path}:3: ")
+    rejected: list[tuple[str, str]] = []
+    assert len(list(read_records(path, SCHEMA, "skip", rejected))) == 1
+    assert [where for where, _ in rejected] == [f"{path}:3"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+@pytest.mark.parametrize("on_error", ["error", "skip"])
+def test_empty_file(tmp_path: Path, content: bytes, on_error: Any) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="the file is empty"):
+        list(read_records(path, on_error=on_error))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_cut_off_and_foreign_compressed_files(tmp_path: Path, suffix: str) -> None:
+    whole = tmp_path / f"whole.jsonl{suffix}"
+    write_records(whole, (from_json({**GOOD, "id": str(i * 7919)}, "f:1") for i in range(20_000)))
+    cut = tmp_path / f"cut.jsonl{suffix}"
+    cut.write_bytes(whole.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"cut.jsonl\.\w+:\d+: cannot be read"):
+        list(read_records(cut))
+    rejected: list[tuple[str, str]] = []
+    assert 0 < len(list(read_records(cut, on_error="skip", rejected=rejected))) <= 20_000
+    assert len(rejected) >= 1
+    foreign = tmp_path / f"foreign.jsonl{suffix}"
+    foreign.write_text(json.dumps(GOOD))
+    for on_error in ("error", "skip"):
+        with pytest.raises(UserError, match="foreign.jsonl.*cannot be read"):
+            list(read_records(foreign, on_error=on_error))  # type: ignore[arg-type]
+
+
+def test_several_frames_and_members(tmp_path: Path) -> None:
+    line = json.dumps(GOOD).encode() + b"\n"
+    (tmp_path / "a.zst").write_bytes(zstandard.compress(line[:20]) + zstandard.compress(line[20:] + line))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(line[:20]) + gzip.compress(line[20:] + line))
+    assert len(list(read_records([tmp_path / "a.zst", tmp_path / "a.gz"]))) == 4
+
+
+def test_prompts_need_no_response(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(record(("user", "q"))) + "\n")
+    assert len(next(read_records(path, require_response=False)).messages) == 1
+
+
+def test_content_hash_is_of_the_text_alone() -> None:
+    base = from_json(reply(), "f:1")
+    relabelled = from_json({**reply(weight=0, attributes={"quality": 1}), "id": "y"}, "g:2")
+    assert content_hash(base) == content_hash(relabelled)
+    swapped = Conversation("x", (Message("user", "q:1"), Message("assistant", "")))
+    assert content_hash(swapped) != content_hash(Conversation("x", (Message("user", "q"), Message("assistant", ":1"))))
+
+
+def test_unknown_on_error() -> None:
+    with pytest.raises(UserError, match="on_error='ignore'"):
+        read_records("x", on_error="ignore")  # type: ignore[arg-type]

@@ -1,0 +1,123 @@
+"""The report: its JSON, its verdicts, and a page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from steerlm_megatron.stages.report import report_data, terminal_table, write_report
+
+RESULTS: dict[str, Any] = {
+    "title": "Quick <start>",
+    "judge": "demo",
+    "max_level": 4,
+    "ap": {
+        "quality": {"mse": 0.3, "mae": 0.4, "pearson": 0.9, "spearman": 0.8, "constant_mse": 1.0, "n": 1234},
+        "humor": {"mse": 0.2, "mae": 0.3, "pearson": 0.7, "spearman": math.nan, "constant_mse": 0.9, "n": 50},
+    },
+    "steering": {
+        "quality": {"requested": [0, 2, 4], "measured": [0.5, 1.5, 3], "std": [0.1, 0.2, 0.3], "sample_spearman": 0.9},
+        "humor": {"requested": [0, 4], "measured": [1.0, 2.0], "std": [0.1, 0.1], "spearman": 1.0},
+    },
+    "quality_detail": {
+        "sft": {"mean": 2.0, "sem": 0.1, "n": 64},
+        "acsft": {"mean": 3.0, "sem": 0.1, "n": 64},
+        "bootstrapped": {"mean": 3.0, "sem": 0.1, "n": 64},
+    },
+    "timings": {"train_ap": 12.0, "train_sft": 100.0},
+    "versions": {"python": "3.11"},
+    "config": "key: <script>alert('config')</script>",
+    "examples": [
+        {
+            "prompt": "Say <b>hello</b> & \"bye\"",
+            "responses": [
+                {"attributes": {"quality": 4}, "text": "<script>alert(1)</script>\nhttp", "measured": {"quality": 3.5}}
+            ],
+        }
+    ],
+}
+
+
+def changed(**parts: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(RESULTS), **parts}
+
+
+def test_json_has_the_agreed_shape(tmp_path: Path) -> None:
+    html_path, json_path = write_report(tmp_path, RESULTS)
+    assert (html_path, json_path) == (tmp_path / "report.html", tmp_path / "report.json")
+    data = json.loads(json_path.read_text())
+    assert set(data) == {
+        "ap", "steering", "quality", "quality_detail", "judge", "checks", "timings", "versions", "examples"
+    }  # fmt: skip
+    assert set(data["ap"]["quality"]) == {"mse", "mae", "pearson", "spearman", "constant_mse", "n"}
+    assert data["ap"]["humor"]["spearman"] is None
+    assert set(data["steering"]["quality"]) == {"requested", "measured", "spearman", "sample_spearman", "std"}
+    assert data["steering"]["quality"]["spearman"] == pytest.approx(1.0)
+    assert data["quality"] == {"sft": 2.0, "acsft": 3.0, "bootstrapped": 3.0}
+    assert all(check["measured"] and check["held"] for check in data["checks"].values())
+
+
+def test_page_is_escaped_self_contained_and_reproducible(tmp_path: Path) -> None:
+    html_path, _ = write_report(tmp_path, RESULTS)
+    page = html_path.read_text()
+    assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "Say &lt;b&gt;hello&lt;/b&gt; &amp;" in page and "Quick &lt;start&gt;" in page
+    assert not re.search(r"(src|href)\s*=\s*['\"](?!data:)", page) and "@import" not in page and "url(" not in page
+    assert page.count("data:image/svg+xml;base64,") == 4  # ap, two curves, quality
+    assert "not measured" not in page.lower()
+    assert write_report(tmp_path / "again", RESULTS)[0].read_text() == page
+
+
+def test_nothing_measured_is_said_not_asserted(tmp_path: Path) -> None:
+    html_path, json_path = write_report(tmp_path, {})
+    data = json.loads(json_path.read_text())
+    assert "ap" not in data and "steering" not in data and "quality" not in data
+    assert all(check["measured"] is False and check["held"] is None for check in data["checks"].values())
+    page = html_path.read_text()
+    assert page.count("Not measured in this run") == 6 and "class='badge yes'" not in page
+
+
+@pytest.mark.parametrize(
+    ("parts", "name", "held"),
+    [
+        ({"ap": {"humor": {"mse": 1.0, "constant_mse": 1.0}}}, "ap_beats_constant", False),
+        ({"ap": {"humor": {"mse": math.nan, "constant_mse": 1.0}}}, "ap_beats_constant", None),
+        ({"steering": {"humor": {"requested": [0, 1, 2], "measured": [2.0, 2.0, 2.0]}}}, "steering_monotone", False),
+        ({"steering": {"humor": {"requested": [0, 1, 2], "measured": [1.0, 3.0, 2.0]}}}, "steering_monotone", False),
+        ({"steering": {"humor": {"requested": [0, 1], "measured": [1.0, None]}}}, "steering_monotone", None),
+        ({"steering": {"humor": {"requested": [0], "measured": [1.0]}}}, "steering_monotone", None),
+        ({"quality": {"sft": 1.0, "acsft": 1.0, "bootstrapped": 2.0}}, "quality_order", False),
+        ({"quality": {"sft": 1.0, "acsft": 2.0, "bootstrapped": 1.9}}, "quality_order", False),
+        ({"quality": {"sft": 1.0, "acsft": 2.0}}, "quality_order", True),
+        ({"quality": {"acsft": 2.0}}, "quality_order", None),
+    ],
+)
+def test_verdicts(parts: dict[str, Any], name: str, held: bool | None, tmp_path: Path) -> None:
+    results = changed(**parts)
+    check = report_data(results)["checks"][name]
+    assert check["held"] is held and check["measured"] is (held is not None)
+    write_report(tmp_path, results)
+
+
+def test_partly_measured_names_what_is_missing() -> None:
+    check = report_data(changed(quality={"sft": 1.0, "acsft": 2.0}))["checks"]["quality_order"]
+    assert "not measured: ACSFT ≤ bootstrapped" in check["detail"]
+
+
+def test_terminal_table() -> None:
+    console = Console(width=130, record=True, quiet=False, file=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(terminal_table(RESULTS, "runs/x/report.html"))
+        console.print(terminal_table(json.loads(json.dumps(report_data(RESULTS)))))
+    text = capture.get()
+    assert "0.50 → 3.00" in text and "plain SFT 2.00 · ACSFT 3.00" in text and "runs/x/report.html" in text
+    with console.capture() as capture:
+        console.print(terminal_table({}))
+    assert capture.get().count("not measured") == 3

@@ -1,0 +1,61 @@
+"""observe/stats.py against hand-worked values and scipy."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from steerlm_megatron.observe import stats
+
+NAN = float("nan")
+
+
+def test_values_worked_by_hand() -> None:
+    predictions, targets = [1.0, 2.0, 4.0, 9.0], [1.0, 4.0, 1.0, NAN]
+    assert stats.mse(predictions, targets) == pytest.approx((0 + 4 + 9) / 3)
+    assert stats.mae(predictions, targets) == pytest.approx((0 + 2 + 3) / 3)
+    # means 7/3 and 2; deviations (-4/3, -1/3, 5/3) and (-1, 2, -1): covariance -1, norms² 42/9 and 6
+    assert stats.pearson(predictions, targets) == pytest.approx(-1 / math.sqrt(42 / 9 * 6))
+    assert stats.ranks([10, 20, 20, 30, 10]).tolist() == [1.5, 3.5, 3.5, 5.0, 1.5]
+    assert stats.spearman([1, 2, 3], [1, 8, 27]) == pytest.approx(1.0)
+    assert stats.spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    assert stats.sem([1.0, 3.0, NAN]) == pytest.approx(1.0)  # std 1.414 over √2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scipy_agrees_with_ties_and_missing_labels(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, 5, size=200).astype(float)
+    predictions = np.round(targets + rng.normal(size=200), 1)
+    targets[rng.random(200) < 0.3] = NAN
+    present = ~np.isnan(targets)
+    expected_pearson = scipy.stats.pearsonr(predictions[present], targets[present]).statistic
+    expected_spearman = scipy.stats.spearmanr(predictions[present], targets[present]).statistic
+    assert stats.pearson(predictions, targets) == pytest.approx(expected_pearson, abs=1e-12)
+    assert stats.spearman(predictions, targets) == pytest.approx(expected_spearman, abs=1e-12)
+    np.testing.assert_array_equal(stats.ranks(predictions), scipy.stats.rankdata(predictions))
+    assert stats.sem(targets) == pytest.approx(scipy.stats.sem(targets, nan_policy="omit"), abs=1e-12)
+
+
+def test_what_has_no_value_is_nan() -> None:
+    for function in (stats.mse, stats.mae, stats.pearson, stats.spearman):
+        assert math.isnan(function([1.0, 2.0], [NAN, NAN]))
+        assert math.isnan(function([NAN, 2.0, 3.0], [1.0, 2.0, 4.0])), "a NaN prediction must not be masked away"
+    assert math.isnan(stats.pearson([1, 2, 3], [2, 2, 2]))
+    assert math.isnan(stats.spearman([2, 2, 2], [1, 2, 3]))
+    assert math.isnan(stats.pearson([1], [1]))
+    with pytest.raises(ValueError, match="2 predictions for 3 targets"):
+        stats.mse([1, 2], [1, 2, 3])
+
+
+def test_attribute_metrics_per_column() -> None:
+    predictions = [[1.0, 0.0], [2.0, 5.0], [4.0, 1.0]]
+    targets = [[1.0, NAN], [3.0, NAN], [3.0, NAN]]
+    table = stats.attribute_metrics(predictions, targets, ["quality", "humor"], [2.0, 1.0])
+    assert table["quality"]["mse"] == pytest.approx(2 / 3)
+    assert table["quality"]["constant_mse"] == pytest.approx(1.0)
+    assert table["quality"]["n"] == 3
+    assert table["humor"]["n"] == 0 and math.isnan(table["humor"]["mse"])
