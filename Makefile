@@ -21,6 +21,7 @@ help:
 	@sed -n '2,4p' Makefile | sed 's/^#//'
 
 install: $(STAMP)
+	@true
 
 # The stamp is written last, so an install that was cut short is done again.
 # Torch goes first and by its exact version: with it in place, no other package can pull in a different build of it.
@@ -37,10 +38,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	@$(VENV)/bin/steerlm run experiment=quickstart
 
-# One thread per process, two workers. loadgroup: tests/conftest.py puts every test that starts processes of its own into one
-# group, so that they run one after the other on one worker, and two cores carry one of them and one unit test at a time.
+# One thread per process, two workers; tests/conftest.py lets tests that start processes of their own run one at a time.
+# worksteal: each worker starts at its own end of the suite, so the two rarely wait for each other.
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup $(TESTS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(TESTS)
 
 check: $(STAMP)
 	@$(PY) -m ruff check .

@@ -44,6 +44,7 @@ _FORCED = (
     "hydra.output_subdir=null",
     "hydra/job_logging=disabled",
     "hydra/hydra_logging=disabled",
+    "hydra.help.app_name=steerlm",
 )
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75

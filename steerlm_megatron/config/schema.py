@@ -190,6 +190,8 @@ class EvaluateConfig:
 
     prompts: str | None = None  # record file whose prompts are held out
     models: dict[str, str] = field(default_factory=dict)  # sft, acsft, bootstrapped → checkpoints to compare
+    steer: str | None = None  # which of models the steering curves are of; None: the last conditioned one
+    examples: int = 3  # prompts whose responses are shown in the report
     max_prompts: int = 64
     levels: list[int] = field(default_factory=list)  # empty: every level for up to 5, else 5 spread over the scale
     attributes: list[str] = field(default_factory=list)  # empty: all of the schema

@@ -171,12 +171,12 @@ def _shard_lengths(shard: Shard, view: View) -> npt.NDArray[np.int64]:
     if view != "ap":
         lengths = lengths - (labels[bounds[1:]] - labels[bounds[:-1]])
         return np.where(lengths > 1 if view == "lm" else has_target, lengths, 0)
-    scored = np.flatnonzero(
-        (turns["role"] == ASSISTANT) & (turns["weight"] > 0) & ~np.isnan(np.asarray(shard.values)).all(axis=1)
-    )
+    assistant = turns["role"] == ASSISTANT
+    scored = np.flatnonzero(assistant & (turns["weight"] > 0) & ~np.isnan(np.asarray(shard.values)).all(axis=1))
     document = np.searchsorted(bounds, scored, side="right") - 1
     last = np.flatnonzero(np.diff(document, append=-1))  # place of each document's last scored turn
     turn, owner = scored[last], document[last]
     out = np.zeros(shard.documents, np.int64)
-    out[owner] = turns["mark"][turn] - (labels[turn + 1] - labels[bounds[owner]])
-    return out + np.bincount(document, minlength=shard.documents)
+    marks = np.concatenate(([0], np.cumsum(assistant)))
+    out[owner] = turns["mark"][turn] - (labels[turn + 1] - labels[bounds[owner]]) + marks[turn + 1] - marks[bounds[owner]]
+    return out

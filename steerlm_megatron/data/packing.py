@@ -157,7 +157,7 @@ def load_plan(path: Path, row_tokens: int, view: str, overlong: str) -> PackPlan
     """A stored plan, memory-mapped; None if there is none, or it is not what ``save_plan`` writes."""
     try:
         words = np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     first = 4 + len(_COUNTS)
     if words.ndim != 1 or words.dtype != np.int64 or len(words) < first or words[0] != _PLAN_FORMAT:

@@ -173,7 +173,7 @@ class _Run:
         counts, files = self.counts[split], ", ".join(self.files.get(split, ()))
         return (
             f"{files} (split {split!r}): all tokens are masked: of {counts['in']} conversations "
-            f"{counts['rejected']} are malformed and {counts['no_target']} have no response of weight 1; nothing is left"
+            f"{counts['rejected']} are malformed and {counts['no_target']} have no response of weight 1"
         )
 
     def _keep_rejected(self, file: IO[str], path: Path) -> None:

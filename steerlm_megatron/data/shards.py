@@ -24,6 +24,7 @@ import os
 import shutil
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from steerlm_megatron.data.tokenizer import META_FILE, MODEL_FILE, Tokenizer
-from steerlm_megatron.data.views import ASSISTANT, Document
+from steerlm_megatron.data.views import ASSISTANT, TURN, Document
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
@@ -49,6 +50,8 @@ DOC = np.dtype([("turns", "<i8"), ("spans", "<i8"), ("id", "<i8"), ("header_star
 _IDX_HEAD = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries (Megatron's layout)
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
 _IDX_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # Megatron's codes for token ids
+
+_NO_TOKENS = np.zeros(0, np.int32)
 
 Array = npt.NDArray[Any]
 
@@ -115,16 +118,8 @@ class ShardWriter:
         assert self._builder is not None
         size = len(document.tokens_T)
         self._builder.add_document(document.tokens_T, [size])
-        turns, values = document.turns_N, document.values_NA
-        self._documents.append(Document(document.id, turns[:0], document.header, turns, document.spans, values))
+        self._documents.append(replace(document, tokens_T=_NO_TOKENS))
         self._tokens += size
-        present = ~np.isnan(values) & ((turns["role"] == ASSISTANT) & (turns["weight"] > 0))[:, None]
-        self._label_sum += np.where(present, values, 0).sum(axis=0, dtype=np.float64)
-        self._label_count += present.sum(axis=0)
-        self.counts["tokens"] += size
-        self.counts["target_tokens"] += int((document.spans[:, 1] - document.spans[:, 0]).sum())
-        self.counts["turns"] += len(turns)
-        self.counts["labelled_turns"] += int(present.any(axis=1).sum())
         self.counts["unk_tokens"] += int(np.count_nonzero(document.tokens_T == self._tokenizer.unk_id))
         if self._tokens >= self._shard_tokens:
             self._close_shard()
@@ -196,11 +191,13 @@ class ShardWriter:
         docs["header_end"][:-1] = [document.header[1] for document in documents]
         arrays = {
             "docs": docs,
-            "turns": np.concatenate([document.turns_N for document in documents]),
+            # As bytes: joining thousands of structured arrays is slow.
+            "turns": np.concatenate([document.turns_N.view(np.uint8) for document in documents]).view(TURN),
             "spans": np.concatenate([document.spans for document in documents]),
             "values": np.concatenate([document.values_NA for document in documents]),
             "ids": np.frombuffer(b"".join(ids), np.uint8),
         }
+        self._count(arrays["turns"], arrays["spans"], arrays["values"])
         for name in SIDE_ARRAYS:
             np.save(self._work / f"{prefix}.{name}.npy", arrays[name])
         names = [f"{prefix}.bin", f"{prefix}.idx", *(f"{prefix}.{name}.npy" for name in SIDE_ARRAYS)]
@@ -214,6 +211,16 @@ class ShardWriter:
             }
         )
         self._documents, self._tokens = [], 0
+
+    def _count(self, turns: Array, spans: Array, values: Array) -> None:
+        """Add a shard's turns to the manifest's counts."""
+        present = ~np.isnan(values) & ((turns["role"] == ASSISTANT) & (turns["weight"] > 0))[:, None]
+        self._label_sum += np.where(present, values, 0).sum(axis=0, dtype=np.float64)
+        self._label_count += present.sum(axis=0)
+        self.counts["tokens"] += self._tokens
+        self.counts["target_tokens"] += int((spans[:, 1] - spans[:, 0]).sum())
+        self.counts["turns"] += len(turns)
+        self.counts["labelled_turns"] += int(present.any(axis=1).sum())
 
 
 class Shard:
@@ -278,11 +285,9 @@ class Shard:
     def _array(self, name: str) -> Array:
         path = self._path(f"{name}.npy")
         try:
-            # An empty file part cannot be mapped; nothing is lost by reading it.
-            array = np.load(path, mmap_mode="r")
-        except (OSError, ValueError) as error:
+            return np.load(path, mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{path} cannot be read ({error}); run `steerlm preprocess` again") from None
-        return array
 
     def _check_index(self) -> np.dtype[Any]:
         """The token type, from the head of the index file; ``UserError`` if it is torn or not ours."""

@@ -309,10 +309,14 @@ class Tokenizer:
     def _encode_plain(self, texts: list[str], num_threads: int) -> list[list[int]]:
         try:
             return self._sp.encode(texts, num_threads=num_threads) if texts else []
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"text is not valid Unicode ({error.reason} at character {error.start}); clean it first"
-            ) from None
+        except (TypeError, UnicodeEncodeError):  # what sentencepiece makes of a text that has no UTF-8
+            for text in texts:
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    where = f"{error.reason} at character {error.start}"
+                    raise UserError(f"text {text[:40]!r} is not valid Unicode ({where}); clean it first") from None
+            raise
 
     def _encode_by_character(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -181,12 +181,22 @@ def layout(
 
 
 def scored_turns(document: Document, scored: Scored) -> npt.NDArray[np.int64]:
-    """Indices of the turns that the ``ap`` view puts a marker after."""
+    """Indices of the turns that the ``ap`` view puts a marker after: assistant turns, up to the last one that counts.
+
+    Unlabelled turns in between get a marker too, and no target: a turn then has the same context in training as when
+    everything is scored.
+    """
     turns = document.turns_N
-    wanted = turns["role"] == ASSISTANT
+    assistant = turns["role"] == ASSISTANT
     if scored == "labelled":
-        wanted = wanted & (turns["weight"] > 0) & ~np.isnan(document.values_NA).all(axis=1)
-    return np.flatnonzero(wanted)
+        counts = np.flatnonzero(assistant & labelled_turns(document))
+        assistant[int(counts[-1]) + 1 if len(counts) else 0 :] = False
+    return np.flatnonzero(assistant)
+
+
+def labelled_turns(document: Document) -> npt.NDArray[np.bool_]:
+    """bool [N]: turns of weight 1 with at least one value."""
+    return (document.turns_N["weight"] > 0) & ~np.isnan(document.values_NA).all(axis=1)
 
 
 def make_sample(
@@ -233,7 +243,7 @@ def make_sample(
         tokens,
         mask,
         pool,
-        document.values_NA[cut.marks].astype(np.float32),
+        np.where((document.turns_N["weight"] > 0)[:, None], document.values_NA, np.nan)[cut.marks].astype(np.float32),
         cut.marks.astype(np.int32),
         before - len(tokens),
     )
@@ -248,6 +258,7 @@ class _Cut:
         self.keep = np.ones(size, np.bool_)
         self.mask = np.zeros(size, np.bool_)
         self.marks = np.zeros(0, np.int64)
+        self.counts = labelled_turns(document) if scored == "labelled" else turns["role"] == ASSISTANT
         if view != "acsft":
             for turn in turns[turns["label_end"] > turns["label_start"]]:
                 self.keep[turn["label_start"] : turn["label_end"]] = False
@@ -264,7 +275,7 @@ class _Cut:
         return int(np.count_nonzero(self.keep)) + len(self.marks)
 
     def has_target(self) -> bool:
-        return len(self.marks) > 0 if self.view == "ap" else bool((self.mask & self.keep)[1:].any())
+        return bool(self.counts[self.marks].any()) if self.view == "ap" else bool((self.mask & self.keep)[1:].any())
 
     def right(self, max_tokens: int) -> None:
         """Keep the first ``max_tokens`` (``ap``: as many markers as fit, and all that stands before them)."""

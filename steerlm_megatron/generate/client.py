@@ -127,8 +127,10 @@ class SamplingClient:
             wait_sec: float | None = None
             try:
                 response = await http.post(f"{url}/v1/completions", json=body)
-            except httpx.TimeoutException as e:
-                raise ServerFailure(f"{url}: request {request.id} took longer than {self.timeout_sec:g} s") from e
+            except httpx.ReadTimeout:
+                # The server drops it when the connection closes, so asking again is safe; but once is enough.
+                reason = f"{url}: no answer within {self.timeout_sec:g} s"
+                tries += max(0, (self.max_tries - 1) // 2)
             except httpx.TransportError as e:
                 reason = f"{url}: {e!r}"
             else:

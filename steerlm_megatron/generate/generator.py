@@ -33,8 +33,6 @@ from steerlm_megatron.generate.sampling import RowParams
 from steerlm_megatron.generate.scheduler import Scheduler, StepPlan
 from steerlm_megatron.generate.text import ResponseText
 
-HEARTBEAT_SEC = 5.0  # an idle leader tells its followers so this often: well under any collective timeout
-
 
 class TokenizerLike(Protocol):
     """What generation needs of ``data.tokenizer.Tokenizer``."""
@@ -307,12 +305,12 @@ class Generator:
             if not job.handle.future.done():
                 job.handle.future.set_exception(EngineDead(reason))
 
-    def run_until(self, stop: threading.Event, heartbeat_sec: float = HEARTBEAT_SEC) -> None:
+    def run_until(self, stop: threading.Event) -> None:
         """Step until ``stop`` is set, sleeping while there is nothing to do. Leader only."""
         while not stop.is_set():
             if self.step():
                 continue
-            if self.group.size > 1 and time.monotonic() - self._last_message_sec > heartbeat_sec:
+            if self.group.size > 1 and time.monotonic() - self._last_message_sec > self.group.heartbeat_sec:
                 self._send(StepPlan("idle"))
             with self._lock:
                 if not self._jobs and not stop.is_set():

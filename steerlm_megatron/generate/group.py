@@ -8,11 +8,12 @@ Invariant: every rank of the replica makes the same calls in the same order; the
 from __future__ import annotations
 
 import pickle
-from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+
+HEARTBEAT_SEC = 5.0
 
 
 class ModelGroup(Protocol):
@@ -23,6 +24,7 @@ class ModelGroup(Protocol):
     is_first_stage: bool
     is_last_stage: bool
     is_sampler: bool  # draws the tokens: one rank of the last stage
+    heartbeat_sec: float  # an idle leader sends a message this often: well under any collective timeout
 
     def broadcast(self, value: Any) -> Any:
         """The leader's ``value`` on every rank. Collective over the replica."""
@@ -50,6 +52,7 @@ class LocalGroup:
     is_first_stage = True
     is_last_stage = True
     is_sampler = True
+    heartbeat_sec = HEARTBEAT_SEC
 
     def broadcast(self, value: Any) -> Any:
         return value
@@ -67,14 +70,14 @@ class LocalGroup:
 class MegatronGroup:
     """The TP × PP ranks of this process's data-parallel replica. Construction is collective over the replica."""
 
-    def __init__(self, timeout_sec: int = 600) -> None:
+    def __init__(self, timeout_sec: int) -> None:
+        """``timeout_sec``: after which a collective that some rank does not join ends the run."""
         from megatron.core import parallel_state
 
-        ranks = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
-        # Control messages are small host values: gloo, so that they never wait behind a GPU's stream.
-        self._control = dist.new_group(
-            ranks, timeout=timedelta(seconds=timeout_sec), backend="gloo", use_local_synchronization=True
-        )
+        # Control messages are small CPU tensors, which this group sends through gloo also where its backend is NCCL
+        # (``runtime.device.backend``): they never wait behind a GPU's stream.
+        self._control = parallel_state.get_model_parallel_group()
+        ranks = dist.get_process_group_ranks(self._control)
         self._pipeline = parallel_state.get_pipeline_model_parallel_group()
         self.size = len(ranks)
         self._leader = min(ranks)
@@ -86,9 +89,9 @@ class MegatronGroup:
         self._next = parallel_state.get_pipeline_model_parallel_next_rank()
         # The rank that samples: the first of the last stage. Its choice goes to its stage's other tensor-parallel
         # ranks too, so that a difference in the last bit of their logits cannot part their ways.
-        sampling_rank: list[Any] = [parallel_state.get_pipeline_model_parallel_last_rank() if self.is_leader else None]
-        dist.broadcast_object_list(sampling_rank, src=self._leader, group=self._control)
-        self._sampling_rank: int = sampling_rank[0]
+        last = self.broadcast(parallel_state.get_pipeline_model_parallel_last_rank() if self.is_leader else None)
+        self._sampling_rank: int = last
+        self.heartbeat_sec = min(HEARTBEAT_SEC, timeout_sec / 4)
         self.is_sampler = dist.get_rank() == self._sampling_rank
 
     def broadcast(self, value: Any) -> Any:
@@ -119,7 +122,10 @@ class MegatronGroup:
 
 
 def model_group(timeout_sec: int = 600) -> ModelGroup:
-    """The group that fits this process: a replica of one needs no messages. Collective over the replica."""
+    """The group that fits this process: a replica of one needs no messages. Collective over the replica.
+
+    ``timeout_sec``: ``engine.timeout_sec``, with which the process groups were made.
+    """
     if not dist.is_initialized():
         return LocalGroup()
     from megatron.core import parallel_state

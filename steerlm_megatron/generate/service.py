@@ -47,7 +47,8 @@ class Service:
         self, generator: Generator, schema: AttributeSchema | None, server: ServerConfig, sampling: SamplingConfig
     ) -> None:
         """``schema`` None: a model without attribute conditioning; asking it for attributes is an error."""
-        self.generator, self.schema = generator, schema
+        self.generator = generator
+        self.schema = schema if schema is not None and schema.names else None
         self.server, self.sampling = server, sampling
         self.started = int(time.time())
         tokenizer, template = generator.tokenizer, generator.template
@@ -141,7 +142,7 @@ class Service:
         defaults = self.sampling
         requests: list[Request] = []
         for p, ids in enumerate(prompts):
-            room = self.server.max_sequence_tokens - len(ids)
+            room = self.generator.limits.max_sequence_tokens - len(ids)
             wanted = max_tokens if max_tokens is not None else max(1, min(defaults.max_tokens, room))
             problem = self.generator.problem(len(ids), wanted)
             if problem:
@@ -230,7 +231,7 @@ class Service:
             "object": "model",
             "created": self.started,
             "owned_by": "steerlm_megatron",
-            "max_model_len": self.server.max_sequence_tokens,
+            "max_model_len": self.generator.limits.max_sequence_tokens,
             "attributes": None if self.schema is None else self.schema.to_dict(),
         }
         return {"object": "list", "data": [model]}

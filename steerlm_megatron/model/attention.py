@@ -59,8 +59,7 @@ class PackedTokens(PackedSeqParams):
     output_index_K: torch.Tensor | None = None  # int64, the tokens whose output is wanted; None: all of them
     max_seqlen_q: int = 0
     max_seqlen_kv: int = 0
-    _buckets: list[Bucket] | None = None
-    _order_T: torch.Tensor | None = None
+    _buckets: Buckets | None = None
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, positions_T: torch.Tensor) -> PackedTokens:
@@ -80,28 +79,26 @@ class PackedTokens(PackedSeqParams):
             self.output_index_K = self.output_index_K.to(device, non_blocking=True)
         return self
 
-    def buckets(self) -> tuple[list[Bucket], torch.Tensor]:
-        """The batched calls that cover all documents, and where each token's output stands in their concatenation."""
+    def buckets(self) -> Buckets:
+        """The batched calls that cover all documents; made once, used by every layer."""
         if self._buckets is None:
             assert self.positions_T is not None
-            self._buckets, self._order_T = _make_buckets(self.lengths, self.positions_T.device)
-        assert self._order_T is not None
-        return self._buckets, self._order_T
+            self._buckets = _make_buckets(self.lengths, self.positions_T.device)
+        return self._buckets
 
 
 @dataclass
-class Bucket:
-    """Documents of similar length, padded at their end to one length.
+class Buckets:
+    """Documents regrouped into batches of similar length, each padded at its documents' ends to one length.
 
-    ``index_P``: token index of each of the ``documents * length`` slots; a padding slot repeats its document's last token.
-    Causality keeps padding out: it stands after every real token, so no real query sees it. ``back_P``: for the backward pass.
+    ``shapes``: (documents, length) of each batch. Their slots stand one after the other, P in all. ``index_P``: the token of each
+    slot; a padding slot repeats its document's last token. ``order_T``: the slot of each token.
+    Causality keeps padding out: it stands after every real token, so no real query sees it.
     """
 
-    documents: int
-    length: int
+    shapes: list[tuple[int, int]]
     index_P: torch.Tensor
-    slots_R: torch.Tensor  # positions in index_P that are real tokens
-    tokens_R: torch.Tensor  # and the tokens they are
+    order_T: torch.Tensor
 
 
 def _bucket_ceiling(length: int) -> int:
@@ -112,67 +109,73 @@ def _bucket_ceiling(length: int) -> int:
     return -(-length // step) * step
 
 
-def _make_buckets(lengths: list[int], device: torch.device) -> tuple[list[Bucket], torch.Tensor]:
-    starts: list[int] = []
-    total = 0
+def _make_buckets(lengths: list[int], device: torch.device) -> Buckets:
     groups: dict[int, list[int]] = {}
     for document, length in enumerate(lengths):
-        starts.append(total)
-        total += length
         key = _bucket_ceiling(length) if length < _ALONE_FROM_TOKENS else -1 - document
         groups.setdefault(key, []).append(document)
-    buckets: list[Bucket] = []
-    order_T = torch.empty(total, dtype=torch.int64)
-    offset = 0
+    length_D = torch.tensor(lengths)
+    start_D = length_D.cumsum(0) - length_D
+    order_T = torch.empty(sum(lengths), dtype=torch.int64)
+    shapes, indices, offset = [], [], 0
     for documents in groups.values():
-        longest = max(lengths[d] for d in documents)
-        first_D = torch.tensor([starts[d] for d in documents])
-        length_D = torch.tensor([lengths[d] for d in documents])
+        chosen = torch.tensor(documents)
+        longest = int(length_D[chosen].max())
         step_L = torch.arange(longest)
-        index_DL = first_D[:, None] + torch.minimum(step_L[None, :], length_D[:, None] - 1)
-        slots_R = (step_L[None, :] < length_D[:, None]).reshape(-1).nonzero().squeeze(1)
-        index_P = index_DL.reshape(-1)
-        tokens_R = index_P[slots_R]
-        order_T[tokens_R] = offset + slots_R
-        offset += index_P.numel()
-        buckets.append(
-            Bucket(len(documents), longest, index_P.to(device), slots_R.to(device), tokens_R.to(device))
-        )
-    return buckets, order_T.to(device)
+        real_DL = step_L < length_D[chosen, None]
+        index_DL = start_D[chosen, None] + torch.minimum(step_L, length_D[chosen, None] - 1)
+        slot_DL = offset + torch.arange(index_DL.numel()).view_as(index_DL)
+        order_T[index_DL[real_DL]] = slot_DL[real_DL]
+        offset += index_DL.numel()
+        shapes.append((len(documents), longest))
+        indices.append(index_DL.flatten())
+    return Buckets(shapes, torch.cat(indices).to(device), order_T.to(device))
 
 
-class _Gather(torch.autograd.Function):
-    """``x[index]`` whose backward is the inverse gather: padding slots carry no gradient, so nothing has to be accumulated."""
+class _ToSlots(torch.autograd.Function):
+    """Tokens [T, ...] → slots [P, ...]. Backward is a plain gather: padding slots carry no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x_TNH: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-        ctx.bucket, ctx.tokens = bucket, x_TNH.shape[0]
-        return x_TNH.index_select(0, bucket.index_P)
+    def forward(ctx: Any, x_TNH: torch.Tensor, buckets: Buckets) -> torch.Tensor:
+        ctx.buckets = buckets
+        return x_TNH.index_select(0, buckets.index_P)
 
     @staticmethod
     def backward(ctx: Any, grad_PNH: torch.Tensor) -> tuple[torch.Tensor, None]:
-        grad_TNH = grad_PNH.new_zeros((ctx.tokens, *grad_PNH.shape[1:]))
-        grad_TNH.index_copy_(0, ctx.bucket.tokens_R, grad_PNH.index_select(0, ctx.bucket.slots_R))
-        return grad_TNH, None
+        return grad_PNH.index_select(0, ctx.buckets.order_T), None
+
+
+class _ToTokens(torch.autograd.Function):
+    """Slots [P, ...] → tokens [T, ...]; padding slots are dropped and get zero gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PNH: torch.Tensor, buckets: Buckets) -> torch.Tensor:
+        ctx.buckets = buckets
+        return x_PNH.index_select(0, buckets.order_T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TNH: torch.Tensor) -> tuple[torch.Tensor, None]:
+        buckets = ctx.buckets
+        grad_PNH = grad_TNH.new_zeros((buckets.index_P.numel(), *grad_TNH.shape[1:]))
+        return grad_PNH.index_copy_(0, buckets.order_T, grad_TNH), None
 
 
 def attend_sdpa(
     q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, packed: PackedTokens, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
     """Causal attention inside each document through torch's SDPA, in as few calls as lengths allow. Returns [T, N, H]."""
-    buckets, order_T = packed.buckets()
+    buckets = packed.buckets()
     grouped = q_TNH.shape[1] != k_TGH.shape[1]
+    sizes = [documents * length for documents, length in buckets.shapes]
+    q_parts, k_parts, v_parts = (_ToSlots.apply(x, buckets).split(sizes) for x in (q_TNH, k_TGH, v_TGH))
     outputs: list[torch.Tensor] = []
-    for bucket in buckets:
-        q, k, v = (
-            _Gather.apply(x, bucket).unflatten(0, (bucket.documents, bucket.length)).transpose(1, 2)
-            for x in (q_TNH, k_TGH, v_TGH)
-        )
+    for shape, q_PNH, k_PGH, v_PGH in zip(buckets.shapes, q_parts, k_parts, v_parts, strict=True):
+        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q_PNH, k_PGH, v_PGH))
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=bucket.length > 1, scale=scale, dropout_p=dropout, enable_gqa=grouped
+            q, k, v, is_causal=shape[1] > 1, scale=scale, dropout_p=dropout, enable_gqa=grouped
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).index_select(0, order_T)
+    return _ToTokens.apply(torch.cat(outputs), buckets)
 
 
 def _varlen_function() -> Callable[..., torch.Tensor] | None:

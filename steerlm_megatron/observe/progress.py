@@ -120,6 +120,8 @@ class Progress:
             self._line()
 
     def _line_is_due(self) -> bool:
+        if self.total is not None and self.completed >= self.total:
+            return False  # the closing line says it
         waited = self._clock() - self._last_time
         if waited < MIN_INTERVAL_SEC:
             return False

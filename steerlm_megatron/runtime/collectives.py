@@ -58,3 +58,29 @@ def sum_from_last_stage(sums_M: torch.Tensor) -> torch.Tensor:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(total, src=last, group=parallel_state.get_pipeline_model_parallel_group())
     return total.cpu()
+
+
+def sum_over_data_parallel(values: list[float]) -> list[float]:
+    """Element-wise sum over data-parallel ranks. Collective over the data-parallel group."""
+    if parallel_state.get_data_parallel_world_size() == 1:
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total.tolist()
+
+
+def broadcast_in_replica(value: T, from_last_stage: bool = True) -> T:
+    """A replica's value from its last pipeline stage (tensor-parallel rank 0 there), else its first, on all of its ranks.
+
+    Collective over the model-parallel group.
+    """
+    group = parallel_state.get_model_parallel_group()
+    if dist.get_world_size(group) == 1:
+        return value
+    ranks = dist.get_process_group_ranks(group)
+    tensor = parallel_state.get_tensor_model_parallel_world_size()
+    # Megatron-Core numbers tensor-parallel ranks next to each other, so a sorted replica ends with its last stage.
+    source = sorted(ranks)[-tensor] if from_last_stage else min(ranks)
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=source, group=group)
+    return box[0]

@@ -39,6 +39,7 @@ class CheckpointMeta:
 
     ``head``: ``lm`` or ``regression``. ``schema``: the attribute schema's dict, None for a model without attributes.
     ``conditioned``: whether responses were trained with label lines. ``loader``: where the data stood. ``metric``: validation loss.
+    ``label_mean``: regression only, the training labels' mean per attribute (the constant predictor), None where there were none.
     """
 
     step: int
@@ -51,6 +52,7 @@ class CheckpointMeta:
     tokenizer_hash: str
     loader: dict[str, int] = field(default_factory=dict)
     metric: float | None = None
+    label_mean: list[float | None] = field(default_factory=list)
     parallel: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)

@@ -5,100 +5,17 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from fake_model import LABEL, TURN, VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
 
-from steerlm_megatron.config.schema import ServerConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator, check_limits
 from steerlm_megatron.generate.protocol import Delta, EngineDead, QueueFull, Request, Result, SamplingParams
 from steerlm_megatron.generate.text import ResponseText
 from steerlm_megatron.model.attention import PackedTokens
-
-VOCAB = 64
-TURN, LABEL = 62, 63  # control ids; text is 0..61
-
-
-class FakeTokenizer:
-    """One id per character of a small alphabet, plus two control ids."""
-
-    vocab_size = VOCAB
-    alphabet = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?:;-'"
-
-    def encode(self, text: str) -> list[int]:
-        return [self.alphabet.index(c) for c in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(self.alphabet[i] if i < 62 else f"<{i}>" for i in ids)
-
-    def control_id(self, text: str) -> int:
-        return {"<turn>": TURN, "<label>": LABEL}[text]
-
-
-@dataclass(frozen=True)
-class FakeTemplate:
-    control_strings: tuple[str, ...] = ("<turn>", "<label>")
-    stop_strings: tuple[str, ...] = ("<turn>",)
-    response_suffix: str = "\n"
-
-
-class FakeModel(torch.nn.Module):
-    """Two layers of grouped-query attention whose logits depend on every token and its position."""
-
-    def __init__(self, stop_bias: float = 0.0, heads: int = 4, groups: int = 2, head_dim: int = 8) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(5)
-        self.heads, self.groups, self.head_dim = heads, groups, head_dim
-        dim = heads * head_dim
-
-        def weight(*shape: int) -> torch.nn.Parameter:
-            return torch.nn.Parameter(torch.randn(*shape, generator=generator) / shape[-1] ** 0.5 * 1.5)
-
-        self.embedding = torch.nn.Parameter(torch.randn(VOCAB, dim, generator=generator))
-        self.positions = torch.nn.Parameter(torch.randn(512, dim, generator=generator))
-        self.qkv = torch.nn.ParameterList([weight((heads + 2 * groups) * head_dim, dim) for _ in range(2)])
-        self.out = weight(VOCAB + 8, dim)  # 8 rows of padding
-        self.stop_bias = stop_bias
-        self.calls: list[int] = []
-        self.fail_at: int | None = None
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        attention_mask: None,
-        labels: None = None,
-        packed_seq_params: PackedTokens | None = None,
-    ) -> torch.Tensor:
-        self.calls.append(input_ids.shape[1])
-        if self.fail_at is not None and len(self.calls) >= self.fail_at:
-            raise RuntimeError("the model broke")
-        x = self.embedding[input_ids[0]] + self.positions[position_ids[0]]
-        for number, qkv in enumerate(self.qkv, 1):
-            parts = (x @ qkv.T).split([n * self.head_dim for n in (self.heads, self.groups, self.groups)], dim=1)
-            q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in parts)
-            scale = self.head_dim**-0.5
-            if packed_seq_params is None:
-                q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
-                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-                x = x + out[0].transpose(0, 1).flatten(1)
-            else:
-                assert packed_seq_params.kv is not None
-                x = x + packed_seq_params.kv.attend(number, q, k, v, scale).flatten(1)
-        if packed_seq_params is not None and packed_seq_params.output_index_K is not None:
-            x = x[packed_seq_params.output_index_K]
-        logits = x @ self.out.T
-        logits[:, TURN] += self.stop_bias
-        return logits[None]
-
-
-def limits(**changes: int) -> ServerConfig:
-    values: dict[str, Any] = {"max_queue": 1000, "max_batch": 8, "max_sequence_tokens": 128, "max_cache_tokens": 1024}
-    return ServerConfig(**{**values, **changes})
 
 
 def make(model: FakeModel | None = None, **changes: int) -> Generator:
@@ -338,3 +255,29 @@ def test_limits_that_contradict_each_other() -> None:
         check_limits(limits(max_cache_tokens=100))
     with pytest.raises(UserError, match="max_batch=0"):
         check_limits(limits(max_batch=0))
+
+
+def test_real_model_with_cache_equals_without() -> None:
+    """The tiny GPT of Megatron-Core: greedy decoding through the cache picks what whole forward passes pick."""
+    from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
+    from steerlm_megatron.model.gpt import build_model
+    from steerlm_megatron.runtime import parallel
+
+    parallel.initialize(ParallelConfig(), seed=1)
+    config = ModelConfig(
+        num_layers=2, hidden_size=64, num_heads=4, num_query_groups=2, ffn_hidden_size=96, init_std=0.2
+    )
+    model = build_model(config, ParallelConfig(), EngineConfig(), VOCAB, seed=3, gather_logits=True).eval()
+    asked = requests_for(prompts(10), temperature=0.0, logprobs=True)
+    results = Generator(model, FakeTokenizer(), FakeTemplate(), limits()).generate(asked)
+    for request, result in zip(asked, results, strict=True):
+        ids = torch.tensor(request.prompt_ids + result.token_ids)
+        positions_T = torch.arange(len(ids))
+        packed = PackedTokens.from_cu_seqlens(torch.tensor([0, len(ids)], dtype=torch.int32), positions_T)
+        with torch.no_grad():
+            logits_TV = model(ids[None], positions_T[None], None, packed_seq_params=packed)[0, :, :VOCAB]
+        logits_TV[:, LABEL] = -torch.inf
+        logits_TV = logits_TV[len(request.prompt_ids) - 1 : -1]
+        assert logits_TV.argmax(1).tolist() == list(result.token_ids)
+        expected = logits_TV.log_softmax(1).amax(1).tolist()
+        assert result.logprobs == pytest.approx(expected, abs=1e-4)

@@ -89,7 +89,12 @@ def problems(root: Path) -> list[str]:
         if part not in LEVELS:
             found.append(f"{relative}: '{part}' has no level; give it one in tests/unit/test_imports.py")
             continue
-        for item in imports_of(path.read_text(encoding="utf-8"), package):
+        try:
+            items = list(imports_of(path.read_text(encoding="utf-8"), package))
+        except SyntaxError as error:
+            found.append(f"{relative}:{error.lineno}: {error.msg}")
+            continue
+        for item in items:
             where = f"{relative}:{item.line}"
             top, *rest = item.module.split(".")
             if top == PACKAGE:
@@ -152,6 +157,7 @@ PLANTED = {
     "train/engine_mcore.py": ("import deepspeed", "deepspeed is imported only in"),
     "data/a.py": ("from data_tools import oasst", "data_tools is imported only in stages/"),
     "cli_tools.py": ("import os", "has no level"),
+    "stages/b.py": ("def f(:", "invalid syntax"),
     "../data_tools/a.py": ("from steerlm_megatron.data.shards import ShardDataset", "data_tools imports"),
 }
 

@@ -1,0 +1,64 @@
+"""An append-only journal per rank: what a killed job had finished.
+
+Owns: lines of JSON keyed by record index, read back whatever ranks wrote them. Invariant: a line that is read is whole; a torn
+last line is cut off before the next is written; the journal of other inputs is not taken for ours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from steerlm_megatron.observe.runfolder import write_json_atomic
+
+
+class Journal:
+    """``folder/part-*.jsonl`` of a job with ``key`` (a fingerprint of its inputs). One writer per part."""
+
+    def __init__(self, folder: Path, part: int, key: str, is_main: bool) -> None:
+        """With another key in the folder, main empties it: construct on main first, then (after a barrier) elsewhere."""
+        self.folder, self.path = folder, folder / f"part-{part:05d}.jsonl"
+        marker = folder / "key.json"
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            stored = json.loads(marker.read_text(encoding="utf-8")) if marker.exists() else None
+            if stored != key:
+                for part_file in folder.glob("part-*.jsonl"):
+                    part_file.unlink()
+                write_json_atomic(marker, key)
+
+    def read(self) -> dict[int, Any]:
+        """Everything that any rank has finished: index → value."""
+        done: dict[int, Any] = {}
+        for part in sorted(self.folder.glob("part-*.jsonl")):
+            for line in part.read_bytes().splitlines(keepends=True):
+                if line.endswith(b"\n"):
+                    entry = json.loads(line)
+                    done[entry["i"]] = entry["v"]
+        return done
+
+    def append(self, entries: Iterable[tuple[int, Any]]) -> None:
+        """Add finished entries; on disk when this returns."""
+        lines = b"".join(json.dumps({"i": i, "v": v}, ensure_ascii=False).encode() + b"\n" for i, v in entries)
+        if not lines:
+            return
+        with open(self.path, "a+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size:
+                file.seek(0)
+                whole = file.read().rfind(b"\n") + 1
+                if whole != size:
+                    file.truncate(whole)
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """The job is complete and its output stands."""
+        for part in self.folder.glob("part-*.jsonl"):
+            part.unlink()
+        (self.folder / "key.json").unlink(missing_ok=True)
+        self.folder.rmdir()

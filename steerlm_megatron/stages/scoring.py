@@ -1,0 +1,118 @@
+"""Scoring responses with an attribute-prediction model.
+
+Owns: turning conversations into packed rows for the regression head and its output back into values per assistant turn. Does not
+own: files (``annotate.py``). Invariant: a turn's value depends on the conversation up to that turn and on nothing it shares a batch
+with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from steerlm_megatron.data.collate import collate
+from steerlm_megatron.data.packing import pack
+from steerlm_megatron.data.views import Sample, build_documents, make_sample
+from steerlm_megatron.model.predict import predict_values
+from steerlm_megatron.runtime.collectives import broadcast_in_replica, gather_objects
+from steerlm_megatron.runtime.parallel import layout
+from steerlm_megatron.stages.session import LoadedModel
+from steerlm_megatron.steer.records import Conversation
+
+Values = dict[str, float]
+
+
+@dataclass
+class _Piece:
+    """One forward-pass document and, per pooled position, which conversation and message it scores."""
+
+    sample: Sample
+    owners: list[tuple[int, int]]
+
+
+class Scorer:
+    """Values of every assistant turn. ``batch_tokens``: packed tokens of one forward pass."""
+
+    def __init__(self, loaded: LoadedModel, batch_tokens: int) -> None:
+        assert loaded.schema is not None
+        self.loaded, self.schema = loaded, loaded.schema
+        self.max_tokens = loaded.model_config.max_position
+        self.batch_tokens = max(batch_tokens, 8)
+        self.marker_id = loaded.tokenizer.control_id(loaded.template.label_marker)
+        self.truncated_turns = 0
+
+    def score(
+        self, conversations: Sequence[Conversation], progress: Callable[[int], None] | None = None
+    ) -> list[dict[int, Values]]:
+        """Per conversation: message index → clamped float values on the schema's scale. Collective over the replica.
+
+        ``progress`` is called with the number of turns scored by each batch. Every rank of the replica gets the result.
+        """
+        pieces = self._pieces(conversations)
+        out: list[dict[int, Values]] = [{} for _ in conversations]
+        if not pieces:
+            return out
+        lengths = np.array([len(piece.sample.tokens_T) for piece in pieces], dtype=np.int64)
+        width = max(self.batch_tokens, int(lengths.max()))
+        offsets, order = pack(lengths, width, seed=0)
+        for row in range(len(offsets) - 1):
+            members = [pieces[i] for i in order[offsets[row] : offsets[row + 1]]]
+            values_PA = self._forward([piece.sample for piece in members])
+            at = 0
+            for piece in members:
+                for conversation, message in piece.owners:
+                    out[conversation][message] = self._clamped(values_PA[at])
+                    at += 1
+            if progress is not None:
+                progress(at)
+        return out
+
+    def _clamped(self, values_A: np.ndarray) -> Values:
+        top = float(self.schema.max_level)
+        return {name: round(min(max(float(v), 0.0), top), 4) for name, v in zip(self.schema.names, values_A, strict=True)}
+
+    def _pieces(self, conversations: Sequence[Conversation]) -> list[_Piece]:
+        """One document per conversation that fits; an over-long one is scored turn by turn, oldest turns cut off."""
+        # Weight says what is trained; every assistant turn is scored.
+        whole = [replace(c, messages=tuple(replace(m, weight=1) for m in c.messages)) for c in conversations]
+        pieces: list[_Piece] = []
+        for index, sample in enumerate(self._samples(whole)):
+            turns = [i for i, m in enumerate(whole[index].messages) if m.role == "assistant"]
+            if sample is not None and len(sample.pool_P) == len(turns):
+                pieces.append(_Piece(sample, [(index, turn) for turn in turns]))
+                continue
+            alone = [replace(whole[index], messages=whole[index].messages[: turn + 1]) for turn in turns]
+            for turn, cut in zip(turns, self._samples(alone), strict=True):
+                assert cut is not None and len(cut.pool_P) >= 1, "a response always keeps its mark"
+                self.truncated_turns += cut.cut_tokens > 0
+                last = replace(cut, pool_P=cut.pool_P[-1:], values_PA=cut.values_PA[-1:])
+                pieces.append(_Piece(last, [(index, turn)]))
+        return pieces
+
+    def _samples(self, conversations: Sequence[Conversation]) -> list[Sample | None]:
+        loaded = self.loaded
+        bare = [replace(c, messages=tuple(replace(m, attributes=None) for m in c.messages)) for c in conversations]
+        documents = build_documents(bare, loaded.tokenizer, loaded.template, self.schema)
+        return [
+            make_sample(d, "ap", self.max_tokens, "truncate_left_turns", marker_id=self.marker_id, scored="all") for d in documents
+        ]
+
+    def _forward(self, samples: list[Sample]) -> np.ndarray:
+        """float32 [P, A] for the pooled positions of one packed row, on every rank of the replica."""
+        total = sum(len(s.tokens_T) for s in samples)
+        values = predict_values(self.loaded.model, collate([samples], total, len(self.schema.names)))
+        result = broadcast_in_replica(None if values is None else values.numpy())
+        assert result is not None
+        return result
+
+
+def score_all(scorer: Scorer, conversations: Sequence[Conversation]) -> list[dict[int, Values]]:
+    """:meth:`Scorer.score` with the conversations spread over data-parallel replicas. Collective over the world."""
+    at = layout()
+    own = scorer.score(conversations[at.dp_rank :: at.dp_size])
+    if at.dp_size == 1:
+        return own
+    parts = dict(gather_objects((at.dp_rank, own)))
+    return [parts[i % at.dp_size][i // at.dp_size] for i in range(len(conversations))]

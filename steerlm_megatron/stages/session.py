@@ -1,0 +1,127 @@
+"""What every command starts with: ranks, a run folder, a log; and how a loaded checkpoint becomes a model.
+
+Owns: :func:`session` and :class:`LoadedModel`. Does not own: what commands do inside.
+Invariant: one run folder per session, the same on all ranks, written by rank 0.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from steerlm_megatron.config.load import to_yaml
+from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
+from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.gpt import PackedGPTModel, build_model
+from steerlm_megatron.observe.log import get_logger, setup_logging
+from steerlm_megatron.observe.runfolder import RunFolder, default_run_dir
+from steerlm_megatron.runtime import parallel
+from steerlm_megatron.runtime.collectives import broadcast_object
+from steerlm_megatron.runtime.device import dtype_of
+from steerlm_megatron.runtime.parallel import Layout
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.templates import Template
+from steerlm_megatron.train.checkpoint import CheckpointMeta, load_sharded, read_meta, resolve
+
+
+@dataclass
+class Session:
+    """A running command: its configuration, this rank's coordinates, its folder."""
+
+    config: Config
+    layout: Layout
+    run: RunFolder
+
+    @property
+    def folder(self) -> Path:
+        return self.run.path
+
+
+@contextmanager
+def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
+    """Start ranks and the run folder of ``config.run_dir``; the summary says how the body ended. Collective over the world.
+
+    ``inputs``: a fingerprint of what the run depends on, stored in its summary.
+    """
+    layout = parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
+    path = broadcast_object(config.run_dir or str(default_run_dir(config.command)))
+    run = RunFolder(path, config.command, overwrite=config.overwrite, rank=layout.rank)
+    setup_logging(run.path, layout.rank)
+    run.start(to_yaml(config), inputs=inputs)
+    with run:
+        yield Session(config, layout, run)
+
+
+@dataclass
+class LoadedModel:
+    """A checkpoint ready to compute with: this rank's part of the model in evaluation mode, and what it was trained with."""
+
+    folder: Path
+    meta: CheckpointMeta
+    model: PackedGPTModel
+    tokenizer: Tokenizer
+    schema: AttributeSchema | None
+    template: Template
+    parallel: ParallelConfig
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self.meta.model_config()
+
+    def free(self) -> None:
+        """Give the memory back before the next model is loaded."""
+        del self.model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def inference_parallel(config: ParallelConfig) -> ParallelConfig:
+    """The same ranks without what only training uses: token counts vary, so sequences are not split."""
+    return ParallelConfig(tensor=config.tensor, pipeline=config.pipeline, data=config.data)
+
+
+def load_model(path: str, config: Config, key: str, head: str, gather_logits: bool = False) -> LoadedModel:
+    """Build and fill the model of a checkpoint at ``config.parallel``. Collective over the world.
+
+    ``head``: ``lm`` or ``regression``; another kind is a UserError naming ``key``.
+    """
+    folder = resolve(path, key)
+    meta = read_meta(folder)
+    if meta.head != head:
+        wanted = "an attribute-prediction model (train_ap)" if head == "regression" else "a language model (train_sft)"
+        raise UserError(f"{key}={path} holds a model with head '{meta.head}', needed is {wanted}")
+    layout = inference_parallel(config.parallel)
+    check_layout(meta.model_config(), layout, key)
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    schema = AttributeSchema.from_dict(meta.schema) if meta.schema else None
+    model = build_model(
+        meta.model_config(),
+        layout,
+        config.engine,
+        meta.vocab_size,
+        attributes=len(schema.names) if head == "regression" and schema else None,
+        gather_logits=gather_logits,
+        initialize=False,
+    )
+    state = load_sharded({"model": model.sharded_state_dict()}, folder)
+    model.load_state_dict(state["model"])
+    model.to(dtype_of(config.engine.precision)).eval().requires_grad_(False)
+    get_logger(__name__).info("loaded %s (step %d)", folder, meta.step)
+    return LoadedModel(folder, meta, model, tokenizer, schema, Template.from_dict(meta.template), layout)
+
+
+def check_layout(model: ModelConfig, layout: ParallelConfig, key: str) -> None:
+    """Refuse a layout that the checkpoint's model cannot be split into."""
+    groups = model.num_query_groups or model.num_heads
+    for name, value in (("num_heads", model.num_heads), ("num_query_groups", groups), ("ffn_hidden_size", model.ffn_hidden_size)):
+        if value % layout.tensor:
+            raise UserError(f"parallel.tensor={layout.tensor} must divide {name}={value} of the model in {key}")
+    if model.num_layers % layout.pipeline:
+        raise UserError(f"parallel.pipeline={layout.pipeline} must divide num_layers={model.num_layers} of the model in {key}")

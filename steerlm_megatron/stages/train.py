@@ -1,0 +1,229 @@
+"""``train_ap`` and ``train_sft``: from shards and a configuration to a Trainer.
+
+Owns: which view of the shards a command trains on, whether data, model and checkpoint fit together, building the engine.
+Does not own: the loop (``train/loop.py``). Invariant: every mismatch is found before the model is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steerlm_megatron.config.schema import Config, ModelConfig
+from steerlm_megatron.data.dataset import ShardDataset
+from steerlm_megatron.data.loader import StepLoader
+from steerlm_megatron.data.packing import PackPlan
+from steerlm_megatron.data.views import View
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.gpt import PackedGPTModel, build_model
+from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops
+from steerlm_megatron.observe.runfolder import versions
+from steerlm_megatron.runtime.collectives import barrier
+from steerlm_megatron.stages.corpus import ensure_shards
+from steerlm_megatron.stages.session import Session, session
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.templates import Template
+from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore, read_meta, resolve
+from steerlm_megatron.train.engine_mcore import MegatronEngine
+from steerlm_megatron.train.loop import Trainer, TrainResult
+from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
+
+# Differences in these do not make two models different.
+_FREE_MODEL_KEYS = {"name", "dropout", "init_std", "max_position"}
+
+
+def run(config: Config) -> TrainResult:
+    """Train as ``config.command`` says. Collective over the world."""
+    with session(config) as here:
+        return train(here)
+
+
+def view_of(config: Config) -> View:
+    """How this command sees a stored conversation (``data/views.py``)."""
+    if config.command == "train_ap":
+        return "ap"
+    if config.train.objective == "lm":
+        return "lm"
+    return "acsft" if config.attributes.names else "sft"
+
+
+def train(here: Session) -> TrainResult:
+    """One training run inside a session."""
+    config = here.config
+    view = view_of(config)
+    data, valid = _open_data(config)
+    _check_data(config, data, view)
+    base = _check_init(config, data)
+    plan = data.plan(view, config.train.row_tokens, config.train.seed, config.data.overlong, cache=here.layout.is_main)
+    barrier()
+    store = CheckpointStore(here.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
+    latest = store.latest()
+    meta = read_meta(latest) if latest else _new_meta(config, data, view)
+    loaders = [_loader(here, data, plan, view, meta.loader.get("consumed_rows", 0))]
+    if valid is not None:
+        valid_plan = valid.plan(view, config.train.row_tokens, config.train.seed, config.data.overlong, cache=here.layout.is_main)
+        loaders.append(_loader(here, valid, valid_plan, view, 0))
+    steps = config.train.steps or loaders[0].steps_for(config.train.epochs)
+    engine, flops = _build_engine(config, data, view, steps)
+    if latest is not None:
+        engine.load(latest)
+        get_logger(__name__).info("resuming from %s at step %d of %d", latest, meta.step, steps)
+    elif base is not None:
+        engine.load_model(base)
+    _announce(config, view, plan, loaders[0], steps)
+    with closing(MetricsWriter(here.folder, tensorboard=config.tracking.tensorboard, active=here.layout.is_main)) as metrics:
+        if here.layout.is_main:
+            metrics.truncate_after(meta.step)
+        trainer = Trainer(
+            config.train, engine, loaders[0], loaders[1] if valid is not None else None, store, meta,
+            data.tokenizer.save, metrics, steps, Throughput(flops_of=flops),
+        )  # fmt: skip
+        try:
+            result = trainer.fit()
+        finally:
+            for loader in loaders:
+                loader.close()
+    _summarise(here, plan, result)
+    return result
+
+
+def _open_data(config: Config) -> tuple[ShardDataset, ShardDataset | None]:
+    train, valid = config.data.train, config.data.valid
+    if train is None:
+        train, valid = ensure_shards(config)
+    path = Path(train)
+    if not (path / "manifest.json").exists() and (path / "train" / "manifest.json").exists():
+        valid = valid or (str(path / "valid") if (path / "valid" / "manifest.json").exists() else None)
+        path = path / "train"
+    return ShardDataset.open(path), ShardDataset.open(valid) if valid else None
+
+
+def _loader(here: Session, data: ShardDataset, plan: PackPlan, view: View, start_row: int) -> StepLoader:
+    return StepLoader(data, plan, view, here.config.train, here.layout.dp_rank, here.layout.dp_size, start_row)
+
+
+def _check_data(config: Config, data: ShardDataset, view: View) -> None:
+    """Schema and template of the shards are those of the configuration."""
+    wanted = Template.from_config(config.template).to_dict()
+    found = data.template.to_dict()
+    for key, value in wanted.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"template.{key}={value!r}, but {data.folder} was preprocessed with {found.get(key)!r}; "
+                f"set template.{key} to that or preprocess again"
+            )
+    if view not in ("ap", "acsft"):
+        return
+    schema = AttributeSchema.from_config(config.attributes)
+    if view == "ap" and not schema.names:
+        raise UserError("attributes=none: an attribute-prediction model needs attributes; choose a schema")
+    stored = data.schema
+    if stored is None or stored.names != schema.names or stored.max_level != schema.max_level:
+        had = "no attributes" if stored is None else f"{stored.name} ({', '.join(stored.names)}; 0-{stored.max_level})"
+        raise UserError(
+            f"attributes={schema.name} ({', '.join(schema.names)}; 0-{schema.max_level}), but {data.folder} was preprocessed with "
+            f"{had}; choose the same attributes or preprocess again"
+        )
+
+
+def _check_init(config: Config, data: ShardDataset) -> Path | None:
+    """The checkpoint to start from, after checking that its vocabulary and shape are ours."""
+    if config.init_from is None:
+        return None
+    folder = resolve(config.init_from, "init_from")
+    meta = read_meta(folder)
+    if meta.tokenizer_hash != data.tokenizer.hash:
+        raise UserError(
+            f"vocabulary mismatch: init_from={config.init_from} was trained with another tokenizer ({meta.vocab_size} ids) than "
+            f"{data.folder} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={folder / 'tokenizer'}"
+        )
+    ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(ModelConfig(**meta.model))
+    wrong = [f"model.{k}={ours[k]} (checkpoint: {theirs[k]})" for k in ours if k not in _FREE_MODEL_KEYS and ours[k] != theirs[k]]
+    if wrong:
+        raise UserError(f"init_from={config.init_from} holds another model: {', '.join(wrong)}")
+    return folder
+
+
+def _new_meta(config: Config, data: ShardDataset, view: View) -> CheckpointMeta:
+    schema = data.schema if view in ("ap", "acsft") else None
+    return CheckpointMeta(
+        step=0,
+        head="regression" if view == "ap" else "lm",
+        model=dataclasses.asdict(config.model),
+        vocab_size=data.tokenizer.vocab_size,
+        schema=schema.to_dict() if schema else None,
+        template=data.template.to_dict(),
+        conditioned=view == "acsft",
+        tokenizer_hash=data.tokenizer.hash,
+        label_mean=[None if math.isnan(v) else float(v) for v in data.label_mean()] if view == "ap" else [],
+        parallel=dataclasses.asdict(config.parallel),
+        versions=versions(),
+    )
+
+
+def _objective(config: Config, view: View) -> Objective:
+    if view == "ap":
+        return RegressionObjective(config.attributes.names, config.train.label_weights)
+    return TokenObjective()
+
+
+def _build_engine(config: Config, data: ShardDataset, view: View, steps: int) -> tuple[MegatronEngine, Any]:
+    """The engine, and the function that counts its floating-point operations (facts/performance_references §5d)."""
+    chunks = []
+    chunk_count = config.parallel.virtual_pipeline or 1
+    for stage in range(chunk_count):
+        chunk = build_model(
+            config.model,
+            config.parallel,
+            config.engine,
+            data.tokenizer.vocab_size,
+            attributes=len(config.attributes.names) if view == "ap" else None,
+            seed=config.train.seed,
+            vp_stage=stage if chunk_count > 1 else None,
+            initialize=True,
+        )
+        if view == "ap" and chunk.post_process:
+            chunk.output_layer.set_bias(torch.from_numpy(data.label_mean()).nan_to_num())
+        chunks.append(chunk)
+    model, multiplied = config.model, _multiplied_parameters(config.model, data.tokenizer.vocab_size, view)
+
+    def flops(tokens: int, squares: float) -> float:
+        width = (model.head_dim or model.hidden_size // model.num_heads) * model.num_heads
+        return model_flops(multiplied, model.num_layers, width, tokens, squares)
+
+    return MegatronEngine(chunks, _objective(config, view), config.optim, config.engine, steps), flops
+
+
+def _multiplied_parameters(model: ModelConfig, vocab_size: int, view: View) -> int:
+    """Parameters that every token meets in a matrix product: all but the input embedding and the norms."""
+    head = model.head_dim or model.hidden_size // model.num_heads
+    groups = model.num_query_groups or model.num_heads
+    attention = model.hidden_size * head * (2 * model.num_heads + 2 * groups)
+    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    return model.num_layers * (attention + mlp) + (0 if view == "ap" else model.hidden_size * vocab_size)
+
+
+def _announce(config: Config, view: View, plan: PackPlan, loader: StepLoader, steps: int) -> None:
+    report = plan.report()
+    get_logger(__name__).info(
+        "%s on %s samples in %d rows of %d tokens, fill %.3f; %d rows a step, %d steps",
+        {"ap": "attribute prediction", "acsft": "attribute-conditioned SFT", "sft": "plain SFT", "lm": "language modelling"}[view],
+        len(plan.samples), len(plan), plan.row_tokens, report["fill"], loader.rows_per_step, steps,
+    )  # fmt: skip
+    for key in ("truncated", "overlong_dropped", "masked_dropped"):
+        if count := getattr(plan, key):
+            get_logger(__name__).info("%d samples %s (data.overlong=%s)", count, key.replace("_", " "), config.data.overlong)
+
+
+def _summarise(here: Session, plan: PackPlan, result: TrainResult) -> None:
+    here.run.update(
+        counts={**plan.report(), "steps": result.steps, "tokens": result.tokens},
+        metrics={"loss": result.loss, "best_valid_loss": result.best_valid_loss, **{f"valid/{k}": v for k, v in result.valid.items()}},
+        outputs={"checkpoint": str(result.checkpoint)},
+    )

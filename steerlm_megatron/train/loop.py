@@ -1,0 +1,160 @@
+"""The training loop, the same for attribute prediction, SFT and language modelling, and for every engine.
+
+Owns: cadence (log, validate, save), resuming, stopping on a signal, what goes into ``metrics.jsonl``. Does not own: mathematics
+(engine, objective), files (checkpoint, observe), order of data (loader).
+Invariant: train 2N steps = train N, stop, resume N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from steerlm_megatron.config.schema import TrainConfig
+from steerlm_megatron.data.collate import RowBatch
+from steerlm_megatron.data.loader import StepLoader
+from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.observe.metrics import MetricsWriter, Throughput
+from steerlm_megatron.observe.progress import Progress
+from steerlm_megatron.runtime.collectives import any_rank, sum_over_data_parallel
+from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore
+from steerlm_megatron.train.engine import Engine, StepResult
+from steerlm_megatron.train.signals import StopRequest
+
+
+class Interrupted(SystemExit):
+    """Stopped by a signal after saving: exit code 75, "requeue me"."""
+
+    def __init__(self) -> None:
+        super().__init__(75)
+
+
+@dataclass
+class TrainResult:
+    """How a run ended. ``valid_loss`` is the last one, ``best_valid_loss`` that of the checkpoint marked best."""
+
+    steps: int
+    loss: float
+    valid: dict[str, float]
+    best_valid_loss: float | None
+    checkpoint: Path
+    tokens: int
+
+
+class Trainer:
+    """One run. Construct on every rank; :meth:`fit` is collective over the world."""
+
+    def __init__(
+        self,
+        train: TrainConfig,
+        engine: Engine,
+        loader: StepLoader,
+        valid: StepLoader | None,
+        store: CheckpointStore,
+        meta: CheckpointMeta,
+        save_tokenizer: Callable[[Path], None],
+        metrics: MetricsWriter,
+        steps: int,
+        throughput: Throughput,
+    ) -> None:
+        """``meta``: template of the metadata of every checkpoint; its ``step`` is where the engine stands already."""
+        self.train, self.engine, self.loader, self.valid = train, engine, loader, valid
+        self.store, self.meta, self.save_tokenizer = store, meta, save_tokenizer
+        self.metrics, self.steps, self.throughput = metrics, steps, throughput
+        self.step = meta.step
+        self.is_main = engine.layout.is_main
+        self.best = store.best_metric()
+        self.last_valid: dict[str, float] = {}
+        self.last_saved: Path | None = None
+        self.counts = [0.0, 0.0, 0.0, 0.0]  # useful, target, slot tokens and Σ s² since the last log line
+
+    def fit(self) -> TrainResult:
+        """Train to ``steps``. Raises Interrupted after saving if a signal asked for it, on any rank."""
+        loss = math.nan
+        with StopRequest() as stop, Progress(self.steps, "train", initial=self.step, enabled=self.is_main) as bar:
+            while self.step < self.steps:
+                batches = next(self.loader)
+                result = self.engine.train_step(batches)
+                self.step += 1
+                loss = result.loss
+                self._count(batches)
+                self._refuse_nonfinite(result, batches)
+                bar.advance(1, **self._after_step(result))
+                if any_rank(stop.requested) and self.step < self.steps:
+                    self._save()
+                    get_logger(__name__).warning("stopped by a signal after step %d; saved, run again to go on", self.step)
+                    raise Interrupted
+        checkpoint = self._finish()
+        best = self.best if math.isfinite(self.best) else None
+        return TrainResult(self.step, loss, self.last_valid, best, checkpoint, int(self.throughput.total_tokens))
+
+    def _after_step(self, result: StepResult) -> dict[str, Any]:
+        """Log, validate and save where it is time. Returns what the progress bar shows."""
+        train = self.train
+        shown: dict[str, Any] = {"loss": result.loss}
+        if self.step % train.log_every_steps == 0 or self.step == self.steps:
+            shown |= self._log(result)
+        with self.throughput.paused():
+            if self.valid is not None and (self.step % train.validate_every_steps == 0 or self.step == self.steps):
+                shown["valid"] = self._validate()
+            if self.step % train.save_every_steps == 0 and self.step < self.steps:
+                self._save()
+        return shown
+
+    def _count(self, batches: Sequence[RowBatch]) -> None:
+        for batch in batches:
+            lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
+            self.counts[0] += batch.useful_tokens
+            self.counts[1] += batch.target_tokens
+            self.counts[2] += batch.tokens_T.numel()
+            self.counts[3] += float(lengths.square().sum())
+
+    def _log(self, result: StepResult) -> dict[str, Any]:
+        useful, target, slots, squares = sum_over_data_parallel(self.counts)
+        self.counts = [0.0, 0.0, 0.0, 0.0]
+        self.throughput.add(int(useful), target_tokens=int(target), slot_tokens=int(slots), sum_squared_lengths=squares)
+        rates = self.throughput.take()
+        row = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, **result.metrics, **rates}
+        row |= {"epoch": self.loader.epoch, "samples": self.loader.consumed_samples}
+        if self.is_main:
+            self.metrics.write(self.step, row)
+        return {"lr": result.lr, "tok/s": rates.get("tokens_per_sec")}
+
+    def _refuse_nonfinite(self, result: StepResult, batches: Sequence[RowBatch]) -> None:
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            return
+        ids = [name for batch in batches for name in batch.sample_ids]
+        raise FloatingPointError(
+            f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}; nothing is saved from here on. "
+            f"This rank's samples: {' '.join(ids[:20])}{' ...' if len(ids) > 20 else ''}"
+        )
+
+    def _validate(self) -> float:
+        assert self.valid is not None
+        self.last_valid = self.engine.evaluate(self.valid.eval_batches(self.train.validate_rows))
+        loss = self.last_valid["loss"]
+        if self.is_main:
+            self.metrics.write(self.step, {f"valid/{k}": v for k, v in self.last_valid.items()})
+        if loss < self.best:
+            self.best = loss
+            if self.train.keep_best:
+                self._save(best=True)
+        return loss
+
+    def _save(self, best: bool = False) -> Path:
+        if self.last_saved is not None and self.last_saved.name == f"step_{self.step:08d}":
+            return self.last_saved
+        metric = self.last_valid.get("loss")
+        meta = replace(self.meta, step=self.step, loader=self.loader.state(), metric=metric)
+        self.last_saved = self.store.save(meta, self.engine.save, self.save_tokenizer, best=best)
+        return self.last_saved
+
+    def _finish(self) -> Path:
+        if self.last_saved is None and self.step == self.meta.step:  # nothing was left to do
+            latest = self.store.latest()
+            assert latest is not None
+            return latest
+        return self._save()

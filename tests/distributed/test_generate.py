@@ -1,0 +1,158 @@
+"""Generation by two ranks (tensor and pipeline parallel, gloo) equals generation by one, also through the server."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VOCAB, TURN, LABEL = 100, 98, 99
+
+
+class Tokenizer:
+    """Ids as hexadecimal numbers."""
+
+    vocab_size = VOCAB
+
+    def encode(self, text: str) -> list[int]:
+        return [int(part, 16) for part in text.split()]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(f"{i:x}" for i in ids)
+
+    def control_id(self, text: str) -> int:
+        return {"<extra_id_0>": 97, "<extra_id_1>": TURN, "<extra_id_2>": LABEL}[text]
+
+
+def make(tensor: int, pipeline: int) -> Any:
+    from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig, ServerConfig
+    from steerlm_megatron.generate.generator import Generator
+    from steerlm_megatron.generate.group import model_group
+    from steerlm_megatron.model.gpt import build_model
+    from steerlm_megatron.runtime import parallel
+    from steerlm_megatron.steer.templates import SteerLMTemplate
+
+    layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
+    parallel.initialize(layout, seed=1)
+    config = ModelConfig(
+        num_layers=2, hidden_size=64, num_heads=4, num_query_groups=2, ffn_hidden_size=96, init_std=0.2
+    )
+    model = build_model(config, layout, EngineConfig(), VOCAB, seed=3, gather_logits=True)
+    limits = ServerConfig(max_batch=6, max_sequence_tokens=96, max_cache_tokens=600, port=0)
+    return Generator(model, Tokenizer(), SteerLMTemplate(), limits, model_group())
+
+
+def requests() -> list[Any]:
+    from steerlm_megatron.generate.protocol import Request, SamplingParams
+
+    rng = random.Random(0)
+    return [
+        Request(
+            str(i),
+            tuple(rng.randrange(97) for _ in range(rng.randint(1, 30))),
+            SamplingParams(temperature=i % 2, max_tokens=rng.randint(1, 30), seed=i, logprobs=i % 3 == 0),
+        )
+        for i in range(20)
+    ]
+
+
+def through_server(generator: Any) -> Any:
+    """One request to a server of this replica after a while of idleness; None on ranks that do not lead."""
+    from steerlm_megatron.config.schema import SamplingConfig
+    from steerlm_megatron.generate.client import SamplingClient
+    from steerlm_megatron.generate.server import Running, serve
+
+    generator.group.heartbeat_sec = 0.1  # several fall into the idle time
+    answers: list[Any] = []
+
+    def ask(running: Running) -> None:
+        time.sleep(1.5)
+        answers.extend(SamplingClient([running.url]).generate(requests()))
+        running.stop()
+
+    def ready(running: Running) -> None:
+        threading.Thread(target=ask, args=(running,)).start()
+
+    serve(generator, None, generator.limits, SamplingConfig(), ready=ready)
+    return answers
+
+
+def plain(results: Sequence[Any]) -> list[Any]:
+    return [
+        [r.id, list(r.token_ids), r.text, r.finish_reason, r.logprobs and [round(x, 3) for x in r.logprobs]]
+        for r in results
+    ]
+
+
+def main(out: str) -> None:
+    from steerlm_megatron.errors import UserError
+    from steerlm_megatron.generate.protocol import Request
+    from steerlm_megatron.runtime import parallel
+
+    rank, found = int(os.environ["RANK"]), {}
+    for name, tensor, pipeline in (("tensor", 2, 1), ("pipeline", 1, 2)):
+        generator = make(tensor, pipeline)
+        found[name] = plain(generator.generate(requests()))
+        try:
+            generator.generate([Request("long", (1,) * 90)])
+        except UserError as e:
+            found[f"{name}_error"] = [str(e)]
+    found["server"] = plain(through_server(generator))
+    Path(f"{out}.{rank}").write_text(json.dumps(found))
+    parallel.shutdown()
+
+
+def run_ranks(out: Path) -> list[dict[str, Any]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = Path(__file__).parents[2]
+    processes = []
+    for rank in range(2):
+        world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        env = {**os.environ, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        env["PYTHONPATH"] = str(root)
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, __file__, str(out)],
+                env=env,
+                stderr=subprocess.STDOUT,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        logs = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(logs)[-6000:]
+    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
+
+
+@pytest.mark.distributed
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    by_rank = run_ranks(tmp_path / "found")
+    expected = json.loads(json.dumps(plain(make(1, 1).generate(requests()))))
+    assert len({json.dumps(item[1]) for item in expected}) > 10
+    for found in by_rank:  # every rank gets the results
+        assert found["tensor"] == expected
+        assert found["pipeline"] == expected
+        assert "max_sequence_tokens=96" in found["tensor_error"][0]
+        assert found["pipeline_error"] == found["tensor_error"]
+    assert by_rank[0]["server"] == expected
+    assert by_rank[1]["server"] == []
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
