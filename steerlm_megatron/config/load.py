@@ -83,7 +83,6 @@ def from_container(data: Mapping[str, Any] | DictConfig) -> Config:
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """A copy of ``config`` with nested ``overrides`` on top, as strictly checked as the command line."""
     base = OmegaConf.create(to_container(config))
-    OmegaConf.set_struct(base, True)
     if "pipeline" in overrides:
         raise UserError("pipeline: a step's overrides cannot hold a pipeline section")
     # Mappings that are values, not sections, are replaced whole.

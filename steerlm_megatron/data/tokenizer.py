@@ -141,9 +141,8 @@ class Tokenizer:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_training_lines(texts),
                 model_writer=model_writer,
-                model_type="unigram",
+                model_type="bpe",
                 vocab_size=vocab_size,
-                hard_vocab_limit=False,
                 byte_fallback=True,
                 control_symbols=list(dict.fromkeys(t for t in control_strings if t not in ("<s>", "</s>", "<unk>"))),
                 user_defined_symbols=["\n"],
@@ -160,6 +159,12 @@ class Tokenizer:
             if "sentences_.empty" in message:
                 raise UserError(
                     "tokenizer.train=true found no text in data.input; give a corpus with messages"
+                ) from None
+            possible = re.search(r"Please set it to a value <= (\d+)", message)
+            if possible:
+                raise UserError(
+                    f"tokenizer.vocab_size={vocab_size} is more than this corpus has pieces for; "
+                    f"set it to {possible.group(1)} or less, or give more text"
                 ) from None
             needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
             if needed:

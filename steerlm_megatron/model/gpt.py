@@ -55,6 +55,15 @@ class PackedGPTModel(GPTModel):
                 hidden_states = hidden_states.index_select(0, index_K)
         return super()._postprocess(hidden_states=hidden_states, **kwargs)
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
+        """As in Megatron-Core, which on the last stage insists on a vocabulary weight that a regression head does not have."""
+        regression = isinstance(getattr(self, "output_layer", None), RegressionHead)
+        self.post_process, last = self.post_process and not regression, self.post_process
+        try:
+            return super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        finally:
+            self.post_process = last
+
 
 def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
     """Rows of the embedding: ``vocab_size`` rounded up so that tensor parallelism divides it.

@@ -55,7 +55,7 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
     layout, config = here.layout, here.config
     scorer = Scorer(loaded, config.annotate.batch_tokens)
     key = fingerprint({"checkpoint": str(loaded.folder), "step": loaded.meta.step, "records": len(records), "input": config.input})
-    folder = here.folder / "journal"
+    folder = here.folder / f"journal-{output.name}"
     if layout.is_main:
         Journal(folder, 0, key, is_main=True)
     barrier()

@@ -12,9 +12,9 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from data_tools import oasst
+from data_tools import make_demo_corpus, oasst
 from steerlm_megatron.config.schema import AttributesConfig, Config
 from steerlm_megatron.data.preprocess import preprocess, training_texts
 from steerlm_megatron.data.shards import MANIFEST
@@ -25,6 +25,7 @@ from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.records import Conversation, OnError, read_records, write_records
 from steerlm_megatron.steer.templates import Template
 
 # What conf/attributes/demo.yaml says; a test keeps the two equal.
@@ -50,8 +51,6 @@ def collect_records(config: Config, output_dir: Path) -> tuple[dict[str, list[st
             raise UserError("data.input is empty: name the record files to preprocess")
         return {"train": data.input}, {}
     if data.source == "demo":
-        from data_tools import make_demo_corpus
-
         report = make_demo_corpus.write(output_dir, data.demo_conversations, config.train.seed)
         return {"train": [str(output_dir / "train.jsonl")], "valid": [str(output_dir / "valid.jsonl")]}, report
     if not data.input:
@@ -65,6 +64,31 @@ def collect_records(config: Config, output_dir: Path) -> tuple[dict[str, list[st
     if (output_dir / "valid.jsonl.zst").exists():
         splits["valid"] = [str(output_dir / "valid.jsonl.zst")]
     return splits, report
+
+
+def split_records(config: Config, files: Sequence[str], output_dir: Path) -> dict[str, list[str]]:
+    """Deal records without a split of their own to ``train`` and ``valid`` files, all answers to one prompt on one side.
+
+    For what needs the splits as records (annotation, evaluation); ``preprocess`` alone deals while it writes.
+    """
+    data = config.data
+
+    def side(conversation: Conversation) -> str:
+        prompt = next((m.content for m in conversation.messages if m.role == "user"), conversation.id)
+        digest = hashlib.sha256(f"{data.split_seed}:{prompt}".encode()).digest()
+        return "valid" if int.from_bytes(digest[:8], "big") < data.valid_fraction * 2**64 else "train"
+
+    out: dict[str, list[str]] = {}
+    for split in ("train", "valid"):
+        path = output_dir / f"{split}.jsonl.zst"
+        records = read_records(list(files), schema_of(config), cast(OnError, data.on_error), [])
+        if write_records(path, (c for c in records if side(c) == split)):
+            out[split] = [str(path)]
+        else:
+            path.unlink()
+    if "train" not in out:
+        raise UserError(f"data.input={' '.join(files)}: no record is left for training with data.valid_fraction={data.valid_fraction}")
+    return out
 
 
 def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:

@@ -37,10 +37,16 @@ def run(config: Config) -> dict[str, Any]:
     with session(config) as here:
         results = evaluate(here)
         if here.layout.is_main:
-            write_json_atomic(here.folder / "evaluation.json", to_strict_json(results))
-            here.run.update(outputs={"evaluation": str(here.folder / "evaluation.json")})
+            write_results(here, results)
         barrier()
         return results
+
+
+def write_results(here: Session, results: Mapping[str, Any]) -> None:
+    """``evaluation.json`` in the run folder: what ``report`` takes."""
+    path = here.folder / "evaluation.json"
+    write_json_atomic(path, to_strict_json(results))
+    here.run.update(outputs={"evaluation": str(path)})
 
 
 def check(config: Config) -> None:

@@ -7,6 +7,7 @@ else is "not measured".
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from steerlm_megatron.config.schema import Config
+from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe import stats
-from steerlm_megatron.observe.runfolder import to_strict_json, versions, write_json_atomic, write_text_atomic
+from steerlm_megatron.observe.log import console
+from steerlm_megatron.observe.runfolder import (
+    RunFolder,
+    default_run_dir,
+    to_strict_json,
+    versions,
+    write_json_atomic,
+    write_text_atomic,
+)
 
 MIN_STEERING_SPEARMAN = 0.8
 QUALITY_ORDER = ("sft", "acsft", "bootstrapped")
@@ -230,3 +241,19 @@ def _check_table(verdicts: Mapping[str, Mapping[str, Any]]) -> Table:
         word = verdict_word(check)
         table.add_row(Text(word, styles[word]), Text.assemble(check["statement"], (f" — {check['detail']}", "dim")))
     return table
+
+
+def run(config: Config) -> None:
+    """``steerlm report input=RUN_FOLDER``: render the ``evaluation.json`` of an evaluation again."""
+    if config.input is None:
+        raise UserError("input is not set: name the run folder of steerlm evaluate, or its evaluation.json")
+    path = Path(config.input)
+    path = path / "evaluation.json" if path.is_dir() else path
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"input={config.input}: {path} cannot be read as an evaluation ({error})") from None
+    with RunFolder(config.run_dir or default_run_dir("report"), "report", overwrite=config.overwrite) as here:
+        html, data = write_report(here.path, results)
+        here.update(outputs={"report": str(html), "report_json": str(data)})
+        console().print(terminal_table(results, html))

@@ -1,0 +1,190 @@
+"""What every source shares: the row converter's shape, what it is told, and the checks that give file and line.
+
+Owns: ``Converter``, ``Context``, ``Found``, small readers of untrusted JSON, turn markers written into text. Does not
+own: any one format, filters (``data_tools/filters.py``), reading files (``data_tools/rows.py``).
+
+Invariant: a row gives a list of ``Found``, each a checked conversation or the reason why there is none; or it raises a
+``UserError`` that starts with ``file:line: `` and gives nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from data_tools.rows import Row, read_files
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.attributes import AttributeSchema, is_number
+from steerlm_megatron.steer.records import Conversation, OnError, Rejected, from_json
+
+HELPSTEER_NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+STEERLM_NAMES = ("quality", "toxicity", "humor", "creativity", *HELPSTEER_NAMES)  # slots of the regression format
+_RESERVED = frozenset(("id", "messages", "source"))  # keys of a record that an extra key must not replace
+
+
+@dataclass(frozen=True)
+class Found:
+    """A conversation of a row, or (None) the ``reason`` why it is left out. ``split``: the data set's own, if any."""
+
+    conversation: Conversation | None
+    reason: str = ""
+    split: str | None = None
+
+
+@dataclass
+class Context:
+    """What a row converter is told, and where it counts what it had to do (``notes``)."""
+
+    source: str
+    schema: AttributeSchema | None = None
+    map: Mapping[str, str] = field(default_factory=dict)  # messages: see sources/chat.py
+    label_max: float | None = None  # nemo: the published labels' highest value; None: that of the schema
+    rows: str = "messages"  # hf: whose rows they are
+    subset: str | None = None  # hf: the data set's configuration
+    split: str | None = None  # hf: the split to read
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+RowConverter = Callable[[Row, str, Context], list[Found]]
+Reader = Callable[
+    [Sequence[str], Context, OnError, Rejected | None], Iterator[tuple[str, Row, str | None]]
+]  # ("file:line", row, the row's own split)
+
+
+def read_row_files(
+    inputs: Sequence[str], context: Context, on_error: OnError, rejected: Rejected | None
+) -> Iterator[tuple[str, Row, str | None]]:
+    """The ordinary reader: JSON Lines or JSON arrays."""
+    for where, row in read_files(inputs, on_error, rejected):
+        yield where, row, None
+
+
+@dataclass(frozen=True)
+class Converter:
+    """A source.
+
+    Args:
+        summary: one line for ``--help``.
+        convert: a row → its conversations.
+        read: files → rows.
+        repeats: whether the published form repeats shared beginnings, so that ``paths=reply`` has a meaning.
+    """
+
+    name: str
+    summary: str
+    convert: RowConverter
+    read: Reader = read_row_files
+    repeats: bool = False
+
+
+# Readers of untrusted JSON
+
+
+def brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
+    """``row[key]``, which must be a string."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key}={brief(value)} must be a string; the row's keys: {' '.join(row) or 'none'}")
+    return value
+
+
+def list_of(row: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
+    """``row[key]``, which must be a list of objects."""
+    value = row.get(key)
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise UserError(f"{where}: {key}={brief(value)} must be a list of objects; the row's keys: {' '.join(row)}")
+    return value
+
+
+def extras(row: Mapping[str, Any], *used: str) -> dict[str, Any]:
+    """The row's other keys, to be kept; one that a record has itself becomes ``original_<key>``. Nulls are absent."""
+    return {
+        f"original_{key}" if key in _RESERVED else key: value
+        for key, value in row.items()
+        if key not in used and value is not None
+    }
+
+
+def build(
+    where: str,
+    messages: list[dict[str, Any]],
+    context: Context,
+    extra: Mapping[str, Any],
+    name: Any = None,
+    suffix: str = "",
+) -> Conversation:
+    """A checked record. ``name``: its id; without one, ``<file name>:<line><suffix>``."""
+    identity = name if name is not None else os.path.basename(where) + suffix
+    data = {**extra, "id": identity, "messages": messages, "source": context.source}
+    return from_json(data, where, context.schema)
+
+
+def scaled(value: Any, name: str, highest: float | None, where: str, context: Context) -> float | None:
+    """A published label on the schema's scale; None if it is absent or not of the schema (which is counted).
+
+    ``highest``: the published scale is 0..highest; None: it is the schema's own. A list of ratings becomes its mean.
+    """
+    if value is None:
+        return None
+    ratings = value if isinstance(value, list) and value else [value]
+    schema = context.schema
+    if schema is not None and schema.names and name not in schema.names:
+        context.notes[f"label_not_in_schema:{name}"] += 1
+        return None
+    top = highest if highest is not None else (float(schema.max_level) if schema is not None else float("inf"))
+    for rating in ratings:
+        if not is_number(rating) or not 0 <= rating <= top:
+            raise UserError(f"{where}: label {name}={brief(value)} must be a number in 0..{top:g}")
+    mean = sum(ratings) / len(ratings)
+    if highest is None or schema is None or not schema.names or schema.max_level == highest:
+        return float(mean)
+    return mean * schema.max_level / highest
+
+
+# Turns written into text with literal control strings: HelpSteer2's prompts, NeMo's regression format
+
+_MARKER = re.compile(r"(?:\A|\n)(?:<extra_id_1>(User|Assistant)|<extra_id_0>(System))\n")
+_LABEL_LINE = re.compile(r"\A<extra_id_2>[^\n]*\n")
+
+
+def parse_markers(text: str, where: str, context: Context) -> list[dict[str, Any]]:
+    """``{user}\\n<extra_id_1>Assistant\\n{reply}\\n<extra_id_1>User\\n{user}`` → messages.
+
+    Text without markers is one user message. A marker counts only at the start of a line, followed by its role and a
+    newline; anything else is text. Assistant
+    turns get weight 0: they are context, not the data set's responses. A label line in such a turn is taken off and
+    counted. Empty turns are dropped and counted.
+
+    Raises:
+        UserError: a ``System`` marker that is not at the very start.
+    """
+    pieces = _MARKER.split(text)
+    turns: list[tuple[str, str]] = [("user", pieces[0])] if pieces[0] or len(pieces) == 1 else []
+    for user_or_assistant, system, content in zip(pieces[1::3], pieces[2::3], pieces[3::3], strict=True):
+        if system and turns:
+            raise UserError(f"{where}: a <extra_id_0>System marker stands inside the prompt; it belongs at its start")
+        turns.append(((user_or_assistant or system).lower(), content))
+    if len(turns) == 1 and turns[0][0] == "user":
+        return [{"role": "user", "content": turns[0][1]}]
+    context.notes["marked_prompts_parsed"] += 1
+    messages: list[dict[str, Any]] = []
+    for role, content in turns:
+        message: dict[str, Any] = {"role": role, "content": content}
+        if role == "assistant":
+            stripped = _LABEL_LINE.sub("", content)
+            context.notes["label_lines_removed"] += stripped != content
+            message |= {"content": stripped, "weight": 0}
+        if not message["content"].strip():
+            context.notes["empty_turns_dropped"] += 1
+            continue
+        messages.append(message)
+    return messages

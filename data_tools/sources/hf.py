@@ -1,0 +1,78 @@
+"""Hugging Face ``datasets``, by hub name or local path: rows that another source's converter understands.
+
+``datasets`` is imported when it is asked for. A local folder is what ``save_to_disk`` wrote, or anything that
+``load_dataset`` opens. Splits: ``split`` names one, which is dealt to train and valid like any other source; without
+it ``train`` is train, the first of ``validation valid val dev test`` is valid, and others are left out (a note).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.rows import Row
+from data_tools.sources.base import Context
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.records import OnError, Rejected
+
+_VALID = ("validation", "valid", "val", "dev", "test")
+
+
+def read(
+    inputs: Sequence[str], context: Context, on_error: OnError, rejected: Rejected | None
+) -> Iterator[tuple[str, Row, str | None]]:
+    """``("name:split:row", row, its split)``, streamed from the data set's own memory map.
+
+    Raises:
+        UserError: ``datasets`` is not installed, the hub cannot be reached, there is no such data set or split.
+    """
+    for name in inputs:
+        loaded = _load(name, context)
+        if not isinstance(loaded, dict):
+            splits: list[tuple[str, Any, str | None]] = [(context.split or "all", loaded, None)]
+        else:
+            splits = _choose(name, loaded, context)
+        for split, rows, own in splits:
+            for number, row in enumerate(rows, 1):
+                yield f"{name}:{split}:{number}", dict(row), own
+
+
+def _choose(name: str, loaded: dict[str, Any], context: Context) -> list[tuple[str, Any, str | None]]:
+    """(name, rows, our split) of the splits to read."""
+    if "train" not in loaded:
+        raise UserError(f"{name}: has no split 'train'; name one with data.hf_split: {' '.join(loaded)}")
+    valid = next((split for split in _VALID if split in loaded), None)
+    for split in loaded:
+        if split not in ("train", valid):
+            context.notes[f"split_not_read:{name}:{split}"] = len(loaded[split])
+    chosen = [("train", loaded["train"], "train" if valid else None)]
+    return chosen + ([(valid, loaded[valid], "valid")] if valid else [])
+
+
+def _load(name: str, context: Context) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            "data.source=hf needs the package datasets; pip install datasets, or give JSONL files"
+        ) from error
+    path = Path(name)
+    try:
+        if path.is_dir() and any((path / mark).exists() for mark in ("dataset_dict.json", "state.json")):
+            loaded = datasets.load_from_disk(str(path))
+            if context.split is not None:
+                if not isinstance(loaded, dict) or context.split not in loaded:
+                    has = " ".join(loaded) if isinstance(loaded, dict) else "one only"
+                    raise UserError(f"{name}: data.hf_split={context.split!r} is not there; its splits: {has}")
+                loaded = loaded[context.split]
+            return loaded
+        return datasets.load_dataset(name, context.subset, split=context.split)
+    except UserError:
+        raise
+    except Exception as error:  # errors of the hub, of HTTP clients and of Arrow have no common ancestor
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise UserError(
+            f"{name}: the data set cannot be loaded ({reason[:200]}); check the name, data.hf_subset, data.hf_split; "
+            "without network give a local folder, or fill the cache first (HF_HOME)"
+        ) from error

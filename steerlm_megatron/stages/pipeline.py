@@ -1,0 +1,278 @@
+"""``run``: the four SteerLM steps, from a corpus to a report, from one configuration.
+
+Owns: which steps there are, what each reads of the ones before, skipping what is complete. Does not own: what a step does.
+Invariants: each step has a run folder of its own below ``run_dir``; a step is skipped only if it completed with the same
+configuration and the same inputs, and a change anywhere runs everything that depends on it again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from steerlm_megatron.config.load import finalize, to_container, to_yaml, with_overrides
+from steerlm_megatron.config.schema import Config
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.log import console, get_logger, setup_logging
+from steerlm_megatron.observe.progress import pipeline_step
+from steerlm_megatron.observe.runfolder import fingerprint, is_complete, read_summary, versions
+from steerlm_megatron.runtime import parallel
+from steerlm_megatron.runtime.collectives import barrier, broadcast_object
+from steerlm_megatron.stages import annotate, bootstrap, corpus, evaluate, report, train
+from steerlm_megatron.stages.session import Session, load_model, session
+from steerlm_megatron.steer.records import expand_paths
+
+# The steps in order, and what each is, for its header line. A key of ``pipeline`` names the step that its overrides are for.
+STEPS = {
+    "data": "labelled conversations → shards",
+    "base": "a base model from scratch (language modelling)",
+    "train_ap": "attribute-prediction model",
+    "annotate": "score every response",
+    "annotated_data": "annotated conversations → shards",
+    "sft": "plain SFT, the baseline",
+    "acsft": "attribute-conditioned SFT",
+    "bootstrap": "sample at the best attribute values, score",
+    "bootstrapped_data": "sampled conversations → shards",
+    "bootstrapped": "second round of attribute-conditioned SFT",
+    "evaluate": "attribute prediction, steering, quality",
+    "report": "report.html, report.json",
+}
+
+
+@dataclass
+class _Run:
+    """One ``steerlm run``: paths of what exists so far, fingerprints and times of the steps."""
+
+    config: Config
+    here: Session
+    keys: dict[str, str] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def folder(self, step: str) -> Path:
+        return self.here.folder / f"{list(STEPS).index(step) + 1:02d}-{step}"
+
+    def path(self, step: str, name: str) -> str:
+        return str(self.folder(step) / name)
+
+
+def run(config: Config) -> None:
+    """All steps. Collective over the world."""
+    if unknown := sorted(set(config.pipeline) - set(STEPS)):
+        raise UserError(f"pipeline: {' '.join(unknown)} unknown; legal: {' '.join(STEPS)}")
+    if config.data.source != "demo":
+        for path in expand_paths(config.data.input) if config.data.input else []:
+            if not Path(path).exists():
+                raise UserError(f"data.input={path}: no such file")
+        if not config.data.input:
+            raise UserError("data.input is empty: name the corpus, or take experiment=quickstart")
+    # A run folder that holds a complete run is looked at again, not refused: its complete steps are skipped.
+    config.overwrite = False
+    layout = parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
+    root = broadcast_object(config.run_dir or f"runs/run/{time.strftime('%Y%m%d-%H%M%S')}")
+    config.run_dir = root
+    if layout.is_main and (summary := read_summary(root)) and summary.get("status") == "complete" and summary.get("command") == "run":
+        (Path(root) / "summary.json").unlink()
+    barrier()
+    with session(config) as here:
+        _all_steps(_Run(config, here))
+
+
+def _all_steps(state: _Run) -> None:
+    steps = dict(_BODIES)
+    if state.config.init_from is not None:
+        del steps["base"]
+        state.keys["base"] = fingerprint({"init_from": state.config.init_from}, [state.config.init_from])
+    if not state.config.attributes.names:
+        raise UserError("attributes=none: steerlm run conditions on attributes; choose a schema")
+    for number, (step, (after, body)) in enumerate(steps.items(), 1):
+        _one_step(state, number, len(steps), step, after, body)
+    html = state.folder("report") / "report.html"
+    setup_logging(state.here.folder, state.here.layout.rank)
+    state.here.run.update(timings=state.timings, outputs={"report": str(html), "report_json": str(html.with_suffix(".json"))})
+    if state.here.layout.is_main:
+        results = json.loads((state.folder("evaluate") / "evaluation.json").read_text(encoding="utf-8"))
+        console().print(report.terminal_table(results, html))
+
+
+Body = Callable[[_Run, Session], None]
+
+
+def _one_step(state: _Run, number: int, count: int, step: str, after: tuple[str, ...], body: Body) -> None:
+    """Run one step in its folder unless it is complete with the same fingerprint."""
+    config = _step_config(state, step)
+    folder = state.folder(step)
+    comparable = {k: v for k, v in to_container(config).items() if k not in ("run_dir", "overwrite", "pipeline")}
+    inputs = expand_paths(config.data.input) if step == "data" and config.data.input else []
+    key = fingerprint({"step": step, "config": comparable, "after": [state.keys[a] for a in after if a in state.keys]}, inputs)
+    state.keys[step] = key
+    if broadcast_object(is_complete(folder, key)):
+        summary = read_summary(folder) or {}
+        state.timings[step] = float(summary.get("wall_sec", 0.0))
+        get_logger(__name__).info("step %d/%d %s: complete, skipped", number, count, step)
+        return
+    if state.here.layout.is_main:
+        earlier = read_summary(folder)
+        if earlier is not None and earlier.get("fingerprint") != key:
+            shutil.rmtree(folder)  # made from other inputs: neither complete nor to be resumed
+    barrier()
+    start = time.monotonic()
+    with pipeline_step(number, count, f"{step}: {STEPS[step]}"), session(config, inputs=key) as here:
+        body(state, here)
+    state.timings[step] = round(time.monotonic() - start, 2)
+
+
+def _step_config(state: _Run, step: str) -> Config:
+    """The run's configuration with the step's own overrides and what it takes from earlier steps."""
+    path, base = state.path, state.config
+    command = {"train_ap": "train_ap", "annotate": "annotate", "bootstrap": "bootstrap", "evaluate": "evaluate", "report": "report"}
+    from_base = base.init_from or str(state.folder("base"))
+    wired: dict[str, dict[str, Any]] = {
+        "base": {"init_from": None, "attributes": {"names": []}, "train": {"objective": "lm"}, "data": _shards(state, "data")},
+        "train_ap": {"init_from": from_base, "data": _shards(state, "data")},
+        "annotate": {"checkpoint": str(state.folder("train_ap"))},
+        "sft": {"init_from": from_base, "attributes": {"names": []}, "data": _shards(state, "annotated_data")},
+        "acsft": {"init_from": from_base, "data": _shards(state, "annotated_data")},
+        "bootstrap": {
+            "checkpoint": str(state.folder("acsft")),
+            "ap_checkpoint": str(state.folder("train_ap")),
+            "input": path("annotate", "train.jsonl"),
+            "output": path("bootstrap", "bootstrap.jsonl"),
+        },
+        "bootstrapped": {
+            "init_from": str(state.folder("acsft")),
+            "data": {"train": path("bootstrapped_data", "shards/train"), "valid": _shards(state, "annotated_data")["valid"]},
+        },
+        "evaluate": {
+            "ap_checkpoint": str(state.folder("train_ap")),
+            "evaluate": {"models": {name: str(state.folder(name)) for name in evaluate.MODELS}},
+        },
+    }
+    config = with_overrides(base, wired.get(step, {}))
+    config = with_overrides(config, base.pipeline.get(step) or {})
+    config.pipeline = {}
+    config.command = command.get(step, "train_sft")
+    config.run_dir, config.overwrite = str(state.folder(step)), False
+    return finalize(config, state.here.layout.world_size)
+
+
+def _shards(state: _Run, step: str) -> dict[str, str | None]:
+    folder = state.folder(step) / "shards"
+    return {"train": str(folder / "train"), "valid": str(folder / "valid") if (folder / "valid").is_dir() else None}
+
+
+# ---- steps
+
+
+def _data(state: _Run, here: Session) -> None:
+    """Convert the corpus, make or open the tokenizer, write shards with human labels; note where the records are."""
+    if here.layout.is_main:
+        splits, converted = corpus.collect_records(here.config, here.folder / "records")
+        if "valid" not in splits and here.config.data.valid_fraction > 0 and here.config.data.source == "messages":
+            splits = corpus.split_records(here.config, splits["train"], here.folder / "records")
+        summary = corpus.make_shards(here.config, splits, here.folder / "shards")
+        files = {split: [str(p) for p in paths] for split, paths in splits.items()}
+        (here.folder / "splits.json").write_text(json.dumps(files), encoding="utf-8")
+        here.run.update(counts={k: summary[k] for k in ("in", "out", "skipped")} | {"source": converted})
+        _require_labels(here, summary)
+    barrier()
+
+
+def _require_labels(here: Session, summary: Mapping[str, Any]) -> None:
+    if not any(counts.get("labelled_turns") for counts in summary["splits"].values()):
+        raise UserError(
+            f"data.input={' '.join(here.config.data.input)}: no response has a value of attributes={here.config.attributes.name}; "
+            "an attribute-prediction model cannot be trained. Give labelled data, or annotate with an existing model and train_sft"
+        )
+
+
+def _records(state: _Run, split: str) -> list[str]:
+    """Record files of a split of the corpus."""
+    splits: dict[str, list[str]] = json.loads((state.folder("data") / "splits.json").read_text(encoding="utf-8"))
+    return splits.get(split, [])
+
+
+def _train(state: _Run, here: Session) -> None:
+    train.train(here)
+
+
+def _annotate(state: _Run, here: Session) -> None:
+    """Both splits, so that validation of SFT sees predicted labels too."""
+    loaded = load_model(str(here.config.checkpoint), here.config, "checkpoint", head="regression")
+    for split in ("train", "valid"):
+        paths = _records(state, split)
+        if paths:
+            here.config.input = paths if len(paths) > 1 else paths[0]  # type: ignore[assignment]
+            annotate.annotate(here, loaded, annotate.load_records(here.config), here.folder / f"{split}.jsonl")
+    loaded.free()
+
+
+def _annotated_data(state: _Run, here: Session) -> None:
+    files = {split: [str(state.folder("annotate") / f"{split}.jsonl")] for split in ("train", "valid") if _records(state, split)}
+    _reshard(state, here, files)
+
+
+def _bootstrapped_data(state: _Run, here: Session) -> None:
+    _reshard(state, here, {"train": [state.path("bootstrap", "bootstrap.jsonl")]}, valid_fraction=0.0)
+
+
+def _reshard(state: _Run, here: Session, files: Mapping[str, list[str]], valid_fraction: float | None = None) -> None:
+    """Shards of annotated records with the tokenizer of the first shards."""
+    if here.layout.is_main:
+        overrides: dict[str, Any] = {"tokenizer": {"path": state.path("data", "shards/train"), "train": False}}
+        if valid_fraction is not None:
+            overrides["data"] = {"valid_fraction": valid_fraction}
+        config = with_overrides(here.config, overrides)
+        summary = corpus.make_shards(config, files, here.folder / "shards")
+        here.run.update(counts={k: summary[k] for k in ("in", "out", "skipped")})
+    barrier()
+
+
+def _bootstrap(state: _Run, here: Session) -> None:
+    bootstrap.bootstrap(here, annotate.load_records(here.config), Path(str(here.config.output)))
+
+
+def _evaluate(state: _Run, here: Session) -> None:
+    """On the labelled validation records, and on held-out prompts: a corpus's own, else those of the validation records."""
+    config = here.config
+    valid = _records(state, "valid")
+    config.input = config.input or (valid[0] if valid else None)
+    own = state.folder("data") / "records" / "prompts.jsonl"
+    config.evaluate.prompts = config.evaluate.prompts or (str(own) if own.exists() else config.input)
+    if config.evaluate.prompts is None:
+        raise UserError("there is no validation split to evaluate on; set data.valid_fraction above 0 or evaluate.prompts")
+    evaluate.check(config)
+    results = evaluate.evaluate(here)
+    if here.layout.is_main:
+        evaluate.write_results(here, results)
+    barrier()
+
+
+def _report(state: _Run, here: Session) -> None:
+    if here.layout.is_main:
+        results = json.loads((state.folder("evaluate") / "evaluation.json").read_text(encoding="utf-8"))
+        results |= {"timings": state.timings, "versions": versions(), "config": to_yaml(state.config)}
+        html, data = report.write_report(here.folder, results)
+        here.run.update(outputs={"report": str(html), "report_json": str(data)})
+    barrier()
+
+
+# step → (the steps whose result it depends on, what it does)
+_BODIES: dict[str, tuple[tuple[str, ...], Body]] = {
+    "data": ((), _data),
+    "base": (("data",), _train),
+    "train_ap": (("data", "base"), _train),
+    "annotate": (("data", "train_ap"), _annotate),
+    "annotated_data": (("data", "annotate"), _annotated_data),
+    "sft": (("annotated_data", "base"), _train),
+    "acsft": (("annotated_data", "base"), _train),
+    "bootstrap": (("annotate", "acsft"), _bootstrap),
+    "bootstrapped_data": (("data", "bootstrap"), _bootstrapped_data),
+    "bootstrapped": (("bootstrapped_data", "annotated_data", "acsft"), _train),
+    "evaluate": (("data", "train_ap", "sft", "acsft", "bootstrapped"), _evaluate),
+    "report": (tuple(s for s in STEPS if s != "report"), _report),
+}
