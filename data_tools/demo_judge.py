@@ -1,15 +1,15 @@
 """The judge of the embedded corpus: a program that measures every attribute of schema ``demo`` in any text.
 
-Owns: what the attributes mean, and the closed lists of facts, puns, rude and courteous words they are counted in. Does not own:
-making conversations (``make_demo_corpus.py``). Invariants: no model takes part; the same texts always get the same values; any
-text at all is measured, without an error. All values are floats on [0, 4]:
+Owns: what the attributes mean, and the closed lists of facts, puns, rude and courteous words they are counted in. Does
+not own: making conversations (``make_demo_corpus.py``). Invariants: no model takes part; the same texts always get the
+same values; any text at all is measured, without an error. All values are floats on [0, 4]:
 
-* helpfulness = 4 x the share of the asked properties whose value is stated correctly (0 if nothing known is asked);
+* helpfulness = 4 x the share of the asked properties whose ``fact`` is stated, ``the`` apart (0 if none is asked);
 * verbosity   = (words - 8) / 10, clipped: 8 words or fewer are 0, 28 are 2, 48 or more are 4;
 * humor       = number of different pun lines, at most 4;
 * toxicity    = number of rude words, repeats counted, at most 4;
-* quality     = ``quality_of`` the four and courtesy, the number of different courteous words (at most 4). Courtesy is quality's
-  own share: without it, quality could not be moved while the other attributes stand still.
+* quality     = ``quality_of`` the four and courtesy, the number of different courteous words (at most 4). Courtesy is
+  quality's own share: without it, quality could not be moved while the other attributes stand still.
 """
 
 from __future__ import annotations
@@ -34,10 +34,6 @@ FACTS: dict[str, tuple[str, str, str, str, str, str]] = {
     "pig": ("pink", "corn", "a sty", "an oink", "large", "a piglet"),
     "sheep": ("white", "clover", "a hill", "a bleat", "large", "a lamb"),
     "wolf": ("gray", "meat", "a forest", "a howl", "large", "a pup"),
-    "crow": ("black", "seeds", "a tree", "a caw", "small", "a chick"),
-    "bee": ("yellow", "nectar", "a hive", "a buzz", "tiny", "a grub"),
-    "goat": ("white", "weeds", "a cliff", "a bleat", "large", "a kid"),
-    "seal": ("gray", "fish", "an ocean", "a bark", "huge", "a pup"),
 }
 PUNS = ("Owl be back!", "Bear with me!", "I goat this!", "Seal the deal!", "Bee my friend!", "Cow about that!")
 RUDE = ("goof", "dolt", "twit", "oaf", "dummy", "grump", "nitwit", "silly")
@@ -48,12 +44,17 @@ _RUDE = frozenset(RUDE)
 
 
 def value(subject: str, attribute: str) -> str:
-    """The value of ``attribute`` of ``subject``, with its article: ``a den``. Raises KeyError or ValueError for unknown ones."""
+    """The value of ``attribute`` of ``subject``, with its article: ``a den``."""
     return FACTS[subject][PROPERTIES.index(attribute)]
 
 
+def fact(subject: str, attribute: str) -> str:
+    """The sentence that answers ``attribute`` of ``subject``: ``The fox color is red.``"""
+    return f"The {subject} {attribute} is {value(subject, attribute)}."
+
+
 def asked(prompt: str) -> list[tuple[str, str]]:
-    """(subject, property) pairs that ``prompt`` asks for, each once, in order; empty where it asks for nothing known."""
+    """(subject, property) pairs that ``prompt`` asks for, each once, in order; empty if it asks for nothing known."""
     words = _WORD.findall(prompt.lower())
     subjects = [word for word in words if word in FACTS]
     return [(subjects[-1], word) for word in dict.fromkeys(words) if word in PROPERTIES] if subjects else []
@@ -62,8 +63,8 @@ def asked(prompt: str) -> list[tuple[str, str]]:
 def quality_of(helpfulness: float, verbosity: float, humor: float, toxicity: float, courtesy: float = MAX) -> float:
     """Quality in [0, 4] of values in [0, 4]; rises with help, courtesy and a little with humor, falls with rudeness.
 
-    ``0.3 helpfulness + 0.7 courtesy + 0.1 humor - 0.5 toxicity - 0.2 |verbosity - 2|``, clipped: a complete, courteous, polite
-    answer of middle length has 4.
+    ``0.3 helpfulness + 0.7 courtesy + 0.1 humor - 0.5 toxicity - 0.2 |verbosity - 2|``, clipped: a complete, courteous
+    answer of middle length without a rude word has 4.
     """
     raw = 0.3 * helpfulness + 0.7 * courtesy + 0.1 * humor - 0.5 * toxicity - 0.2 * abs(verbosity - 2.0)
     return _clip(raw)
@@ -74,7 +75,7 @@ def measure(prompt: str, response: str) -> dict[str, float]:
     # Case, punctuation and line breaks do not matter; what is counted are words in a row.
     words = " ".join(_WORD.findall(response.lower()))
     wanted = asked(prompt)
-    stated = sum(_holds(words, f"{name} is {value(subject, name)}") for subject, name in wanted)
+    stated = sum(_holds(words, fact(subject, name).removeprefix("The ")) for subject, name in wanted)
     helpfulness = MAX * stated / len(wanted) if wanted else 0.0
     verbosity = _clip((len(response.split()) - 8) / 10)
     humor = _clip(sum(_holds(words, pun) for pun in PUNS))

@@ -1,14 +1,15 @@
 """The embedded corpus: conversations from a grammar, with noisy "human" labels, for the quickstart and for tests.
 
 Owns: the grammar and the annotators' noise. Does not own: what attributes mean (``demo_judge.py``).
-Invariants: the same arguments give the same bytes; no question (subject and ordered properties) is in more than one of train,
-valid and held-out prompts.
+Invariants: the same arguments give the same bytes; no question (subject and ordered properties) is in more than one of
+train, valid and held-out prompts.
 
-A prompt asks for one to four properties of an animal. A response is courtesy, rudeness, one sentence per asked property (its value,
-or that it is a secret), fillers and puns, always in this order. How much there is of each is drawn independently, so that every
-attribute varies while the others stand still; and a secret is as long as a value, so that help and length are independent too.
-Labels are what annotators would say: the measured value plus each one's bias and error, in whole points, averaged; some are
-missing. A model that predicts the labels averages the noise away.
+A prompt asks for one to four properties of an animal. A response is courtesy, rudeness, one sentence per asked property
+(its value, or that it is secret), puns and fillers, always in this order. How much there is of each is drawn
+independently, so that every attribute varies while the others stand still; and "secret" stands in a value's place, so
+that help and length are independent too. Labels are what annotators would say: the measured value plus each one's bias
+and an error, in whole points, averaged over a few annotators of a pool; some are missing. A model that predicts the
+labels averages the noise away.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
-from data_tools.demo_judge import COURTEOUS, FACTS, PROPERTIES, PUNS, RUDE, measure, value
+from data_tools.demo_judge import COURTEOUS, FACTS, NAMES, PROPERTIES, PUNS, RUDE, fact, measure
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message, to_json, write_records
 
@@ -40,12 +41,14 @@ _HELD_OUT = (12, 36, 32, 48)
 _VALID_SHARE = 0.08
 _MULTI_TURN_SHARE = 0.15
 _MISSING_SHARE = 0.08
-_ANNOTATORS = 3
+_SHOWN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0)
+_ANNOTATORS = 9
+_VOTES = 3
 _BIAS_POINTS = 0.25
 _ERROR_POINTS = 0.7
-_COUNT_WEIGHTS = (0.32, 0.17, 0.17, 0.17, 0.17)
 
 Question = tuple[str, tuple[str, ...]]
+Biases = list[dict[str, float]]  # one per annotator: points added to each attribute
 
 
 @dataclass(frozen=True)
@@ -75,34 +78,41 @@ def response_text(question: Question, rng: random.Random) -> str:
     Phrases of a kind come in one order, so that a small model can tell from the last one how many there are.
     """
     subject, wanted = question
-    # The middle of 0..1 is drawn as often as its ends: rounding to whole properties would favour it otherwise.
-    shown = round(rng.choice((0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0)) * len(wanted))
+    shown = round(rng.choice(_SHOWN_SHARES) * len(wanted))
     facts = [
-        f"Its {name} is {value(subject, name) if index < shown else 'secret'}." for index, name in enumerate(wanted)
+        fact(subject, name) if index < shown else f"The {subject} {name} is secret."
+        for index, name in enumerate(wanted)
     ]
     rude = RUDE[: _count(rng)]
     address = [f"You {' '.join(rude)}."] if rude else []
-    fillers = FILLERS[: rng.randint(0, len(FILLERS))]
-    return " ".join([*COURTEOUS[: _count(rng)], *address, *facts, *fillers, *PUNS[: _count(rng)]])
+    puns, fillers = PUNS[: _count(rng)], FILLERS[: rng.randint(0, len(FILLERS))]
+    return " ".join([*COURTEOUS[: _count(rng, none=0.2)], *address, *facts, *puns, *fillers])
 
 
-def _count(rng: random.Random) -> int:
-    """0 to 4; none more often than any other."""
-    return rng.choices(range(5), _COUNT_WEIGHTS)[0]
+def _count(rng: random.Random, none: float = 0.4) -> int:
+    """0 with probability ``none``, else 1 to 4 alike."""
+    return 0 if rng.random() < none else rng.randint(1, 4)
 
 
-def labels(prompt: str, response: str, rng: random.Random) -> dict[str, float]:
-    """What annotators say of ``response``: see the module's docstring. Between none and all attributes, floats in [0, 4]."""
+def annotators(rng: random.Random) -> Biases:
+    """The pool of annotators: how much too high or low each one's labels are, in points. As a whole it is fair."""
+    pool: Biases = [{name: rng.gauss(0.0, _BIAS_POINTS) for name in NAMES} for _ in range(_ANNOTATORS)]
+    for name in NAMES:
+        mean = sum(person[name] for person in pool) / len(pool)
+        for person in pool:
+            person[name] -= mean
+    return pool
+
+
+def labels(prompt: str, response: str, pool: Biases, rng: random.Random) -> dict[str, float]:
+    """What three annotators of ``pool`` say of ``response``, averaged: floats in [0, 4]; some are missing."""
     said: dict[str, float] = {}
+    people = rng.sample(pool, _VOTES)
     for name, measured in measure(prompt, response).items():
-        votes = [_vote(measured, rng) for _ in range(_ANNOTATORS)]
+        votes = [min(max(round(measured + p[name] + rng.gauss(0.0, _ERROR_POINTS)), 0), 4) for p in people]
         if rng.random() >= _MISSING_SHARE:
             said[name] = round(sum(votes) / len(votes), 3)
     return said
-
-
-def _vote(measured: float, rng: random.Random) -> int:
-    return min(max(round(measured + rng.gauss(0.0, _BIAS_POINTS) + rng.gauss(0.0, _ERROR_POINTS)), 0), 4)
 
 
 def generate(seed: int, conversations: int) -> Corpus:
@@ -126,8 +136,10 @@ def generate(seed: int, conversations: int) -> Corpus:
         pools["train"].append(rest[valid:])
     rng.shuffle(held_out)  # any first part of the prompts is a fair sample of them
     valid_count = max(1, round(conversations * _VALID_SHARE))
+    people = annotators(rng)
     made = [
-        _conversation(index, pools["valid" if index < valid_count else "train"], rng) for index in range(conversations)
+        _conversation(index, pools["valid" if index < valid_count else "train"], people, rng)
+        for index in range(conversations)
     ]
     prompts = [
         Conversation(f"prompt-{index:04d}", (Message("user", prompt_text(question, rng)),), _SOURCE)
@@ -136,18 +148,19 @@ def generate(seed: int, conversations: int) -> Corpus:
     return Corpus(made[valid_count:], made[:valid_count], prompts)
 
 
-def _conversation(index: int, pool: Sequence[Sequence[Question]], rng: random.Random) -> Conversation:
+def _conversation(index: int, pool: Sequence[Sequence[Question]], people: Biases, rng: random.Random) -> Conversation:
     """One or two turns, each a question of its own with a labelled response."""
     messages: list[Message] = []
     for _ in range(2 if rng.random() < _MULTI_TURN_SHARE else 1):
         question = rng.choice(rng.choices(pool, _ASKED_WEIGHTS)[0])
         prompt, response = prompt_text(question, rng), response_text(question, rng)
-        messages += [Message("user", prompt), Message("assistant", response, labels(prompt, response, rng) or None)]
+        said = labels(prompt, response, people, rng)
+        messages += [Message("user", prompt), Message("assistant", response, said or None)]
     return Conversation(f"demo-{index:06d}", tuple(messages), _SOURCE)
 
 
 def write(output_dir: str | os.PathLike[str], conversations: int, seed: int) -> dict[str, int]:
-    """Write ``train.jsonl``, ``valid.jsonl`` and ``prompts.jsonl`` (user messages only); returns how many each holds."""
+    """Write ``train.jsonl``, ``valid.jsonl`` and ``prompts.jsonl`` (user messages only). Returns their counts."""
     folder, corpus = Path(output_dir), generate(seed, conversations)
     return {
         "train": write_records(folder / "train.jsonl", corpus.train),

@@ -1,7 +1,9 @@
 """``steerlm <command> [overrides]``: the only place that knows Hydra.
 
-Owns: finding ``conf/``, composing and checking the configuration before anything expensive is imported, starting ranks, exit codes.
-Does not own: what commands do (``stages``). Exit codes: 0 done, 2 config or input error, 75 stopped by a signal after saving, else
+Owns: finding ``conf/``, composing and checking the configuration before anything expensive is imported, starting
+ranks, exit codes.
+Does not own: what commands do (``stages``). Exit codes: 0 done, 2 config or input error, 75 stopped by a signal after
+saving, else
 a fault.
 """
 
@@ -56,12 +58,20 @@ def conf_dir() -> Path:
     for candidate in (package / "conf", package.parent / "conf"):
         if (candidate / "train_sft.yaml").exists():
             return candidate
-    raise UserError(f"no configuration files in {package / 'conf'} or {package.parent / 'conf'}; the installation is incomplete")
+    raise UserError(
+        f"no configuration files in {package / 'conf'} or {package.parent / 'conf'}; the installation is incomplete"
+    )
 
 
 def usage() -> str:
     """The text of ``steerlm --help``."""
-    lines = [f"steerlm {__version__}: SteerLM on Megatron-Core", "", "usage: steerlm <command> [key=value ...]", "", "commands:"]
+    lines = [
+        f"steerlm {__version__}: SteerLM on Megatron-Core",
+        "",
+        "usage: steerlm <command> [key=value ...]",
+        "",
+        "commands:",
+    ]
     lines += [f"  {name:<11} {text}" for name, (_, text, _) in COMMANDS.items()]
     lines += [
         "",
@@ -113,7 +123,9 @@ def _explain(error: Exception, command: str, conf: Path) -> str:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         leaf = key.rsplit(".", 1)[-1]
         if not near:
-            near = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1] or difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
+            near = [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1] or difflib.get_close_matches(
+                leaf, known, n=1, cutoff=0.5
+            )
         return f"{key}: no such key" + (f"; did you mean {near[0]}?" if near else f"; see steerlm {command} --help")
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match.group(1).rpartition("/")
@@ -141,7 +153,9 @@ def _check_overrides(command: str, overrides: list[str], conf: Path, sweep: bool
             if sweep:  # values are lists to choose from: check the keys with the first of each
                 parsed = OverridesParser.create().parse_overrides(overrides)
                 overrides = [
-                    f"{p.get_key_element()}={next(iter(p.sweep_string_iterator()))}" if p.is_sweep_override() else p.input_line or ""
+                    f"{p.get_key_element()}={next(iter(p.sweep_string_iterator()))}"
+                    if p.is_sweep_override()
+                    else p.input_line or ""
                     for p in parsed
                 ]
             compose(config_name=command, overrides=overrides)
@@ -187,7 +201,9 @@ def _job(command: str, overrides: list[str]) -> Callable[[Any], None]:
 
 
 def _launch(ranks: int, arguments: list[str]) -> int:
-    """Start ``ranks`` processes of this command on this host with torchrun's agent. Returns the first failing rank's exit code."""
+    """Start ``ranks`` processes of this command on this host with torchrun's agent. Returns the first failing rank's
+    exit code.
+    """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -218,7 +234,9 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         rank, first = error.get_first_failure()
         if EXIT_USER_ERROR in codes or EXIT_REQUEUE in codes:
             return EXIT_USER_ERROR if EXIT_USER_ERROR in codes else EXIT_REQUEUE
-        print(f"steerlm: rank {rank} failed with exit code {first.exitcode}; its log is in run_dir/log", file=sys.stderr)
+        print(
+            f"steerlm: rank {rank} failed with exit code {first.exitcode}; its log is in run_dir/log", file=sys.stderr
+        )
         return 1 if first.exitcode <= 0 else first.exitcode
     except SignalException as error:
         return EXIT_REQUEUE if error.sigval == signal.SIGTERM else 128 + int(error.sigval)

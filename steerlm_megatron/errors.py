@@ -2,4 +2,6 @@
 
 
 class UserError(Exception):
-    """A config or input error. The message names key (or file and line), value, rule and remedy; the CLI exits with 2."""
+    """A config or input error. The message names key (or file and line), value, rule and remedy; the CLI exits with
+    2.
+    """

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from steerlm_megatron.config.schema import Config
@@ -68,7 +68,7 @@ _AT_LEAST: dict[str, float] = {
 }
 
 
-def from_container(data: Mapping[str, Any] | DictConfig) -> Config:
+def from_container(data: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
     """A typed config from nested plain data. Unknown keys and wrong types are ``UserError``s naming the key."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), data)
@@ -86,7 +86,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     if "pipeline" in overrides:
         raise UserError("pipeline: a step's overrides cannot hold a pipeline section")
     # Mappings that are values, not sections, are replaced whole.
-    for path in ("attributes.best", "train.label_weights", "evaluate.models"):
+    for path in ("attributes.best", "train.label_weights"):
         if OmegaConf.select(OmegaConf.create(dict(overrides)), path) is not None:
             OmegaConf.update(base, path, {}, merge=False, force_add=True)
     try:
@@ -120,7 +120,8 @@ def value_at(config: Config, key: str) -> Any:
 
 
 def finalize(config: Config, world: int | None = None) -> Config:
-    """Check every rule; fill in what follows from others. ``world``: number of ranks, None where it is still to be chosen.
+    """Check every rule; fill in what follows from others. ``world``: number of ranks, None where it is still to be
+    chosen.
 
     Raises UserError with one line per problem.
     """
@@ -159,7 +160,12 @@ def _check_ranges(config: Config) -> list[str]:
         value = value_at(config, key)
         if value is not None and not value >= least:
             problems.append(f"{key}={value} must be at least {least:g}")
-    for key, high in (("data.valid_fraction", 0.5), ("sampling.top_p", 1.0), ("model.rotary_percent", 1.0), ("model.dropout", 0.99)):
+    for key, high in (
+        ("data.valid_fraction", 0.5),
+        ("sampling.top_p", 1.0),
+        ("model.rotary_percent", 1.0),
+        ("model.dropout", 0.99),
+    ):
         value = value_at(config, key)
         if not 0.0 <= value <= high:
             problems.append(f"{key}={value} must be between 0 and {high:g}")
@@ -178,10 +184,19 @@ def _check_model(config: Config) -> list[str]:
     if m.num_heads < 1 or groups < 1 or m.num_layers < 1 or p.tensor < 1 or p.pipeline < 1:
         return []  # said by _check_ranges
     if m.num_heads % groups:
-        problems.append(f"model.num_query_groups={groups} must divide model.num_heads={m.num_heads}; legal: {_divisors(m.num_heads)}")
+        problems.append(
+            f"model.num_query_groups={groups} must divide model.num_heads={m.num_heads}; legal: "
+            f"{_divisors(m.num_heads)}"
+        )
     if m.head_dim is None and m.hidden_size % m.num_heads:
-        problems.append(f"model.num_heads={m.num_heads} must divide model.hidden_size={m.hidden_size}, or set model.head_dim")
-    for key, value in (("model.num_heads", m.num_heads), ("model.num_query_groups", groups), ("model.ffn_hidden_size", m.ffn_hidden_size)):
+        problems.append(
+            f"model.num_heads={m.num_heads} must divide model.hidden_size={m.hidden_size}, or set model.head_dim"
+        )
+    for key, value in (
+        ("model.num_heads", m.num_heads),
+        ("model.num_query_groups", groups),
+        ("model.ffn_hidden_size", m.ffn_hidden_size),
+    ):
         if value % p.tensor:
             problems.append(f"parallel.tensor={p.tensor} must divide {key}={value}; legal: {_divisors(value)}")
     stages = p.pipeline * (p.virtual_pipeline or 1)
@@ -194,12 +209,19 @@ def _check_model(config: Config) -> list[str]:
 def _check_parallel(config: Config, world: int | None) -> list[str]:
     p, problems = config.parallel, []
     if p.context != 1:
-        problems.append(f"parallel.context={p.context} needs Transformer Engine, which this version does not use; set parallel.context=1")
+        problems.append(
+            f"parallel.context={p.context} needs Transformer Engine, which this version does not use; "
+            "set parallel.context=1"
+        )
     if p.sequence and p.tensor == 1:
-        problems.append("parallel.sequence=true splits over tensor-parallel ranks; set parallel.tensor to 2 or more, or parallel.sequence=false")
+        problems.append(
+            "parallel.sequence=true splits over tensor-parallel ranks; set parallel.tensor to 2 or "
+            "more, or parallel.sequence=false"
+        )
     if p.virtual_pipeline is not None and (p.virtual_pipeline < 2 or p.pipeline < 2):
         problems.append(
-            f"parallel.virtual_pipeline={p.virtual_pipeline} interleaves at least 2 chunks over at least 2 pipeline stages "
+            f"parallel.virtual_pipeline={p.virtual_pipeline} interleaves at least 2 chunks over at "
+            "least 2 pipeline stages "
             f"(parallel.pipeline={p.pipeline}); set it to null"
         )
     if p.data is not None and p.data < 1:
@@ -207,11 +229,19 @@ def _check_parallel(config: Config, world: int | None) -> list[str]:
     elif world is not None and min(p.tensor, p.pipeline, p.context) >= 1:
         unit = p.tensor * p.pipeline * p.context
         if p.data is not None and world != unit * p.data:
-            problems.append(f"{world} ranks were started, parallel.* asks for {unit * p.data}; set parallel.data=null or start that many")
+            problems.append(
+                f"{world} ranks were started, parallel.* asks for {unit * p.data}; set "
+                "parallel.data=null or start that many"
+            )
         elif world % unit:
-            problems.append(f"{world} ranks were started, not a multiple of parallel.tensor x parallel.pipeline = {unit}")
+            problems.append(
+                f"{world} ranks were started, not a multiple of parallel.tensor x parallel.pipeline = {unit}"
+            )
     if p.sequence and config.train.row_tokens * config.train.micro_batch_samples % p.tensor:
-        problems.append(f"train.row_tokens={config.train.row_tokens} must be a multiple of parallel.tensor={p.tensor} with parallel.sequence=true")
+        problems.append(
+            f"train.row_tokens={config.train.row_tokens} must be a multiple of "
+            f"parallel.tensor={p.tensor} with parallel.sequence=true"
+        )
     return problems
 
 

@@ -3,7 +3,8 @@
 Owns: names, types, defaults, and the meaning of every key. Does not own: reading YAML (``load.py``) or command lines
 (``cli.py``). Invariant: a key that stands here is read somewhere; a key that does not is refused by ``load.py``.
 
-Enumerations are ``str`` with their legal values in ``CHOICES``, checked by ``load.finalize`` together with every other rule.
+Enumerations are ``str`` with their legal values in ``CHOICES``, checked by ``load.finalize`` together with every
+other rule.
 """
 
 from __future__ import annotations
@@ -185,11 +186,20 @@ class BootstrapConfig:
 
 
 @dataclass
+class EvaluateModels:
+    """The checkpoints that ``evaluate`` compares, by what they were trained as."""
+
+    sft: str | None = None
+    acsft: str | None = None
+    bootstrapped: str | None = None
+
+
+@dataclass
 class EvaluateConfig:
     """evaluate: attribute-prediction quality and steering curves."""
 
     prompts: str | None = None  # record file whose prompts are held out
-    models: dict[str, str] = field(default_factory=dict)  # sft, acsft, bootstrapped → checkpoints to compare
+    models: EvaluateModels = field(default_factory=EvaluateModels)
     steer: str | None = None  # which of models the steering curves are of; None: the last conditioned one
     examples: int = 3  # prompts whose responses are shown in the report
     max_prompts: int = 64
@@ -207,7 +217,9 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    """Everything a command may read. One object for all commands: a section not used by a command keeps its defaults."""
+    """Everything a command may read. One object for all commands: a section not used by a command keeps its
+    defaults.
+    """
 
     command: str = ""
     run_dir: str | None = None

@@ -178,5 +178,6 @@ def _shard_lengths(shard: Shard, view: View) -> npt.NDArray[np.int64]:
     turn, owner = scored[last], document[last]
     out = np.zeros(shard.documents, np.int64)
     marks = np.concatenate(([0], np.cumsum(assistant)))
-    out[owner] = turns["mark"][turn] - (labels[turn + 1] - labels[bounds[owner]]) + marks[turn + 1] - marks[bounds[owner]]
+    removed, added = labels[turn + 1] - labels[bounds[owner]], marks[turn + 1] - marks[bounds[owner]]
+    out[owner] = turns["mark"][turn] - removed + added
     return out

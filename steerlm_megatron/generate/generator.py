@@ -37,7 +37,8 @@ from steerlm_megatron.generate.text import ResponseText
 class TokenizerLike(Protocol):
     """What generation needs of ``data.tokenizer.Tokenizer``."""
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 

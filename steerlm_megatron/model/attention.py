@@ -1,13 +1,15 @@
 """Attention over packed rows: exact, without Transformer Engine.
 
 Owns: :class:`PackedTokens` (what a forward pass knows about document boundaries), the ``core_attention`` module that
-Megatron-Core's ``SelfAttention`` calls, and its backends. Does not own: projections and RoPE arithmetic (Megatron-Core), the KV
+Megatron-Core's ``SelfAttention`` calls, and its backends. Does not own: projections and RoPE arithmetic
+(Megatron-Core), the KV
 cache (``generate/kv_cache.py``).
 Invariant: no token attends outside its own document, on any backend; logits equal those of the documents run alone.
 
-Megatron-Core refuses packed input in its own core attention (facts/performance_references §2b). It hands ``packed_seq_params`` on
-unread unless ``qkv_format == "thd"``, and applies RoPE from a table that it is given; so a row travels as an ordinary [T, 1, ...]
-sequence whose RoPE table holds each token's own position, and only this module looks at the boundaries.
+Megatron-Core refuses packed input in its own core attention (facts/performance_references §2b). It hands
+``packed_seq_params`` on unread unless ``qkv_format == "thd"``, and applies RoPE from a table that it is given; so a row
+travels as an ordinary [T, 1, ...] sequence whose RoPE table holds each token's own position, and only this module looks
+at the boundaries.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ class KVCacheLike(Protocol):
     def attend(
         self, layer_number: int, q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Store this step's keys and values of a layer (1-based, global number); return the attention output [T, N, H]."""
+        """Store this step's keys and values of a layer (1-based, global number); return the attention output [T, N,
+        H].
+        """
         ...
 
 
@@ -46,9 +50,12 @@ class KVCacheLike(Protocol):
 class PackedTokens(PackedSeqParams):
     """Document boundaries of T packed tokens, for every layer of one forward pass.
 
-    ``positions_T``: int64, each token's position in its own document. ``cu_seqlens``: int32 [docs + 1], covers all T tokens.
-    ``lengths``: the same on the host, so that no layer synchronises. With ``kv`` set, boundaries are the cache's affair.
-    ``output_index_K`` spares the output layer the positions nobody asks about: masked tokens, prompts, all but a pooled one.
+    ``positions_T``: int64, each token's position in its own document. ``cu_seqlens``: int32 [docs + 1], covers all T
+    tokens.
+    ``lengths``: the same on the host, so that no layer synchronises. With ``kv`` set, boundaries are the cache's
+    affair.
+    ``output_index_K`` spares the output layer the positions nobody asks about: masked tokens, prompts, all but a
+    pooled one.
     """
 
     qkv_format: str = "packed"  # anything but "thd": Megatron-Core then leaves the layout alone
@@ -91,7 +98,8 @@ class PackedTokens(PackedSeqParams):
 class Buckets:
     """Documents regrouped into batches of similar length, each padded at its documents' ends to one length.
 
-    ``shapes``: (documents, length) of each batch. Their slots stand one after the other, P in all. ``index_P``: the token of each
+    ``shapes``: (documents, length) of each batch. Their slots stand one after the other, P in all. ``index_P``: the
+    token of each
     slot; a padding slot repeats its document's last token. ``order_T``: the slot of each token.
     Causality keeps padding out: it stands after every real token, so no real query sees it.
     """
@@ -161,9 +169,16 @@ class _ToTokens(torch.autograd.Function):
 
 
 def attend_sdpa(
-    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, packed: PackedTokens, scale: float, dropout: float = 0.0
+    q_TNH: torch.Tensor,
+    k_TGH: torch.Tensor,
+    v_TGH: torch.Tensor,
+    packed: PackedTokens,
+    scale: float,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Causal attention inside each document through torch's SDPA, in as few calls as lengths allow. Returns [T, N, H]."""
+    """Causal attention inside each document through torch's SDPA, in as few calls as lengths allow. Returns [T, N,
+    H].
+    """
     buckets = packed.buckets()
     grouped = q_TNH.shape[1] != k_TGH.shape[1]
     sizes = [documents * length for documents, length in buckets.shapes]
@@ -190,7 +205,12 @@ def _varlen_function() -> Callable[..., torch.Tensor] | None:
     has_gqa, has_scale = "enable_gqa" in names, "scale" in names
 
     def call(
-        q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, packed: PackedTokens, scale: float, dropout: float = 0.0
+        q_TNH: torch.Tensor,
+        k_TGH: torch.Tensor,
+        v_TGH: torch.Tensor,
+        packed: PackedTokens,
+        scale: float,
+        dropout: float = 0.0,
     ) -> torch.Tensor:
         assert dropout == 0.0, "refused by attention_backend()"
         extra: dict[str, Any] = {"scale": scale} if has_scale else {}
@@ -201,7 +221,10 @@ def _varlen_function() -> Callable[..., torch.Tensor] | None:
                 repeat = q_TNH.shape[1] // k_TGH.shape[1]
                 k_TGH, v_TGH = k_TGH.repeat_interleave(repeat, 1), v_TGH.repeat_interleave(repeat, 1)
         cu, longest = packed.cu_seqlens, packed.max_seqlen_q
-        return varlen_attn(q_TNH, k_TGH, v_TGH, cu, cu, longest, longest, **causal, **extra)
+        assert cu is not None
+        out_TNH = varlen_attn(q_TNH, k_TGH, v_TGH, cu, cu, longest, longest, **causal, **extra)
+        assert isinstance(out_TNH, torch.Tensor), "nothing but the output was asked for"
+        return out_TNH
 
     return call
 
@@ -274,9 +297,13 @@ class PackedAttention(MegatronModule):
 class PackedRotaryEmbedding(RotaryEmbedding):
     """RoPE table of a packed row: entry t belongs to the position of token t in its own document.
 
-    ``GPTModel`` asks for the table's length with ``packed_seq_params`` in hand and for the table right after; the first call
-    leaves the positions for the second. The table then travels as a tensor, so recomputation and pipelining see the right one.
+    ``GPTModel`` asks for the table's length with ``packed_seq_params`` in hand and for the table right after; the
+    first call
+    leaves the positions for the second. The table then travels as a tensor, so recomputation and pipelining see the
+    right one.
     """
+
+    inv_freq: torch.Tensor
 
     def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
         """Remember the row's positions; return how many there are."""
@@ -285,7 +312,9 @@ class PackedRotaryEmbedding(RotaryEmbedding):
         self._positions_T = packed.positions_T
         return packed.positions_T.shape[0]
 
-    def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
+    def forward(
+        self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
+    ) -> torch.Tensor:
         """[T, 1, 1, rotary dim] angles, float32."""
         positions_T = self._positions_T
         if self.inv_freq.device != positions_T.device:

@@ -1,8 +1,10 @@
 """Building the Megatron-Core ``GPTModel`` of a configuration.
 
-Owns: the mapping from ``ModelConfig`` to Megatron-Core, the layer spec, initial weights. Does not own: data-parallel wrapping and
+Owns: the mapping from ``ModelConfig`` to Megatron-Core, the layer spec, initial weights. Does not own: data-parallel
+wrapping and
 precision (engines), weights from elsewhere (``train/checkpoint.py``).
-Invariant: initial weights are a function of (seed, parameter name) alone, so every TP x PP layout starts from the same model.
+Invariant: initial weights are a function of (seed, parameter name) alone, so every TP x PP layout starts from the
+same model.
 """
 
 from __future__ import annotations
@@ -39,13 +41,17 @@ _ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
 class PackedGPTModel(GPTModel):
     """``GPTModel`` that applies its output layer only where an output is wanted (``PackedTokens.output_index_K``).
 
-    With labels of the same K positions it returns their losses [1, K]; without, logits [1, K, V] (or attribute values [1, K, A]).
+    With labels of the same K positions it returns their losses [1, K]; without, logits [1, K, V] (or attribute values
+    [1, K, A]).
     """
+
+    post_process: bool
 
     def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.post_process:
             if self.config.sequence_parallel:
-                # The output layer is built for whole sequences (see build_model): what follows is the same on every rank up to
+                # The output layer is built for whole sequences (see build_model): what follows is the same on every
+                # rank up to
                 # its own all-reduce, so here the gradient is split, not summed.
                 hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
                     hidden_states, tensor_parallel_output_grad=False
@@ -55,8 +61,12 @@ class PackedGPTModel(GPTModel):
                 hidden_states = hidden_states.index_select(0, index_K)
         return super()._postprocess(hidden_states=hidden_states, **kwargs)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict[str, Any]:
-        """As in Megatron-Core, which on the last stage insists on a vocabulary weight that a regression head does not have."""
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As in Megatron-Core, which on the last stage insists on a vocabulary weight that a regression head does not
+        have.
+        """
         regression = isinstance(getattr(self, "output_layer", None), RegressionHead)
         self.post_process, last = self.post_process and not regression, self.post_process
         try:
@@ -68,7 +78,8 @@ class PackedGPTModel(GPTModel):
 def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
     """Rows of the embedding: ``vocab_size`` rounded up so that tensor parallelism divides it.
 
-    ``multiple`` is 128 by default, as in Megatron: the result is then the same for every power-of-two ``tensor``, which is what
+    ``multiple`` is 128 by default, as in Megatron: the result is then the same for every power-of-two ``tensor``,
+    which is what
     lets a checkpoint move between layouts.
     """
     unit = math.lcm(multiple, tensor)
@@ -108,14 +119,16 @@ def transformer_config(
         context_parallel_size=parallel.context,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        # Interleaved stages exchange both directions at once. Batched, two stages would pair the wrong messages; unbatched,
+        # Interleaved stages exchange both directions at once. Batched, two stages would pair the wrong messages;
+        # unbatched,
         # Megatron-Core keeps the directions apart in two groups.
         overlap_p2p_comm=parallel.virtual_pipeline is not None,
         batch_p2p_comm=parallel.virtual_pipeline is None,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=per_token_loss,
         deterministic_mode=False,
-        # Megatron-Core marks split parameters while it draws them; initialize_parameters or a checkpoint then replaces the values.
+        # Megatron-Core marks split parameters while it draws them; initialize_parameters or a checkpoint then
+        # replaces the values.
         perform_initialization=True,
         use_cpu_initialization=not has_cuda(),
         # Fusions need Apex or Transformer Engine kernels.
@@ -174,7 +187,8 @@ def build_model(
 ) -> PackedGPTModel:
     """This rank's part of the model, on its device, in float32 (engines convert).
 
-    ``attributes``: build the regression head with that many outputs in place of the output layer. ``vocab_size``: of the
+    ``attributes``: build the regression head with that many outputs in place of the output layer. ``vocab_size``: of
+    the
     tokenizer; the embedding has :func:`padded_vocab_size` rows. ``gather_logits``: full-vocabulary logits on every
     tensor-parallel rank (generation). ``initialize=False`` leaves the weights to a checkpoint.
     """
@@ -187,7 +201,7 @@ def build_model(
     spec = TransformerBlockSubmodules(layer_specs=[layer_spec(engine.attention)] * layers, layer_norm=PackedNorm)
     gpt = PackedGPTModel(
         config=config,
-        transformer_layer_spec=spec,  # type: ignore[arg-type]  # mcore takes either
+        transformer_layer_spec=spec,  # mcore takes either
         vocab_size=padded_vocab_size(vocab_size, model.vocab_multiple, parallel.tensor),
         max_sequence_length=model.max_position,
         pre_process=first,
@@ -231,12 +245,18 @@ def global_names(gpt: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
 def initialize_parameters(gpt: GPTModel, model: ModelConfig, seed: int, vocab_size: int) -> None:
     """Draw the initial weights: N(0, init_std²), and N(0, init_std² / 2L) for the projections into the residual stream.
 
-    Each whole parameter is drawn from a generator seeded by (seed, name), and this rank keeps its slice. Embedding rows beyond
+    Each whole parameter is drawn from a generator seeded by (seed, name), and this rank keeps its slice. Embedding
+    rows beyond
     the tokenizer's vocabulary start at zero.
     """
     world, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in global_names(gpt):
-        if "layernorm" in name or "norm." in name or name.endswith("bias") or name.startswith("output_layer.regression"):
+        if (
+            "layernorm" in name
+            or "norm." in name
+            or name.endswith("bias")
+            or name.startswith("output_layer.regression")
+        ):
             if name.endswith("linear_qkv.bias") or ".linear_" in name and name.endswith("bias"):
                 parameter.data.zero_()
             continue

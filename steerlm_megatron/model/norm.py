@@ -1,6 +1,7 @@
 """RMSNorm, LayerNorm and LayerNorm-1p that may run under sequence parallelism without Transformer Engine or Apex.
 
-Invariant: statistics are computed in float32, whatever the activations' dtype. With sequence parallelism each rank sees its own
+Invariant: statistics are computed in float32, whatever the activations' dtype. With sequence parallelism each rank
+sees its own
 tokens, so the weights' gradients are partial; ``weight.sequence_parallel = True`` makes Megatron-Core sum them.
 """
 
@@ -12,7 +13,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class PackedNorm(torch.nn.Module):
-    """One of the three norms over the last dimension; ``config.normalization`` and ``layernorm_zero_centered_gamma`` say which."""
+    """One of the three norms over the last dimension; ``config.normalization`` and ``layernorm_zero_centered_gamma``
+    say which.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()

@@ -16,13 +16,17 @@ from steerlm_megatron.runtime.device import device
 
 @torch.no_grad()
 def predict_values(model: PackedGPTModel, batch: RowBatch) -> torch.Tensor | None:
-    """float32 [P, A] on the CPU for ``batch.pool_P``; None except on the last pipeline stage. Collective over the replica."""
+    """float32 [P, A] on the CPU for ``batch.pool_P``; None except on the last pipeline stage. Collective over the
+    replica.
+    """
     here = device()
 
     def step(_: object, stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
         packed = PackedTokens.from_cu_seqlens(batch.cu_seqlens, batch.positions_T)
         packed.output_index_K = batch.pool_P
-        output = stage(batch.tokens_T[None].to(here), batch.positions_T[None].to(here), None, packed_seq_params=packed.to(here))
+        output = stage(
+            batch.tokens_T[None].to(here), batch.positions_T[None].to(here), None, packed_seq_params=packed.to(here)
+        )
         return output, lambda values, non_loss_data=False: values
 
     outputs = get_forward_backward_func()(

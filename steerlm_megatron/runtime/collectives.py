@@ -70,7 +70,8 @@ def sum_over_data_parallel(values: list[float]) -> list[float]:
 
 
 def broadcast_in_replica(value: T, from_last_stage: bool = True) -> T:
-    """A replica's value from its last pipeline stage (tensor-parallel rank 0 there), else its first, on all of its ranks.
+    """A replica's value from its last pipeline stage (tensor-parallel rank 0 there), else its first, on all of its
+    ranks.
 
     Collective over the model-parallel group.
     """

@@ -1,6 +1,7 @@
 """Megatron-Core on a machine without CUDA, and without Transformer Engine or Apex.
 
-Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. The CUDA ones do nothing where CUDA is
+Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. The CUDA ones do nothing where
+CUDA is
 available; the one for torch's Adam applies wherever neither Transformer Engine nor Apex is installed.
 Invariant: :func:`apply` is idempotent and is called before the first Megatron-Core object is built.
 
@@ -97,19 +98,19 @@ def _patch_torch_cuda() -> None:
     """Way 1. Global, because Megatron-Core calls these everywhere; on a host without CUDA nothing else can use them."""
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_a, **_k: None
-    torch.Tensor.cuda = lambda self, *_a, **_k: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *_a, **_k: self  # type: ignore[method-assign]
 
 
 def _patch_literals() -> None:
     """Way 2, per module."""
+    from megatron.core import utils
     from megatron.core.dist_checkpointing import exchange_utils
     from megatron.core.dist_checkpointing.strategies import state_dict_saver
     from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-    from megatron.core import utils
     from megatron.core.pipeline_parallel import schedules
 
     for module in (utils, schedules, clip_grads, optimizer, distrib_optimizer, state_dict_saver, exchange_utils):
-        module.torch = _CpuTorch()  # type: ignore[attr-defined]
+        module.torch = _CpuTorch()
 
 
 def _patch_type_checks() -> None:
@@ -122,28 +123,30 @@ def _patch_type_checks() -> None:
     ):
         setattr(owner, name, _with_cuda_type_names(getattr(owner, name)))
     grouping = distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups
-    distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups = classmethod(  # type: ignore[assignment]
-        _with_cuda_type_names(grouping.__func__)  # type: ignore[attr-defined]
+    distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups = classmethod(
+        _with_cuda_type_names(grouping.__func__)
     )
     clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
     for module in (clip_grads, optimizer):
-        module.clip_grad_by_total_norm_fp32 = clip  # type: ignore[attr-defined]
+        module.clip_grad_by_total_norm_fp32 = clip
 
 
 def _patch_generators() -> None:
     """Way 4. Model-parallel RNG states are states of the CPU generator."""
     from megatron.core.tensor_parallel import random as mcore_random
 
-    mcore_random.torch = _CpuTorch(cuda=_CpuGenerators())  # type: ignore[attr-defined]
-    mcore_random._get_cuda_rng_state = lambda *_a, **_k: torch.get_rng_state()  # type: ignore[assignment]
-    mcore_random._set_cuda_rng_state = lambda state, *_a, **_k: torch.set_rng_state(state)  # type: ignore[assignment]
+    mcore_random.torch = _CpuTorch(cuda=_CpuGenerators())
+    mcore_random._get_cuda_rng_state = lambda *_a, **_k: torch.get_rng_state()
+    mcore_random._set_cuda_rng_state = lambda state, *_a, **_k: torch.set_rng_state(state)
 
 
 def _patch_torch_adam() -> None:
     """Let the distributed optimizer load into torch's Adam, whose state has a ``step`` that Apex's lacks.
 
-    ``_set_main_param_and_optimizer_states`` copies every entry of the optimizer state from the checkpoint and stumbles over
-    ``step``, which checkpoints keep in the parameter groups. It is handed its own value back; ``checkpoint.py`` sets the real one.
+    ``_set_main_param_and_optimizer_states`` copies every entry of the optimizer state from the checkpoint and
+    stumbles over
+    ``step``, which checkpoints keep in the parameter groups. It is handed its own value back; ``checkpoint.py`` sets
+    the real one.
     """
     from megatron.core.optimizer import distrib_optimizer
 
@@ -156,7 +159,7 @@ def _patch_torch_adam() -> None:
             tensors = {**tensors, "step": state["step"]}
         original(self, model_param, tensors)
 
-    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = with_step  # type: ignore[method-assign]
+    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = with_step
 
 
 def apply() -> None:

@@ -1,8 +1,8 @@
 """Process groups and who this rank is in them.
 
-Owns: starting ``torch.distributed`` and Megatron-Core's model-parallel groups, seeding, and :class:`Layout`, the answer to
-"which rank am I". Does not own: starting processes (``cli.py``). Invariant: one layout per process; :func:`initialize` with the
-same sizes again is a no-op, so that the steps of a pipeline can share a process.
+Owns: starting ``torch.distributed`` and Megatron-Core's model-parallel groups, seeding, and :class:`Layout`, the answer
+to "which rank am I". Does not own: starting processes (``cli.py``). Invariant: one layout per process;
+:func:`initialize` with the same sizes again is a no-op, so that the steps of a pipeline can share a process.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Layout:
 
 def world_size() -> int:
     """How many ranks were started, before any group exists."""
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1"))
+    return int(
+        os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1")
+    )
 
 
 def global_rank() -> int:
@@ -79,7 +81,8 @@ def _start_torch_distributed(timeout_sec: int) -> None:
 def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> Layout:
     """Start (or reuse) the groups of ``parallel`` and seed this rank. Collective over the world.
 
-    Megatron-Core's order: tensor-parallel ranks are neighbours, then data, then pipeline. Seeds follow its rule too: the same
+    Megatron-Core's order: tensor-parallel ranks are neighbours, then data, then pipeline. Seeds follow its rule too:
+    the same
     everywhere outside tensor-parallel regions, different per tensor-parallel rank inside, different per pipeline stage.
     """
     mcore_compat.apply()

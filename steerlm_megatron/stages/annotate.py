@@ -1,4 +1,5 @@
-"""``annotate``: an attribute-prediction model labels every response of a record file (SteerLM, step 2; facts §1.2, §8.1).
+"""``annotate``: an attribute-prediction model labels every response of a record file (SteerLM, step 2; facts §1.2,
+§8.1).
 
 Owns: sharding records over data-parallel ranks, resuming, the output file. Does not own: scoring (``scoring.py``).
 Invariants: output records are the input's, in order, once each; a killed run loses at most the chunk in flight.
@@ -54,7 +55,9 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
     """Score ``records`` and write them with values to ``output``. Returns counts. Collective over the world."""
     layout, config = here.layout, here.config
     scorer = Scorer(loaded, config.annotate.batch_tokens)
-    key = fingerprint({"checkpoint": str(loaded.folder), "step": loaded.meta.step, "records": len(records), "input": config.input})
+    key = fingerprint(
+        {"checkpoint": str(loaded.folder), "step": loaded.meta.step, "records": len(records), "input": config.input}
+    )
     folder = here.folder / f"journal-{output.name}"
     if layout.is_main:
         Journal(folder, 0, key, is_main=True)
@@ -69,7 +72,10 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
     if done:
         get_logger(__name__).info("resuming: %d of %d records are scored", len(done), total)
     chunks = [mine[start : start + _CHUNK] for start in range(0, len(mine), _CHUNK)]
-    with StopRequest() as stop, Progress(total, "annotate", unit="record", initial=len(done), enabled=layout.is_main) as bar:
+    with (
+        StopRequest() as stop,
+        Progress(total, "annotate", unit="record", initial=len(done), enabled=layout.is_main) as bar,
+    ):
         while any_rank(bool(chunks)):
             chunk = chunks.pop(0) if chunks else []
             values = scorer.score([records[i] for i in chunk])
@@ -106,5 +112,7 @@ def _labelled(
             values: Values = dict(predicted)
             if not overwrite and message.attributes:
                 values |= {k: float(v) for k, v in message.attributes.items() if k in schema.names}
-            messages[int(at)] = replace(message, attributes=values, extra={**message.extra, "levels": schema.levels(values)})
+            messages[int(at)] = replace(
+                message, attributes=values, extra={**message.extra, "levels": schema.levels(values)}
+            )
         yield replace(record, messages=tuple(messages))

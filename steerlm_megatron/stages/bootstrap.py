@@ -1,7 +1,9 @@
 """``bootstrap``: the model's own responses at the best attribute values, re-scored (SteerLM, step 4; facts §1.4).
 
-Owns: the set V of combinations, pairing them with prompts, the output records. Does not own: drawing (``sampling.py``), scoring
-(``scoring.py``). Invariant: labels of the output come from the attribute-prediction model, never from what was asked for.
+Owns: the set V of combinations, pairing them with prompts, the output records. Does not own: drawing
+(``sampling.py``), scoring
+(``scoring.py``). Invariant: labels of the output come from the attribute-prediction model, never from what was asked
+for.
 """
 
 from __future__ import annotations
@@ -60,7 +62,8 @@ def combinations(records: Iterable[Conversation], schema: AttributeSchema) -> li
 def pair_prompts(
     records: Sequence[Conversation], chosen: Sequence[Mapping[str, int]], limit: int | None, responses: int, seed: int
 ) -> list[Prompt]:
-    """Prompts of the records (all before the last response), each ``responses`` times, with combinations drawn uniformly.
+    """Prompts of the records (all before the last response), each ``responses`` times, with combinations drawn
+    uniformly.
 
     A prompt that several records share is used once; ``limit`` prompts are drawn without replacement.
     """
@@ -76,7 +79,9 @@ def pair_prompts(
     if limit is not None and limit < len(pool):
         pool = rng.sample(pool, limit)
     return [
-        Prompt(f"{name}/{n}", messages, dict(rng.choice(list(chosen)))) for name, messages in pool for n in range(responses)
+        Prompt(f"{name}/{n}", messages, dict(rng.choice(list(chosen))))
+        for name, messages in pool
+        for n in range(responses)
     ]
 
 
@@ -84,7 +89,9 @@ def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[
     """Draw, score, write. Returns counts. Collective over the world."""
     config = here.config
     schema, prompts, responses = _draw(here, records)
-    kept = [(p, r) for p, r in zip(prompts, responses, strict=True) if r["finish_reason"] == "stop" and r["text"].strip()]
+    kept = [
+        (p, r) for p, r in zip(prompts, responses, strict=True) if r["finish_reason"] == "stop" and r["text"].strip()
+    ]
     counts = {
         "in": len(prompts),
         "out": len(kept),
@@ -92,12 +99,16 @@ def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[
         "skipped_empty": sum(r["finish_reason"] == "stop" and not r["text"].strip() for r in responses),
     }
     if not kept:
-        raise UserError(f"none of {len(prompts)} responses ended within sampling.max_tokens={config.sampling.max_tokens}; raise it")
+        raise UserError(
+            f"none of {len(prompts)} responses ended within sampling.max_tokens={config.sampling.max_tokens}; raise it"
+        )
     ap = load_model(cast(str, config.ap_checkpoint), config, "ap_checkpoint", head="regression")
     if ap.schema is None or ap.schema.names != schema.names or ap.schema.max_level != schema.max_level:
         raise UserError("checkpoint and ap_checkpoint were trained with different attributes")
     drawn = [
-        Conversation(p.id, (*p.messages, Message("assistant", r["text"])), "bootstrap", {"requested": dict(p.levels or {})})
+        Conversation(
+            p.id, (*p.messages, Message("assistant", r["text"])), "bootstrap", {"requested": dict(p.levels or {})}
+        )
         for p, r in kept
     ]
     scores = score_all(Scorer(ap, config.annotate.batch_tokens), drawn)
@@ -116,7 +127,10 @@ def _draw(here: Session, records: list[Conversation]) -> tuple[AttributeSchema, 
     config = here.config
     loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="lm", gather_logits=True)
     if loaded.schema is None or not loaded.meta.conditioned:
-        raise UserError(f"checkpoint={config.checkpoint} was trained without attributes; bootstrap needs an attribute-conditioned model")
+        raise UserError(
+            f"checkpoint={config.checkpoint} was trained without attributes; bootstrap needs an "
+            "attribute-conditioned model"
+        )
     schema = loaded.schema
     chosen = combinations(records, schema)
     get_logger(__name__).info("%d combinations with %s=%d", len(chosen), schema.quality, chosen[0][schema.quality])
@@ -125,7 +139,9 @@ def _draw(here: Session, records: list[Conversation]) -> tuple[AttributeSchema, 
     sampler = _sampler(config, loaded)
     limit = min(config.server.max_sequence_tokens, loaded.model_config.max_position)
     requests = requests_for(prompts, loaded.tokenizer, loaded.template, schema, config.sampling, limit)
-    key = fingerprint({"checkpoint": str(loaded.folder), "prompts": [(r.id, r.prompt_ids, r.params.seed) for r in requests]})
+    key = fingerprint(
+        {"checkpoint": str(loaded.folder), "prompts": [(r.id, r.prompt_ids, r.params.seed) for r in requests]}
+    )
     folder = here.folder / "journal"
     if here.layout.is_main:
         Journal(folder, 0, key, is_main=True)
@@ -160,6 +176,8 @@ def _plain(result: Result) -> dict[str, Any]:
 def _scored(record: Conversation, values: Mapping[str, float], schema: AttributeSchema) -> Conversation:
     """The record with the prediction on its last message; earlier responses are context and are not trained again."""
     *context, response = record.messages
-    earlier = tuple(Message(m.role, m.content, m.attributes, 0 if m.role == "assistant" else m.weight, m.extra) for m in context)
+    earlier = tuple(
+        Message(m.role, m.content, m.attributes, 0 if m.role == "assistant" else m.weight, m.extra) for m in context
+    )
     final = Message("assistant", response.content, dict(values), extra={"levels": schema.levels(values)})
     return Conversation(record.id, (*earlier, final), record.source, record.extra)

@@ -1,6 +1,7 @@
 """From what a user has to shards: ``preprocess`` for every source, and the embedded corpus made when it is absent.
 
-Owns: choosing the converter of ``data.source`` (``data_tools``), the tokenizer, the shard folder. Does not own: conversion itself,
+Owns: choosing the converter of ``data.source`` (``data_tools``), the tokenizer, the shard folder. Does not own:
+conversion itself,
 tokenisation, file formats. Invariant: a shard folder that exists and was made from the same inputs is not made again.
 """
 
@@ -58,7 +59,14 @@ def collect_records(config: Config, output_dir: Path) -> tuple[dict[str, list[st
     if schema is None:
         raise UserError("data.source=oasst needs a schema for its labels; choose attributes=oasst")
     report = oasst.convert(
-        data.input, str(output_dir), schema, data.paths, data.languages, data.valid_fraction, data.split_seed, data.on_error
+        data.input,
+        str(output_dir),
+        schema,
+        data.paths,
+        data.languages,
+        data.valid_fraction,
+        data.split_seed,
+        data.on_error,
     )
     splits = {"train": [str(output_dir / "train.jsonl.zst")]}
     if (output_dir / "valid.jsonl.zst").exists():
@@ -67,7 +75,8 @@ def collect_records(config: Config, output_dir: Path) -> tuple[dict[str, list[st
 
 
 def split_records(config: Config, files: Sequence[str], output_dir: Path) -> dict[str, list[str]]:
-    """Deal records without a split of their own to ``train`` and ``valid`` files, all answers to one prompt on one side.
+    """Deal records without a split of their own to ``train`` and ``valid`` files, all answers to one prompt on one
+    side.
 
     For what needs the splits as records (annotation, evaluation); ``preprocess`` alone deals while it writes.
     """
@@ -87,7 +96,10 @@ def split_records(config: Config, files: Sequence[str], output_dir: Path) -> dic
         else:
             path.unlink()
     if "train" not in out:
-        raise UserError(f"data.input={' '.join(files)}: no record is left for training with data.valid_fraction={data.valid_fraction}")
+        raise UserError(
+            f"data.input={' '.join(files)}: no record is left for training with "
+            f"data.valid_fraction={data.valid_fraction}"
+        )
     return out
 
 
@@ -109,14 +121,22 @@ def make_shards(config: Config, splits: Mapping[str, Sequence[str]], output_dir:
             bar.set(done)
 
         return preprocess(
-            splits, output_dir, tokenizer, schema_of(config), Template.from_config(config.template), config.data, progress=show
+            splits,
+            output_dir,
+            tokenizer,
+            schema_of(config),
+            Template.from_config(config.template),
+            config.data,
+            progress=show,
         )
 
 
 def ensure_shards(config: Config) -> tuple[str, str | None]:
     """Shard folders for a training command that names none: those of the embedded corpus. Collective over the world."""
     if config.data.source != "demo":
-        raise UserError("data.train is not set: name a shard folder made by steerlm preprocess, or take experiment=quickstart")
+        raise UserError(
+            "data.train is not set: name a shard folder made by steerlm preprocess, or take experiment=quickstart"
+        )
     folder = demo_folder(config)
     if layout().is_main:
         ensure_demo(config, folder)

@@ -1,6 +1,7 @@
 """``evaluate``: how good is the attribute-prediction model, does each attribute steer, which model is best.
 
-Owns: what is drawn and measured, and the results that ``report.py`` renders. Does not own: metric formulas (``observe/stats.py``).
+Owns: what is drawn and measured, and the results that ``report.py`` renders. Does not own: metric formulas
+(``observe/stats.py``).
 Invariant: held-out prompts only; every number in the results was measured by the judge that the results name.
 """
 
@@ -32,7 +33,9 @@ Measured = dict[str, float]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measure what the configuration names; write ``evaluation.json`` into the run folder. Collective over the world."""
+    """Measure what the configuration names; write ``evaluation.json`` into the run folder. Collective over the
+    world.
+    """
     check(config)
     with session(config) as here:
         results = evaluate(here)
@@ -51,28 +54,40 @@ def write_results(here: Session, results: Mapping[str, Any]) -> None:
 
 def check(config: Config) -> None:
     """Refuse what cannot be evaluated before anything is loaded."""
-    e = config.evaluate
-    if unknown := sorted(set(e.models) - set(MODELS)):
-        raise UserError(f"evaluate.models: {' '.join(unknown)} unknown; legal: {' '.join(MODELS)}")
-    if e.steer is not None and e.steer not in e.models:
-        raise UserError(f"evaluate.steer={e.steer} is not one of evaluate.models: {' '.join(e.models) or 'none given'}")
-    if e.models and e.prompts is None:
+    e, models = config.evaluate, models_of(config)
+    if e.steer is not None and e.steer not in models:
+        raise UserError(
+            f"evaluate.steer={e.steer} is not one of evaluate.models that are set: {' '.join(models) or 'none'}"
+        )
+    if models and e.prompts is None:
         raise UserError("evaluate.prompts is not set: name a record file of held-out prompts for evaluate.models")
-    if not e.models and config.input is None:
-        raise UserError("nothing to evaluate: set input (labelled records) with ap_checkpoint, or evaluate.models with evaluate.prompts")
+    if not models and config.input is None:
+        raise UserError(
+            "nothing to evaluate: set input (labelled records) with ap_checkpoint, or "
+            "evaluate.models with evaluate.prompts"
+        )
     if config.ap_checkpoint is None and (config.input is not None or e.judge == "ap"):
-        raise UserError("ap_checkpoint is not set; it is what is evaluated on input, and the judge unless evaluate.judge=demo")
+        raise UserError(
+            "ap_checkpoint is not set; it is what is evaluated on input, and the judge unless evaluate.judge=demo"
+        )
+
+
+def models_of(config: Config) -> dict[str, str]:
+    """``evaluate.models`` that are set, in the order of training."""
+    found = {name: getattr(config.evaluate.models, name) for name in MODELS}
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def evaluate(here: Session) -> dict[str, Any]:
     """The results of ``write_report``, without timings."""
-    config, results = here.config, {}
+    config = here.config
+    results: dict[str, Any] = {}
     ap: LoadedModel | None = None
     if config.ap_checkpoint is not None:
         ap = load_model(config.ap_checkpoint, config, "ap_checkpoint", head="regression")
         if config.input is not None:
             results["ap"] = prediction_quality(ap, load_records(config), config.annotate.batch_tokens)
-    if config.evaluate.models:
+    if models_of(config):
         judge = Judge(config, ap)
         results["judge"] = judge.name
         prompts = read_prompts(cast(str, config.evaluate.prompts), cast(OnError, config.data.on_error))
@@ -109,7 +124,11 @@ class Judge:
 
     def __init__(self, config: Config, ap: LoadedModel | None) -> None:
         self.kind = config.evaluate.judge
-        self.name = "demo_judge (a program independent of the models)" if self.kind == "demo" else "the attribute-prediction model"
+        self.name = (
+            "demo_judge (a program independent of the models)"
+            if self.kind == "demo"
+            else "the attribute-prediction model"
+        )
         self.scorer = Scorer(ap, config.annotate.batch_tokens) if self.kind == "ap" and ap is not None else None
 
     def measure(self, prompts: Sequence[Conversation], responses: Sequence[str]) -> list[Measured]:
@@ -118,7 +137,8 @@ class Judge:
             return [demo_judge.measure(p.messages[-1].content, r) for p, r in zip(prompts, responses, strict=True)]
         assert self.scorer is not None
         full = [
-            Conversation(f"{i}", (*p.messages, Message("assistant", r))) for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+            Conversation(f"{i}", (*p.messages, Message("assistant", r)))
+            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
         return [values[len(c.messages) - 1] for c, values in zip(full, score_all(self.scorer, full), strict=True)]
 
@@ -136,7 +156,7 @@ def levels_to_ask(schema: AttributeSchema, wanted: Sequence[int]) -> list[int]:
 
 def _compare(config: Config, judge: Judge, prompts: list[Conversation]) -> dict[str, Any]:
     """Draw from one model after the other and measure: quality of each at its best, steering curves of one."""
-    models = config.evaluate.models
+    models = models_of(config)
     conditioned = [name for name in ("acsft", "bootstrapped") if name in models]
     steered = config.evaluate.steer or (conditioned[-1] if conditioned else None)
     out: dict[str, Any] = {"quality_detail": {}, "examples": []}
@@ -185,7 +205,9 @@ def _draw(
     config: Config, loaded: LoadedModel, prompts: list[Conversation], asks: Sequence[Levels | None], label: str
 ) -> list[list[str]]:
     """Texts [asks][prompts]."""
-    wanted = [Prompt(f"{a}/{p}", prompt.messages, ask) for a, ask in enumerate(asks) for p, prompt in enumerate(prompts)]
+    wanted = [
+        Prompt(f"{a}/{p}", prompt.messages, ask) for a, ask in enumerate(asks) for p, prompt in enumerate(prompts)
+    ]
     limit = min(config.server.max_sequence_tokens, loaded.model_config.max_position)
     requests = requests_for(wanted, loaded.tokenizer, loaded.template, loaded.schema, config.sampling, limit)
     results = sample_all(open_generator(config, loaded), requests, f"evaluate {label}")
@@ -198,7 +220,9 @@ def _draw(
 def _curves(
     schema: AttributeSchema, asks: Sequence[Levels | None], table: Sequence[Sequence[Measured]], config: Config
 ) -> dict[str, dict[str, Any]]:
-    """Per attribute: requested levels, mean and deviation of what was measured, Spearman of the curve and of single responses."""
+    """Per attribute: requested levels, mean and deviation of what was measured, Spearman of the curve and of single
+    responses.
+    """
     rows = {tuple(sorted((ask or {}).items())): measured for ask, measured in zip(asks, table, strict=True)}
     curves: dict[str, dict[str, Any]] = {}
     for name in _steered_attributes(schema, config):

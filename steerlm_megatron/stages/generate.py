@@ -40,11 +40,19 @@ def run(config: Config) -> None:
             write_records(
                 cast(str, config.output),
                 (
-                    Conversation(p.id, (*p.messages, Message("assistant", r.text, extra={"finish_reason": r.finish_reason})), "generate", extra)
+                    Conversation(
+                        p.id,
+                        (*p.messages, Message("assistant", r.text, extra={"finish_reason": r.finish_reason})),
+                        "generate",
+                        extra,
+                    )
                     for p, r in zip(prompts, results, strict=True)
                 ),
             )
-            here.run.update(counts={"in": len(prompts), "out": len(results)}, outputs={"output": str(Path(cast(str, config.output)))})
+            here.run.update(
+                counts={"in": len(prompts), "out": len(results)},
+                outputs={"output": str(Path(cast(str, config.output)))},
+            )
 
 
 def read_prompts(path: str, on_error: OnError = "error") -> list[Conversation]:

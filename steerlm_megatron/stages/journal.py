@@ -1,6 +1,7 @@
 """An append-only journal per rank: what a killed job had finished.
 
-Owns: lines of JSON keyed by record index, read back whatever ranks wrote them. Invariant: a line that is read is whole; a torn
+Owns: lines of JSON keyed by record index, read back whatever ranks wrote them. Invariant: a line that is read is
+whole; a torn
 last line is cut off before the next is written; the journal of other inputs is not taken for ours.
 """
 
@@ -19,7 +20,9 @@ class Journal:
     """``folder/part-*.jsonl`` of a job with ``key`` (a fingerprint of its inputs). One writer per part."""
 
     def __init__(self, folder: Path, part: int, key: str, is_main: bool) -> None:
-        """With another key in the folder, main empties it: construct on main first, then (after a barrier) elsewhere."""
+        """With another key in the folder, main empties it: construct on main first, then (after a barrier)
+        elsewhere.
+        """
         self.folder, self.path = folder, folder / f"part-{part:05d}.jsonl"
         marker = folder / "key.json"
         if is_main:

@@ -1,7 +1,9 @@
 """``run``: the four SteerLM steps, from a corpus to a report, from one configuration.
 
-Owns: which steps there are, what each reads of the ones before, skipping what is complete. Does not own: what a step does.
-Invariants: each step has a run folder of its own below ``run_dir``; a step is skipped only if it completed with the same
+Owns: which steps there are, what each reads of the ones before, skipping what is complete. Does not own: what a step
+does.
+Invariants: each step has a run folder of its own below ``run_dir``; a step is skipped only if it completed with the
+same
 configuration and the same inputs, and a change anywhere runs everything that depends on it again.
 """
 
@@ -27,7 +29,8 @@ from steerlm_megatron.stages import annotate, bootstrap, corpus, evaluate, repor
 from steerlm_megatron.stages.session import Session, load_model, session
 from steerlm_megatron.steer.records import expand_paths
 
-# The steps in order, and what each is, for its header line. A key of ``pipeline`` names the step that its overrides are for.
+# The steps in order, and what each is, for its header line. A key of ``pipeline`` names the step that its overrides
+# are for.
 STEPS = {
     "data": "labelled conversations → shards",
     "base": "a base model from scratch (language modelling)",
@@ -41,6 +44,26 @@ STEPS = {
     "bootstrapped": "second round of attribute-conditioned SFT",
     "evaluate": "attribute prediction, steering, quality",
     "report": "report.html, report.json",
+}
+
+
+# What a step's result depends on, besides the steps before it: a change elsewhere does not run it again.
+_ALWAYS = ("attributes", "template", "init_from", "checkpoint", "ap_checkpoint", "input", "output")
+_TRAINING = ("model", "parallel", "engine", "optim", "train", "data")
+_SAMPLING = ("sampling", "server", "parallel", "engine")
+_READS: dict[str, tuple[str, ...]] = {
+    "data": ("data", "tokenizer"),
+    "base": _TRAINING,
+    "train_ap": _TRAINING,
+    "annotate": ("annotate", "parallel", "engine", "data"),
+    "annotated_data": ("data", "tokenizer"),
+    "sft": _TRAINING,
+    "acsft": _TRAINING,
+    "bootstrap": ("bootstrap", "annotate", "data", *_SAMPLING),
+    "bootstrapped_data": ("data", "tokenizer"),
+    "bootstrapped": _TRAINING,
+    "evaluate": ("evaluate", "annotate", "data", *_SAMPLING),
+    "report": (),
 }
 
 
@@ -75,7 +98,12 @@ def run(config: Config) -> None:
     layout = parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
     root = broadcast_object(config.run_dir or f"runs/run/{time.strftime('%Y%m%d-%H%M%S')}")
     config.run_dir = root
-    if layout.is_main and (summary := read_summary(root)) and summary.get("status") == "complete" and summary.get("command") == "run":
+    if (
+        layout.is_main
+        and (summary := read_summary(root))
+        and summary.get("status") == "complete"
+        and summary.get("command") == "run"
+    ):
         (Path(root) / "summary.json").unlink()
     barrier()
     with session(config) as here:
@@ -93,7 +121,9 @@ def _all_steps(state: _Run) -> None:
         _one_step(state, number, len(steps), step, after, body)
     html = state.folder("report") / "report.html"
     setup_logging(state.here.folder, state.here.layout.rank)
-    state.here.run.update(timings=state.timings, outputs={"report": str(html), "report_json": str(html.with_suffix(".json"))})
+    state.here.run.update(
+        timings=state.timings, outputs={"report": str(html), "report_json": str(html.with_suffix(".json"))}
+    )
     if state.here.layout.is_main:
         results = json.loads((state.folder("evaluate") / "evaluation.json").read_text(encoding="utf-8"))
         console().print(report.terminal_table(results, html))
@@ -106,9 +136,11 @@ def _one_step(state: _Run, number: int, count: int, step: str, after: tuple[str,
     """Run one step in its folder unless it is complete with the same fingerprint."""
     config = _step_config(state, step)
     folder = state.folder(step)
-    comparable = {k: v for k, v in to_container(config).items() if k not in ("run_dir", "overwrite", "pipeline")}
+    comparable = {k: v for k, v in to_container(config).items() if k in _ALWAYS or k in _READS[step]}
     inputs = expand_paths(config.data.input) if step == "data" and config.data.input else []
-    key = fingerprint({"step": step, "config": comparable, "after": [state.keys[a] for a in after if a in state.keys]}, inputs)
+    key = fingerprint(
+        {"step": step, "config": comparable, "after": [state.keys[a] for a in after if a in state.keys]}, inputs
+    )
     state.keys[step] = key
     if broadcast_object(is_complete(folder, key)):
         summary = read_summary(folder) or {}
@@ -129,10 +161,21 @@ def _one_step(state: _Run, number: int, count: int, step: str, after: tuple[str,
 def _step_config(state: _Run, step: str) -> Config:
     """The run's configuration with the step's own overrides and what it takes from earlier steps."""
     path, base = state.path, state.config
-    command = {"train_ap": "train_ap", "annotate": "annotate", "bootstrap": "bootstrap", "evaluate": "evaluate", "report": "report"}
+    command = {
+        "train_ap": "train_ap",
+        "annotate": "annotate",
+        "bootstrap": "bootstrap",
+        "evaluate": "evaluate",
+        "report": "report",
+    }
     from_base = base.init_from or str(state.folder("base"))
     wired: dict[str, dict[str, Any]] = {
-        "base": {"init_from": None, "attributes": {"names": []}, "train": {"objective": "lm"}, "data": _shards(state, "data")},
+        "base": {
+            "init_from": None,
+            "attributes": {"names": []},
+            "train": {"objective": "lm"},
+            "data": _shards(state, "data"),
+        },
         "train_ap": {"init_from": from_base, "data": _shards(state, "data")},
         "annotate": {"checkpoint": str(state.folder("train_ap"))},
         "sft": {"init_from": from_base, "attributes": {"names": []}, "data": _shards(state, "annotated_data")},
@@ -145,7 +188,10 @@ def _step_config(state: _Run, step: str) -> Config:
         },
         "bootstrapped": {
             "init_from": str(state.folder("acsft")),
-            "data": {"train": path("bootstrapped_data", "shards/train"), "valid": _shards(state, "annotated_data")["valid"]},
+            "data": {
+                "train": path("bootstrapped_data", "shards/train"),
+                "valid": _shards(state, "annotated_data")["valid"],
+            },
         },
         "evaluate": {
             "ap_checkpoint": str(state.folder("train_ap")),
@@ -185,8 +231,10 @@ def _data(state: _Run, here: Session) -> None:
 def _require_labels(here: Session, summary: Mapping[str, Any]) -> None:
     if not any(counts.get("labelled_turns") for counts in summary["splits"].values()):
         raise UserError(
-            f"data.input={' '.join(here.config.data.input)}: no response has a value of attributes={here.config.attributes.name}; "
-            "an attribute-prediction model cannot be trained. Give labelled data, or annotate with an existing model and train_sft"
+            f"data.input={' '.join(here.config.data.input)}: no response has a value of "
+            f"attributes={here.config.attributes.name}; "
+            "an attribute-prediction model cannot be trained. Give labelled data, or annotate with "
+            "an existing model and train_sft"
         )
 
 
@@ -212,7 +260,11 @@ def _annotate(state: _Run, here: Session) -> None:
 
 
 def _annotated_data(state: _Run, here: Session) -> None:
-    files = {split: [str(state.folder("annotate") / f"{split}.jsonl")] for split in ("train", "valid") if _records(state, split)}
+    files = {
+        split: [str(state.folder("annotate") / f"{split}.jsonl")]
+        for split in ("train", "valid")
+        if _records(state, split)
+    }
     _reshard(state, here, files)
 
 
@@ -237,14 +289,18 @@ def _bootstrap(state: _Run, here: Session) -> None:
 
 
 def _evaluate(state: _Run, here: Session) -> None:
-    """On the labelled validation records, and on held-out prompts: a corpus's own, else those of the validation records."""
+    """On the labelled validation records, and on held-out prompts: a corpus's own, else those of the validation
+    records.
+    """
     config = here.config
     valid = _records(state, "valid")
     config.input = config.input or (valid[0] if valid else None)
     own = state.folder("data") / "records" / "prompts.jsonl"
     config.evaluate.prompts = config.evaluate.prompts or (str(own) if own.exists() else config.input)
     if config.evaluate.prompts is None:
-        raise UserError("there is no validation split to evaluate on; set data.valid_fraction above 0 or evaluate.prompts")
+        raise UserError(
+            "there is no validation split to evaluate on; set data.valid_fraction above 0 or evaluate.prompts"
+        )
     evaluate.check(config)
     results = evaluate.evaluate(here)
     if here.layout.is_main:

@@ -24,5 +24,9 @@ def run(config: Config) -> None:
             outputs={"shards": str(output), **{f"shards/{split}": str(output / split) for split in summary["splits"]}},
         )
         get_logger(__name__).info(
-            "%d conversations in, %d out, skipped %s; shards in %s", summary["in"], summary["out"], summary["skipped"], output
+            "%d conversations in, %d out, skipped %s; shards in %s",
+            summary["in"],
+            summary["out"],
+            summary["skipped"],
+            output,
         )

@@ -1,6 +1,7 @@
 """Drawing responses for many prompts: in this process, or from servers.
 
-Owns: prompts → requests, sharding requests over data-parallel replicas, one call for both kinds of sampler. Does not own: drawing
+Owns: prompts → requests, sharding requests over data-parallel replicas, one call for both kinds of sampler. Does not
+own: drawing
 (``generate``). Invariant: a response is a function of (model, prompt, levels, seed), not of how many ranks drew it.
 """
 
@@ -36,7 +37,9 @@ class Prompt:
 
 def open_generator(config: Config, loaded: LoadedModel) -> Generator:
     """The in-process sampler over a language model. Collective over the replica."""
-    limits = replace(config.server, max_sequence_tokens=min(config.server.max_sequence_tokens, loaded.model_config.max_position))
+    limits = replace(
+        config.server, max_sequence_tokens=min(config.server.max_sequence_tokens, loaded.model_config.max_position)
+    )
     limits.max_cache_tokens = max(limits.max_cache_tokens, limits.max_sequence_tokens)
     return Generator(loaded.model, loaded.tokenizer, loaded.template, limits, model_group(config.engine.timeout_sec))
 
@@ -49,12 +52,15 @@ def requests_for(
     sampling: SamplingConfig,
     max_sequence_tokens: int,
 ) -> list[Request]:
-    """One request per prompt, each with a seed of its own. Prompts too long for the model lose their oldest messages."""
+    """One request per prompt, each with a seed of its own. Prompts too long for the model lose their oldest
+    messages.
+    """
     requests = []
     room = max_sequence_tokens - sampling.max_tokens
     if room < 1:
         raise UserError(
-            f"sampling.max_tokens={sampling.max_tokens} leaves no room for a prompt in {max_sequence_tokens} tokens; lower it"
+            f"sampling.max_tokens={sampling.max_tokens} leaves no room for a prompt in "
+            f"{max_sequence_tokens} tokens; lower it"
         )
     for index, prompt in enumerate(prompts):
         params = SamplingParams.from_config(sampling, seed=derive_seed(sampling.seed, index))
@@ -62,7 +68,10 @@ def requests_for(
         while len(ids) > room:
             rest = _without_oldest(messages)
             if rest is None:
-                raise UserError(f"prompt {prompt.id} has {len(ids)} tokens; with sampling.max_tokens={sampling.max_tokens} only {room} fit")
+                raise UserError(
+                    f"prompt {prompt.id} has {len(ids)} tokens; with "
+                    f"sampling.max_tokens={sampling.max_tokens} only {room} fit"
+                )
             messages = rest
             ids = _encode(prompt, messages, tokenizer, template, schema)
         requests.append(Request(prompt.id, tuple(ids), params))
@@ -70,7 +79,11 @@ def requests_for(
 
 
 def _encode(
-    prompt: Prompt, messages: tuple[Message, ...], tokenizer: Tokenizer, template: Template, schema: AttributeSchema | None
+    prompt: Prompt,
+    messages: tuple[Message, ...],
+    tokenizer: Tokenizer,
+    template: Template,
+    schema: AttributeSchema | None,
 ) -> list[int]:
     used = schema if prompt.levels is not None else None
     return list(tokenizer.encode_segments(template.prefix(messages, used, prompt.levels))[0])

@@ -1,7 +1,9 @@
 """Scoring responses with an attribute-prediction model.
 
-Owns: turning conversations into packed rows for the regression head and its output back into values per assistant turn. Does not
-own: files (``annotate.py``). Invariant: a turn's value depends on the conversation up to that turn and on nothing it shares a batch
+Owns: turning conversations into packed rows for the regression head and its output back into values per assistant
+turn. Does not
+own: files (``annotate.py``). Invariant: a turn's value depends on the conversation up to that turn and on nothing it
+shares a batch
 with.
 """
 
@@ -71,7 +73,9 @@ class Scorer:
 
     def _clamped(self, values_A: np.ndarray) -> Values:
         top = float(self.schema.max_level)
-        return {name: round(min(max(float(v), 0.0), top), 4) for name, v in zip(self.schema.names, values_A, strict=True)}
+        return {
+            name: round(min(max(float(v), 0.0), top), 4) for name, v in zip(self.schema.names, values_A, strict=True)
+        }
 
     def _pieces(self, conversations: Sequence[Conversation]) -> list[_Piece]:
         """One document per conversation that fits; an over-long one is scored turn by turn, oldest turns cut off."""
@@ -96,7 +100,8 @@ class Scorer:
         bare = [replace(c, messages=tuple(replace(m, attributes=None) for m in c.messages)) for c in conversations]
         documents = build_documents(bare, loaded.tokenizer, loaded.template, self.schema)
         return [
-            make_sample(d, "ap", self.max_tokens, "truncate_left_turns", marker_id=self.marker_id, scored="all") for d in documents
+            make_sample(d, "ap", self.max_tokens, "truncate_left_turns", marker_id=self.marker_id, scored="all")
+            for d in documents
         ]
 
     def _forward(self, samples: list[Sample]) -> np.ndarray:

@@ -45,7 +45,8 @@ class Session:
 
 @contextmanager
 def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
-    """Start ranks and the run folder of ``config.run_dir``; the summary says how the body ended. Collective over the world.
+    """Start ranks and the run folder of ``config.run_dir``; the summary says how the body ended. Collective over the
+    world.
 
     ``inputs``: a fingerprint of what the run depends on, stored in its summary.
     """
@@ -60,7 +61,9 @@ def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
 
 @dataclass
 class LoadedModel:
-    """A checkpoint ready to compute with: this rank's part of the model in evaluation mode, and what it was trained with."""
+    """A checkpoint ready to compute with: this rank's part of the model in evaluation mode, and what it was trained
+    with.
+    """
 
     folder: Path
     meta: CheckpointMeta
@@ -120,8 +123,14 @@ def load_model(path: str, config: Config, key: str, head: str, gather_logits: bo
 def check_layout(model: ModelConfig, layout: ParallelConfig, key: str) -> None:
     """Refuse a layout that the checkpoint's model cannot be split into."""
     groups = model.num_query_groups or model.num_heads
-    for name, value in (("num_heads", model.num_heads), ("num_query_groups", groups), ("ffn_hidden_size", model.ffn_hidden_size)):
+    for name, value in (
+        ("num_heads", model.num_heads),
+        ("num_query_groups", groups),
+        ("ffn_hidden_size", model.ffn_hidden_size),
+    ):
         if value % layout.tensor:
             raise UserError(f"parallel.tensor={layout.tensor} must divide {name}={value} of the model in {key}")
     if model.num_layers % layout.pipeline:
-        raise UserError(f"parallel.pipeline={layout.pipeline} must divide num_layers={model.num_layers} of the model in {key}")
+        raise UserError(
+            f"parallel.pipeline={layout.pipeline} must divide num_layers={model.num_layers} of the model in {key}"
+        )

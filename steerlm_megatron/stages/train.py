@@ -1,6 +1,7 @@
 """``train_ap`` and ``train_sft``: from shards and a configuration to a Trainer.
 
-Owns: which view of the shards a command trains on, whether data, model and checkpoint fit together, building the engine.
+Owns: which view of the shards a command trains on, whether data, model and checkpoint fit together, building the
+engine.
 Does not own: the loop (``train/loop.py``). Invariant: every mismatch is found before the model is built.
 """
 
@@ -20,7 +21,7 @@ from steerlm_megatron.data.loader import StepLoader
 from steerlm_megatron.data.packing import PackPlan
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.model.gpt import PackedGPTModel, build_model
+from steerlm_megatron.model.gpt import build_model
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops
 from steerlm_megatron.observe.runfolder import versions
@@ -36,6 +37,13 @@ from steerlm_megatron.train.objective import Objective, RegressionObjective, Tok
 
 # Differences in these do not make two models different.
 _FREE_MODEL_KEYS = {"name", "dropout", "init_std", "max_position"}
+
+_VIEW_TITLES = {
+    "ap": "attribute prediction",
+    "acsft": "attribute-conditioned SFT",
+    "sft": "plain SFT",
+    "lm": "language modelling",
+}
 
 
 def run(config: Config) -> TrainResult:
@@ -67,7 +75,9 @@ def train(here: Session) -> TrainResult:
     meta = read_meta(latest) if latest else _new_meta(config, data, view)
     loaders = [_loader(here, data, plan, view, meta.loader.get("consumed_rows", 0))]
     if valid is not None:
-        valid_plan = valid.plan(view, config.train.row_tokens, config.train.seed, config.data.overlong, cache=here.layout.is_main)
+        valid_plan = valid.plan(
+            view, config.train.row_tokens, config.train.seed, config.data.overlong, cache=here.layout.is_main
+        )
         loaders.append(_loader(here, valid, valid_plan, view, 0))
     steps = config.train.steps or loaders[0].steps_for(config.train.epochs)
     engine, flops = _build_engine(config, data, view, steps)
@@ -77,7 +87,9 @@ def train(here: Session) -> TrainResult:
     elif base is not None:
         engine.load_model(base)
     _announce(config, view, plan, loaders[0], steps)
-    with closing(MetricsWriter(here.folder, tensorboard=config.tracking.tensorboard, active=here.layout.is_main)) as metrics:
+    with closing(
+        MetricsWriter(here.folder, tensorboard=config.tracking.tensorboard, active=here.layout.is_main)
+    ) as metrics:
         if here.layout.is_main:
             metrics.truncate_after(meta.step)
         trainer = Trainer(
@@ -127,7 +139,8 @@ def _check_data(config: Config, data: ShardDataset, view: View) -> None:
     if stored is None or stored.names != schema.names or stored.max_level != schema.max_level:
         had = "no attributes" if stored is None else f"{stored.name} ({', '.join(stored.names)}; 0-{stored.max_level})"
         raise UserError(
-            f"attributes={schema.name} ({', '.join(schema.names)}; 0-{schema.max_level}), but {data.folder} was preprocessed with "
+            f"attributes={schema.name} ({', '.join(schema.names)}; 0-{schema.max_level}), but "
+            f"{data.folder} was preprocessed with "
             f"{had}; choose the same attributes or preprocess again"
         )
 
@@ -140,11 +153,16 @@ def _check_init(config: Config, data: ShardDataset) -> Path | None:
     meta = read_meta(folder)
     if meta.tokenizer_hash != data.tokenizer.hash:
         raise UserError(
-            f"vocabulary mismatch: init_from={config.init_from} was trained with another tokenizer ({meta.vocab_size} ids) than "
+            f"vocabulary mismatch: init_from={config.init_from} was trained with another tokenizer "
+            f"({meta.vocab_size} ids) than "
             f"{data.folder} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={folder / 'tokenizer'}"
         )
     ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(ModelConfig(**meta.model))
-    wrong = [f"model.{k}={ours[k]} (checkpoint: {theirs[k]})" for k in ours if k not in _FREE_MODEL_KEYS and ours[k] != theirs[k]]
+    wrong = [
+        f"model.{k}={ours[k]} (checkpoint: {theirs[k]})"
+        for k in ours
+        if k not in _FREE_MODEL_KEYS and ours[k] != theirs[k]
+    ]
     if wrong:
         raise UserError(f"init_from={config.init_from} holds another model: {', '.join(wrong)}")
     return folder
@@ -213,17 +231,23 @@ def _announce(config: Config, view: View, plan: PackPlan, loader: StepLoader, st
     report = plan.report()
     get_logger(__name__).info(
         "%s on %s samples in %d rows of %d tokens, fill %.3f; %d rows a step, %d steps",
-        {"ap": "attribute prediction", "acsft": "attribute-conditioned SFT", "sft": "plain SFT", "lm": "language modelling"}[view],
+        _VIEW_TITLES[view],
         len(plan.samples), len(plan), plan.row_tokens, report["fill"], loader.rows_per_step, steps,
     )  # fmt: skip
     for key in ("truncated", "overlong_dropped", "masked_dropped"):
         if count := getattr(plan, key):
-            get_logger(__name__).info("%d samples %s (data.overlong=%s)", count, key.replace("_", " "), config.data.overlong)
+            get_logger(__name__).info(
+                "%d samples %s (data.overlong=%s)", count, key.replace("_", " "), config.data.overlong
+            )
 
 
 def _summarise(here: Session, plan: PackPlan, result: TrainResult) -> None:
     here.run.update(
         counts={**plan.report(), "steps": result.steps, "tokens": result.tokens},
-        metrics={"loss": result.loss, "best_valid_loss": result.best_valid_loss, **{f"valid/{k}": v for k, v in result.valid.items()}},
+        metrics={
+            "loss": result.loss,
+            "best_valid_loss": result.best_valid_loss,
+            **{f"valid/{k}": v for k, v in result.valid.items()},
+        },
         outputs={"checkpoint": str(result.checkpoint)},
     )

@@ -1,7 +1,9 @@
 """Checkpoints on disk: one folder per saved step, whole or absent.
 
-Owns: the layout of ``checkpoints/``, commit by rename, retention, finding the checkpoint a user means, and the metadata that
-makes a checkpoint usable alone (model, tokenizer, schema, template, loader position). Does not own: what an engine puts inside.
+Owns: the layout of ``checkpoints/``, commit by rename, retention, finding the checkpoint a user means, and the
+metadata that
+makes a checkpoint usable alone (model, tokenizer, schema, template, loader position). Does not own: what an engine
+puts inside.
 
     checkpoints/step_00000100/   Megatron-Core's sharded tensors, common.pt, metadata.json
                  meta.json       CheckpointMeta, with the size of every file
@@ -38,8 +40,10 @@ class CheckpointMeta:
     """What a checkpoint says about itself.
 
     ``head``: ``lm`` or ``regression``. ``schema``: the attribute schema's dict, None for a model without attributes.
-    ``conditioned``: whether responses were trained with label lines. ``loader``: where the data stood. ``metric``: validation loss.
-    ``label_mean``: regression only, the training labels' mean per attribute (the constant predictor), None where there were none.
+    ``conditioned``: whether responses were trained with label lines. ``loader``: where the data stood. ``metric``:
+    validation loss.
+    ``label_mean``: regression only, the training labels' mean per attribute (the constant predictor), None where
+    there were none.
     """
 
     step: int
@@ -68,7 +72,9 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
 
 
 def load_sharded(state: dict[str, Any], folder: Path, missing_ok: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read what ``state`` asks for. Keys that start with one of ``missing_ok`` may be absent. Collective over the world."""
+    """Read what ``state`` asks for. Keys that start with one of ``missing_ok`` may be absent. Collective over the
+    world.
+    """
     if not missing_ok:
         return dist_checkpointing.load(state, str(folder))
     loaded, _, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
@@ -94,7 +100,10 @@ def read_meta(folder: Path) -> CheckpointMeta:
     for name, size in meta.files.items():
         found = (folder / name).stat().st_size if (folder / name).exists() else None
         if found != size:
-            raise UserError(f"{folder / name}: {'missing' if found is None else f'{found} bytes'}, saved with {size}: torn checkpoint")
+            raise UserError(
+                f"{folder / name}: {'missing' if found is None else f'{found} bytes'}, saved with "
+                f"{size}: torn checkpoint"
+            )
     return meta
 
 
@@ -106,7 +115,9 @@ def complete_steps(root: Path) -> list[Path]:
 
 
 def resolve(path: str, key: str) -> Path:
-    """The checkpoint folder that ``path`` means: itself, or a run folder's best, else its latest. Errors name ``key``."""
+    """The checkpoint folder that ``path`` means: itself, or a run folder's best, else its latest. Errors name
+    ``key``.
+    """
     root = Path(path)
     if not root.exists():
         raise UserError(f"{key}={path}: no such file or folder")
@@ -154,9 +165,15 @@ class CheckpointStore:
         return broadcast_object(value)
 
     def save(
-        self, meta: CheckpointMeta, write: Callable[[Path], None], save_tokenizer: Callable[[Path], None], best: bool = False
+        self,
+        meta: CheckpointMeta,
+        write: Callable[[Path], None],
+        save_tokenizer: Callable[[Path], None],
+        best: bool = False,
     ) -> Path:
-        """Write ``step_<meta.step>``: ``write`` puts the engine's part into the folder on every rank; then commit and retain."""
+        """Write ``step_<meta.step>``: ``write`` puts the engine's part into the folder on every rank; then commit and
+        retain.
+        """
         final = self.root / f"step_{meta.step:08d}"
         temporary = final.with_suffix(".tmp")
         if self.is_main:

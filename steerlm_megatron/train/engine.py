@@ -1,6 +1,7 @@
 """What the training loop asks of an engine.
 
-Owns: the interface. Invariant: after N steps on the same data from the same seed, every engine at every layout holds the same
+Owns: the interface. Invariant: after N steps on the same data from the same seed, every engine at every layout holds
+the same
 parameters, up to rounding.
 """
 
@@ -17,7 +18,9 @@ from steerlm_megatron.runtime.parallel import Layout
 
 @dataclass
 class StepResult:
-    """One optimizer step. ``loss`` is the global batch's; ``skipped``: nothing was applied, the gradients were not finite."""
+    """One optimizer step. ``loss`` is the global batch's; ``skipped``: nothing was applied, the gradients were not
+    finite.
+    """
 
     loss: float
     grad_norm: float

@@ -1,6 +1,7 @@
 """The Megatron-Core engine: tensor, sequence, pipeline and data parallelism with the distributed optimizer.
 
-Owns: wrapping the model, one training step through Megatron-Core's schedules, its optimizer, what goes into a sharded checkpoint.
+Owns: wrapping the model, one training step through Megatron-Core's schedules, its optimizer, what goes into a sharded
+checkpoint.
 Does not own: the loss (``objective.py``), files around the checkpoint (``checkpoint.py``), the loop.
 Invariant: gradients are divided once, by the number of loss terms in the global batch (``calculate_per_token_loss``).
 """
@@ -33,21 +34,32 @@ from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.objective import Objective
 from steerlm_megatron.train.schedule import build_schedule
 
-# Sharding of the optimizer that any other layout can read; the other types of Megatron-Core fail without Transformer Engine.
+# Sharding of the optimizer that any other layout can read; the other types of Megatron-Core fail without Transformer
+# Engine.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class MegatronEngine(Engine):
-    """``chunks``: this rank's model, one part per virtual pipeline stage (usually one), built by ``model.gpt.build_model``."""
+    """``chunks``: this rank's model, one part per virtual pipeline stage (usually one), built by
+    ``model.gpt.build_model``.
+    """
 
     def __init__(
-        self, chunks: Sequence[PackedGPTModel], objective: Objective, optim: OptimConfig, engine: EngineConfig, steps: int
+        self,
+        chunks: Sequence[PackedGPTModel],
+        objective: Objective,
+        optim: OptimConfig,
+        engine: EngineConfig,
+        steps: int,
     ) -> None:
         self.layout: Layout = layout()
         self.objective = objective
         self.config = chunks[0].config
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False, average_in_collective=False
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=False,
+            average_in_collective=False,
         )
         self.chunks = [
             DistributedDataParallel(self.config, ddp, Float16Module(self.config, chunk) if self.config.bf16 else chunk)
@@ -85,7 +97,9 @@ class MegatronEngine(Engine):
                 yield wrapper.optimizer
 
     def _use_fused_adam(self) -> None:
-        """One kernel per parameter instead of a dozen; torch has it for CPU and CUDA, Megatron-Core does not ask for it."""
+        """One kernel per parameter instead of a dozen; torch has it for CPU and CUDA, Megatron-Core does not ask for
+        it.
+        """
         for inner in self._inner_optimizers():
             if isinstance(inner, torch.optim.AdamW):
                 for group in (inner.defaults, *inner.param_groups):
@@ -108,7 +122,9 @@ class MegatronEngine(Engine):
         )
         return output, partial(self._loss, batch)
 
-    def _loss(self, batch: RowBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def _loss(
+        self, batch: RowBatch, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         total, sums_M = self.objective.loss(output, batch)
         terms = torch.tensor(self.objective.terms(batch), dtype=torch.int, device=total.device)
         return total, terms, {"sums": sums_M}
@@ -194,7 +210,8 @@ class MegatronEngine(Engine):
         self.optimizer.load_state_dict(loaded["optimizer"])
         for inner in self._inner_optimizers():
             for entry in inner.state.values():
-                # Megatron-Core hands one step tensor to all parameters, and torch's Adam adds to it once for each of them.
+                # Megatron-Core hands one step tensor to all parameters, and torch's Adam adds to it once for each of
+                # them.
                 entry["step"] = entry["step"].clone().to(entry["exp_avg"].device)
         self._use_fused_adam()
         self.schedule.load_state_dict(loaded["schedule"])
@@ -222,6 +239,7 @@ class MegatronEngine(Engine):
 def _bare(chunk: torch.nn.Module) -> PackedGPTModel:
     """The model inside its data-parallel and precision wrappers."""
     while not isinstance(chunk, PackedGPTModel):
+        assert isinstance(chunk.module, torch.nn.Module)
         chunk = chunk.module
     return chunk
 
@@ -241,4 +259,3 @@ def _allocate_adam(optimizer: torch.optim.Optimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-

@@ -1,6 +1,7 @@
 """The training loop, the same for attribute prediction, SFT and language modelling, and for every engine.
 
-Owns: cadence (log, validate, save), resuming, stopping on a signal, what goes into ``metrics.jsonl``. Does not own: mathematics
+Owns: cadence (log, validate, save), resuming, stopping on a signal, what goes into ``metrics.jsonl``. Does not own:
+mathematics
 (engine, objective), files (checkpoint, observe), order of data (loader).
 Invariant: train 2N steps = train N, stop, resume N.
 """
@@ -85,7 +86,9 @@ class Trainer:
                 bar.advance(1, **self._after_step(result))
                 if any_rank(stop.requested) and self.step < self.steps:
                     self._save()
-                    get_logger(__name__).warning("stopped by a signal after step %d; saved, run again to go on", self.step)
+                    get_logger(__name__).warning(
+                        "stopped by a signal after step %d; saved, run again to go on", self.step
+                    )
                     raise Interrupted
         checkpoint = self._finish()
         best = self.best if math.isfinite(self.best) else None

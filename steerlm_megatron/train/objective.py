@@ -1,6 +1,7 @@
 """What is minimised: language modelling on masked tokens, or regression of attribute values.
 
-Owns: which positions of a row produce output, the sums of losses over them, and their counts. Does not own: scaling; an objective
+Owns: which positions of a row produce output, the sums of losses over them, and their counts. Does not own: scaling;
+an objective
 returns sums and only engines divide, once, by the count of the whole global batch (DESIGN invariant 2).
 """
 
@@ -21,7 +22,9 @@ class Objective(ABC):
 
     @abstractmethod
     def output_index(self, batch: RowBatch) -> torch.Tensor:
-        """int64 [K], K ≥ 1: the positions whose output is needed (a row without any asks for position 0 and ignores it)."""
+        """int64 [K], K ≥ 1: the positions whose output is needed (a row without any asks for position 0 and ignores
+        it).
+        """
 
     @abstractmethod
     def labels(self, batch: RowBatch) -> torch.Tensor | None:
@@ -33,7 +36,9 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, output: torch.Tensor, batch: RowBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(scalar sum of losses, float64 sums [M] in the order of ``metric_names``) from the model's output for K positions."""
+        """(scalar sum of losses, float64 sums [M] in the order of ``metric_names``) from the model's output for K
+        positions.
+        """
 
     @abstractmethod
     def means(self, sums_M: Sequence[float]) -> dict[str, float]:
@@ -45,7 +50,9 @@ def _at_least_one(index_K: torch.Tensor) -> torch.Tensor:
 
 
 class TokenObjective(Objective):
-    """Cross-entropy of the next token where ``loss_mask_T`` says so: -log P(y_t | v, x, y_<t)  (SteerLM, step 3; facts §1.3)."""
+    """Cross-entropy of the next token where ``loss_mask_T`` says so: -log P(y_t | v, x, y_<t)  (SteerLM, step 3;
+    facts §1.3).
+    """
 
     metric_names = ("loss", "tokens")
 
@@ -70,14 +77,17 @@ class TokenObjective(Objective):
 class RegressionObjective(Objective):
     """Masked mean squared error over the labels that are present: Σ w_a m (p - v)² / Σ m  (HelpSteer; facts §8.1).
 
-    ``weights``: w_a per attribute, 1 where absent. Values are on the schema's scale. The count Σ m is of labels, not of samples, and
+    ``weights``: w_a per attribute, 1 where absent. Values are on the schema's scale. The count Σ m is of labels, not
+    of samples, and
     over the whole global batch (the reference normalises per micro-batch).
     """
 
     def __init__(self, names: Sequence[str], weights: Mapping[str, float] | None = None) -> None:
         self.names = tuple(names)
         self.weights_A = torch.tensor([float((weights or {}).get(name, 1.0)) for name in self.names])
-        self.metric_names = ("loss", "labels") + tuple(f"{kind}/{n}" for kind in ("sq", "abs", "count") for n in self.names)
+        self.metric_names = ("loss", "labels") + tuple(
+            f"{kind}/{n}" for kind in ("sq", "abs", "count") for n in self.names
+        )
 
     def output_index(self, batch: RowBatch) -> torch.Tensor:
         return _at_least_one(batch.pool_P)

@@ -50,7 +50,9 @@ def test_two_splits_given(records: Path, tmp_path) -> None:
             int(s.loss_mask_T.sum()) for i in range(len(dataset)) if (s := dataset.sample(i, "acsft"))
         )
         assert counts["labelled_turns"] == sum(
-            int((~np.isnan(s.values_PA)).any(axis=1).sum()) for i in range(len(dataset)) if (s := dataset.sample(i, "ap"))
+            int((~np.isnan(s.values_PA)).any(axis=1).sum())
+            for i in range(len(dataset))
+            if (s := dataset.sample(i, "ap"))
         )
         assert counts["unk_tokens"] == 0
     assert not (tmp_path / "out" / REJECTED_FILE).exists()
