@@ -43,9 +43,9 @@ _MULTI_TURN_SHARE = 0.15
 _MISSING_SHARE = 0.08
 _SHOWN_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0)
 _ANNOTATORS = 9
-_VOTES = 3
+_VOTES = 2
 _BIAS_POINTS = 0.25
-_ERROR_POINTS = 0.7
+_ERROR_POINTS = 0.8
 
 Question = tuple[str, tuple[str, ...]]
 Biases = list[dict[str, float]]  # one per annotator: points added to each attribute
@@ -105,7 +105,7 @@ def annotators(rng: random.Random) -> Biases:
 
 
 def labels(prompt: str, response: str, pool: Biases, rng: random.Random) -> dict[str, float]:
-    """What three annotators of ``pool`` say of ``response``, averaged: floats in [0, 4]; some are missing."""
+    """What two annotators of ``pool`` say of ``response``, averaged: floats in [0, 4]; some are missing."""
     said: dict[str, float] = {}
     people = rng.sample(pool, _VOTES)
     for name, measured in measure(prompt, response).items():

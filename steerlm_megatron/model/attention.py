@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -287,7 +288,10 @@ class PackedAttention(MegatronModule):
         if packed_seq_params.kv is not None:
             out_TNH = packed_seq_params.kv.attend(self.layer_number, q_TNH, k_TGH, v_TGH, self.scale)
         elif self.training and self.dropout > 0.0:
-            with tensor_parallel.get_cuda_rng_tracker().fork():
+            # Under sequence parallelism the whole block runs in the tensor-parallel random stream already; entered a
+            # second time, recomputation would find another state and draw other masks.
+            inside = self.config.sequence_parallel
+            with nullcontext() if inside else tensor_parallel.get_cuda_rng_tracker().fork():
                 out_TNH = self.attend(q_TNH, k_TGH, v_TGH, packed_seq_params, self.scale, self.dropout)
         else:
             out_TNH = self.attend(q_TNH, k_TGH, v_TGH, packed_seq_params, self.scale)

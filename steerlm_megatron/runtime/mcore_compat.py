@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -138,6 +139,8 @@ def _patch_generators() -> None:
     mcore_random.torch = _CpuTorch(cuda=_CpuGenerators())
     mcore_random._get_cuda_rng_state = lambda *_a, **_k: torch.get_rng_state()
     mcore_random._set_cuda_rng_state = lambda state, *_a, **_k: torch.set_rng_state(state)
+    # With dropout, every fork would warn that the CPU generator moved inside a "GPU RNG context": here it has to.
+    logging.getLogger(mcore_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.msg)
 
 
 def _patch_torch_adam() -> None:

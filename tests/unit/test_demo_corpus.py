@@ -143,7 +143,8 @@ def test_shape_of_conversations(corpus: Corpus) -> None:
     assert 0.1 < sum(len(c.messages) == 4 for c in both) / len(both) < 0.2
     assert all(m.role in ("user", "assistant") for c in both for m in c.messages)
     words = [len(response.split()) for _, response, _ in turns(both)]
-    assert min(words) >= 4 and max(words) <= 70 and 20 < statistics.mean(words) < 40
+    # 4 courteous words, 5 of rudeness, 4 facts of 6, 4 puns of 3, 4 fillers of 7: no response is longer than 73 words.
+    assert min(words) >= 4 and max(words) <= 73 and 20 < statistics.mean(words) < 40
 
 
 def test_attributes_cover_their_scale_and_hardly_hang_together(corpus: Corpus) -> None:

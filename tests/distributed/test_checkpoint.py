@@ -1,0 +1,406 @@
+"""Checkpoints: training goes on bit by bit, at another layout to rounding, and never from a damaged one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.dist import once, run_ranks
+from helpers.engines import Case, bare, make, shards, step_batches, unsplit
+from megatron.core import dist_checkpointing
+from unit import corpora
+
+from steerlm_megatron.config.schema import (
+    AttributesConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TemplateConfig,
+    TrainConfig,
+)
+from steerlm_megatron.config.schema import ParallelConfig as P
+from steerlm_megatron.data.shards import ShardWriter
+from steerlm_megatron.data.views import build_documents
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.runtime import parallel
+from steerlm_megatron.runtime.collectives import barrier
+from steerlm_megatron.stages import train as train_stage
+from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore, read_meta, resolve
+from steerlm_megatron.train.engine_mcore import MegatronEngine
+
+SAVED, TOTAL, TOLERANCE = 3, 7, 1e-5
+MOVES = {
+    "TP2": P(tensor=2),
+    "TP2+SP": P(tensor=2, sequence=True),
+    "PP2": P(pipeline=2),
+    "VPP2": P(pipeline=2, virtual_pipeline=2),
+    "DP2": P(),
+}
+OBJECTIVES = ("sft", "ap")
+Found = dict[str, Any]
+
+
+# ---- inside the ranks
+
+
+def steps(engine: MegatronEngine, first: int, last: int) -> list[float]:
+    return [engine.train_step(step_batches(step)).loss for step in range(first, last)]
+
+
+def saved(engine: MegatronEngine, folder: Path) -> Path:
+    if engine.layout.is_main:
+        folder.mkdir(parents=True)
+    barrier()
+    engine.save(folder)
+    barrier()
+    return folder
+
+
+def two_ranks(root: Path) -> Found:
+    found: Found = {}
+    for objective in OBJECTIVES:
+        engine = make(Case(objective, P(tensor=2)))
+        steps(engine, 0, SAVED)
+        folder = saved(engine, root / objective)
+        found[objective, "not resumed"] = steps(engine, SAVED, TOTAL)
+        for name, layout in MOVES.items():
+            engine = make(Case(objective, layout), seed=77)  # other weights than the checkpoint's
+            engine.load(folder)
+            if name in ("PP2", "VPP2"):
+                saved(engine, root / f"{objective} {name}")
+            found[objective, name] = steps(engine, SAVED, TOTAL)
+        for name in ("PP2", "VPP2"):
+            engine = make(Case(objective, P()), seed=78)
+            engine.load(root / f"{objective} {name}")
+            found[objective, f"{name}, then DP2"] = steps(engine, SAVED, TOTAL)
+    found["init"] = head_kept(root, P(pipeline=2))
+    return found
+
+
+def head_kept(root: Path, layout: P) -> Found:
+    """A regression model before and after it takes the language model's weights."""
+    engine = make(Case("ap", layout), seed=79)
+    before = shards(bare(engine))
+    engine.load_model(root / "sft")
+    after = shards(bare(engine))
+    return {"before": before, "after": after, "losses": steps(engine, 0, 2)}
+
+
+def one_rank(root: Path) -> Found:
+    found: Found = {}
+    for objective in OBJECTIVES:
+        engine = make(Case(objective), seed=80)
+        engine.load(root / objective)
+        found[objective, "1 rank"] = steps(engine, SAVED, TOTAL)
+        found[objective, "bitwise"] = three_and_three(root / f"{objective} 3+3", objective)
+        found[objective, "keys"] = sorted(dist_checkpointing.load_tensors_metadata(str(root / objective)))
+        found[objective, "interrupted"] = interrupted(root, "train_ap" if objective == "ap" else "train_sft")
+    found["init"] = head_kept(root, P())
+    engine = make(Case("sft"), seed=81)
+    engine.load(root / "sft")
+    found["lm"] = shards(bare(engine))
+    return found
+
+
+def three_and_three(root: Path, objective: str) -> Found:
+    """With dropout, so that generator states count."""
+    case = Case(objective, dropout=0.1)
+    engine = make(case)
+    whole = steps(engine, 0, 6)
+    saved(engine, root / "whole")
+    engine = make(case)
+    parts = steps(engine, 0, 3)
+    saved(engine, root / "half")
+    engine = make(case, seed=82)
+    engine.load(root / "half")
+    parts += steps(engine, 3, 6)
+    saved(engine, root / "parts")
+    return {"whole": whole, "parts": parts, "differing": differing(root / "whole", root / "parts")}
+
+
+def differing(a: Path, b: Path) -> list[str]:
+    """What is not the same in two checkpoints, bit by bit: tensors, step counts, the schedule."""
+    first, second = (dict(leaves(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (a, b))
+    assert any("exp_avg_sq" in key for key in first) and "decoder.final_layernorm.weight" in first, sorted(first)
+    return sorted(
+        f"{key}: {first.get(key)} {second.get(key)}"
+        for key in first.keys() | second.keys()
+        if not equal(first.get(key), second.get(key))
+    )
+
+
+def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    return type(a) is type(b) and a == b
+
+
+def interrupted(root: Path, command: str) -> Found:
+    """A run that is told to stop at step 3 and falls over at step 5 next time, against one that is left alone."""
+    data = root / "data"
+    if not data.exists():
+        write_shards(data)
+    alone, disturbed = root / command / "alone", root / command / "disturbed"
+    train_stage.run(config(command, alone, data))
+    codes = []
+    for stop_at in (3, 5, None):
+        try:
+            with disturbance(stop_at):
+                train_stage.run(config(command, disturbed, data))
+            codes.append(0)
+        except SystemExit as stop:
+            codes.append(stop.code)
+        except RuntimeError as error:
+            codes.append(str(error))
+    runs = [[json.loads(line) for line in (run / "metrics.jsonl").open()] for run in (alone, disturbed)]
+    kept = [(row.get("step"), row.get("loss"), row.get("valid/loss"), row.get("samples")) for row in runs[0]]
+    again = [(row.get("step"), row.get("loss"), row.get("valid/loss"), row.get("samples")) for row in runs[1]]
+    last = [run / "checkpoints" / "step_00000006" for run in (alone, disturbed)]
+    return {
+        "codes": codes,
+        "alone": kept,
+        "disturbed": again,
+        "differing": differing(*last),
+        "folders": sorted(p.name for p in (disturbed / "checkpoints").iterdir()),
+        "loader": [read_meta(folder).loader for folder in last],
+        "label_mean": read_meta(last[0]).label_mean,
+    }
+
+
+def write_shards(folder: Path) -> None:
+    tokenizer = corpora.tokenizer("trained")
+    for part, seed in (("train", 5), ("valid", 6)):
+        with ShardWriter(folder / part, tokenizer, corpora.SCHEMA, corpora.STEERLM, 4000) as writer:
+            conversations = corpora.conversations(40, seed=seed)
+            for document in build_documents(conversations, tokenizer, corpora.STEERLM, corpora.SCHEMA):
+                writer.add(document)
+            writer.commit({}, [])
+
+
+def config(command: str, run_dir: Path, data: Path) -> Config:
+    schema = corpora.SCHEMA
+    return Config(
+        command=command,
+        run_dir=str(run_dir),
+        model=ModelConfig(num_layers=2, hidden_size=32, ffn_hidden_size=48, dropout=0.1, max_position=160),
+        optim=OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2),
+        attributes=AttributesConfig(name=schema.name, names=list(schema.names), max_level=schema.max_level),
+        template=TemplateConfig(name="steerlm", system="You are kind."),
+        data=DataConfig(train=str(data / "train"), valid=str(data / "valid")),
+        train=TrainConfig(
+            steps=6,
+            row_tokens=160,
+            global_batch_samples=12,
+            log_every_steps=1,
+            validate_every_steps=3,
+            save_every_steps=2,
+            keep_last=9,
+        ),
+    )
+
+
+class disturbance:
+    """Within: step 3 ends with SIGUSR1 to this process; step 5 raises instead of training."""
+
+    def __init__(self, stop_at: int | None) -> None:
+        self.stop_at, self.original = stop_at, MegatronEngine.train_step
+
+    def __enter__(self) -> None:
+        original, stop_at = self.original, self.stop_at
+
+        def train_step(engine: MegatronEngine, batches: Any) -> Any:
+            done = engine.schedule.num_steps
+            if done + 1 == stop_at == 5:
+                raise RuntimeError("fell over")
+            result = original(engine, batches)
+            if done + 1 == stop_at == 3:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            return result
+
+        MegatronEngine.train_step = train_step
+
+    def __exit__(self, *_: object) -> None:
+        MegatronEngine.train_step = self.original
+
+
+# ---- outside
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """What two ranks found and saved, then what one rank found in it."""
+
+    def compute() -> Found:
+        root = tmp_path_factory.mktemp("checkpoints")
+        return {"two": run_ranks(2, two_ranks, root, timeout=240), "one": run_ranks(1, one_rank, root, timeout=240)}
+
+    return once(tmp_path_factory, "checkpoints", compute)
+
+
+def largest(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("name", [*MOVES, "1 rank", "PP2, then DP2", "VPP2, then DP2"])
+def test_a_checkpoint_moves_to_another_layout(objective: str, name: str, measured: Found, record_property: Any) -> None:
+    """Saved after three steps at TP2; the losses of the next four are those of the run that went on."""
+    expected = measured["two"][0][objective, "not resumed"]
+    found = measured["one" if name == "1 rank" else "two"][0][objective, name]
+    assert len(found) == TOTAL - SAVED
+    record_property("measured", (f"resumed {objective} TP2 -> {name}", {"loss": largest(found, expected)}))
+    assert largest(found, expected) <= TOLERANCE, (found, expected)
+    if name == "TP2":
+        assert found == expected, "the same layout: bit by bit"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_three_steps_and_three_are_six(objective: str, measured: Found) -> None:
+    found = measured["one"][0][objective, "bitwise"]
+    assert found["parts"] == found["whole"]
+    assert found["differing"] == []
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_disturbed_run_ends_as_an_undisturbed_one(objective: str, measured: Found) -> None:
+    """SIGUSR1 at step 3: saved, exit 75. A crash in step 5: back to step 4. Data, dropout and optimizer all go on."""
+    found = measured["one"][0][objective, "interrupted"]
+    assert found["codes"] == [75, "fell over", 0]
+    assert found["disturbed"] == found["alone"]
+    assert [row[0] for row in found["alone"] if row[1] is not None] == [1, 2, 3, 4, 5, 6]
+    assert found["differing"] == []
+    assert found["loader"][0] == found["loader"][1] and found["loader"][0]["consumed_rows"] > 0
+    assert {"step_00000003", "step_00000004", "step_00000006", "best.json"} <= set(found["folders"])
+    assert len(found["label_mean"]) == (3 if objective == "ap" else 0)
+
+
+@pytest.mark.distributed
+def test_the_head_is_in_the_checkpoint(measured: Found) -> None:
+    keys = {objective: measured["one"][0][objective, "keys"] for objective in OBJECTIVES}
+    head = {"output_layer.regression.weight", "output_layer.regression.bias"}
+    assert head <= set(keys["ap"]) and "output_layer.weight" not in keys["ap"]
+    assert "output_layer.weight" in keys["sft"] and not head & set(keys["sft"])
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", ["one", "two"])
+def test_a_regression_model_starts_from_a_language_model(ranks: str, measured: Found) -> None:
+    before, after = (unsplit([found["init"][when] for found in measured[ranks]]) for when in ("before", "after"))
+    language = unsplit([measured["one"][0]["lm"]])
+    assert before.keys() == after.keys()
+    for name, weight in after.items():
+        if name.startswith("output_layer."):
+            assert torch.equal(weight, before[name]), "the head keeps its initial weights"
+        else:
+            assert torch.equal(weight, language[name]), name
+            assert "layernorm" in name or not torch.equal(weight, before[name])
+    losses = [found["init"]["losses"] for found in measured[ranks]]
+    assert largest(losses[0], measured["one"][0]["init"]["losses"]) <= TOLERANCE, "the optimizer has the new weights"
+
+
+# ---- the store: files and names, in this process
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    parallel.initialize(P(), 0)
+    return CheckpointStore(tmp_path / "run" / "checkpoints", keep_last=2, keep_best=True)
+
+
+def meta(step: int, metric: float | None = None) -> CheckpointMeta:
+    return CheckpointMeta(step, "lm", {}, 300, None, {}, False, "hash", metric=metric)
+
+
+def write(folder: Path) -> None:
+    (folder / "__0_0.distcp").write_bytes(bytes(100))
+    (folder / "common.pt").write_bytes(bytes(10))
+
+
+def save_tokenizer(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def save(store: CheckpointStore, step: int, metric: float | None = None, best: bool = False) -> Path:
+    return store.save(meta(step, metric), write, save_tokenizer, best=best)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: os.truncate(folder / "__0_0.distcp", 60), ["__0_0.distcp", "60 bytes", "100"]),
+        (lambda folder: (folder / "common.pt").unlink(), ["common.pt", "missing"]),
+        (lambda folder: (folder / "tokenizer" / "tokenizer.json").unlink(), ["tokenizer.json", "missing"]),
+        (lambda folder: os.truncate(folder / "meta.json", 20), ["meta.json", "not JSON"]),
+    ],
+    ids=["truncated", "missing", "tokenizer", "meta"],
+)
+def test_a_torn_checkpoint_is_named_and_passed_over(
+    store: CheckpointStore, damage: Callable[[Path], None], words: list[str]
+) -> None:
+    first, second = save(store, 1), save(store, 2)
+    assert store.latest() == second and read_meta(second).step == 2
+    damage(second)
+    with pytest.raises(UserError) as error:
+        read_meta(second)
+    assert str(second) in str(error.value) and all(word in str(error.value) for word in words)
+    assert store.latest() == first
+    assert save(store, 2) == second and store.latest() == second, "its successor takes its place"
+
+
+def test_a_killed_save_leaves_nothing_behind(store: CheckpointStore) -> None:
+    save(store, 1)
+
+    def killed(folder: Path) -> None:
+        write(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.save(meta(2), killed, save_tokenizer)
+    assert [p.name for p in store.root.iterdir() if p.suffix == ".tmp"] == ["step_00000002.tmp"]
+    assert store.latest() == store.root / "step_00000001"
+    assert resolve(str(store.root.parent), "checkpoint").name == "step_00000001"
+    save(store, 3)
+    assert sorted(p.name for p in store.root.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def test_the_last_ones_and_the_best_are_kept(store: CheckpointStore) -> None:
+    for step, metric in enumerate((3.0, 1.0, 2.0, 4.0, 5.0), start=1):
+        save(store, step, metric, best=metric in (3.0, 1.0))
+    names = [p.name for p in sorted(store.root.glob("step_*"))]
+    assert names == ["step_00000002", "step_00000004", "step_00000005"]
+    assert store.best_metric() == 1.0
+    assert store.latest() == store.root / "step_00000005"
+
+
+def test_what_a_path_means(store: CheckpointStore, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="init_from=.*no such file"):
+        resolve(str(tmp_path / "nowhere"), "init_from")
+    with pytest.raises(UserError, match="init_from="):
+        resolve(str(tmp_path), "init_from")
+    first = save(store, 1, 0.5, best=True)
+    second = save(store, 2, 0.7)
+    run = store.root.parent
+    assert resolve(str(run), "init_from") == first, "the best, not the latest"
+    assert resolve(str(store.root), "init_from") == first
+    assert resolve(str(second), "init_from") == second, "what is named is taken"
+    (store.root / "best.json").unlink()
+    assert resolve(str(run), "init_from") == second

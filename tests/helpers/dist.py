@@ -1,0 +1,135 @@
+"""Real ranks for tests: one process each, gloo, CPU, gone when the call returns.
+
+Ranks are forked from a server that has imported torch and Megatron-Core once, which saves the 5-8 seconds that every
+fresh process takes; the server itself starts no threads, no groups and no CUDA.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_PRELOAD = ["steerlm_megatron.train.engine_mcore", "steerlm_megatron.data.loader"]
+_GRACE_SEC = 2.0  # after one rank has failed, for the others to say what they saw
+
+
+def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+    """``function(*args)`` in ``ranks`` processes; what each returned (picklable), in rank order.
+
+    ``function`` stands at the top of a module. A rank that raises or dies, or ``timeout`` seconds, ends all of them
+    with an ``AssertionError`` that carries the failing ranks' tracebacks and last output.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with tempfile.TemporaryDirectory(prefix="ranks_") as name:
+        folder, port = Path(name), _free_port()
+        processes = [
+            context.Process(target=_rank, args=(rank, ranks, port, folder, function, args)) for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            problem = _wait(processes, time.monotonic() + timeout, timeout)
+        finally:
+            for process in processes:
+                _kill(process)
+        if problem:
+            raise AssertionError("\n".join([problem, *(_story(folder, rank) for rank in range(ranks))]))
+        return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(ranks)]
+
+
+def once(factory: pytest.TempPathFactory, name: str, compute: Callable[[], Any]) -> Any:
+    """``compute()``, once for all workers of pytest-xdist. Tests that start processes are one at a time anyway."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return compute()
+    path = factory.getbasetemp().parent / f"{name}.result"
+    if not path.exists():
+        path.write_bytes(pickle.dumps(compute()))
+    return pickle.loads(path.read_bytes())
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _wait(processes: list[Any], deadline: float, timeout: float) -> str | None:
+    """None once all have ended well; else what went wrong, as soon as it has."""
+    while time.monotonic() < deadline:
+        codes = [process.exitcode for process in processes]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        if failed:
+            _ask_where(processes)
+            return f"rank {failed[0]} of {len(processes)} ended with exit code {codes[failed[0]]}"
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(0.02)
+    _ask_where(processes)
+    alive = [rank for rank, process in enumerate(processes) if process.exitcode is None]
+    return f"ranks {alive} of {len(processes)} still ran after {timeout:.0f} s"
+
+
+def _ask_where(processes: list[Any]) -> None:
+    """Ranks that still run write where they stand into their logs, after a moment to fail by themselves."""
+    time.sleep(_GRACE_SEC)
+    for process in processes:
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGQUIT)
+    time.sleep(0.2)
+
+
+def _kill(process: Any) -> None:
+    """The process and its children. It leads a session of its own, unless it was caught before it got that far."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        process.kill()
+    process.join()
+
+
+def _story(folder: Path, rank: int) -> str:
+    parts = [f"---- rank {rank}"]
+    for kind, size in (("log", 2000), ("error", 6000)):
+        path = folder / f"{rank}.{kind}"
+        if path.exists():
+            parts.append(path.read_text(errors="replace")[-size:])
+    return "\n".join(parts)
+
+
+def _rank(rank: int, ranks: int, port: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.setsid()
+    log = os.open(folder / f"{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in world.items()})
+    # Exactness is shown on the CPU, where sums have an order, also on a machine with a GPU.
+    os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    import torch
+
+    torch.set_num_threads(1)
+    faulthandler.register(signal.SIGQUIT, file=2, all_threads=False)  # says where a rank hangs
+    try:
+        result = pickle.dumps(function(*args))
+    except BaseException:
+        (folder / f"{rank}.error").write_text(traceback.format_exc())
+        sys.stderr.flush()
+        os._exit(1)
+    (folder / f"{rank}.result").write_bytes(result)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # skips exit handlers of threads and groups; everything that matters is written

@@ -1,0 +1,197 @@
+"""Small models, engines and micro-batches for tests that run inside ranks (``helpers.dist``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from helpers.reference import Document, Params
+
+from steerlm_megatron.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
+from steerlm_megatron.data.collate import RowBatch
+from steerlm_megatron.model.gpt import PackedGPTModel, build_model, global_names
+from steerlm_megatron.runtime import parallel
+from steerlm_megatron.train.engine_mcore import MegatronEngine
+from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
+
+VOCAB, ROW_TOKENS, MICRO_BATCHES, NAMES = 300, 192, 4, ("a", "b", "c")
+LABEL_WEIGHTS = {"b": 2.0}
+# Weights large enough that attention is not uniform: else queries and keys have next to no gradient to compare.
+MODEL = ModelConfig(
+    hidden_size=64, num_layers=4, num_heads=4, num_query_groups=2, ffn_hidden_size=96, vocab_multiple=8, init_std=0.1
+)
+# Clips some steps and not others. Adam divides a gradient by its own size: where one is as small as its rounding error
+# (1e-8, in a few of the 200,000 here), the error's sign decides the step, and with eps=1e-8 even the plain reference in
+# float32 ends 4e-5 from itself in float64. eps=1e-5 takes that away, and is still a thousandth of a usual gradient.
+OPTIM = {
+    name: OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip_grad=clip, eps=1e-5)
+    for name, clip in (("sft", 3.2), ("ap", 23.0))
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine: what it minimises (``sft`` or ``ap``), how it is laid out, and what its model and step look like."""
+
+    objective: str
+    layout: ParallelConfig = field(default_factory=ParallelConfig)
+    tied: bool = False
+    micro_batches: int = MICRO_BATCHES  # of a global step, all data-parallel ranks together
+    dropout: float = 0.0
+    recompute: str = "none"
+
+    @property
+    def model(self) -> ModelConfig:
+        return replace(MODEL, tie_embeddings=self.tied, dropout=self.dropout)
+
+
+def row(step: int, number: int) -> RowBatch:
+    """Micro-batch ``number`` of a step: ragged documents, one of one token; each row has its own number of targets.
+
+    Half of the labels are missing. Row 3 of step 1 has no target at all.
+    """
+    g = torch.Generator().manual_seed(1000 * step + number)
+    lengths = [1]
+    while (left := ROW_TOKENS - sum(lengths)) > 0:
+        lengths.append(min(int(torch.randint(3, 60, (1,), generator=g)), left))
+    cu = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = torch.randint(0, VOCAB, (ROW_TOKENS,), generator=g)
+    share = 0.0 if (step, number) == (1, 3) else 0.08 * (1 + number) ** 1.5
+    mask = (torch.rand(ROW_TOKENS, generator=g) < share).float()
+    mask[cu[1:] - 1] = 0
+    pool = cu[1:] - 1 if share else cu[:0]
+    values = torch.rand(len(pool), len(NAMES), generator=g) * 4
+    values[torch.rand(values.shape, generator=g) < 0.15 * (1 + number)] = float("nan")
+    return RowBatch(
+        tokens_T=tokens,
+        labels_T=torch.where(mask > 0, tokens.roll(-1), 0),
+        loss_mask_T=mask,
+        positions_T=torch.cat([torch.arange(length) for length in lengths]),
+        cu_seqlens=cu.to(torch.int32),
+        pool_P=pool,
+        values_PA=values,
+        sample_ids=[f"{step}.{number}.{i}" for i in range(len(lengths))],
+        useful_tokens=ROW_TOKENS,
+        target_tokens=int(mask.sum()),
+    )
+
+
+def joined(rows: Sequence[RowBatch]) -> RowBatch:
+    """Several rows end to end as one micro-batch."""
+    starts = [ROW_TOKENS * i for i in range(len(rows))]
+    ends = [r.cu_seqlens[1:] + at for r, at in zip(rows, starts, strict=True)]
+    return RowBatch(
+        *(torch.cat([getattr(r, name) for r in rows]) for name in ("tokens_T", "labels_T", "loss_mask_T")),
+        torch.cat([r.positions_T for r in rows]),
+        torch.cat([torch.zeros(1, dtype=torch.int32), *ends]),
+        torch.cat([r.pool_P + at for r, at in zip(rows, starts, strict=True)]),
+        torch.cat([r.values_PA for r in rows]),
+        [name for r in rows for name in r.sample_ids],
+        sum(r.useful_tokens for r in rows),
+        sum(r.target_tokens for r in rows),
+    )
+
+
+def step_batches(step: int, micro_batches: int = MICRO_BATCHES) -> list[RowBatch]:
+    """This data-parallel rank's micro-batches of a global step, always the same rows in all."""
+    rows = [row(step, i) for i in range(MICRO_BATCHES)]
+    size = MICRO_BATCHES // micro_batches
+    batches = rows if size == 1 else [joined(rows[i : i + size]) for i in range(0, len(rows), size)]
+    at = parallel.layout()
+    return batches[at.dp_rank :: at.dp_size]
+
+
+def documents(batches: Sequence[RowBatch]) -> list[Document]:
+    """Every document of ``batches`` by itself."""
+    out = []
+    for batch in batches:
+        bounds = batch.cu_seqlens.tolist()
+        for start, end in zip(bounds, bounds[1:], strict=False):
+            pooled = (batch.pool_P >= start) & (batch.pool_P < end)
+            out.append(
+                Document(
+                    batch.tokens_T[start:end],
+                    batch.labels_T[start:end],
+                    batch.loss_mask_T[start:end],
+                    batch.pool_P[pooled] - start,
+                    batch.values_PA[pooled],
+                )
+            )
+    return out
+
+
+def objective(case: Case) -> Objective:
+    return RegressionObjective(NAMES, LABEL_WEIGHTS) if case.objective == "ap" else TokenObjective()
+
+
+def build(case: Case, seed: int = 5) -> list[PackedGPTModel]:
+    """This rank's chunks. A regression head gets weights: its own zeros would leave the trunk without gradients."""
+    attributes = len(NAMES) if case.objective == "ap" else None
+    engine, virtual = EngineConfig(recompute=case.recompute), case.layout.virtual_pipeline
+    chunks = [
+        build_model(case.model, case.layout, engine, VOCAB, attributes, seed, vp_stage=i if virtual else None)
+        for i in range(virtual or 1)
+    ]
+    for chunk in chunks:
+        if attributes and chunk.post_process:
+            fill_head(chunk)
+    return chunks
+
+
+def fill_head(chunk: PackedGPTModel, scale: float = 0.1, bias: float = 2.0) -> None:
+    """Weights and a bias that are the same at every layout."""
+    head = chunk.output_layer.regression
+    head.weight.data.normal_(0.0, scale, generator=torch.Generator().manual_seed(9))
+    head.bias.data.fill_(bias)
+
+
+def make(case: Case, seed: int = 5, steps: int = 8) -> MegatronEngine:
+    """The engine of a case on the ranks that were started. Collective over the world."""
+    parallel.initialize(case.layout, seed)
+    engine = EngineConfig(recompute=case.recompute)
+    return MegatronEngine(build(case, seed), objective(case), OPTIM[case.objective], engine, steps)
+
+
+def bare(engine: MegatronEngine) -> list[PackedGPTModel]:
+    """The engine's chunks without their wrappers."""
+    return [chunk.module for chunk in engine.chunks]
+
+
+@dataclass
+class Shard:
+    """One rank's part of a parameter: where it is split (None: it is whole), in how many interleaved parts."""
+
+    tensor: torch.Tensor
+    axis: int | None
+    stride: int
+    tp_rank: int
+
+
+def shards(chunks: Sequence[PackedGPTModel]) -> dict[str, Shard]:
+    """This rank's parameters under the names that they have in the unsplit model."""
+    at, out = parallel.layout(), {}
+    for chunk in chunks:
+        for name, p in global_names(chunk):
+            split = at.tp_size > 1 and getattr(p, "tensor_model_parallel", False)
+            tensor, axis = p.detach().clone(), p.partition_dim if split else None
+            out[name] = Shard(tensor, axis, getattr(p, "partition_stride", 1) if split else 1, at.tp_rank)
+    return out
+
+
+def unsplit(by_rank: Sequence[dict[str, Shard]]) -> Params:
+    """The whole model's parameters from those of all ranks. Copies of one part must be equal, bit by bit."""
+    parts: dict[str, dict[int, Shard]] = {}
+    for found in by_rank:
+        for name, shard in found.items():
+            known = parts.setdefault(name, {}).setdefault(shard.tp_rank if shard.axis is not None else 0, shard)
+            assert torch.equal(known.tensor, shard.tensor), f"{name} differs between ranks that hold the same part"
+    out = {}
+    for name, by_tp in parts.items():
+        first = by_tp[0]
+        if first.axis is None:
+            out[name] = first.tensor
+            continue
+        pieces = [by_tp[rank].tensor.chunk(first.stride, first.axis) for rank in sorted(by_tp)]
+        out[name] = torch.cat([rank[i] for i in range(first.stride) for rank in pieces], first.axis)
+    return out

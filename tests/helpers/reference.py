@@ -1,0 +1,121 @@
+"""The mathematics of training in plain torch, one document at a time: what every engine at every layout must equal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from steerlm_megatron.config.schema import ModelConfig, OptimConfig
+
+Params = dict[str, torch.Tensor]
+
+
+@dataclass
+class Document:
+    """T tokens alone; targets weighted by ``mask_T``; values (nan: missing) at the positions ``pool_P``."""
+
+    tokens_T: torch.Tensor
+    labels_T: torch.Tensor
+    mask_T: torch.Tensor
+    pool_P: torch.Tensor
+    values_PA: torch.Tensor
+
+
+def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    return x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps) * weight_D
+
+
+def rotate(x_TNH: torch.Tensor, base: float) -> torch.Tensor:
+    half = x_TNH.shape[-1] // 2
+    angle = torch.outer(torch.arange(x_TNH.shape[0]).float(), base ** (-torch.arange(half).float() / half))[:, None]
+    a, b = x_TNH.split(half, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def attention(p: Params, prefix: str, x_TD: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    heads, groups = model.num_heads, model.num_query_groups or model.num_heads
+    qkv = (x_TD @ p[f"{prefix}linear_qkv.weight"].T).unflatten(-1, (groups, heads // groups + 2, -1))
+    q = rotate(qkv[:, :, :-2].flatten(1, 2), model.rotary_base)
+    k = rotate(qkv[:, :, -2], model.rotary_base).repeat_interleave(heads // groups, 1)
+    v = qkv[:, :, -1].repeat_interleave(heads // groups, 1)
+    score_NTT = torch.einsum("tnh,snh->nts", q, k) / math.sqrt(q.shape[-1])
+    hidden = torch.ones(len(x_TD), len(x_TD)).triu(1).bool()
+    weight_NTT = score_NTT.masked_fill(hidden, -math.inf).softmax(-1)
+    return torch.einsum("nts,snh->tnh", weight_NTT, v).flatten(1) @ p[f"{prefix}linear_proj.weight"].T
+
+
+def forward(p: Params, tokens_T: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    """Logits [T, V], or attribute values [T, A] where the parameters have a regression head."""
+    x = p["embedding.word_embeddings.weight"][tokens_T]
+    for layer in range(model.num_layers):
+        at = f"decoder.layers.{layer}."
+        x = x + attention(
+            p, at + "self_attention.", rms_norm(x, p[at + "input_layernorm.weight"], model.norm_epsilon), model
+        )
+        h = rms_norm(x, p[at + "pre_mlp_layernorm.weight"], model.norm_epsilon)
+        gate, up = (h @ p[at + "mlp.linear_fc1.weight"].T).chunk(2, -1)
+        x = x + (F.silu(gate) * up) @ p[at + "mlp.linear_fc2.weight"].T
+    x = rms_norm(x, p["decoder.final_layernorm.weight"], model.norm_epsilon)
+    if "output_layer.regression.weight" in p:
+        return x @ p["output_layer.regression.weight"].T + p["output_layer.regression.bias"]
+    return x @ p.get("output_layer.weight", p["embedding.word_embeddings.weight"]).T
+
+
+def loss_sum(p: Params, document: Document, model: ModelConfig, weights_A: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """A document's summed loss, and the number of terms in it."""
+    output = forward(p, document.tokens_T, model)
+    if "output_layer.regression.weight" in p:
+        present = ~document.values_PA.isnan()
+        error = torch.where(present, output[document.pool_P] - document.values_PA.nan_to_num(), 0.0)
+        return (error.square() * weights_A).sum(), float(present.sum())
+    loss_T = -output.log_softmax(-1).gather(-1, document.labels_T[:, None])[:, 0]
+    return (loss_T * document.mask_T).sum(), float(document.mask_T.sum())
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """Of step 1, 2, ... of ``steps``: linear warmup, then a cosine down to ``min_lr``."""
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    done = (step - optim.warmup_steps) / (steps - optim.warmup_steps)
+    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+@dataclass
+class Trainer:
+    """AdamW on the mean over all loss terms of a step's documents. ``params``: of the unsplit model, changed here."""
+
+    params: Params
+    model: ModelConfig
+    optim: OptimConfig
+    steps: int
+    weights_A: torch.Tensor
+    step: int = 0
+    moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+    def train_step(self, documents: Sequence[Document]) -> tuple[float, float]:
+        """(loss, gradient norm before clipping)."""
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in self.params.items()}
+        sums = [loss_sum(leaves, document, self.model, self.weights_A) for document in documents]
+        loss = torch.stack([total for total, _ in sums]).sum() / sum(count for _, count in sums)
+        loss.backward()
+        grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+        scale = min(1.0, self.optim.clip_grad / (norm + 1e-6))
+        self.step += 1
+        lr = learning_rate(self.optim, self.step, self.steps)
+        for name, grad in grads.items():
+            self._adamw(name, grad * scale, lr)
+        return float(loss.detach()), norm
+
+    def _adamw(self, name: str, grad: torch.Tensor, lr: float) -> None:
+        o, p = self.optim, self.params[name]
+        m, v = self.moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
+        m, v = o.beta1 * m + (1 - o.beta1) * grad, o.beta2 * v + (1 - o.beta2) * grad.square()
+        self.moments[name] = (m, v)
+        m_hat, v_hat = m / (1 - o.beta1**self.step), v / (1 - o.beta2**self.step)
+        decay = o.weight_decay if p.ndim > 1 else 0.0  # not of norms and biases
+        self.params[name] = p * (1 - lr * decay) - lr * m_hat / (v_hat.sqrt() + o.eps)

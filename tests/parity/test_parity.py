@@ -1,0 +1,312 @@
+"""Every layout trains the model that a plain-torch reference trains; packing changes nothing (DESIGN §5.2, §5.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers.dist import once, run_ranks
+from helpers.engines import (
+    LABEL_WEIGHTS,
+    MODEL,
+    NAMES,
+    OPTIM,
+    VOCAB,
+    Case,
+    bare,
+    build,
+    documents,
+    fill_head,
+    make,
+    row,
+    shards,
+    step_batches,
+    unsplit,
+)
+from helpers.reference import Trainer, forward, learning_rate, loss_sum
+
+from steerlm_megatron.config.schema import EngineConfig
+from steerlm_megatron.config.schema import ParallelConfig as P
+from steerlm_megatron.model.attention import PackedAttention, PackedTokens
+from steerlm_megatron.model.gpt import build_model, global_names
+from steerlm_megatron.runtime import parallel
+
+STEPS, TOTAL_STEPS, TOLERANCE = 5, 8, 1e-5
+
+# name: ranks, case; each with both objectives. VPP2: two chunks on each of two stages.
+MATRIX: dict[str, tuple[int, dict[str, Any]]] = {
+    "1 rank": (1, {"micro_batches": 1}),
+    "accumulation x4": (1, {}),
+    "TP2": (2, {"layout": P(tensor=2)}),
+    "TP2+SP": (2, {"layout": P(tensor=2, sequence=True)}),
+    "TP2+SP recompute": (2, {"layout": P(tensor=2, sequence=True), "recompute": "full"}),
+    "PP2": (2, {"layout": P(pipeline=2)}),
+    "VPP2": (2, {"layout": P(pipeline=2, virtual_pipeline=2)}),
+    "DP2": (2, {}),
+    "TP2xPP2": (4, {"layout": P(tensor=2, pipeline=2)}),
+    "TP2xPP2+SP": (4, {"layout": P(tensor=2, pipeline=2, sequence=True)}),
+    "TP2xVPP2+SP": (4, {"layout": P(tensor=2, pipeline=2, virtual_pipeline=2, sequence=True)}),
+    "TP2xDP2": (4, {"layout": P(tensor=2)}),
+    "PP2xDP2": (4, {"layout": P(pipeline=2)}),
+}
+TIED = ("1 rank", "TP2+SP", "PP2", "VPP2", "TP2xPP2+SP", "PP2xDP2")
+
+
+def key(objective: str, name: str, tied: bool = False) -> str:
+    return f"{objective}{' tied' if tied else ''} {name}"
+
+
+def cases(ranks: int) -> dict[str, Case]:
+    found = {}
+    for name, (needed, options) in MATRIX.items():
+        if needed != ranks:
+            continue
+        for objective in ("sft", "ap"):
+            found[key(objective, name)] = Case(objective, **options)
+        if name in TIED:
+            found[key("sft", name, tied=True)] = Case("sft", tied=True, **options)
+    return found
+
+
+# ---- inside the ranks
+
+
+def train(case: Case, steps: int = STEPS, seed: int = 5) -> dict[str, Any]:
+    engine = make(case, seed, TOTAL_STEPS)
+    results = [engine.train_step(step_batches(step, case.micro_batches)) for step in range(steps)]
+    valid = engine.evaluate([step_batches(step, case.micro_batches) for step in (100, 101)])
+    return {
+        "loss": [r.loss for r in results],
+        "norm": [r.grad_norm for r in results],
+        "lr": [r.lr for r in results],
+        "valid": valid["loss"],
+        "params": shards(bare(engine)),
+    }
+
+
+def train_all(ranks: int) -> dict[str, Any]:
+    return {name: train(case) for name, case in cases(ranks).items()}
+
+
+def reference(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """In float64, so that the differences are the engines' own."""
+    start = {name: p.to(dtype) for name, p in unsplit([shards(build(case))]).items()}
+    weights_A = torch.tensor([LABEL_WEIGHTS.get(name, 1.0) for name in NAMES])
+    trainer = Trainer(dict(start), case.model, OPTIM[case.objective], TOTAL_STEPS, weights_A)
+    results = [trainer.train_step(documents([row(step, i) for i in range(4)])) for step in range(STEPS)]
+    held_out = documents([row(step, i) for step in (100, 101) for i in range(4)])
+    sums = [loss_sum(trainer.params, document, case.model, weights_A) for document in held_out]
+    losses, norms = zip(*results, strict=True)
+    return {
+        "loss": losses,
+        "norm": norms,
+        "lr": [learning_rate(OPTIM[case.objective], step + 1, TOTAL_STEPS) for step in range(STEPS)],
+        "valid": float(sum(total for total, _ in sums)) / sum(count for _, count in sums),
+        "params": trainer.params,
+        "moved": {name: float((p - start[name]).abs().max()) for name, p in trainer.params.items()},
+    }
+
+
+def references() -> dict[str, Any]:
+    parallel.initialize(P(), 1)
+    wanted = {"sft": Case("sft"), "ap": Case("ap"), "sft tied": Case("sft", tied=True)}
+    found = {name: reference(case) for name, case in wanted.items()}
+    return found | {f"{name} float32": reference(Case(name), torch.float32) for name in ("sft", "ap")}
+
+
+LENGTHS = (1, 600, 37, 513, 2, 511, 1, 64, 9, 512, 37)
+VARIANTS = [(o, g, r) for o in ("sft", "ap") for g in (4, 2) for r in ("none", "selective", "full")]
+
+
+def packed_against_alone() -> dict[Any, dict[str, float]]:
+    parallel.initialize(P(), 1)
+    found = {}
+    for objective in ("sft", "ap"):
+        for groups in (4, 2):
+            probes = {kind: _Probe(objective, groups, kind) for kind in ("none", "selective", "full")}
+            plain = probes["none"]
+            alone = plain.gradients([plain.run([tokens]) for tokens in plain.tokens], plain.params)
+            params = {name: p.detach().double().requires_grad_() for name, p in plain.params.items()}
+            reference = plain.gradients([forward(params, tokens, plain.model) for tokens in plain.tokens], params)
+            for kind, probe in probes.items():
+                found[objective, groups, kind] = probe.compare({"alone": alone, "reference": reference})
+    return found
+
+
+class _Probe:
+    """A small model and documents for it, with a random weight for every output."""
+
+    def __init__(self, objective: str, groups: int, recompute: str) -> None:
+        self.model = replace(MODEL, num_query_groups=groups, num_layers=2)
+        head = len(NAMES) if objective == "ap" else None
+        engine = EngineConfig(recompute=recompute, attention="sdpa")
+        self.gpt = build_model(self.model, P(), engine, VOCAB, head, seed=3)
+        if head:
+            fill_head(self.gpt, scale=0.5)
+        self.params: dict[str, torch.Tensor] = dict(global_names(self.gpt))
+        g = torch.Generator().manual_seed(0)
+        self.tokens = [torch.randint(0, VOCAB, (length,), generator=g) for length in LENGTHS]
+        width = head or self.gpt.output_layer.weight.shape[0]
+        self.weights = [torch.randn(length, width, generator=g) for length in LENGTHS]
+
+    def run(self, tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Outputs for all of ``tokens`` as one packed row."""
+        cu = torch.tensor([0, *map(len, tokens)]).cumsum(0).to(torch.int32)
+        positions = torch.cat([torch.arange(len(t)) for t in tokens])
+        packed = PackedTokens.from_cu_seqlens(cu, positions)
+        return self.gpt(torch.cat(list(tokens))[None], positions[None], None, packed_seq_params=packed)[0]
+
+    def gradients(
+        self, outputs: Sequence[torch.Tensor], params: dict[str, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """The outputs, and the gradient of their weighted sum for every parameter."""
+        for p in params.values():
+            p.grad = None
+        torch.stack([(o * w).sum() for o, w in zip(outputs, self.weights, strict=True)]).sum().backward()
+        return [o.detach() for o in outputs], {name: p.grad for name, p in params.items()}
+
+    def compare(self, others: dict[str, tuple[list[torch.Tensor], dict[str, torch.Tensor]]]) -> dict[str, float]:
+        """Largest differences of the packed row in outputs and, relative to the largest gradient, in gradients."""
+        calls, original = [], PackedAttention.forward
+
+        def counted(module: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(module)
+            return original(module, *args, **kwargs)
+
+        PackedAttention.forward = counted
+        try:
+            outputs, grads = self.gradients(self.run(self.tokens).split(LENGTHS), self.params)
+        finally:
+            PackedAttention.forward = original
+        found: dict[str, float] = {"attention calls": len(calls)}
+        for name, (their_outputs, their_grads) in others.items():
+            pairs = zip(outputs, their_outputs, strict=True)
+            found[f"output-{name}"] = max(float((a - b).abs().max()) for a, b in pairs)
+            found[f"grad-{name}"] = max(
+                float((a - their_grads[n]).abs().max() / their_grads[n].abs().max()) for n, a in grads.items()
+            )
+        return found
+
+
+def train_with_dropout(ranks: int) -> dict[str, Any]:
+    layout = P(tensor=2, sequence=True) if ranks == 2 else P()
+    runs = {"first": ("none", 5), "again": ("none", 5), "other seed": ("none", 6)}
+    runs |= {kind: (kind, 5) for kind in ("selective", "full")}
+    found = {
+        name: train(Case("sft", layout, dropout=0.2, recompute=kind), 3, seed)["loss"]
+        for name, (kind, seed) in runs.items()
+    }
+    return found | {"without": train(Case("sft", layout), 3)["loss"]}
+
+
+def one_rank() -> dict[str, Any]:
+    return {
+        "trained": train_all(1),
+        "references": references(),
+        "packed": packed_against_alone(),
+        "dropout": train_with_dropout(1),
+    }
+
+
+def several_ranks(ranks: int) -> dict[str, Any]:
+    return {"trained": train_all(ranks), "dropout": train_with_dropout(ranks) if ranks == 2 else None}
+
+
+# ---- outside
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
+    """What each rank of a world of 1, 2 or 4 found; every world is started once."""
+    known: dict[int, list[dict[str, Any]]] = {}
+
+    def get(ranks: int) -> list[dict[str, Any]]:
+        if ranks not in known:
+            work = (1, one_rank) if ranks == 1 else (ranks, several_ranks, ranks)
+            known[ranks] = once(tmp_path_factory, f"parity{ranks}", lambda: run_ranks(*work, timeout=300))
+        return known[ranks]
+
+    return get
+
+
+def _all_cases() -> list[tuple[int, str]]:
+    return [(ranks, name) for ranks in (1, 2, 4) for name in cases(ranks)]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("ranks", "name"), _all_cases(), ids=[name.replace(" ", "-") for _, name in _all_cases()])
+def test_every_layout_trains_the_references_model(
+    ranks: int, name: str, measured: Callable[[int], list[dict[str, Any]]], record_property: Any
+) -> None:
+    expected = measured(1)[0]["references"][" ".join(name.split()[: 2 if " tied " in name else 1])]
+    by_rank = [found["trained"][name] for found in measured(ranks)]
+    params = unsplit([found["params"] for found in by_rank])
+    if "output_layer.weight" in params and " tied " in name:  # a tied copy on the last stage
+        assert torch.equal(params.pop("output_layer.weight"), params["embedding.word_embeddings.weight"])
+    assert params.keys() == expected["params"].keys()
+    for other in by_rank[1:]:  # every rank is told the same
+        assert all(other[kind] == by_rank[0][kind] for kind in ("loss", "norm", "valid"))
+    compare(name, by_rank[0], params, expected, record_property)
+
+
+def compare(
+    name: str, found: dict[str, Any], params: dict[str, torch.Tensor], expected: dict[str, Any], record_property: Any
+) -> None:
+    different = {n: float((p - expected["params"][n]).abs().max()) for n, p in params.items()}
+    worst = {
+        "loss": max(abs(a - b) for a, b in zip(found["loss"], expected["loss"], strict=True)),
+        "norm": max(abs(a / b - 1) for a, b in zip(found["norm"], expected["norm"], strict=True)),
+        "valid": abs(found["valid"] - expected["valid"]),
+        "params": max(different.values()),
+    }
+    record_property("measured", (name, worst))
+    assert max(worst.values()) <= TOLERANCE, (worst, max(different, key=lambda n: different[n]))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("objective", ["sft", "ap"])
+def test_the_yardstick(objective: str, measured: Callable[[int], list[dict[str, Any]]], record_property: Any) -> None:
+    """The reference in float32: what rounding alone does."""
+    found = measured(1)[0]["references"]
+    rounded = found[f"{objective} float32"]
+    compare(f"{objective} reference in float32", rounded, rounded["params"], found[objective], record_property)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("objective", ["sft", "ap"])
+def test_the_matrix_would_see_a_difference(objective: str, measured: Callable[[int], list[dict[str, Any]]]) -> None:
+    """Parameters moved far beyond the tolerance, some steps were clipped and some not, counts were unequal."""
+    found = measured(1)[0]["references"][objective]
+    assert min(found["moved"].values()) > 50 * TOLERANCE, found["moved"]
+    assert min(found["norm"]) < OPTIM[objective].clip_grad < max(found["norm"])
+    engine = measured(1)[0]["trained"][key(objective, "accumulation x4")]
+    assert engine["lr"] == pytest.approx(found["lr"]) and engine["lr"][0] == pytest.approx(5e-4)
+    rows = [[row(step, i) for i in range(4)] for step in range(STEPS)]
+    counts = [[r.target_tokens if objective == "sft" else r.values_PA.isfinite().sum() for r in step] for step in rows]
+    assert counts[1][3] == 0 and all(max(c) > 1.3 * min(c) for c in counts), counts
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("objective", "groups", "recompute"), VARIANTS)
+def test_packed_rows_equal_documents_alone(
+    objective: str, groups: int, recompute: str, measured: Callable[[int], list[dict[str, Any]]], record_property: Any
+) -> None:
+    found = dict(measured(1)[0]["packed"][objective, groups, recompute])
+    calls = found.pop("attention calls")
+    assert calls == (2 if recompute == "none" else 4), "of two layers: recomputation runs attention once more"
+    record_property("measured", (f"packed {objective} {'MHA' if groups == 4 else 'GQA'} recompute={recompute}", found))
+    assert max(found.values()) <= TOLERANCE, found
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_dropout_follows_the_seed(ranks: int, measured: Callable[[int], list[dict[str, Any]]]) -> None:
+    losses = measured(ranks)[0]["dropout"]
+    assert losses["again"] == losses["first"]
+    assert losses["selective"] == losses["first"], "recomputation must draw the same masks again"
+    assert losses["full"] == losses["first"], "recomputation must draw the same masks again"
+    assert abs(losses["other seed"][0] - losses["first"][0]) > 1e-4
+    assert abs(losses["without"][0] - losses["first"][0]) > 1e-4

@@ -1,0 +1,239 @@
+"""What the model is built from: vocabulary padding, the mapping to Megatron-Core, parameter counts, the CPU patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
+from megatron.core.tensor_parallel import random as mcore_random
+
+from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.attention import PackedTokens, attend_sdpa, attention_backend
+from steerlm_megatron.model.gpt import build_model, global_names, padded_vocab_size, transformer_config
+from steerlm_megatron.model.norm import PackedNorm
+from steerlm_megatron.model.regression_head import RegressionHead
+from steerlm_megatron.observe.metrics import model_flops
+from steerlm_megatron.runtime import device, mcore_compat, parallel
+from steerlm_megatron.stages.train import _multiplied_parameters
+
+SMALL = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=48)
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One rank."""
+    parallel.initialize(ParallelConfig(), 1)
+    yield
+
+
+@pytest.mark.parametrize(
+    ("vocab", "multiple", "tensor", "rows"),
+    [
+        (32003, 128, 1, 32128),
+        (32003, 128, 2, 32128),
+        (32003, 128, 8, 32128),
+        (32128, 128, 4, 32128),
+        (1, 128, 1, 128),
+        (300, 1, 1, 300),
+        (300, 1, 8, 304),
+        (300, 128, 3, 384),
+        (300, 10, 4, 300),
+    ],
+)
+def test_vocabulary_is_padded_to_a_multiple_that_ranks_divide(
+    vocab: int, multiple: int, tensor: int, rows: int
+) -> None:
+    found = padded_vocab_size(vocab, multiple, tensor)
+    assert found == rows >= vocab
+    assert found % tensor == found % multiple == 0
+
+
+def test_the_default_padding_is_the_same_for_every_power_of_two() -> None:
+    for vocab in (1, 127, 128, 129, 32000, 32003, 256_003):
+        assert len({padded_vocab_size(vocab, 128, tensor) for tensor in (1, 2, 4, 8, 16, 32, 64, 128)}) == 1
+
+
+def test_the_configuration_reaches_megatron_core(cpu: None) -> None:
+    model = replace(
+        SMALL,
+        num_query_groups=2,
+        head_dim=16,
+        dropout=0.1,
+        bias=True,
+        norm_epsilon=1e-6,
+        init_std=0.03,
+        norm="layernorm1p",
+    )
+    found = transformer_config(
+        model, ParallelConfig(tensor=2, pipeline=2, sequence=True), EngineConfig(precision="bf16")
+    )
+    expected: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 16,
+        "ffn_hidden_size": 48,
+        "layernorm_epsilon": 1e-6,
+        "init_method_std": 0.03,
+        "hidden_dropout": 0.1,
+        "attention_dropout": 0.1,
+        "add_bias_linear": True,
+        "normalization": "LayerNorm",
+        "layernorm_zero_centered_gamma": True,
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "params_dtype": torch.bfloat16,
+        "pipeline_dtype": torch.bfloat16,
+        "bf16": True,
+        "calculate_per_token_loss": True,
+    }
+    assert {key: getattr(found, key) for key in expected} == expected
+
+
+def test_defaults_are_filled_in(cpu: None) -> None:
+    found = transformer_config(SMALL, ParallelConfig(sequence=True), EngineConfig())
+    assert found.num_query_groups == 4 and found.kv_channels == 8
+    assert found.sequence_parallel is False, "there is nothing to split with one rank"
+    assert found.params_dtype is torch.float32 and not found.bf16
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "gated"),
+    [("swiglu", F.silu, True), ("gelu", F.gelu, False), ("squared_relu", squared_relu, False)],
+)
+def test_activations(name: str, function: Any, gated: bool, cpu: None) -> None:
+    found = transformer_config(replace(SMALL, activation=name), ParallelConfig(), EngineConfig())
+    assert found.activation_func is function and found.gated_linear_unit is gated
+
+
+@pytest.mark.parametrize(
+    ("kind", "granularity", "modules"),
+    [("none", None, []), ("selective", "selective", ["core_attn"]), ("full", "full", [])],
+)
+def test_recomputation(kind: str, granularity: str | None, modules: list[str], cpu: None) -> None:
+    found = transformer_config(SMALL, ParallelConfig(), EngineConfig(recompute=kind))
+    assert found.recompute_granularity == granularity
+    if modules:
+        assert found.recompute_modules == modules
+    assert found.recompute_method == ("uniform" if kind == "full" else None)
+
+
+@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "layernorm1p"])
+def test_norms(norm: str, cpu: None) -> None:
+    config = transformer_config(replace(SMALL, norm=norm), ParallelConfig(), EngineConfig())
+    layer = PackedNorm(config, 32, eps=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((5, 32), (32,), (32,)))
+    layer.weight.data.copy_(weight)
+    if norm == "rmsnorm":
+        assert not hasattr(layer, "bias")
+        expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    else:
+        layer.bias.data.copy_(bias)
+        scale = weight + 1 if norm == "layernorm1p" else weight
+        centred = x - x.mean(-1, keepdim=True)
+        expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale + bias
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    assert layer(x.bfloat16()).dtype is torch.bfloat16
+    fresh = PackedNorm(config, 32)
+    assert fresh.weight.eq(0.0 if norm == "layernorm1p" else 1.0).all(), "every norm starts as the identity's scale"
+
+
+def test_initial_weights_depend_on_seed_and_name_alone(cpu: None) -> None:
+    def built(seed: int, attributes: int | None = None, layers: int = 2) -> dict[str, torch.Tensor]:
+        model = replace(SMALL, num_layers=layers, init_std=0.5)
+        torch.manual_seed(seed * 7 + layers)  # must not matter
+        gpt = build_model(model, ParallelConfig(), EngineConfig(), 300, attributes, seed)
+        return {name: p.detach() for name, p in global_names(gpt)}
+
+    first, again, other, scorer = built(1), built(1), built(2), built(1, attributes=3)
+    deeper = built(1, layers=3)
+    for name, weight in first.items():
+        assert torch.equal(weight, again[name])
+        if weight.ndim == 2:
+            assert not torch.equal(weight, other[name])
+        if not name.startswith("output_layer"):
+            assert torch.equal(weight, scorer[name])
+        if not name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            assert torch.equal(weight, deeper[name]), "of a deeper model, the same layers"
+    name = "decoder.layers.{}.mlp.linear_fc1.weight"
+    assert not torch.equal(first[name.format(0)], first[name.format(1)])
+    assert first[name.format(0)].std() == pytest.approx(0.5, rel=0.05)
+    assert first["decoder.layers.0.mlp.linear_fc2.weight"].std() == pytest.approx(0.5 / 2, rel=0.05)
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        assert first[name].shape == (384, 32) and first[name][300:].eq(0).all() and first[name][:300].ne(0).all()
+
+
+def test_a_new_regression_head_predicts_its_bias(cpu: None) -> None:
+    gpt = build_model(SMALL, ParallelConfig(), EngineConfig(), 300, attributes=3)
+    assert isinstance(gpt.output_layer, RegressionHead)
+    gpt.output_layer.set_bias(torch.tensor([1.0, 2.5, 0.0]))
+    positions = torch.arange(6)
+    packed = PackedTokens.from_cu_seqlens(torch.tensor([0, 6], dtype=torch.int32), positions)
+    packed.output_index_K = torch.tensor([2, 5])
+    out = gpt(torch.arange(6)[None], positions[None], None, packed_seq_params=packed)
+    assert out.shape == (1, 2, 3) and out.dtype is torch.float32
+    assert torch.equal(out[0], torch.tensor([[1.0, 2.5, 0.0]] * 2))
+
+
+@pytest.mark.parametrize("change", [{}, {"num_query_groups": 2}, {"activation": "gelu"}, {"head_dim": 16}])
+@pytest.mark.parametrize("view", ["sft", "ap"])
+def test_flops_count_the_parameters_that_tokens_meet(change: dict[str, Any], view: str, cpu: None) -> None:
+    """All matrices but the input embedding, without norms and padding rows; the head of a scoring model is left out."""
+    model, vocab = replace(SMALL, **change), 300
+    gpt = build_model(model, ParallelConfig(), EngineConfig(), vocab, 3 if view == "ap" else None)
+    matrices = {
+        name: p.numel()
+        for name, p in gpt.named_parameters()
+        if p.ndim == 2 and not name.startswith(("embedding.", "output_layer."))
+    }
+    expected = sum(matrices.values()) + (0 if view == "ap" else vocab * model.hidden_size)
+    assert _multiplied_parameters(model, vocab, view) == expected
+    # 2 multiply-adds forward and 4 backward per parameter and token; causal attention sees half of each square.
+    assert model_flops(expected, 2, 32, tokens=10, sum_squared_lengths=58.0) == 6 * expected * 10 + 6 * 2 * 32 * 58
+    assert model_flops(expected, 2, 32, 10, 58.0, training=False) * 3 == model_flops(expected, 2, 32, 10, 58.0)
+
+
+def test_the_attention_backend_is_chosen_or_refused(cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = transformer_config(SMALL, ParallelConfig(), EngineConfig())
+    assert attention_backend("auto", config) is attend_sdpa
+    assert attention_backend("sdpa", config) is attend_sdpa
+    with pytest.raises(UserError, match="engine.attention=varlen.*use engine.attention=sdpa"):
+        attention_backend("varlen", config)
+
+
+def test_megatron_core_is_patched_once(cpu: None) -> None:
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+    from megatron.core.pipeline_parallel import schedules
+
+    def patched() -> list[object]:
+        return [
+            torch.cuda.current_device,
+            torch.Tensor.cuda,
+            torch.Tensor.type,
+            schedules.torch,
+            mcore_random.torch,
+            mcore_random._get_cuda_rng_state,
+            optimizer.Float16OptimizerWithFloat16Params.__init__,
+            distrib_optimizer.DistributedOptimizer.__init__,
+            distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states,
+        ]
+
+    before = patched()
+    mcore_compat.apply()
+    mcore_compat.apply()
+    assert all(a is b for a, b in zip(before, patched(), strict=True))
+    assert torch.zeros(1).type() == "torch.FloatTensor", "type names are changed around a few functions only"
+    if not device.has_cuda():
+        assert torch.cuda.current_device() == torch.device("cpu")
+        assert schedules.torch.zeros(2, device="cuda").device.type == "cpu"
+        assert torch.zeros(2).cuda().device.type == "cpu"
