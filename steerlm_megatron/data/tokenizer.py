@@ -130,7 +130,7 @@ class Tokenizer:
         control_strings: Sequence[str] = (),
         out_path: str | Path | None = None,
     ) -> Tokenizer:
-        """Train a unigram model with byte fallback; deterministic in (texts, vocab_size, control_strings).
+        """Train a BPE model with byte fallback; deterministic in (texts, vocab_size, control_strings).
 
         ``vocab_size`` is a ceiling: a small corpus yields a smaller model. Control strings become CONTROL pieces, which
         SentencePiece never matches in text. At most ``MAX_TRAINING_CHARS`` characters are read.
@@ -143,6 +143,7 @@ class Tokenizer:
                 model_writer=model_writer,
                 model_type="bpe",
                 vocab_size=vocab_size,
+                hard_vocab_limit=False,
                 byte_fallback=True,
                 control_symbols=list(dict.fromkeys(t for t in control_strings if t not in ("<s>", "</s>", "<unk>"))),
                 user_defined_symbols=["\n"],
@@ -159,12 +160,6 @@ class Tokenizer:
             if "sentences_.empty" in message:
                 raise UserError(
                     "tokenizer.train=true found no text in data.input; give a corpus with messages"
-                ) from None
-            possible = re.search(r"Please set it to a value <= (\d+)", message)
-            if possible:
-                raise UserError(
-                    f"tokenizer.vocab_size={vocab_size} is more than this corpus has pieces for; "
-                    f"set it to {possible.group(1)} or less, or give more text"
                 ) from None
             needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
             if needed:

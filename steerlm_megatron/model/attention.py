@@ -7,9 +7,8 @@ cache (``generate/kv_cache.py``).
 Invariant: no token attends outside its own document, on any backend; logits equal those of the documents run alone.
 
 Megatron-Core refuses packed input in its own core attention (facts/performance_references §2b). It hands
-``packed_seq_params`` on unread unless ``qkv_format == "thd"``, and applies RoPE from a table that it is given; so a row
-travels as an ordinary [T, 1, ...] sequence whose RoPE table holds each token's own position, and only this module looks
-at the boundaries.
+``packed_seq_params`` on unread unless ``qkv_format == "thd"``; so a row travels as an ordinary [T, 1, ...] sequence
+without position embeddings of Megatron-Core's, and this module applies RoPE at each token's own position.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.fused import rotate
 
 # Documents of up to this many tokens share batched attention calls; longer ones are worth a call of their own.
 _ALONE_FROM_TOKENS = 512
@@ -68,6 +67,7 @@ class PackedTokens(PackedSeqParams):
     max_seqlen_q: int = 0
     max_seqlen_kv: int = 0
     _buckets: Buckets | None = None
+    _rotary: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, positions_T: torch.Tensor) -> PackedTokens:
@@ -93,6 +93,16 @@ class PackedTokens(PackedSeqParams):
             assert self.positions_T is not None
             self._buckets = _make_buckets(self.lengths, self.positions_T.device)
         return self._buckets
+
+    def rotary(self, dim: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, 1, dim / 2] of position · base^(-2i / dim), in float32 until the last step; made once."""
+        tables = self._rotary.get((dim, base, dtype))
+        if tables is None:
+            assert self.positions_T is not None
+            exponent_R = torch.arange(0, dim, 2, dtype=torch.float32, device=self.positions_T.device) / dim
+            angle_T1R = torch.outer(self.positions_T.float(), base**-exponent_R).unsqueeze(1)
+            tables = self._rotary[(dim, base, dtype)] = (angle_T1R.cos().to(dtype), angle_T1R.sin().to(dtype))
+        return tables
 
 
 @dataclass
@@ -260,6 +270,8 @@ class PackedAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
         backend: str = "auto",
+        rotary_percent: float = 1.0,
+        rotary_base: float = 10000.0,
     ) -> None:
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
@@ -268,6 +280,7 @@ class PackedAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.rotary_dim, self.rotary_base = int(config.kv_channels * rotary_percent), rotary_base
         self.attend = attention_backend(backend, config)
 
     def forward(
@@ -284,7 +297,8 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """[T, 1, N, H], [T, 1, G, H] twice → [T, 1, N * H]."""
         assert isinstance(packed_seq_params, PackedTokens) and attention_bias is None
-        q_TNH, k_TGH, v_TGH = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        tables = packed_seq_params.rotary(self.rotary_dim, self.rotary_base, query.dtype)
+        q_TNH, k_TGH, v_TGH = rotate(query.squeeze(1), *tables), rotate(key.squeeze(1), *tables), value.squeeze(1)
         if packed_seq_params.kv is not None:
             out_TNH = packed_seq_params.kv.attend(self.layer_number, q_TNH, k_TGH, v_TGH, self.scale)
         elif self.training and self.dropout > 0.0:
@@ -296,32 +310,3 @@ class PackedAttention(MegatronModule):
         else:
             out_TNH = self.attend(q_TNH, k_TGH, v_TGH, packed_seq_params, self.scale)
         return out_TNH.reshape(out_TNH.shape[0], 1, -1)
-
-
-class PackedRotaryEmbedding(RotaryEmbedding):
-    """RoPE table of a packed row: entry t belongs to the position of token t in its own document.
-
-    ``GPTModel`` asks for the table's length with ``packed_seq_params`` in hand and for the table right after; the
-    first call
-    leaves the positions for the second. The table then travels as a tensor, so recomputation and pipelining see the
-    right one.
-    """
-
-    inv_freq: torch.Tensor
-
-    def get_rotary_seq_len(self, *args: Any, **kwargs: Any) -> int:
-        """Remember the row's positions; return how many there are."""
-        packed = kwargs.get("packed_seq_params", args[4] if len(args) > 4 else None)
-        assert isinstance(packed, PackedTokens) and packed.positions_T is not None
-        self._positions_T = packed.positions_T
-        return packed.positions_T.shape[0]
-
-    def forward(
-        self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None
-    ) -> torch.Tensor:
-        """[T, 1, 1, rotary dim] angles, float32."""
-        positions_T = self._positions_T
-        if self.inv_freq.device != positions_T.device:
-            self.inv_freq = self.inv_freq.to(positions_T.device)
-        freqs_TR = torch.outer(positions_T.to(self.inv_freq.dtype), self.inv_freq)
-        return torch.cat((freqs_TR, freqs_TR), dim=-1)[:, None, None, :]

@@ -30,7 +30,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from steerlm_megatron.model.attention import PackedAttention, PackedRotaryEmbedding
+from steerlm_megatron.model.attention import PackedAttention
+from steerlm_megatron.model.fused import SwiGLU
 from steerlm_megatron.model.norm import PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
@@ -131,7 +132,8 @@ def transformer_config(
         # replaces the values.
         perform_initialization=True,
         use_cpu_initialization=not has_cuda(),
-        # Fusions need Apex or Transformer Engine kernels.
+        use_te_activation_func=model.activation == "swiglu",  # Megatron-Core's name for "as the layer spec says"
+        # Megatron-Core's fusions need Apex or Transformer Engine kernels; model/fused.py has ours.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
@@ -142,8 +144,11 @@ def transformer_config(
     )
 
 
-def layer_spec(attention: str) -> ModuleSpec:
-    """One transformer layer: Megatron-Core's modules with our core attention and norms."""
+def layer_spec(model: ModelConfig, attention: str) -> ModuleSpec:
+    """One transformer layer: Megatron-Core's modules with our core attention (and RoPE in it), norms and SwiGLU."""
+    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    if model.activation == "swiglu":
+        mlp.activation_func = SwiGLU
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -153,23 +158,23 @@ def layer_spec(attention: str) -> ModuleSpec:
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=_core_attention(attention),
+                    core_attention=_core_attention(model, attention),
                     linear_proj=RowParallelLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=PackedNorm,
-            mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-            ),
+            mlp=ModuleSpec(module=MLP, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _core_attention(backend: str) -> Any:
+def _core_attention(model: ModelConfig, backend: str) -> Any:
     def build(**kwargs: Any) -> PackedAttention:
-        return PackedAttention(**kwargs, backend=backend)
+        return PackedAttention(
+            **kwargs, backend=backend, rotary_percent=model.rotary_percent, rotary_base=model.rotary_base
+        )
 
     return build
 
@@ -198,7 +203,7 @@ def build_model(
     first = stage == 0 and (vp_stage or 0) == 0
     last = stage == parallel.pipeline - 1 and (vp_stage or 0) == chunks - 1
     layers = get_num_layers_to_build(config, vp_stage)
-    spec = TransformerBlockSubmodules(layer_specs=[layer_spec(engine.attention)] * layers, layer_norm=PackedNorm)
+    spec = TransformerBlockSubmodules(layer_specs=[layer_spec(model, engine.attention)] * layers, layer_norm=PackedNorm)
     gpt = PackedGPTModel(
         config=config,
         transformer_layer_spec=spec,  # mcore takes either
@@ -208,17 +213,8 @@ def build_model(
         post_process=last,
         parallel_output=not gather_logits,
         share_embeddings_and_output_weights=model.tie_embeddings and attributes is None,
-        position_embedding_type="rope",
-        rotary_percent=model.rotary_percent,
-        rotary_base=int(model.rotary_base),
+        position_embedding_type="none",
         vp_stage=vp_stage,
-    )
-    gpt.rotary_pos_emb = PackedRotaryEmbedding(
-        kv_channels=config.kv_channels,
-        rotary_percent=model.rotary_percent,
-        rotary_base=int(model.rotary_base),
-        use_cpu_initialization=not has_cuda(),
-        cp_group=gpt.pg_collection.cp,
     )
     if last:
         if attributes is not None:

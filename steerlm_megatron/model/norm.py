@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from steerlm_megatron.model.fused import rms_norm
+
 
 class PackedNorm(torch.nn.Module):
     """One of the three norms over the last dimension; ``config.normalization`` and ``layernorm_zero_centered_gamma``
@@ -33,5 +35,5 @@ class PackedNorm(torch.nn.Module):
         """[..., D] → [..., D], same dtype."""
         weight = self.weight + 1 if self.one_plus else self.weight
         if self.rms:
-            return F.rms_norm(x.float(), self.shape, weight.float(), self.eps).to(x.dtype)
+            return rms_norm(x.float(), weight.float(), self.eps).to(x.dtype)
         return F.layer_norm(x.float(), self.shape, weight.float(), self.bias.float(), self.eps).to(x.dtype)

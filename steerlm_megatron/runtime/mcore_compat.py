@@ -165,12 +165,25 @@ def _patch_torch_adam() -> None:
     distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = with_step
 
 
+def _patch_results_queue() -> None:
+    """A queue in this process for what a checkpoint's writer reports: saves are synchronous, and Megatron-Core would
+    spawn a manager process for it, seconds at the first save.
+    """
+    import queue
+
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    filesystem_async._get_write_results_queue = lambda: results
+
+
 def apply() -> None:
     """Make Megatron-Core run on this host. No-op after the first call."""
     global _applied
     if _applied:
         return
     _applied = True
+    _patch_results_queue()
     from megatron.core.optimizer import distrib_optimizer
 
     if not distrib_optimizer.HAVE_APEX_OR_TE:

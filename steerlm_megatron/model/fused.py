@@ -1,0 +1,109 @@
+"""RMSNorm, RoPE and SwiGLU in few passes over memory, forward and backward.
+
+Composed of torch's elementary operations these three take more time on a CPU than half the matrix products they
+surround; Megatron-Core's fused kernels need Transformer Engine or Apex. Each is one autograd function that keeps only
+its inputs (and one number per token) and recomputes the rest. Invariant: the same values and gradients as the formula,
+to rounding; tests compare both in float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+_silu_backward = torch.ops.aten.silu_backward.grad_input
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x · r · w with r = (mean(x²) + eps)^-1/2 over the last dimension (Zhang & Sennrich 2019, eq. 4)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+        norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
+        scale_T1 = norm_T1.square_().div_(x_TD.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x_TD, weight_D, scale_T1)
+        return (x_TD * scale_T1).mul_(weight_D)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x_TD, weight_D, scale_T1 = ctx.saved_tensors
+        unit_TD = x_TD * scale_T1
+        product_TD = grad_TD * unit_TD
+        mean_T1 = (product_TD @ weight_D).div_(x_TD.shape[-1]).unsqueeze(-1)
+        grad_x_TD = (grad_TD * weight_D).addcmul_(unit_TD, mean_T1, value=-1.0).mul_(scale_T1)
+        return grad_x_TD, product_TD.flatten(0, -2).sum(0), None
+
+
+def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm of x [..., D]; both of one floating dtype. CUDA has a kernel of torch's own."""
+    if x.is_cuda:
+        return F.rms_norm(x, weight_D.shape, weight_D, eps)
+    out: torch.Tensor = _RMSNorm.apply(x, weight_D, eps)
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos_T1R, sin_T1R)
+        return _rotated(x_TNH, cos_T1R, sin_T1R, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TNH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos_T1R, sin_T1R = ctx.saved_tensors
+        return _rotated(grad_TNH, cos_T1R, sin_T1R, -1.0), None, None
+
+
+def _rotated(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor, sign: float) -> torch.Tensor:
+    half = cos_T1R.shape[-1]
+    out_TNH = torch.empty_like(x_TNH, memory_format=torch.contiguous_format)
+    first, second = x_TNH[..., :half], x_TNH[..., half : 2 * half]
+    torch.mul(first, cos_T1R, out=out_TNH[..., :half]).addcmul_(second, sin_T1R, value=-sign)
+    torch.mul(second, cos_T1R, out=out_TNH[..., half : 2 * half]).addcmul_(first, sin_T1R, value=sign)
+    if 2 * half < x_TNH.shape[-1]:
+        out_TNH[..., 2 * half :] = x_TNH[..., 2 * half :]
+    return out_TNH
+
+
+def rotate(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -> torch.Tensor:
+    """RoPE (Su et al. 2021, eq. 34) in the half-split layout of Llama and Megatron: the first R dimensions are paired
+    with the next R, the rest pass unchanged. Tables [T, 1, R] in x's dtype. Returns [T, N, H].
+    """
+    out: torch.Tensor = _Rotate.apply(x_TNH, cos_T1R, sin_T1R)
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        out = torch.empty_like(both)
+        to_gate, to_up = out.chunk(2, dim=-1)
+        torch.mul(grad, F.silu(gate), out=to_up)
+        _silu_backward(grad * up, gate, grad_input=to_gate)
+        return out
+
+
+class SwiGLU(torch.nn.Module):
+    """silu(gate) · up of [..., gate; up] (Shazeer 2020), as Megatron-Core's MLP builds an activation module."""
+
+    def __init__(self, config: object = None) -> None:
+        super().__init__()
+
+    def forward(self, both: torch.Tensor) -> torch.Tensor:
+        """[..., 2F] → [..., F]."""
+        out: torch.Tensor = _SwiGLU.apply(both)
+        return out
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
+        """Nothing to save; Megatron-Core's MLP asks every child."""
+        return {}
