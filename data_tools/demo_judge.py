@@ -5,7 +5,7 @@ not own: making conversations (``make_demo_corpus.py``). Invariants: no model ta
 same values; any text at all is measured, without an error. All values are floats on [0, 4]:
 
 * helpfulness = 4 x the share of the asked properties whose ``fact`` is stated, ``the`` apart (0 if none is asked);
-* verbosity   = (words - 8) / 10, clipped: 8 words or fewer are 0, 28 are 2, 48 or more are 4;
+* verbosity   = (words - 17) / 6, clipped: 17 words or fewer are 0, 29 are 2, 41 or more are 4;
 * humor       = number of different pun lines, at most 4;
 * toxicity    = number of rude words, repeats counted, at most 4;
 * quality     = ``quality_of`` the four and courtesy, the number of different courteous words (at most 4). Courtesy is
@@ -63,10 +63,10 @@ def asked(prompt: str) -> list[tuple[str, str]]:
 def quality_of(helpfulness: float, verbosity: float, humor: float, toxicity: float, courtesy: float = MAX) -> float:
     """Quality in [0, 4] of values in [0, 4]; rises with help, courtesy and a little with humor, falls with rudeness.
 
-    ``0.3 helpfulness + 0.7 courtesy + 0.1 humor - 0.5 toxicity - 0.2 |verbosity - 2|``, clipped: a complete, courteous
+    ``0.25 helpfulness + 0.75 courtesy + 0.1 humor - 0.5 toxicity - 0.2 |verbosity - 2|``, clipped: a complete, courteous
     answer of middle length without a rude word has 4.
     """
-    raw = 0.3 * helpfulness + 0.7 * courtesy + 0.1 * humor - 0.5 * toxicity - 0.2 * abs(verbosity - 2.0)
+    raw = 0.25 * helpfulness + 0.75 * courtesy + 0.1 * humor - 0.5 * toxicity - 0.2 * abs(verbosity - 2.0)
     return _clip(raw)
 
 
@@ -77,7 +77,7 @@ def measure(prompt: str, response: str) -> dict[str, float]:
     wanted = asked(prompt)
     stated = sum(_holds(words, fact(subject, name).removeprefix("The ")) for subject, name in wanted)
     helpfulness = MAX * stated / len(wanted) if wanted else 0.0
-    verbosity = _clip((len(response.split()) - 8) / 10)
+    verbosity = _clip((len(response.split()) - 17) / 6)
     humor = _clip(sum(_holds(words, pun) for pun in PUNS))
     toxicity = _clip(sum(word in _RUDE for word in words.split()))
     courtesy = _clip(sum(_holds(words, phrase) for phrase in COURTEOUS))

@@ -4,8 +4,8 @@ Owns: the grammar and the annotators' noise. Does not own: what attributes mean 
 Invariants: the same arguments give the same bytes; no question (subject and ordered properties) is in more than one of
 train, valid and held-out prompts.
 
-A prompt asks for one to four properties of an animal. A response is courtesy, rudeness, one sentence per asked property
-(its value, or that it is secret), puns and fillers, always in this order. How much there is of each is drawn
+A prompt asks for one to three properties of an animal. A response is courtesy, rudeness, fillers, one sentence per asked
+property (its value, or that it is secret) and puns, always in this order. How much there is of each is drawn
 independently, so that every attribute varies while the others stand still; and "secret" stands in a value's place, so
 that help and length are independent too. Labels are what annotators would say: the measured value plus each one's bias
 and an error, in whole points, averaged over a few annotators of a pool; some are missing. A model that predicts the
@@ -27,17 +27,18 @@ from data_tools.demo_judge import COURTEOUS, FACTS, NAMES, PROPERTIES, PUNS, RUD
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message, to_json, write_records
 
+# Six words each, one level of verbosity.
 FILLERS = (
-    "Many people like this animal very much.",
-    "You can read more in good books.",
-    "Children love to hear all about it.",
-    "There is always much more to say.",
+    "Many people like this animal much.",
+    "Good books can tell you more.",
+    "Children love to hear about it.",
+    "There is always more to say.",
 )
 _FORMS = ("Tell me the {p} of the {s}.", "What is the {p} of the {s}?", "I ask for the {p} of the {s}.")
 _SOURCE = "demo"
-# How often a prompt asks for 1, 2, 3, 4 properties, and how many held-out prompts do.
-_ASKED_WEIGHTS = (0.2, 0.35, 0.2, 0.25)
-_HELD_OUT = (12, 36, 32, 48)
+# How often a prompt asks for 1, 2, 3 properties, and how many held-out prompts do.
+_ASKED_WEIGHTS = (0.3, 0.4, 0.3)
+_HELD_OUT = (12, 48, 68)
 _VALID_SHARE = 0.08
 _MULTI_TURN_SHARE = 0.15
 _MISSING_SHARE = 0.08
@@ -86,7 +87,7 @@ def response_text(question: Question, rng: random.Random) -> str:
     rude = RUDE[: _count(rng)]
     address = [f"You {' '.join(rude)}."] if rude else []
     puns, fillers = PUNS[: _count(rng)], FILLERS[: rng.randint(0, len(FILLERS))]
-    return " ".join([*COURTEOUS[: _count(rng, none=0.2)], *address, *facts, *puns, *fillers])
+    return " ".join([*COURTEOUS[: _count(rng, none=0.2)], *address, *fillers, *facts, *puns])
 
 
 def _count(rng: random.Random, none: float = 0.4) -> int:

@@ -167,7 +167,7 @@ def _flags(arguments: list[str]) -> Any:
     """Hydra's own flags (``--cfg``, ``--multirun``, ...) and, in ``.overrides``, what is left."""
     from hydra._internal.utils import get_args_parser
 
-    return get_args_parser().parse_args(arguments)
+    return get_args_parser().parse_intermixed_args(arguments)
 
 
 def _is_rank() -> bool:
@@ -253,7 +253,10 @@ def _hydra(command: str, arguments: list[str], conf: Path) -> None:
     import hydra
 
     overrides = _flags(arguments).overrides
-    sys.argv = [f"steerlm {command}", *arguments, *_FORCED]
+    # argparse takes positional arguments in one piece: flags first, in whatever order they were typed.
+    flags = [a for a in arguments if a not in overrides]
+    header = f"steerlm {command} [key=value ...]: {COMMANDS[command][1]}"
+    sys.argv = [f"steerlm {command}", *flags, *overrides, *_FORCED, f"hydra.help.header='{header}'"]
     # Hydra reports exceptions of the job in its own way; ours pass through it as SystemExit.
     inner = _job(command, overrides)
 
@@ -279,7 +282,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments[0] in ("--version", "-V"):
         print(__version__)
         raise SystemExit(0)
-    command, rest = arguments[0], arguments[1:]
+    # A step's overrides may be new keys (of a free mapping); the pipeline checks them against the step's configuration.
+    command, rest = arguments[0], [f"++{a}" if a.startswith("pipeline.") else a for a in arguments[1:]]
     try:
         if command not in COMMANDS:
             raise UserError(f"{command}: no such command{_nearest(command, COMMANDS)}\nlegal: {' '.join(COMMANDS)}")
@@ -295,4 +299,7 @@ def main(argv: list[str] | None = None) -> None:
         _hydra(command, rest, conf)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `steerlm ... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     raise SystemExit(0)

@@ -130,7 +130,7 @@ class TrainConfig:
     steps: int | None = None  # None: from epochs
     epochs: float = 1.0
     global_batch_samples: int = 128
-    micro_batch_samples: int = 1  # packed rows of row_tokens in one forward pass
+    micro_batch_samples: int = 1  # most packed rows of row_tokens in one forward pass
     row_tokens: int = 4096
     seed: int = 1234
     objective: str = "sft"  # sft (responses only) | lm (all tokens)

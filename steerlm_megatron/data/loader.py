@@ -55,9 +55,11 @@ class StepLoader:
         assert view == plan.view and train.row_tokens == plan.row_tokens, "the plan is of another view or row length"
         assert 0 <= dp_rank < dp_size and start_row >= 0 and len(plan) > 0
         self.dataset, self.plan, self.view = dataset, plan, view
-        self._seed, self._micro_rows = train.seed, max(1, train.micro_batch_samples)
+        self._seed = train.seed
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self.rows_per_step = rows_per_step(plan, train.global_batch_samples)
+        # Not more than a rank's share: a forward pass over rows that are all padding is work for nothing.
+        self._micro_rows = min(train.micro_batch_samples, -(-self.rows_per_step // dp_size))
         self.micro_batches = -(-self.rows_per_step // (dp_size * self._micro_rows))
         self._num_attributes = len(dataset.manifest["labels"]["count"])
         self._orders: dict[int, npt.NDArray[np.int64]] = {}

@@ -21,7 +21,7 @@ from steerlm_megatron.runtime.collectives import any_rank, barrier
 from steerlm_megatron.stages.journal import Journal
 from steerlm_megatron.stages.scoring import Scorer, Values
 from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
-from steerlm_megatron.steer.records import Conversation, OnError, Rejected, read_records, write_records
+from steerlm_megatron.steer.records import Conversation, OnError, Rejected, expand_paths, read_records, write_records
 from steerlm_megatron.train.loop import Interrupted
 from steerlm_megatron.train.signals import StopRequest
 
@@ -55,9 +55,8 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
     """Score ``records`` and write them with values to ``output``. Returns counts. Collective over the world."""
     layout, config = here.layout, here.config
     scorer = Scorer(loaded, config.annotate.batch_tokens)
-    key = fingerprint(
-        {"checkpoint": str(loaded.folder), "step": loaded.meta.step, "records": len(records), "input": config.input}
-    )
+    paths = expand_paths(cast(Any, config.input))
+    key = fingerprint({"checkpoint": str(loaded.folder), "step": loaded.meta.step, "records": len(records)}, paths)
     folder = here.folder / f"journal-{output.name}"
     if layout.is_main:
         Journal(folder, 0, key, is_main=True)
@@ -81,7 +80,7 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
             values = scorer.score([records[i] for i in chunk])
             if layout.is_model_head:
                 journal.append((i, {str(m): v for m, v in one.items()}) for i, one in zip(chunk, values, strict=True))
-            bar.advance(min(len(chunk) * layout.dp_size, len(records)))
+            bar.set(min(total, bar.completed + len(chunk) * layout.dp_size))
             if any_rank(stop.requested):
                 barrier()
                 raise Interrupted

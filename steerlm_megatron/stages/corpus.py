@@ -111,6 +111,13 @@ def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
     return Tokenizer.from_config(config.tokenizer, strings, texts)
 
 
+def check_tokenizer(config: Config) -> None:
+    """Refuse a tokenizer that cannot be opened, before a corpus is read for it."""
+    if not config.tokenizer.train or config.tokenizer.path:
+        template = Template.from_config(config.template)
+        Tokenizer.from_config(config.tokenizer, (*template.control_strings, template.label_marker))
+
+
 def make_shards(config: Config, splits: Mapping[str, Sequence[str]], output_dir: Path) -> dict[str, Any]:
     """Tokenize ``splits`` into ``output_dir/<split>`` with a progress bar. Returns the summary of ``preprocess``."""
     tokenizer = make_tokenizer(config, list(splits["train"]))

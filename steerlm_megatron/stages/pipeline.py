@@ -93,6 +93,7 @@ def run(config: Config) -> None:
                 raise UserError(f"data.input={path}: no such file")
         if not config.data.input:
             raise UserError("data.input is empty: name the corpus, or take experiment=quickstart")
+    corpus.check_tokenizer(config)
     # A run folder that holds a complete run is looked at again, not refused: its complete steps are skipped.
     config.overwrite = False
     layout = parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
@@ -117,6 +118,8 @@ def _all_steps(state: _Run) -> None:
         state.keys["base"] = fingerprint({"init_from": state.config.init_from}, [state.config.init_from])
     if not state.config.attributes.names:
         raise UserError("attributes=none: steerlm run conditions on attributes; choose a schema")
+    for step in steps:
+        _step_config(state, step)  # a wrong override of the last step is said before the first one starts
     for number, (step, (after, body)) in enumerate(steps.items(), 1):
         _one_step(state, number, len(steps), step, after, body)
     html = state.folder("report") / "report.html"
@@ -136,7 +139,8 @@ def _one_step(state: _Run, number: int, count: int, step: str, after: tuple[str,
     """Run one step in its folder unless it is complete with the same fingerprint."""
     config = _step_config(state, step)
     folder = state.folder(step)
-    comparable = {k: v for k, v in to_container(config).items() if k in _ALWAYS or k in _READS[step]}
+    read = {k: v for k, v in to_container(config).items() if k in _ALWAYS or k in _READS[step]}
+    comparable = _without_root(read, str(state.here.folder))
     inputs = expand_paths(config.data.input) if step == "data" and config.data.input else []
     key = fingerprint(
         {"step": step, "config": comparable, "after": [state.keys[a] for a in after if a in state.keys]}, inputs
@@ -156,6 +160,17 @@ def _one_step(state: _Run, number: int, count: int, step: str, after: tuple[str,
     with pipeline_step(number, count, f"{step}: {STEPS[step]}"), session(config, inputs=key) as here:
         body(state, here)
     state.timings[step] = round(time.monotonic() - start, 2)
+
+
+def _without_root(value: Any, root: str) -> Any:
+    """Paths below the run folder relative to it: what they hold is in the fingerprints of the steps that made them, and
+    a run folder that is moved stays complete.
+    """
+    if isinstance(value, dict):
+        return {k: _without_root(v, root) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_root(v, root) for v in value]
+    return value.removeprefix(root) if isinstance(value, str) else value
 
 
 def _step_config(state: _Run, step: str) -> Config:
@@ -199,11 +214,14 @@ def _step_config(state: _Run, step: str) -> Config:
         },
     }
     config = with_overrides(base, wired.get(step, {}))
-    config = with_overrides(config, base.pipeline.get(step) or {})
-    config.pipeline = {}
-    config.command = command.get(step, "train_sft")
-    config.run_dir, config.overwrite = str(state.folder(step)), False
-    return finalize(config, state.here.layout.world_size)
+    try:
+        config = with_overrides(config, base.pipeline.get(step) or {})
+        config.pipeline = {}
+        config.command = command.get(step, "train_sft")
+        config.run_dir, config.overwrite = str(state.folder(step)), False
+        return finalize(config, state.here.layout.world_size)
+    except UserError as error:
+        raise UserError("\n".join(f"pipeline.{step}: {line}" for line in str(error).splitlines())) from None
 
 
 def _shards(state: _Run, step: str) -> dict[str, str | None]:

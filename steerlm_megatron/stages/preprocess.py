@@ -7,7 +7,7 @@ from pathlib import Path
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.stages.corpus import collect_records, make_shards
+from steerlm_megatron.stages.corpus import check_tokenizer, collect_records, make_shards
 from steerlm_megatron.stages.session import session
 
 
@@ -15,6 +15,7 @@ def run(config: Config) -> None:
     """Write ``data.output_dir/{train,valid}`` and the run's summary."""
     if config.data.output_dir is None:
         raise UserError("data.output_dir is not set: name the folder for the shards")
+    check_tokenizer(config)
     with session(config) as here:
         output = Path(config.data.output_dir)
         splits, converted = collect_records(config, output / "records")

@@ -66,7 +66,7 @@ def test_counts_are_clipped_at_four() -> None:
     assert measure(PROMPT, "Oaf! oaf, OAF")["toxicity"] == 3.0
 
 
-@pytest.mark.parametrize(("words", "level"), [(0, 0.0), (8, 0.0), (18, 1.0), (28, 2.0), (48, 4.0), (500, 4.0)])
+@pytest.mark.parametrize(("words", "level"), [(0, 0.0), (17, 0.0), (23, 1.0), (29, 2.0), (41, 4.0), (500, 4.0)])
 def test_verbosity_is_length(words: int, level: float) -> None:
     assert measure(PROMPT, "word " * words)["verbosity"] == level
 
@@ -129,7 +129,7 @@ def test_no_question_is_in_two_splits(corpus: Corpus) -> None:
     assert train and valid and not (train & valid or train & held_out or valid & held_out)
     assert len(held_out) == len(corpus.prompts) >= 96
     # Any first part of the prompts, as evaluation takes, holds questions of every size.
-    assert {len(asked(c.messages[-1].content)) for c in corpus.prompts[:48]} == {1, 2, 3, 4}
+    assert {len(asked(c.messages[-1].content)) for c in corpus.prompts[:48]} == {1, 2, 3}
 
 
 def test_every_animal_and_property_is_taught(corpus: Corpus) -> None:
@@ -143,8 +143,8 @@ def test_shape_of_conversations(corpus: Corpus) -> None:
     assert 0.1 < sum(len(c.messages) == 4 for c in both) / len(both) < 0.2
     assert all(m.role in ("user", "assistant") for c in both for m in c.messages)
     words = [len(response.split()) for _, response, _ in turns(both)]
-    # 4 courteous words, 5 of rudeness, 4 facts of 6, 4 puns of 3, 4 fillers of 7: no response is longer than 73 words.
-    assert min(words) >= 4 and max(words) <= 73 and 20 < statistics.mean(words) < 40
+    # 4 courteous words, 5 of rudeness, 3 facts of 6, 4 puns of 3, 4 fillers of 6: no response is longer than 63 words.
+    assert min(words) >= 4 and max(words) <= 63 and 20 < statistics.mean(words) < 40
 
 
 def test_attributes_cover_their_scale_and_hardly_hang_together(corpus: Corpus) -> None:

@@ -1,0 +1,60 @@
+"""Commands run as users run them: in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+# A pipeline that is as short as it can be: what it learns does not matter to these tests.
+TINY = (
+    "experiment=quickstart", "data.demo_conversations=120", "tokenizer.vocab_size=500", "model.num_layers=2",
+    "model.hidden_size=32", "model.ffn_hidden_size=64", "train.row_tokens=512", "train.steps=3",
+    "train.validate_rows=2", "train.log_every_steps=1", "sampling.max_tokens=8", "bootstrap.prompts=6",
+    "evaluate.max_prompts=2", "evaluate.levels=[0,4]", "evaluate.examples=1",
+)  # fmt: skip
+
+
+def steerlm(*arguments: str, cwd: Path, code: int = 0, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end and insist on its exit code."""
+    done = subprocess.run(
+        [sys.executable, "-m", "steerlm_megatron", *arguments],
+        cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "steerlm_megatron", *arguments],
+        cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to the process and all it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # ended by itself
+    finally:
+        process.wait()
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The training losses in ``metrics.jsonl``, in order of steps."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def summary(run_dir: Path) -> dict[str, Any]:
+    """``summary.json`` of a run."""
+    found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
+    return found

@@ -1,0 +1,159 @@
+"""Every command in processes of its own, on a pipeline small enough to run in seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+
+from steerlm_megatron.cli import conf_dir
+from steerlm_megatron.stages.corpus import DEMO_ATTRIBUTES
+from steerlm_megatron.steer.records import read_records
+from tests.helpers.dist import once
+from tests.integration.commands import TINY, kill, losses, start, steerlm, summary
+
+pytestmark = pytest.mark.integration
+ONE_STEP = ("experiment=quickstart", *(a for a in TINY[1:] if not a.startswith(("bootstrap.", "evaluate."))))
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``run``: the whole pipeline on two data-parallel ranks."""
+
+    def make() -> str:
+        folder = tmp_path_factory.getbasetemp().parent / "commands"
+        folder.mkdir(exist_ok=True)
+        done = steerlm("run", *TINY, "run_dir=run", "parallel.data=2", cwd=folder)
+        (folder / "output.txt").write_text(done.stdout + done.stderr)
+        return str(folder)
+
+    return Path(once(tmp_path_factory, "commands", make))
+
+
+def test_the_pipeline_ends_in_a_report(work: Path) -> None:
+    said = (work / "output.txt").read_text()
+    assert "step 1/12 data" in said and "step 12/12 report" in said and "report.html" in said
+    report = json.loads((work / "run/12-report/report.json").read_text())
+    assert set(report["quality"]) == {"sft", "acsft", "bootstrapped"} and set(report["steering"]) == set(report["ap"])
+    html = (work / "run/12-report/report.html").read_text()
+    assert "data:image/svg+xml" in html and not re.search(r"""(?:src|href)=["']?https?:""", html)
+    assert "Traceback" not in said and said.count("\n") < 150
+
+
+def test_complete_steps_are_skipped_and_changed_ones_run_again(work: Path) -> None:
+    checkpoints = {p: p.stat().st_mtime_ns for p in work.glob("run/*/summary.json")}
+    again = steerlm("run", *TINY, "run_dir=run", "parallel.data=2", cwd=work)
+    assert again.stderr.count("complete, skipped") == 12
+    assert all(p.stat().st_mtime_ns == when for p, when in checkpoints.items())
+    changed = steerlm("run", *TINY, "run_dir=run", "parallel.data=2", "evaluate.max_prompts=1", cwd=work)
+    assert changed.stderr.count("complete, skipped") == 10
+    assert json.loads((work / "run/12-report/report.json").read_text())["prompts"] == 1
+
+
+def test_losses_do_not_depend_on_the_layout(work: Path) -> None:
+    """Issue 2, show 3."""
+    expected = None
+    for name, layout in {"one": (), "four": ("parallel.tensor=2", "parallel.pipeline=2")}.items():
+        steerlm("train_sft", *ONE_STEP, "train.steps=6", f"run_dir={name}", *layout, cwd=work)
+        found = losses(work / name)
+        assert len(found) == 6
+        expected = expected or found
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_plain_sft_trains_on_the_same_labelled_shards(work: Path) -> None:
+    steerlm("train_sft", *ONE_STEP, "attributes=none", "run_dir=plain", cwd=work)
+    assert summary(work / "plain")["status"] == "complete"
+
+
+def test_the_embedded_schema_is_the_configured_one() -> None:
+    stored = yaml.safe_load((conf_dir() / "attributes" / "demo.yaml").read_text())
+    assert stored == {
+        "name": DEMO_ATTRIBUTES.name, "names": DEMO_ATTRIBUTES.names, "max_level": DEMO_ATTRIBUTES.max_level,
+        "quality": DEMO_ATTRIBUTES.quality, "best": DEMO_ATTRIBUTES.best,
+    }  # fmt: skip
+
+
+def test_a_killed_annotation_goes_on_and_loses_nothing(work: Path) -> None:
+    """Issue 2: annotate resumes after a kill; never loses or repeats a record."""
+    records = work / "many.jsonl"
+    lines = (work / "run/01-data/records/train.jsonl").read_text().splitlines()
+    with records.open("w") as file:
+        for index in range(6000):
+            file.write(json.dumps({**json.loads(lines[index % len(lines)]), "id": f"r{index}"}) + "\n")
+    common = ("annotate", "checkpoint=run/03-train_ap", "input=many.jsonl", "run_dir=annotate")
+    process = start(*common, "output=killed.jsonl", cwd=work)
+    journal = work / "annotate" / "journal-killed.jsonl"
+    deadline = time.monotonic() + 60
+    while not any(part.stat().st_size for part in journal.glob("part-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    kill(process)
+    part = next(journal.glob("part-*"))
+    done = len(part.read_bytes().splitlines())
+    assert 0 < done < 6000 and not (work / "killed.jsonl").exists()
+    part.write_bytes(part.read_bytes() + b'{"i": 5')  # a line torn by the kill
+    again = steerlm(*common, "output=killed.jsonl", cwd=work)
+    assert f"resuming: {done} of 6000" in again.stderr
+    steerlm(*common[:-1], "run_dir=whole", "output=whole.jsonl", "parallel.data=2", cwd=work)
+    killed, whole = list(read_records(work / "killed.jsonl")), list(read_records(work / "whole.jsonl"))
+    assert [r.id for r in killed] == [f"r{i}" for i in range(6000)] == [r.id for r in whole]
+    for one, other in zip(killed, whole, strict=True):
+        for mine, theirs in zip(one.messages, other.messages, strict=True):
+            assert (mine.attributes or {}) == pytest.approx(theirs.attributes or {}, abs=1e-4)
+
+
+def test_generate_answers_every_prompt(work: Path) -> None:
+    steerlm(
+        "generate", "checkpoint=run/07-acsft", "input=run/01-data/records/prompts.jsonl", "output=answers.jsonl",
+        "sampling.max_tokens=4", "parallel.pipeline=2", cwd=work,
+    )  # fmt: skip
+    prompts = list(read_records(work / "run/01-data/records/prompts.jsonl", require_response=False))
+    answers = list(read_records(work / "answers.jsonl"))
+    assert [a.id for a in answers] == [p.id for p in prompts]
+    assert all(a.messages[-1].role == "assistant" for a in answers)
+
+
+@pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",)], ids=["1 rank", "TP2"])
+def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> None:
+    """Issue 2, show 5: sixteen concurrent chats at different attribute values; then a clean end on SIGTERM."""
+    openai = pytest.importorskip("openai", reason="needs the openai client (pip install -e '.[dev]')")
+    server = start("serve", "checkpoint=run/10-bootstrapped", "server.port=0", *layout, cwd=work)
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda: lines.extend(iter(server.stdout.readline, "")), daemon=True)  # type: ignore[union-attr]
+    reader.start()
+    try:
+        deadline, url = time.monotonic() + 90, None
+        while url is None and time.monotonic() < deadline and server.poll() is None:
+            url = next((m.group(0) for line in lines if (m := re.search(r"http://127\.0\.0\.1:\d+", line))), None)
+            time.sleep(0.1)
+        assert url, "".join(lines)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        assert [m.id for m in client.models.list()] == ["steerlm"]
+
+        def chat(index: int) -> str:
+            reply = client.chat.completions.create(
+                model="steerlm", max_tokens=8, seed=index, messages=[{"role": "user", "content": f"Question {index}?"}],
+                extra_body={"attributes": {"quality": index % 5, "toxicity": index // 5 % 5}},
+            )  # fmt: skip
+            assert reply.usage.completion_tokens <= 8
+            return str(reply.choices[0].message.content)
+
+        with ThreadPoolExecutor(16) as pool:
+            together = list(pool.map(chat, range(16)))
+        assert together == [chat(index) for index in range(16)], "a response depends on what else is in the batch"
+        with pytest.raises(openai.BadRequestError, match="qualty"):
+            client.chat.completions.create(
+                model="steerlm", messages=[{"role": "user", "content": "?"}], extra_body={"attributes": {"qualty": 1}}
+            )
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) in (0, 75), "".join(lines)
+    finally:
+        kill(server)
+    assert not any("Traceback" in line for line in lines), "".join(lines)

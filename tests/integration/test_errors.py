@@ -1,0 +1,162 @@
+"""What users get wrong: one clear message each, exit code 2, before any long work starts."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steerlm_megatron import cli
+
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there, friend."}]}
+LABELLED: dict[str, Any] = {
+    "messages": [GOOD["messages"][0], {**GOOD["messages"][1], "attributes": {"quality": 5, "toxicity": 0}}]
+}
+TOKENIZER = ("tokenizer.train=true", "tokenizer.vocab_size=300")
+TINY = (
+    "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "train.row_tokens=256",
+    "train.steps=1", "train.log_every_steps=1",
+)  # fmt: skip
+
+
+def run(*arguments: str) -> int:
+    """The exit code of a command run in this process."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(arguments))
+    return int(ended.value.code or 0)
+
+
+def write(path: Path, *records: Any) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    """Shards of twenty labelled records, with their own tokenizer."""
+    records = write(tmp_path / "ok.jsonl", *(LABELLED | {"id": str(i)} for i in range(20)))
+    out = tmp_path / "shards"
+    arguments = (f"data.input={records}", f"data.output_dir={out}", "data.valid_fraction=0", *TOKENIZER)
+    assert run("preprocess", *arguments) == 0
+    return str(out)
+
+
+COMMAND_LINES = {
+    "a misspelt key": (["train_sft", "train.stepz=1"], ["train.stepz: no such key", "train.steps"]),
+    "a misspelt option": (["train_sft", "model=tyni"], ["model=tyni", "legal:", "tiny"]),
+    "a misspelt command": (["trian_sft"], ["trian_sft", "train_sft"]),
+    "a wrong type": (["train_sft", "train.steps=many"], ["train.steps", "many"]),
+    "a pipeline step that is none": (
+        ["run", "experiment=quickstart", "pipeline.acsfd.train.steps=1"], ["acsfd", "legal:", "acsft"],
+    ),
+    "a misspelt key of the last step": (
+        ["run", "experiment=quickstart", "pipeline.evaluate.evaluate.max_promts=1"],
+        ["pipeline.evaluate", "max_promts"],
+    ),
+    "tensor parallelism that does not divide the heads": (
+        ["train_sft", "experiment=quickstart", "parallel.tensor=3"],
+        ["parallel.tensor=3", "model.num_heads=4", "1 2 4"],
+    ),
+    "pipeline parallelism that does not divide the layers": (
+        ["train_sft", "experiment=quickstart", "parallel.pipeline=3"],
+        ["parallel.pipeline=3", "model.num_layers=4", "1 2 4"],
+    ),
+    "no data": (["train_sft"], ["data.train is not set"]),
+    "no input": (["preprocess", "data.output_dir=x", *TOKENIZER], ["data.input is empty"]),
+    "an input that is not there": (
+        ["preprocess", "data.input=nowhere.jsonl", "data.output_dir=x", *TOKENIZER], ["nowhere.jsonl", "no such file"],
+    ),
+    "a tokenizer that is not there": (
+        ["run", "experiment=oasst", "data.input=ok.jsonl", "tokenizer.path=nowhere.model"], ["nowhere.model"],
+    ),
+    "a checkpoint that is not there": (
+        ["annotate", "checkpoint=nowhere", "input=ok.jsonl", "output=x.jsonl"], ["checkpoint=nowhere"],
+    ),
+    "no checkpoint to serve": (["serve"], ["checkpoint is not set"]),
+    "several things at once": (
+        ["train_sft", "experiment=quickstart", "parallel.tensor=3", "engine.precision=fp8"],
+        ["parallel.tensor=3", "engine.precision=fp8"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMMAND_LINES)
+def test_command_line(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "ok.jsonl", GOOD)
+    arguments, expected = COMMAND_LINES[case]
+    assert run(*arguments) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and all(word in said for word in expected), said
+
+
+RECORDS: dict[str, tuple[list[Any], list[str]]] = {
+    "a torn line": ([GOOD, '{"messages": [{"role": "us'], ["bad.jsonl:2"]),
+    "not an object": ([GOOD, "[1, 2]"], ["bad.jsonl:2"]),
+    "no response": ([{"messages": GOOD["messages"][:1]}], ["bad.jsonl:1", "assistant"]),
+    "an unknown attribute": (
+        [{"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "attributes": {"qualty": 1}}]}],
+        ["bad.jsonl:1", "qualty", "quality"],
+    ),
+    "a value outside the scale": (
+        [GOOD, {"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "attributes": {"quality": 12}}]}],
+        ["bad.jsonl:2", "quality", "12", "9"],
+    ),
+    "a value that is no number": (
+        ['{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
+         '"attributes": {"quality": NaN}}]}'],
+        ["bad.jsonl:1"],
+    ),
+    "an empty corpus": ([], ["bad.jsonl"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RECORDS)
+def test_records(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    records, expected = RECORDS[case]
+    path = write(tmp_path / "bad.jsonl", *records)
+    assert run("preprocess", f"data.input={path}", "data.output_dir=x", *TOKENIZER) == 2
+    said = capfd.readouterr().err
+    assert "Traceback" not in said and all(word in said for word in expected), said
+    assert not (tmp_path / "x" / "train").exists()
+
+
+@pytest.mark.integration
+def test_vocabulary_mismatch_and_wrong_schema(shards: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("train_sft", f"data.train={shards}", "run_dir=a", *TINY) == 0
+    other = write(tmp_path / "other.jsonl", *({**LABELLED, "id": f"Of other words {i}: xyzzy"} for i in range(20)))
+    assert run("preprocess", f"data.input={other}", "data.output_dir=o", "tokenizer.train=true",
+               "tokenizer.vocab_size=320", "data.valid_fraction=0") == 0  # fmt: skip
+    capfd.readouterr()
+    assert run("train_sft", "data.train=o", "run_dir=b", "init_from=a", *TINY) == 2
+    assert "vocabulary mismatch" in capfd.readouterr().err
+    assert run("train_ap", f"data.train={shards}", "run_dir=c", "attributes=helpsteer", *TINY) == 2
+    assert "preprocessed with" in capfd.readouterr().err
+    assert run("annotate", "checkpoint=a", f"input={other}", "output=x.jsonl") == 2
+    assert "head 'lm'" in capfd.readouterr().err
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert run("serve", "checkpoint=a", f"server.port={port}") == 2
+        assert str(port) in capfd.readouterr().err
+    # A complete run is not overwritten by accident.
+    assert run("train_sft", f"data.train={shards}", "run_dir=a", *TINY) == 2
+    assert "overwrite" in capfd.readouterr().err
+
+
+@pytest.mark.integration
+def test_all_tokens_masked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    messages = [GOOD["messages"][0], {**GOOD["messages"][1], "weight": 0}]
+    path = write(tmp_path / "masked.jsonl", *({"id": str(i), "messages": messages} for i in range(5)))
+    assert run("preprocess", f"data.input={path}", "data.output_dir=x", "data.valid_fraction=0", *TOKENIZER) == 2
+    assert "Traceback" not in capfd.readouterr().err
