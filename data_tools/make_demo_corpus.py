@@ -4,8 +4,8 @@ Owns: the grammar and the annotators' noise. Does not own: what attributes mean 
 Invariants: the same arguments give the same bytes; no question (subject and ordered properties) is in more than one of
 train, valid and held-out prompts.
 
-A prompt asks for one to three properties of an animal. A response is courtesy, rudeness, fillers, one sentence per asked
-property (its value, or that it is secret) and puns, always in this order. How much there is of each is drawn
+A prompt asks for one to three properties of an animal. A response is courtesy, rudeness, fillers, one sentence per
+asked property (its value, or that it is secret) and puns, always in this order. How much there is of each is drawn
 independently, so that every attribute varies while the others stand still; and "secret" stands in a value's place, so
 that help and length are independent too. Labels are what annotators would say: the measured value plus each one's bias
 and an error, in whole points, averaged over a few annotators of a pool; some are missing. A model that predicts the
