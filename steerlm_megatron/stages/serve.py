@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.server import check_port, serve
@@ -26,4 +28,8 @@ def run(config: Config) -> None:
         loaded = load_model(config.checkpoint, config, "checkpoint", head="lm", gather_logits=True)
         generator = open_generator(config, loaded)
         schema = loaded.schema if loaded.meta.conditioned else None
+        if not here.layout.is_main:
+            # A launcher signals every rank; the main one finishes what is running and then stops the others.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
         serve(generator, schema, config.server, config.sampling)

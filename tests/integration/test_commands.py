@@ -54,7 +54,7 @@ def test_complete_steps_are_skipped_and_changed_ones_run_again(work: Path) -> No
     assert all(p.stat().st_mtime_ns == when for p, when in checkpoints.items())
     changed = steerlm("run", *TINY, "run_dir=run", "parallel.data=2", "evaluate.max_prompts=1", cwd=work)
     assert changed.stderr.count("complete, skipped") == 10
-    assert json.loads((work / "run/12-report/report.json").read_text())["prompts"] == 1
+    assert json.loads((work / "run/12-report/report.json").read_text())["quality_detail"]["acsft"]["n"] == 1
 
 
 def test_losses_do_not_depend_on_the_layout(work: Path) -> None:
@@ -115,7 +115,8 @@ def test_generate_answers_every_prompt(work: Path) -> None:
         "sampling.max_tokens=4", "parallel.pipeline=2", cwd=work,
     )  # fmt: skip
     prompts = list(read_records(work / "run/01-data/records/prompts.jsonl", require_response=False))
-    answers = list(read_records(work / "answers.jsonl"))
+    # An untrained model may answer with nothing.
+    answers = list(read_records(work / "answers.jsonl", require_response=False))
     assert [a.id for a in answers] == [p.id for p in prompts]
     assert all(a.messages[-1].role == "assistant" for a in answers)
 
