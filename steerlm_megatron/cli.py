@@ -196,6 +196,9 @@ def _job(command: str, overrides: list[str]) -> Callable[[Any], None]:
             return
         module = importlib.import_module(f"steerlm_megatron.stages.{COMMANDS[command][0]}")
         module.run(config)
+        if world is not None and "steerlm_megatron.runtime.parallel" in sys.modules:
+            # A rank that just ends while another still waits for it makes that one abort.
+            sys.modules["steerlm_megatron.runtime.parallel"].shutdown()
 
     return job
 

@@ -128,7 +128,9 @@ def layout() -> Layout:
 
 
 def shutdown() -> None:
-    """Tear the groups down, so that no rank leaves while another still talks to it."""
+    """Wait for all ranks and tear the groups down, so that no rank leaves while another still talks to it."""
+    if dist.is_initialized():
+        dist.barrier()
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
