@@ -56,6 +56,9 @@ def setup_logging(
     logger = logging.getLogger(ROOT_NAME)
     close_logging()
     logger.setLevel(level)
+    for name, known in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == ROOT_NAME and isinstance(known, logging.Logger):
+            known.disabled = False  # a logging configuration of Hydra's disables the loggers that it finds
     logger.propagate = False  # hydra and torch put handlers of their own on the root logger
 
     use_rich = console().is_terminal if terminal is None else terminal
