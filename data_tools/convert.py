@@ -21,11 +21,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -37,11 +35,13 @@ from data_tools.sources.base import STEERLM_NAMES, Context, Converter, Found
 from data_tools.sources.chat import MESSAGES, MSID, SHAREGPT, parse_map
 from data_tools.sources.helpsteer import HELPSTEER
 from data_tools.sources.hh_rlhf import HH_RLHF
+from data_tools.writing import REJECTED_FILE, NothingLeftError, Progress, counted, keep_rejected, write_splits
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, nearest
-from steerlm_megatron.steer.records import Conversation, OnError, Rejected, from_json, reject, to_json, write_records
+from steerlm_megatron.steer.records import Conversation, OnError, Rejected, reject
 
-REJECTED_FILE = "rejected.jsonl"
+__all__ = ["REJECTED_FILE", "ROWS", "SOURCES", "Options", "convert", "deal", "main"]
+
 _REJECTED_SHOWN = 100
 
 
@@ -103,6 +103,7 @@ def convert(
     output_dir: str,
     schema: AttributeSchema | None,
     options: Options = Options(),
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Convert files of one source into ``train.jsonl.zst`` and ``valid.jsonl.zst`` in ``output_dir``.
 
@@ -113,6 +114,7 @@ def convert(
         source: a key of ``SOURCES``.
         inputs: files or globs (``hf``: names or folders).
         schema: attributes that are kept, and their scale; None keeps labels as they are. ``oasst`` needs one.
+        progress: called now and then with the number of conversations met so far (``oasst``: in both readings).
 
     Returns:
         The report (module docstring) with ``notes`` (what a source had to do, by name), ``train`` and ``valid``
@@ -127,10 +129,10 @@ def convert(
         rejected: Rejected = []
         if source == "oasst":
             assert schema is not None
-            report = _convert_oasst(list(inputs), output_dir, schema, options, rejected)
+            report = _convert_oasst(list(inputs), output_dir, schema, options, rejected, progress)
         else:
-            report = _convert_rows(source, inputs, output_dir, schema, options, rejected)
-        _keep_rejected(output_dir, rejected)
+            report = _convert_rows(source, inputs, output_dir, schema, options, rejected, progress)
+        keep_rejected(output_dir, rejected)
     except OSError as error:
         raise UserError(f"{output_dir}: {error.strerror or error}; free space or name another folder") from error
     report["rejected_lines"] = len(rejected)
@@ -181,6 +183,7 @@ def _convert_rows(
     schema: AttributeSchema | None,
     options: Options,
     rejected: Rejected,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     shape = options.rows if source == "hf" else source
     sieve = Sieve(options.filters, schema, once=options.paths == "reply" and SOURCES[shape].repeats)
@@ -190,8 +193,8 @@ def _convert_rows(
     report: dict[str, Any] = {"source": source, "lines": 0}
     stream = _stream_rows(SOURCES[source], inputs, options, context, sieve, report, rejected)
     try:
-        written = _write(output_dir, stream)
-    except _NothingLeftError:
+        written = write_splits(output_dir, counted(stream, progress, lambda: sieve.counts["in"]))
+    except NothingLeftError:
         written = None
     if rejected:
         sieve.skip("rejected", len(rejected))
@@ -243,7 +246,12 @@ def deal(conversation: Conversation, valid_fraction: float, seed: int) -> str:
 
 
 def _convert_oasst(
-    inputs: list[str], output_dir: str, schema: AttributeSchema, options: Options, rejected: Rejected
+    inputs: list[str],
+    output_dir: str,
+    schema: AttributeSchema,
+    options: Options,
+    rejected: Rejected,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     """As ``oasst.convert`` (without filters: the very same files), read twice, with filters after its paths."""
     mode = cast(OnError, options.on_error)
@@ -259,7 +267,8 @@ def _convert_oasst(
                 yield tree, taken
 
     report, sieve = oasst.new_report(), Sieve(filters, schema, once=False)
-    trees = dict.fromkeys(tree for tree, _ in kept(report, sieve, rejected))
+    first = counted(kept(report, sieve, rejected), progress, lambda: report["paths"])
+    trees = dict.fromkeys(tree for tree, _ in first)
     valid_trees = oasst.split(tuple(trees), options.valid_fraction, options.seed)
     counts = sieve.report()
     skipped = {unit: Counter(reasons) for unit, reasons in report["skipped"].items()}
@@ -280,62 +289,13 @@ def _convert_oasst(
     report["skipped"]["conversations"] = report["skipped"]["paths"]
     if not trees:
         raise UserError(_why_empty(report, inputs, options, rejected))
-    again = kept(oasst.new_report(), Sieve(filters, schema, once=False))
-    written = _write(output_dir, (("valid" if tree in valid_trees else "train", c) for tree, c in again))
+    second = oasst.new_report()
+    again = counted(
+        kept(second, Sieve(filters, schema, once=False)), progress, lambda: report["paths"] + second["paths"]
+    )
+    written = write_splits(output_dir, (("valid" if tree in valid_trees else "train", c) for tree, c in again))
     written["train"]["trees"], written["valid"]["trees"] = len(trees) - len(valid_trees), len(valid_trees)
     return report | written
-
-
-# Writing
-
-
-class _NothingLeftError(Exception):
-    """No conversation for training."""
-
-
-def _write(output_dir: str, stream: Iterable[tuple[str, Conversation]]) -> dict[str, Any]:
-    """Write both files; the validation set, the smaller part, waits in a nameless file meanwhile."""
-    train_file, valid_file = Path(output_dir, "train.jsonl.zst"), Path(output_dir, "valid.jsonl.zst")
-    valid_count = 0
-    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=output_dir) as waiting:
-
-        def training() -> Iterator[Conversation]:
-            nonlocal valid_count
-            found = False
-            for split, conversation in stream:
-                if split == "train":
-                    found = True
-                    yield conversation
-                else:
-                    waiting.write(json.dumps(to_json(conversation), ensure_ascii=False) + "\n")
-                    valid_count += 1
-            if not found:  # before write_records puts an empty file in its place
-                raise _NothingLeftError
-
-        train_count = write_records(train_file, training())
-        waiting.seek(0)
-        if valid_count:
-            write_records(valid_file, (from_json(json.loads(line), str(valid_file)) for line in waiting))
-    if not valid_count:
-        valid_file.unlink(missing_ok=True)
-    return {
-        "train": {"file": str(train_file), "conversations": train_count},
-        "valid": {"file": str(valid_file) if valid_count else None, "conversations": valid_count},
-    }
-
-
-def _keep_rejected(output_dir: str, rejected: Rejected) -> None:
-    target = Path(output_dir, REJECTED_FILE)
-    if not rejected:
-        target.unlink(missing_ok=True)
-        return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        for where, reason in rejected:
-            file.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
 
 
 def _why_empty(report: dict[str, Any], inputs: Sequence[str], options: Options, rejected: Rejected) -> str:

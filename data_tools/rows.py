@@ -27,11 +27,11 @@ def read_files(inputs: Sequence[str], on_error: OnError, rejected: Rejected | No
         UserError: as ``read_json_lines``; in an array also a torn end and what stands between the elements.
     """
     for path in expand_paths(inputs):
-        read = _read_array if _is_array(path) else read_json_lines
+        read = _read_array if is_array(path) else read_json_lines
         yield from read(path, on_error, rejected)
 
 
-def _is_array(path: str) -> bool:
+def is_array(path: str) -> bool:
     """Whether the file's first character is ``[``. A file that cannot be read so far is left to ``read_json_lines``."""
     try:
         return next((line.lstrip()[0] == "[" for line in open_text(path) if line.strip()), False)

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from steerlm_megatron.config.schema import Config
+from steerlm_megatron.config.schema import SOURCES, Config
 from steerlm_megatron.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -24,7 +24,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.recompute": ("none", "selective", "full"),
     "engine.attention": ("auto", "varlen", "sdpa"),
     "optim.schedule": ("constant", "linear", "cosine"),
-    "data.source": ("messages", "oasst", "demo"),
+    "data.source": SOURCES,
+    "data.hf_rows": tuple(name for name in SOURCES if name not in ("oasst", "hf", "demo")),
     "data.paths": ("reply", "leaf"),
     "data.on_error": ("error", "skip"),
     "data.overlong": ("drop", "truncate_left_turns", "truncate_response", "error"),
@@ -48,6 +49,10 @@ _AT_LEAST: dict[str, float] = {
     "optim.warmup_steps": 0,
     "tokenizer.vocab_size": 16,
     "data.shard_tokens": 1,
+    "data.min_turns": 0,
+    "data.max_turns": 1,
+    "data.min_chars": 0,
+    "data.max_chars": 1,
     "data.demo_conversations": 50,
     "train.global_batch_samples": 1,
     "train.micro_batch_samples": 1,
@@ -86,7 +91,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     if "pipeline" in overrides:
         raise UserError("pipeline: a step's overrides cannot hold a pipeline section")
     # Mappings that are values, not sections, are replaced whole.
-    for path in ("attributes.best", "train.label_weights"):
+    for path in ("attributes.best", "train.label_weights", "data.map"):
         if OmegaConf.select(OmegaConf.create(dict(overrides)), path) is not None:
             OmegaConf.update(base, path, {}, merge=False, force_add=True)
     try:
@@ -136,6 +141,7 @@ def finalize(config: Config, world: int | None = None) -> Config:
     if problems:
         raise UserError("\n".join(problems))
     config.data.input = _as_list(config.data.input)
+    config.data.valid_input = _as_list(config.data.valid_input)
     return config
 
 

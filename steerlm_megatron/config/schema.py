@@ -104,17 +104,37 @@ class TokenizerConfig:
     vocab_size: int = 1024
 
 
+# Kinds of corpus that `data.source` names: the converters of data_tools (a test keeps the two equal), and our own.
+SOURCES = ("oasst", "helpsteer", "hh_rlhf", "msid", "nemo", "sharegpt", "messages", "hf", "demo")
+
+
 @dataclass
 class DataConfig:
-    """Corpora in (``source``, ``input``), shards out (``output_dir``), shards for training (``train``, ``valid``)."""
+    """Corpora in (``source``, ``input``), shards out (``output_dir``), shards for training (``train``, ``valid``).
 
-    source: str = "messages"  # messages | oasst | demo
-    input: Any = None  # a file, a glob, or a list of them
+    What the sources read, and what the filters do, is in docs/data.md.
+    """
+
+    source: str = "messages"  # see SOURCES
+    input: Any = None  # a file, a glob, or a list of them; hf: hub names or folders
+    valid_input: Any = None  # files of the validation set; then all of input is for training
     output_dir: str | None = None
     train: str | None = None
     valid: str | None = None
-    paths: str = "reply"  # oasst: reply (each assistant reply trained once) | leaf (every root-to-leaf path in full)
-    languages: list[str] = field(default_factory=list)  # empty: all
+    map: Any = None  # messages: "prompt=KEY,response=KEY" or "turns=KEY,text=KEY,..." (quoted), or a mapping
+    label_max: float | None = None  # nemo: the published labels are on 0..label_max; None: on the schema's scale
+    hf_rows: str = "messages"  # hf: the source whose rows the data set has
+    hf_subset: str | None = None  # hf: the data set's configuration
+    hf_split: str | None = None  # hf: the split to read; None: train, and the validation set if there is one
+    paths: str = "reply"  # reply (each assistant reply trained once) | leaf (as often as it occurs)
+    languages: list[str] = field(default_factory=list)  # kept languages; empty: all
+    roles: list[str] = field(default_factory=list)  # conversations of these roles only; empty: all
+    min_turns: int = 0  # user and assistant messages
+    max_turns: int | None = None
+    min_chars: int = 0  # of all messages together
+    max_chars: int | None = None
+    labels: list[str] = field(default_factory=list)  # "quality>=6": a reply that fails is context only
+    dedupe: bool = False  # leave out a conversation of the same roles and contents as an earlier one
     valid_fraction: float = 0.05
     split_seed: int = 10
     on_error: str = "error"  # error | skip

@@ -1,8 +1,7 @@
 """From what a user has to shards: ``preprocess`` for every source, and the embedded corpus made when it is absent.
 
-Owns: choosing the converter of ``data.source`` (``data_tools``), the tokenizer, the shard folder. Does not own:
-conversion itself,
-tokenisation, file formats. Invariant: a shard folder that exists and was made from the same inputs is not made again.
+Owns: choosing the converter of ``data.source``, the tokenizer, the shard folder. Does not own: conversion itself,
+tokenisation, file formats. Invariant: what exists and was made from the same inputs is not made again.
 """
 
 from __future__ import annotations
@@ -10,24 +9,32 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from data_tools import make_demo_corpus, oasst
-from steerlm_megatron.config.schema import AttributesConfig, Config
+from data_tools import make_demo_corpus
+from data_tools.convert import REJECTED_FILE, Options, convert
+from data_tools.filters import Filters
+from data_tools.rows import is_array
+from steerlm_megatron.config.schema import AttributesConfig, Config, DataConfig
 from steerlm_megatron.data.preprocess import preprocess, training_texts
-from steerlm_megatron.data.shards import MANIFEST
+from steerlm_megatron.data.shards import MANIFEST, file_hash
 from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
+from steerlm_megatron.observe.runfolder import write_json_atomic
 from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import Conversation, OnError, read_records, write_records
+from steerlm_megatron.steer.records import Conversation, OnError, expand_paths, read_records, write_records
 from steerlm_megatron.steer.templates import Template
+
+_CONVERSION_FORMAT = 1  # raise when a converter gives other records for the same files
+_SPLITS = ("train", "valid")
 
 # What conf/attributes/demo.yaml says; a test keeps the two equal.
 DEMO_ATTRIBUTES = AttributesConfig(
@@ -45,33 +52,102 @@ def schema_of(config: Config) -> AttributeSchema | None:
 
 
 def collect_records(config: Config, output_dir: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Record files per split for ``data.source``, and the converter's report. Converters write into ``output_dir``."""
-    data, schema = config.data, schema_of(config)
-    if data.source == "messages":
-        if not data.input:
-            raise UserError("data.input is empty: name the record files to preprocess")
-        return {"train": data.input}, {}
+    """Record files per split for ``data.source``, and the converter's report. Converters write into ``output_dir``.
+
+    A source that was converted says which conversations are for validation: its ``valid`` is then an empty list if
+    there are none. Records (``messages`` without ``map`` and filters) are read as they are: no report, and ``valid``
+    only where ``data.valid_input`` names it.
+    """
+    data = config.data
     if data.source == "demo":
-        report = make_demo_corpus.write(output_dir, data.demo_conversations, config.train.seed)
-        return {"train": [str(output_dir / "train.jsonl")], "valid": [str(output_dir / "valid.jsonl")]}, report
+        _check_demo(data)
+        made = make_demo_corpus.write(output_dir, data.demo_conversations, config.train.seed)
+        return {"train": [str(output_dir / "train.jsonl")], "valid": [str(output_dir / "valid.jsonl")]}, made
     if not data.input:
-        raise UserError("data.input is empty: name the OASST tree or message files")
-    if schema is None:
-        raise UserError("data.source=oasst needs a schema for its labels; choose attributes=oasst")
-    report = oasst.convert(
-        data.input,
-        str(output_dir),
-        schema,
-        data.paths,
-        data.languages,
-        data.valid_fraction,
-        data.split_seed,
-        data.on_error,
-    )
-    splits = {"train": [str(output_dir / "train.jsonl.zst")]}
-    if (output_dir / "valid.jsonl.zst").exists():
-        splits["valid"] = [str(output_dir / "valid.jsonl.zst")]
-    return splits, report
+        raise UserError(f"data.input is empty: name the files of data.source={data.source}")
+    options = _conversion_options(data)
+    if data.source == "messages" and options.filters == Filters() and not options.map and not _has_array(data):
+        return {"train": data.input, **({"valid": data.valid_input} if data.valid_input else {})}, {}
+    report = _convert_once(config, options, output_dir)
+    return {split: [report[split]["file"]] if report[split]["file"] else [] for split in ("train", "valid")}, report
+
+
+def _conversion_options(data: DataConfig) -> Options:
+    """``data.*`` as the converters take it."""
+    filters = Filters(
+        tuple(data.languages), tuple(data.roles), data.min_turns, data.max_turns, data.min_chars, data.max_chars,
+        tuple(data.labels), data.dedupe,
+    )  # fmt: skip
+    mapping = data.map or ""
+    if isinstance(mapping, dict):
+        mapping = ",".join(f"{name}={path}" for name, path in mapping.items())
+    if not isinstance(mapping, str):
+        raise UserError(f"data.map={data.map} must be text, such as 'prompt=instruction,response=output', or a mapping")
+    return Options(
+        data.paths, filters, tuple(data.valid_input or ()), data.valid_fraction, data.split_seed, data.on_error,
+        mapping, data.label_max, data.hf_rows, data.hf_subset, data.hf_split,
+    )  # fmt: skip
+
+
+def _check_demo(data: DataConfig) -> None:
+    """The embedded corpus reads no files and is not filtered."""
+    defaults = DataConfig()
+    for key in ("input", "valid_input", "map", "label_max", "hf_subset", "hf_split", "languages", "roles", "min_turns",
+                "max_turns", "min_chars", "max_chars", "labels", "dedupe"):  # fmt: skip
+        value = getattr(data, key)
+        if value != getattr(defaults, key) and value != []:
+            raise UserError(f"data.{key}={value} is set, but data.source=demo does not read it; leave it out")
+
+
+def _has_array(data: DataConfig) -> bool:
+    """Whether a file is one JSON array, which is not how records are read."""
+    return any(is_array(path) for path in expand_paths([*data.input, *(data.valid_input or ())]))
+
+
+def _convert_once(config: Config, options: Options, output_dir: Path) -> dict[str, Any]:
+    """Convert, unless ``output_dir`` holds what the same files and options gave (``source.json``, written last)."""
+    data, schema, journal = config.data, schema_of(config), output_dir / "source.json"
+    key = None
+    if data.source != "hf":  # a name on the hub says nothing about what is there
+        files = [*expand_paths(data.input), "", *(expand_paths(list(options.valid_inputs)) if data.valid_input else ())]
+        hashes = [(os.path.basename(path), file_hash(path)) if path else None for path in files]
+        parts = [_CONVERSION_FORMAT, data.source, dataclasses.asdict(options), schema and schema.to_dict(), hashes]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        known = _stored_report(journal, key)
+        if known is not None:
+            get_logger(__name__).info("%s was converted before; its records are in %s", data.source, output_dir)
+            return known
+    journal.unlink(missing_ok=True)
+    with Progress(None, f"convert {data.source}", unit="conversation") as bar:
+        report = convert(data.source, data.input, str(output_dir), schema, options, progress=bar.set)
+    skipped = sum(report["skipped"]["conversations"].values())
+    get_logger(__name__).info(
+        "%s: %d conversations in, %d out, %d skipped %s; replies: %d trained, %d context, %d repeated, %d filtered",
+        data.source, report["in"], report["out"], skipped, report["skipped"]["conversations"],
+        report["trained_replies"], report["context_replies"], report["repeated_replies_avoided"],
+        report["filtered_replies"],
+    )  # fmt: skip
+    if report["notes"]:
+        get_logger(__name__).info("%s: %s", data.source, report["notes"])
+    if report["rejected_lines"]:
+        get_logger(__name__).warning(
+            "%d lines rejected, listed in %s; the first: %s", report["rejected_lines"], output_dir / REJECTED_FILE,
+            ": ".join(report["rejected"][0].values()),
+        )  # fmt: skip
+    written = [report[split]["file"] for split in _SPLITS if report[split]["file"]]
+    sizes = {path: os.path.getsize(path) for path in written}
+    write_json_atomic(journal, {"key": key, "sizes": sizes, "report": report})
+    return report
+
+
+def _stored_report(journal: Path, key: str) -> dict[str, Any] | None:
+    """The report of an earlier conversion with this key whose files are still there."""
+    try:
+        stored = json.loads(journal.read_text(encoding="utf-8"))
+        whole = stored["key"] == key and all(os.path.getsize(path) == size for path, size in stored["sizes"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # none, or not what we write: convert again
+    return stored["report"] if whole else None
 
 
 def split_records(config: Config, files: Sequence[str], output_dir: Path) -> dict[str, list[str]]:
@@ -119,7 +195,12 @@ def check_tokenizer(config: Config) -> None:
 
 
 def make_shards(config: Config, splits: Mapping[str, Sequence[str]], output_dir: Path) -> dict[str, Any]:
-    """Tokenize ``splits`` into ``output_dir/<split>`` with a progress bar. Returns the summary of ``preprocess``."""
+    """Tokenize ``splits`` into ``output_dir/<split>`` with a progress bar. Returns the summary of ``preprocess``.
+
+    A ``valid`` without files: there is no validation set, and none is dealt.
+    """
+    data = config.data if splits.get("valid", True) else dataclasses.replace(config.data, valid_fraction=0.0)
+    splits = {split: files for split, files in splits.items() if files}
     tokenizer = make_tokenizer(config, list(splits["train"]))
     with Progress(None, "preprocess", unit="record") as bar:
 
@@ -133,7 +214,7 @@ def make_shards(config: Config, splits: Mapping[str, Sequence[str]], output_dir:
             tokenizer,
             schema_of(config),
             Template.from_config(config.template),
-            config.data,
+            data,
             progress=show,
         )
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
@@ -20,14 +22,29 @@ def run(config: Config) -> None:
         output = Path(config.data.output_dir)
         splits, converted = collect_records(config, output / "records")
         summary = make_shards(config, splits, output)
+        counts = total_counts(converted, summary)
         here.run.update(
-            counts={k: summary[k] for k in ("in", "out", "skipped")} | {"source": converted},
+            counts=counts | {"source": converted},
             outputs={"shards": str(output), **{f"shards/{split}": str(output / split) for split in summary["splits"]}},
         )
         get_logger(__name__).info(
-            "%d conversations in, %d out, skipped %s; shards in %s",
-            summary["in"],
-            summary["out"],
-            summary["skipped"],
+            "%d conversations in, %d out, %d skipped %s; shards in %s",
+            counts["in"],
+            counts["out"],
+            sum(counts["skipped"].values()),
+            counts["skipped"] or "",
             output,
         )
+
+
+def total_counts(converted: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Conversion and tokenisation as one: ``in`` = ``out`` + Σ ``skipped``, what one passes on being what the other
+    takes.
+    """
+    if "skipped" not in converted:  # nothing was converted, or the embedded corpus was made
+        return {key: summary[key] for key in ("in", "out", "skipped")}
+    assert converted["out"] == summary["in"], "the records of the converter are not those that were tokenized"
+    skipped = dict(converted["skipped"]["conversations"])
+    for reason, count in summary["skipped"].items():
+        skipped[reason] = skipped.get(reason, 0) + count
+    return {"in": converted["in"], "out": summary["out"], "skipped": skipped}

@@ -1,0 +1,81 @@
+"""What a conversion writes: ``train.jsonl.zst``, ``valid.jsonl.zst`` and ``rejected.jsonl``; and its progress.
+
+Owns: these files. Does not own: what goes into them (``convert.py``). Invariant: each of them is whole or the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from steerlm_megatron.steer.records import Conversation, Rejected, from_json, to_json, write_records
+
+REJECTED_FILE = "rejected.jsonl"
+_PROGRESS_EVERY = 200
+
+Progress = Callable[[int], None]
+
+
+def counted(
+    stream: Iterable[tuple[str, Conversation]], progress: Progress | None, count: Callable[[], int]
+) -> Iterator[tuple[str, Conversation]]:
+    """``stream``, telling ``progress`` every so many conversations and at the end."""
+    for number, item in enumerate(stream):
+        if progress is not None and number % _PROGRESS_EVERY == 0:
+            progress(count())
+        yield item
+    if progress is not None:
+        progress(count())
+
+
+class NothingLeftError(Exception):
+    """No conversation for training."""
+
+
+def write_splits(output_dir: str, stream: Iterable[tuple[str, Conversation]]) -> dict[str, Any]:
+    """Write both files; the validation set, the smaller part, waits in a nameless file meanwhile."""
+    train_file, valid_file = Path(output_dir, "train.jsonl.zst"), Path(output_dir, "valid.jsonl.zst")
+    valid_count = 0
+    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=output_dir) as waiting:
+
+        def training() -> Iterator[Conversation]:
+            nonlocal valid_count
+            found = False
+            for split, conversation in stream:
+                if split == "train":
+                    found = True
+                    yield conversation
+                else:
+                    waiting.write(json.dumps(to_json(conversation), ensure_ascii=False) + "\n")
+                    valid_count += 1
+            if not found:  # before write_records puts an empty file in its place
+                raise NothingLeftError
+
+        train_count = write_records(train_file, training())
+        waiting.seek(0)
+        if valid_count:
+            write_records(valid_file, (from_json(json.loads(line), str(valid_file)) for line in waiting))
+    if not valid_count:
+        valid_file.unlink(missing_ok=True)
+    return {
+        "train": {"file": str(train_file), "conversations": train_count},
+        "valid": {"file": str(valid_file) if valid_count else None, "conversations": valid_count},
+    }
+
+
+def keep_rejected(output_dir: str, rejected: Rejected) -> None:
+    target = Path(output_dir, REJECTED_FILE)
+    if not rejected:
+        target.unlink(missing_ok=True)
+        return
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for where, reason in rejected:
+            file.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, target)

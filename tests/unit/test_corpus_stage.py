@@ -1,0 +1,105 @@
+"""``data.source`` of ``steerlm preprocess``: all converters are reachable, options arrive, counts join."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_tools.convert import ROWS
+from data_tools.convert import SOURCES as CONVERTERS
+from steerlm_megatron.config import load
+from steerlm_megatron.config.schema import SOURCES, Config
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.stages.corpus import collect_records
+from steerlm_megatron.stages.preprocess import total_counts
+from steerlm_megatron.steer.records import read_records
+
+OASST = {"name": "oasst", "names": ["quality", "humor"], "max_level": 9, "quality": "quality"}
+
+
+def config(attributes: dict[str, Any] | None = None, **data: Any) -> Config:
+    return load.finalize(load.from_container({"data": data, "attributes": attributes or {"names": []}}))
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_names_are_those_of_the_converters() -> None:
+    assert (*CONVERTERS, "demo") == SOURCES
+    assert load.CHOICES["data.hf_rows"] == ROWS
+
+
+def test_records_are_read_as_they_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", {"messages": []})
+    assert collect_records(config(input=path), tmp_path / "out") == ({"train": [path]}, {})
+    given = config(input=path, valid_input=[path])
+    assert collect_records(given, tmp_path / "out") == ({"train": [path], "valid": [path]}, {})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mapping", ["prompt=q,response=a", {"prompt": "q", "response": "a"}])
+def test_a_mapping_and_filters_convert(tmp_path: Path, mapping: Any) -> None:
+    rows = [{"q": f"question {n}", "a": "yes" if n % 2 else "a longer answer"} for n in range(40)]
+    path = write(tmp_path / "r.jsonl", *rows, rows[1])
+    cfg = config(input=path, map=mapping, dedupe=True, min_chars=16, valid_fraction=0.3)
+    splits, report = collect_records(cfg, tmp_path / "out")
+    kept = {split: [c.messages[0].content for c in read_records(splits[split])] for split in ("train", "valid")}
+    assert len(kept["train"]) + len(kept["valid"]) == report["out"] > len(kept["valid"]) > 0
+    assert report["in"] == 41 == report["out"] + sum(report["skipped"]["conversations"].values())
+    summary = {"in": report["out"], "out": report["out"] - 2, "skipped": {"no_target": 2}}
+    counts = total_counts(report, summary)
+    assert counts["in"] == counts["out"] + sum(counts["skipped"].values()) and counts["skipped"]["no_target"] == 2
+
+
+def test_a_json_array_is_converted(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(
+        json.dumps([{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}], indent=1)
+    )
+    splits, report = collect_records(config(input=str(tmp_path / "r.json"), valid_fraction=0), tmp_path / "out")
+    assert report["out"] == 1 and splits["valid"] == [] and len(list(read_records(splits["train"]))) == 1
+
+
+def test_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    path = write(tmp_path / "r.jsonl", row)
+    cfg = config(source="hh_rlhf", input=path, valid_fraction=0)
+    first = collect_records(cfg, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("steerlm_megatron.stages.corpus.convert", None)
+        assert collect_records(cfg, tmp_path / "out") == first
+    write(tmp_path / "r.jsonl", row, row)
+    assert collect_records(cfg, tmp_path / "out")[1]["in"] == 4  # the input changed
+    cfg.data.paths = "leaf"
+    assert collect_records(cfg, tmp_path / "out")[1]["out"] == 4  # an option changed
+    Path(first[0]["train"][0]).unlink()
+    assert Path(collect_records(cfg, tmp_path / "out")[0]["train"][0]).exists()  # a file was lost
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"source": "hh_rlhf"}, r"data\.input is empty"),
+        ({"source": "hh_rlhf", "input": "x", "label_max": 4}, r"data\.label_max is set, but data\.source=hh_rlhf"),
+        ({"source": "demo", "dedupe": True}, r"data\.dedupe=True is set, but data\.source=demo"),
+        ({"input": "x", "map": ["prompt"]}, r"data\.map=\['prompt'\] must be text"),
+        ({"input": "x", "map": "promt=a,response=b"}, r"data\.map: unknown name 'promt'.*prompt"),
+        ({"source": "oasst", "input": "x"}, "choose attributes=oasst"),
+    ],
+)
+def test_options_that_do_not_fit(tmp_path: Path, data: dict[str, Any], message: str) -> None:
+    (tmp_path / "x").write_text('{"messages": []}\n')
+    data = {key: str(tmp_path / "x") if value == "x" else value for key, value in data.items()}
+    with pytest.raises(UserError, match=message):
+        collect_records(config(**data), tmp_path / "out")
+
+
+def test_choices_and_ranges() -> None:
+    with pytest.raises(UserError, match=r"(?s)data\.source=hh-rlhf is not one of: .*hh_rlhf.*data\.max_turns=0"):
+        config(source="hh-rlhf", max_turns=0)
+    with pytest.raises(UserError, match=r"data\.hf_rows=oasst"):
+        config(hf_rows="oasst")
