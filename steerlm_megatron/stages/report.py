@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -212,10 +213,10 @@ def terminal_table(results: Results, html_path: str | Path | None = None) -> Ren
 
 
 def _attribute_table(ap: Mapping[str, Any], steering: Mapping[str, Any]) -> Table:
-    table = Table(title="SteerLM", title_justify="left")
-    table.add_column("attribute")
-    for column in ("AP MSE", "constant", "AP Spearman", "requested", "measured", "steering Spearman"):
-        table.add_column(column, justify="right")
+    table = Table(title="SteerLM", title_justify="left", box=box.SIMPLE_HEAD)  # 80 columns hold it
+    table.add_column("\nattribute", no_wrap=True)
+    for column in ("AP\nMSE", "constant\nMSE", "AP\nSpearman", "level\nasked", "level\nmeasured", "steering\nSpearman"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name in dict.fromkeys([*ap, *steering]):
         row, curve = ap.get(name, {}), steering.get(name)
         ends = ["–", "–", "–"]
