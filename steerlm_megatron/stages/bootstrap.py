@@ -117,7 +117,11 @@ def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[
         write_records(output, (_scored(c, s[len(c.messages) - 1], schema) for c, s in zip(drawn, scores, strict=True)))
         Journal(here.folder / "journal", 0, "", is_main=False).remove()
         here.run.update(counts=counts, outputs={"output": str(output)})
-        get_logger(__name__).info("%d responses drawn, %d kept and scored → %s", len(prompts), len(kept), output)
+        get_logger(__name__).info(
+            "%d responses drawn, %d kept and scored → %s; left out: %d that reached sampling.max_tokens=%d, %d empty",
+            len(prompts), len(kept), output, counts["skipped_unfinished"], config.sampling.max_tokens,
+            counts["skipped_empty"],
+        )  # fmt: skip
     barrier()
     return counts
 

@@ -125,7 +125,7 @@ class Judge:
     def __init__(self, config: Config, ap: LoadedModel | None) -> None:
         self.kind = config.evaluate.judge
         self.name = (
-            "demo_judge (a program independent of the models)"
+            "demo_judge, a program independent of the models"
             if self.kind == "demo"
             else "the attribute-prediction model"
         )

@@ -179,7 +179,9 @@ def _check_quality(quality: Mapping[str, Any], detail: Mapping[str, Mapping[str,
 
 
 def verdict_word(check: Mapping[str, Any]) -> str:
-    """``yes``, ``no`` or ``not measured``."""
+    """``yes``, ``in part`` (what was measured held, some was not measured), ``no`` or ``not measured``."""
+    if check["held"] and None in check["cases"].values():
+        return "in part"
     return {True: "yes", False: "no", None: "not measured"}[check["held"]]
 
 
@@ -213,7 +215,7 @@ def terminal_table(results: Results, html_path: str | Path | None = None) -> Ren
 
 
 def _attribute_table(ap: Mapping[str, Any], steering: Mapping[str, Any]) -> Table:
-    table = Table(title="SteerLM", title_justify="left", box=box.SIMPLE_HEAD)  # 80 columns hold it
+    table = Table(title="SteerLM", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)  # 80 columns hold it
     table.add_column("\nattribute", no_wrap=True)
     for column in ("AP\nMSE", "constant\nMSE", "AP\nSpearman", "level\nasked", "level\nmeasured", "steering\nSpearman"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -234,7 +236,7 @@ def _attribute_table(ap: Mapping[str, Any], steering: Mapping[str, Any]) -> Tabl
 
 
 def _check_table(verdicts: Mapping[str, Mapping[str, Any]]) -> Table:
-    styles = {"yes": "green", "no": "bold red", "not measured": "yellow"}
+    styles = {"yes": "green", "in part": "yellow", "no": "bold red", "not measured": "yellow"}
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column()
