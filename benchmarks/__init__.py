@@ -1,0 +1,1 @@
+"""One script per hot job, each against its peer. ``python -m benchmarks.NAME --help``."""
