@@ -2,16 +2,18 @@
 
     python -m benchmarks.annotate [--shape 27m] [--dtype fp32] [--rounds 9] [--shards DIR] [--output FILE.md]
 
-Both start from token ids and the same weights and end with float values on the CPU. Ours packs whole documents into rows,
-as ``steerlm annotate`` does, and scores all responses of a conversation in one pass; the peer, a sequence classifier,
-gets one sequence per response, in batches sorted by length and padded, at each of several sizes, the best of which
-counts. Before anything is timed, the values are compared.
+Both start from token ids and the same weights and end with float values on the CPU. Ours packs whole documents into
+rows, as ``steerlm annotate`` does, and scores all responses of a conversation in one pass; the peer, a sequence
+classifier, gets one sequence per response, in batches sorted by length and padded, at each of several sizes, the best
+of which counts. Before anything is timed, the values are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +85,7 @@ def contestants(args: argparse.Namespace, docs: Sequence[Doc]) -> dict[str, Call
     alone = peers.unrolled(docs)
     runs: dict[str, Callable[[], np.ndarray]] = {OURS: lambda: _ours(ours, docs, args.batch_tokens)}
     for slots in args.slots:
-        runs[f"transformers, sorted, {slots:,} tokens a batch"] = lambda slots=slots: _theirs(peer, alone, slots)
+        runs[f"transformers, sorted, {slots:,} tokens a batch"] = partial(_theirs, peer, alone, slots)
     return runs
 
 
@@ -105,7 +107,7 @@ def _ours(model: PackedGPTModel, docs: Sequence[Doc], batch_tokens: int) -> np.n
 
 
 @torch.inference_mode()
-def _theirs(model: torch.nn.Module, docs: Sequence[Doc], slots: int) -> np.ndarray:
+def _theirs(model: Any, docs: Sequence[Doc], slots: int) -> np.ndarray:
     parts = []
     for batch in peers.sorted_padding(docs, slots, regression=True):
         ids, mask = batch["input_ids"].to(device()), batch["attention_mask"].to(device())
@@ -129,14 +131,14 @@ def report(args: argparse.Namespace, docs: Sequence[Doc], origin: str, seconds: 
         for name, times in seconds.items()
     ]  # fmt: skip
     header = ["", "responses/s (quartiles)", "useful tokens/s", "steerlm_megatron is × faster"]
-    times = ratio(seconds[OURS], seconds[best]).text(2)
+    faster = ratio(seconds[OURS], seconds[best]).text(2)
     return (
         f"### {args.shape}, {args.dtype}\n\n`python -m benchmarks.annotate --shape {args.shape} --dtype {args.dtype} "
         f"--rounds {args.rounds} --tokens {args.tokens} --batch-tokens {args.batch_tokens}"
         f"{' --shards …' if args.shards else ''}` at {commit()}; {machine()}; "
         f"{len(docs)} conversations with {responses} responses, {useful:,} tokens, {origin}.\n\n"
         f"{markdown(header, rows)}\n\n"
-        f"Against its best line here ({best.removeprefix('transformers, ')}): **{times}×**.\n"
+        f"Against its best line here ({best.removeprefix('transformers, ')}): **{faster}×**.\n"
     )
 
 

@@ -59,10 +59,10 @@ def per_document_sdpa(
     """Attention of one packed row [1, N, T, H], a causal SDPA call per document (bounds in ``steerlm_bounds``)."""
     out = []
     for start, end in kwargs["steerlm_bounds"]:
-        part = [x[:, :, start:end] for x in (query, key, value)]
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
         out.append(
             torch.nn.functional.scaled_dot_product_attention(
-                *part, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+                q, k, v, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
             )
         )
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
@@ -206,7 +206,7 @@ def train_step(
     return step
 
 
-def _squared_error(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+def _squared_error(model: Any, batch: Batch) -> torch.Tensor:
     hidden_BSD = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     pooled_BD = hidden_BSD[torch.arange(len(hidden_BSD), device=hidden_BSD.device), batch["ends"]]
     return (model.score(pooled_BD).float() - batch["values"]).square().sum()

@@ -2,13 +2,13 @@
 
     python -m benchmarks.train_packed [--shape 27m] [--dtype fp32] [--task sft|ap] [--rounds 9] [--shards DIR]
 
-Every contestant starts from the same weights and takes an optimizer step (AdamW, fused; clipping) on the same documents;
-a step's time is all of it. The peer runs in three configurations: length-sorted padding; pack-512 (documents cut into
-rows of 512 that attend across them, which is not the same mathematics, only fast); rows of whole documents with one SDPA
-call per document. Tokens are counted once per document, padding never. In attribute prediction, a document's several
-responses are trained in one pass; the peer, a sequence classifier, sees one sequence per response. In bf16, ours keeps
-fp32 main weights and moments; the peer has bf16 ones only, which is less work. Before anything is timed, the first
-step's losses of the exact configurations are compared.
+Every contestant starts from the same weights and takes an optimizer step (AdamW, fused; clipping) on the same
+documents; a step's time is all of it. The peer runs in three configurations: length-sorted padding; pack-512
+(documents cut into rows of 512 that attend across them, which is not the same mathematics, only fast); rows of whole
+documents with one SDPA call per document. Tokens are counted once per document, padding never. In attribute
+prediction, a document's several responses are trained in one pass; the peer, a sequence classifier, sees one sequence
+per response. In bf16, ours keeps fp32 main weights and moments; the peer has bf16 ones only, which is less work.
+Before anything is timed, the first step's losses of the exact configurations are compared.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def report(
         beside = "" if name == ours else ratio(seconds[ours], times).text(2)
         rows.append([name, rates(times, useful).text(), f"{share:.0%}", beside, f"{losses[name]:.4f}"])
     header = ["", "useful tokens/s (quartiles)", "of GEMM peak", "steerlm_megatron is × faster", "first loss"]
-    times = ratio(seconds[ours], seconds[best]).text(2)
+    faster = ratio(seconds[ours], seconds[best]).text(2)
     scored = f", {sum(len(doc.ends) for doc in docs)} scored responses" if args.task == "ap" else ""
     return (
         f"### {args.shape}, {args.dtype}, {args.task}\n\n`python -m benchmarks.train_packed --shape {args.shape} "
@@ -219,7 +219,7 @@ def report(
         f"--row-tokens {args.row_tokens}{' --shards …' if args.shards else ''}` at {commit()}; {machine()}; "
         f"{len(docs)} documents, {useful:,} tokens a step{scored}, {origin}; GEMM peak {peak / 1e9:,.0f} GFLOP/s.\n\n"
         f"{markdown(header, rows)}\n\n"
-        f"Against its best line here ({best.removeprefix('transformers, ')}): **{times}×**.\n"
+        f"Against its best line here ({best.removeprefix('transformers, ')}): **{faster}×**.\n"
     )
 
 
