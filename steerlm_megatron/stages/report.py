@@ -215,22 +215,25 @@ def terminal_table(results: Results, html_path: str | Path | None = None) -> Ren
 
 
 def _attribute_table(ap: Mapping[str, Any], steering: Mapping[str, Any]) -> Table:
-    table = Table(title="SteerLM", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)  # 80 columns hold it
+    table = Table(
+        title="SteerLM", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
+    )  # 80 columns hold it
     table.add_column("\nattribute", no_wrap=True)
-    for column in ("AP\nMSE", "constant\nMSE", "AP\nSpearman", "level\nasked", "level\nmeasured", "steering\nSpearman"):
+    ends = ("level\nasked", "level\nmeasured", "steering\nSpearman")
+    for column in ("AP\nMSE", "constant\nMSE", "AP\nSpearman", *ends):
         table.add_column(column, justify="right", no_wrap=True)
     for name in dict.fromkeys([*ap, *steering]):
         row, curve = ap.get(name, {}), steering.get(name)
-        ends = ["–", "–", "–"]
+        curve_cells = ["–", "–", "–"]
         if curve is not None and curve["requested"]:
             levels, measured = curve["requested"], curve["measured"]
-            ends = [
+            curve_cells = [
                 f"{number(levels[0], 0)} → {number(levels[-1], 0)}",
                 f"{number(measured[0], 2)} → {number(measured[-1], 2)}",
                 number(curve["spearman"], 2),
             ]
         table.add_row(
-            name, number(row.get("mse")), number(row.get("constant_mse")), number(row.get("spearman"), 2), *ends
+            name, number(row.get("mse")), number(row.get("constant_mse")), number(row.get("spearman"), 2), *curve_cells
         )
     return table
 
