@@ -99,6 +99,8 @@ def _patch_torch_cuda() -> None:
     """Way 1. Global, because Megatron-Core calls these everywhere; on a host without CUDA nothing else can use them."""
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_a, **_k: None
+    # Megatron-Core 0.19 asks for it before it reduces gradients; a CPU's only stream orders everything already.
+    torch.cuda.current_stream = lambda *_a, **_k: torch.cpu.current_stream()  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *_a, **_k: self  # type: ignore[method-assign]
 
 
