@@ -97,9 +97,10 @@ class TemplateConfig:
 
 @dataclass
 class TokenizerConfig:
-    """A SentencePiece model; ``train=true`` trains one from the input first."""
+    """A SentencePiece model, a Hugging Face tokenizer, or bytes; ``train=true`` trains SentencePiece on the input."""
 
-    path: str | None = None
+    path: str | None = None  # a .model file, a tokenizer.json or its folder, a folder with a saved one, or bytes
+    extend: bool = True  # control strings that it lacks get ids after its vocabulary; false: that is an error
     train: bool = False
     vocab_size: int = 1024
 

@@ -3,7 +3,7 @@
 ::
 
     manifest.json             schema, template, tokenizer, counts, label sums, sources, shards; files' checksums
-    tokenizer.model, .json    the tokenizer that made the tokens (``Tokenizer.load(folder)``)
+    tokenizer.*, steerlm_tokenizer.json    the tokenizer that made the tokens (``Tokenizer.load(folder)``)
     shard-00000.bin, .idx     for Megatron-Core's ``IndexedDataset``: one sequence, one document per conversation
     shard-00000.docs.npy      ``DOC`` [documents + 1]: where each document's turns, spans and id begin; its header
     shard-00000.turns.npy     ``views.TURN`` [turns]
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from steerlm_megatron.data.tokenizer import META_FILE, MODEL_FILE, Tokenizer
+from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.data.views import ASSISTANT, TURN, Document
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -143,11 +143,16 @@ class ShardWriter:
             "schema": self._schema.to_dict() if self._schema else None,
             "template": self._template.to_dict(),
             "label_marker_id": self._tokenizer.control_id(self._template.label_marker),
-            "tokenizer": {"hash": self._tokenizer.hash, "vocab_size": self._tokenizer.vocab_size},
+            "tokenizer": {
+                "hash": self._tokenizer.hash,
+                "vocab_size": self._tokenizer.vocab_size,
+                "base_size": self._tokenizer.base_size,
+                "added": self._tokenizer.added,
+            },
             "counts": {**counts, **self.counts},
             "labels": {"sum": self._label_sum.tolist(), "count": self._label_count.tolist()},
             "sources": sources,
-            "files": {name: _describe(self._work / name) for name in (MODEL_FILE, META_FILE)},
+            "files": {name: _describe(self._work / name) for name in self._tokenizer.files},
             "shards": self._shards,
         }
         with open(self._work / MANIFEST, "w", encoding="utf-8") as file:

@@ -1,81 +1,70 @@
-"""The SentencePiece tokenizer, wrapped so that text in equals text out and control tokens come from templates only.
+"""A tokenizer wrapped so that text in equals text out and control tokens come from templates only.
 
-Owns: text ↔ ids, the ids of control strings, training a model, and the two files that describe a tokenizer
-(``tokenizer.model``: the untouched SentencePiece model; ``tokenizer.json``: what we add to it). Does not own: which
-strings are control strings (``steer.templates``). Invariants: ``encode`` never yields a control id, whatever the text
-looks like; every piece of text is encoded on its own with no dummy prefix and no white-space clean-up, so that
+Owns: the ids of control strings, what is added to a model's vocabulary, and the files that describe a tokenizer (the
+untouched model, and ``steerlm_tokenizer.json``: what we add to it). Does not own: the models (``text_models.py``),
+which strings are control strings (``steer.templates``). Invariants: ``encode`` never yields a control id, whatever the
+text looks like; every piece of text is encoded on its own with no dummy prefix and no white-space clean-up, so that
 ``decode(encode(x)) == x`` wherever the model can represent the characters.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import sentencepiece
-
+from steerlm_megatron.data.text_models import SentencePieceModel, TextModel, make_model, open_model, train_sentencepiece
 from steerlm_megatron.errors import UserError
 
 if TYPE_CHECKING:
     from steerlm_megatron.config.schema import TokenizerConfig
     from steerlm_megatron.steer.templates import Segment
 
-MODEL_FILE = "tokenizer.model"
-META_FILE = "tokenizer.json"
-FORMAT = 1
-MAX_TRAINING_CHARS = 100_000_000  # text beyond this is not read when training: SentencePiece holds its corpus in memory
+META_FILE = "steerlm_tokenizer.json"
+FORMAT = 2
 
-_SPACE = "\u2581"  # SentencePiece's own sign for a blank; in text it would decode to a blank
+_SPACE = "\u2581"  # SentencePiece's sign for a blank, other libraries' too; in text it would decode to a blank
 _REPLACEMENT = "\ufffd"
-_TYPE_USER_DEFINED = 4  # ModelProto.SentencePiece.Type
-# A serialised `normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}`. Protocol Buffers merge a
-# repeated sub-message into the earlier one, so appending these bytes to a model overrides just the two fields.
-_NO_CLEANUP = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
 
 
 class Tokenizer:
-    """A SentencePiece model plus added ids. Immutable once made.
+    """A text model plus added ids. Immutable once made.
 
     Added ids follow the model's own vocabulary: first ``"\\n"`` if the model cannot represent it (ordinary text,
-    never a control), then the control strings for which the model has no CONTROL or USER_DEFINED piece of that very
-    string.
+    never a control), then the control strings for which the model has no piece that stands for that very string
+    (SentencePiece: CONTROL or USER_DEFINED; Hugging Face: an added token).
     """
 
     def __init__(
         self,
-        model: bytes,
+        model: TextModel | bytes,
         control_strings: Sequence[str] = (),
         added: Mapping[str, int] | None = None,
         source: str = "",
     ) -> None:
-        """``model``: a serialised SentencePiece model. ``added``: ids fixed earlier (``tokenizer.json``), kept."""
+        """``model``: a text model, or a serialised SentencePiece one. ``added``: ids fixed earlier, which are kept."""
         if any(not text for text in control_strings):
             raise UserError("a control string of the template is empty; it must be at least one character")
-        self._model = model
-        self._sp = sentencepiece.SentencePieceProcessor()
-        try:
-            self._sp.LoadFromSerializedProto(model + _NO_CLEANUP)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{source or 'tokenizer'} is not a SentencePiece model: {error}") from None
-        self._base_size = len(self._sp)
-        self._bytes = self._byte_ids()
+        self._model: TextModel = SentencePieceModel(model, source) if isinstance(model, bytes) else model
+        self._base_size = self._model.size
+        self._bytes = self._model.byte_ids
         self._added: dict[str, int] = dict(added or {})
-        if "\n" not in self._added and self._sp.decode(self._sp.encode("a\nb")) != "a\nb":
+        if "\n" not in self._added and not self._survives("a\nb"):
             self._add("\n")
         self._controls: dict[str, int] = {}
+        self._matchable: dict[str, int] = {}  # controls that the model itself would find inside text
         for text in dict.fromkeys(control_strings):
-            self._controls[text] = self._control_piece(text)
-        # Controls that the model itself would find inside text. CONTROL pieces and added ids never come out of
-        # sp.encode.
-        self._matchable = {
-            text: i for text, i in self._controls.items() if i < self._base_size and not self._sp.is_control(i)
-        }
+            own = None if text in self._added else self._model.atomic(text)
+            if own is None:
+                self._controls[text] = self._added.get(text) or self._add(text)
+                continue
+            self._controls[text], in_text = own
+            if in_text:
+                self._matchable[text] = own[0]
         self._matchable_ids = frozenset(self._matchable.values())
         self._surface = {i: text for text, i in (*self._added.items(), *self._controls.items())}
         self._literals = self._make_literals()
@@ -91,7 +80,10 @@ class Tokenizer:
     def from_config(
         cls, cfg: TokenizerConfig, control_strings: Sequence[str], training_texts: Iterable[str] | None = None
     ) -> Tokenizer:
-        """The tokenizer that ``cfg`` names: a ``.model`` file, a folder with one, or (``train``) one trained here."""
+        """The tokenizer that ``cfg`` names (see ``from_path``), or (``train``) a SentencePiece one trained here.
+
+        ``UserError`` if it lacks control strings and ``cfg.extend`` is false.
+        """
         if cfg.train:
             if cfg.path:
                 raise UserError(
@@ -102,25 +94,27 @@ class Tokenizer:
             return cls.train(training_texts, cfg.vocab_size, control_strings)
         if not cfg.path:
             raise UserError("tokenizer.path=null: name a SentencePiece model, or set tokenizer.train=true")
-        return cls.from_path(cfg.path, control_strings)
+        tokenizer = cls.from_path(cfg.path, control_strings)
+        lacking = [text for text in control_strings if text in tokenizer.added]
+        if lacking and not cfg.extend:
+            raise UserError(
+                f"tokenizer.path={cfg.path} has no token for {' '.join(map(repr, lacking))}, which template and labels "
+                "need; set tokenizer.extend=true to add them after its vocabulary, or choose another template"
+            )
+        return tokenizer
 
     @classmethod
     def from_path(cls, path: str | Path, control_strings: Sequence[str] = ()) -> Tokenizer:
-        """Open a SentencePiece model file, or a folder written by ``save`` (control strings it lacks are added)."""
-        path = Path(path)
-        if path.is_dir():
-            saved = cls.load(path)
-            missing = [text for text in control_strings if text not in saved._controls]
-            if not missing:
-                return saved
-            return cls(saved._model, (*saved._controls, *missing), saved._added, source=str(path))
-        try:
-            model = path.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"tokenizer.path={path} cannot be read: {error.strerror}; name a SentencePiece model"
-            ) from None
-        return cls(model, control_strings, source=str(path))
+        """A SentencePiece file, a Hugging Face ``tokenizer.json`` or its folder, a folder written by ``save`` (control
+        strings that it lacks are added), or ``bytes``.
+        """
+        if not (Path(path) / META_FILE).is_file():
+            return cls(open_model(path), control_strings, source=str(path))
+        saved = cls.load(path)
+        missing = [text for text in control_strings if text not in saved._controls]
+        if not missing:
+            return saved
+        return cls(saved._model, (*saved._controls, *missing), saved._added, source=str(path))
 
     @classmethod
     def train(
@@ -130,45 +124,8 @@ class Tokenizer:
         control_strings: Sequence[str] = (),
         out_path: str | Path | None = None,
     ) -> Tokenizer:
-        """Train a BPE model with byte fallback; deterministic in (texts, vocab_size, control_strings).
-
-        ``vocab_size`` is a ceiling: a small corpus yields a smaller model. Control strings become CONTROL pieces, which
-        SentencePiece never matches in text. At most ``MAX_TRAINING_CHARS`` characters are read.
-        Errors: ``UserError`` for a corpus without text, or a ``vocab_size`` too small for bytes and characters.
-        """
-        model_writer = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_training_lines(texts),
-                model_writer=model_writer,
-                model_type="bpe",
-                vocab_size=vocab_size,
-                hard_vocab_limit=False,
-                byte_fallback=True,
-                control_symbols=list(dict.fromkeys(t for t in control_strings if t not in ("<s>", "</s>", "<unk>"))),
-                user_defined_symbols=["\n"],
-                normalization_rule_name="identity",
-                add_dummy_prefix=False,
-                remove_extra_whitespaces=False,
-                split_digits=True,
-                max_sentence_length=1 << 24,
-                num_threads=2,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            message = str(error)
-            if "sentences_.empty" in message:
-                raise UserError(
-                    "tokenizer.train=true found no text in data.input; give a corpus with messages"
-                ) from None
-            needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
-            if needed:
-                raise UserError(
-                    f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes, the control strings and the corpus's "
-                    f"characters need {needed[1]}; set tokenizer.vocab_size to more than that"
-                ) from None
-            raise UserError(f"the tokenizer cannot be trained (tokenizer.vocab_size={vocab_size}): {message}") from None
-        model = model_writer.getvalue()
+        """Train a SentencePiece model (``text_models.train_sentencepiece``), written to ``out_path`` if given."""
+        model = train_sentencepiece(texts, vocab_size, control_strings)
         if out_path is not None:
             _write_atomically(Path(out_path), model)
         return cls(model, control_strings)
@@ -177,25 +134,31 @@ class Tokenizer:
     def load(cls, folder: str | Path) -> Tokenizer:
         """Read what ``save`` wrote. ``UserError`` if a file is missing or the model is not the one that was saved."""
         folder = Path(folder)
+        data = b""
         try:
             meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-            model = (folder / MODEL_FILE).read_bytes()
+            if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+                raise UserError(f"{folder / META_FILE}: format {FORMAT} expected; write it again with this version")
+            if meta["file"] is not None:
+                data = (folder / meta["file"]).read_bytes()
         except OSError as error:
             raise UserError(f"{folder} holds no tokenizer: {error.strerror}: {error.filename}") from None
         except ValueError as error:
             raise UserError(f"{folder / META_FILE} is not valid JSON: {error}") from None
-        if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-            raise UserError(f"{folder / META_FILE}: format {FORMAT} expected; write it again with this version")
-        if hashlib.sha256(model).hexdigest() != meta["model_sha256"]:
-            raise UserError(f"{folder / MODEL_FILE} is not the model that {META_FILE} describes (sha256 differs)")
+        if hashlib.sha256(data).hexdigest() != meta["model_sha256"]:
+            raise UserError(f"{folder / meta['file']} is not the model that {META_FILE} describes (sha256 differs)")
+        model = make_model(meta["kind"], data, str(folder))
         return cls(model, tuple(meta["controls"]), meta["added"], source=str(folder))
 
     def save(self, folder: str | Path) -> None:
-        """Write ``tokenizer.model`` and ``tokenizer.json`` into ``folder``, each whole or not at all."""
+        """Write the model's file and ``steerlm_tokenizer.json`` into ``folder``, each whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(folder / MODEL_FILE, self._model)
-        meta = {"format": FORMAT, "model_sha256": hashlib.sha256(self._model).hexdigest(), **self._describe()}
+        model = self._model
+        if model.file_name is not None:
+            _write_atomically(folder / model.file_name, model.data)
+        sha256 = hashlib.sha256(model.data).hexdigest()
+        meta = {"format": FORMAT, "file": model.file_name, "model_sha256": sha256, **self._describe()}
         _write_atomically(folder / META_FILE, (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode())
 
     # -- facts --------------------------------------------------------------------------------------------------------
@@ -206,8 +169,24 @@ class Tokenizer:
         return self._base_size + len(self._added)
 
     @property
+    def base_size(self) -> int:
+        """Number of the model's own ids."""
+        return self._base_size
+
+    @property
+    def added(self) -> dict[str, int]:
+        """What was added after the model's vocabulary: string → id."""
+        return dict(self._added)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that ``save`` writes."""
+        return [name for name in (self._model.file_name, META_FILE) if name is not None]
+
+    @property
     def unk_id(self) -> int:
-        return int(self._sp.unk_id())
+        """The id of what the model cannot represent; -1 if it has none."""
+        return self._model.unk_id
 
     @property
     def controls(self) -> dict[str, int]:
@@ -217,7 +196,7 @@ class Tokenizer:
     @property
     def hash(self) -> str:
         """SHA-256 over the model and all that is added to it: equal hashes encode everything alike."""
-        digest = hashlib.sha256(self._model)
+        digest = hashlib.sha256(self._model.data)
         digest.update(json.dumps(self._describe(), sort_keys=True).encode())
         return digest.hexdigest()
 
@@ -226,7 +205,8 @@ class Tokenizer:
         return self._controls[text]
 
     def _describe(self) -> dict[str, Any]:
-        return {"controls": self._controls, "added": self._added, "base_size": self._base_size}
+        model = self._model
+        return {"kind": model.kind, "controls": self._controls, "added": self._added, "base_size": self._base_size}
 
     # -- text to ids --------------------------------------------------------------------------------------------------
 
@@ -297,19 +277,19 @@ class Tokenizer:
                 run.append(i)
                 continue
             if run:
-                out.append(self._sp.decode(run))
+                out.append(self._model.decode(run))
                 run = []
             out.append(surface)
         if run:
-            out.append(self._sp.decode(run))
+            out.append(self._model.decode(run))
         return "".join(out)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _encode_plain(self, texts: list[str], num_threads: int) -> list[list[int]]:
         try:
-            return self._sp.encode(texts, num_threads=num_threads) if texts else []
-        except (TypeError, UnicodeEncodeError):  # what sentencepiece makes of a text that has no UTF-8
+            return self._model.encode(texts, num_threads)
+        except (TypeError, UnicodeEncodeError):  # what the libraries make of a text that has no UTF-8
             for text in texts:
                 try:
                     text.encode()
@@ -326,53 +306,37 @@ class Tokenizer:
         return ids
 
     def _encode_character(self, char: str) -> list[int]:
-        ids = list(self._sp.encode(char))
+        ids = self._model.encode([char], 1)[0]
         if self._matchable_ids.isdisjoint(ids):
             return ids
         return self._encode_bytes(char)  # the control string is this single character
 
     def _encode_bytes(self, text: str) -> list[int]:
-        return [self._bytes[b] for b in text.encode()] if self._bytes else [self.unk_id]
+        if self._bytes:
+            return [self._bytes[b] for b in text.encode()]
+        if self.unk_id < 0:
+            raise UserError(
+                f"the tokenizer cannot write the text {text!r} other than with the control token of that name"
+            )
+        return [self.unk_id]
 
-    def _byte_ids(self) -> list[int]:
-        ids = [self._sp.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
-        return ids if all(self._sp.is_byte(i) for i in ids) else []
+    def _survives(self, text: str) -> bool:
+        return self._model.decode(self._model.encode([text], 1)[0]) == text
 
     def _add(self, text: str) -> int:
         self._added[text] = self.vocab_size
         return self._added[text]
 
-    def _control_piece(self, text: str) -> int:
-        if text in self._added:
-            return self._added[text]
-        i = int(self._sp.piece_to_id(text))
-        if i != self.unk_id and self._sp.id_to_piece(i) == text:
-            if self._sp.is_control(i) or _piece_type(self._model, i) == _TYPE_USER_DEFINED:
-                return i
-        return self._add(text)
-
     def _make_literals(self) -> dict[str, list[int]]:
-        """Substrings that must not reach ``sp.encode`` as they are, and the ids they get instead."""
+        """Substrings that must not reach the model as they are, and the ids they get instead."""
         literals: dict[str, list[int]] = {}
-        if self._bytes:
+        if self._bytes and not self._survives(_SPACE):
             literals[_SPACE] = self._encode_bytes(_SPACE)
         if "\n" in self._added:
             literals["\n"] = [self._added["\n"]]
         for text in self._matchable:
             literals[text] = [i for char in text for i in (literals.get(char) or self._encode_character(char))]
         return literals
-
-
-def _training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines of the corpus (a newline is a symbol of its own anyway), up to ``MAX_TRAINING_CHARS``."""
-    chars = 0
-    for text in texts:
-        for line in text.split("\n"):
-            if line.strip():
-                yield line
-                chars += len(line)
-        if chars >= MAX_TRAINING_CHARS:
-            return
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
@@ -382,45 +346,3 @@ def _write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def _piece_type(model: bytes, index: int) -> int:
-    """Type of piece ``index`` in a serialised ModelProto (field 1 repeated: {1: piece, 2: score, 3: type = NORMAL}).
-
-    The Python API tells every type apart but NORMAL and USER_DEFINED; reading the file needs no protobuf package.
-    """
-    seen = 0
-    for field, value in _fields(model):
-        if field == 1 and isinstance(value, bytes):
-            if seen == index:
-                return next((v for f, v in _fields(value) if f == 3 and isinstance(v, int)), 1)
-            seen += 1
-    return 1
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a Protocol Buffers message; fixed-width values come as bytes."""
-
-    def varint(at: int) -> tuple[int, int]:
-        value = shift = 0
-        while True:
-            byte = data[at]
-            value |= (byte & 0x7F) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 0x80:
-                return value, at
-
-    at = 0
-    while at < len(data):
-        key, at = varint(at)
-        wire = key & 7
-        if wire == 0:
-            value, at = varint(at)
-            yield key >> 3, value
-            continue
-        if wire == 2:
-            size, at = varint(at)
-        else:
-            size = {1: 8, 5: 4}[wire]
-        yield key >> 3, data[at : at + size]
-        at += size

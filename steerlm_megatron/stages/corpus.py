@@ -118,7 +118,8 @@ def _convert_once(config: Config, options: Options, output_dir: Path) -> dict[st
             get_logger(__name__).info("%s was converted before; its records are in %s", data.source, output_dir)
             return known
     journal.unlink(missing_ok=True)
-    with Progress(None, f"convert {data.source}", unit="conversation") as bar:
+    title = f"convert {data.source}" + (" (in two passes)" if data.source == "oasst" else "")
+    with Progress(None, title, unit="conversation") as bar:
         report = convert(data.source, data.input, str(output_dir), schema, options, progress=bar.set)
     skipped = sum(report["skipped"]["conversations"].values())
     get_logger(__name__).info(
@@ -184,7 +185,13 @@ def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
     template = Template.from_config(config.template)
     strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
     texts = training_texts(files, schema_of(config), template, config.data) if config.tokenizer.train else None
-    return Tokenizer.from_config(config.tokenizer, strings, texts)
+    tokenizer = Tokenizer.from_config(config.tokenizer, strings, texts)
+    if tokenizer.added:
+        get_logger(__name__).info(
+            "the tokenizer's %d ids are followed by %d added ones: %s",
+            tokenizer.base_size, len(tokenizer.added), " ".join(map(repr, tokenizer.added)),
+        )  # fmt: skip
+    return tokenizer
 
 
 def check_tokenizer(config: Config) -> None:

@@ -336,7 +336,7 @@ def write(folder: Path) -> None:
 
 def save_tokenizer(folder: Path) -> None:
     folder.mkdir()
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "steerlm_tokenizer.json").write_text("{}")
 
 
 def save(store: CheckpointStore, step: int, metric: float | None = None, best: bool = False) -> Path:
@@ -348,7 +348,7 @@ def save(store: CheckpointStore, step: int, metric: float | None = None, best: b
     [
         (lambda folder: os.truncate(folder / "__0_0.distcp", 60), ["__0_0.distcp", "60 bytes", "100"]),
         (lambda folder: (folder / "common.pt").unlink(), ["common.pt", "missing"]),
-        (lambda folder: (folder / "tokenizer" / "tokenizer.json").unlink(), ["tokenizer.json", "missing"]),
+        (lambda folder: (folder / "tokenizer" / "steerlm_tokenizer.json").unlink(), ["tokenizer.json", "missing"]),
         (lambda folder: os.truncate(folder / "meta.json", 20), ["meta.json", "not JSON"]),
     ],
     ids=["truncated", "missing", "tokenizer", "meta"],

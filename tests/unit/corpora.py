@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import os
 import random
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 
+from steerlm_megatron.data.text_models import ByteModel, HuggingFaceModel
 from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message
@@ -22,7 +25,7 @@ LLAMA2 = Template.from_config({"name": "llama2", "system": "You are kind."})
 LLAMA2_BARE = Template.from_config({"name": "llama2"})
 TEMPLATES = {"steerlm": STEERLM, "llama2": LLAMA2, "llama2_bare": LLAMA2_BARE}
 CONTROLS = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
-TOKENIZERS = ("trained", "nfkc", "user_defined", "mistral", "fairseq2")
+TOKENIZERS = ("trained", "nfkc", "user_defined", "mistral", "fairseq2", "hf_metaspace", "hf_byte_level", "bytes")
 
 _WORDS = (
     "river stone bread lamp quiet garden system user assistant quality toxicity humor extra id you are kind "
@@ -78,6 +81,46 @@ def raw_model(name: str) -> bytes:
 
 
 @functools.cache
+def hugging_face(name: str) -> bytes:
+    """A ``tokenizer.json``. ``hf_metaspace``: as Llama's (a blank in front, byte fallback, ``<s>`` put first, special
+    tokens). ``hf_byte_level``: as GPT-2's, with ``<extra_id_1>`` a special and ``[INST]`` an ordinary added token.
+    """
+    if name == "hf_metaspace":
+        tok = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        tok.normalizer = tokenizers.normalizers.Sequence(
+            [tokenizers.normalizers.Prepend("\u2581"), tokenizers.normalizers.Replace(" ", "\u2581")]
+        )
+        tok.decoder = tokenizers.decoders.Sequence(
+            [
+                tokenizers.decoders.Replace("\u2581", " "),
+                tokenizers.decoders.ByteFallback(),
+                tokenizers.decoders.Fuse(),
+                tokenizers.decoders.Strip(" ", 1, 0),
+            ]
+        )
+        special = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    else:
+        tok = tokenizers.Tokenizer(tokenizers.models.BPE())
+        tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        tok.decoder = tokenizers.decoders.ByteLevel()
+        special = ["<|endoftext|>", "<extra_id_1>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet() if name == "hf_byte_level" else []
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tok.train_from_iterator(training_text(), trainer)
+    if name == "hf_metaspace":
+        tok.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+        raw = json.loads(tok.to_str())  # byte pieces are ordinary entries of the vocabulary, as in Llama's file
+        raw["added_tokens"] = [token for token in raw["added_tokens"] if not token["content"].startswith("<0x")]
+        return json.dumps(raw).encode()
+    tok.add_tokens(["[INST]", "[/INST]"])
+    tok.enable_truncation(8)
+    tok.enable_padding()
+    return tok.to_str().encode()
+
+
+@functools.cache
 def tokenizer(name: str, control_strings: tuple[str, ...] = CONTROLS) -> Tokenizer:
     if name == "mistral":
         return Tokenizer.from_path(shared_data("mistral_v1.spm.model"), control_strings)
@@ -85,6 +128,10 @@ def tokenizer(name: str, control_strings: tuple[str, ...] = CONTROLS) -> Tokeniz
         return Tokenizer.from_path(shared_data("fairseq2_test.spm"), control_strings)
     if name == "trained":
         return Tokenizer.train(training_text(), 450, control_strings)
+    if name == "bytes":
+        return Tokenizer(ByteModel(), control_strings)
+    if name.startswith("hf_"):
+        return Tokenizer(HuggingFaceModel(hugging_face(name)), control_strings)
     return Tokenizer(raw_model(name), control_strings)
 
 

@@ -36,7 +36,7 @@ RESULTS: dict[str, Any] = {
     "config": "key: <script>alert('config')</script>",
     "examples": [
         {
-            "prompt": "Say <b>hello</b> & \"bye\"",
+            "prompt": 'Say <b>hello</b> & "bye"',
             "responses": [
                 {"attributes": {"quality": 4}, "text": "<script>alert(1)</script>\nhttp", "measured": {"quality": 3.5}}
             ],

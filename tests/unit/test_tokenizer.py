@@ -6,11 +6,13 @@ import dataclasses
 
 import corpora
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerlm_megatron.config.schema import TokenizerConfig
-from steerlm_megatron.data.tokenizer import META_FILE, MODEL_FILE, Tokenizer
+from steerlm_megatron.data.text_models import open_model
+from steerlm_megatron.data.tokenizer import META_FILE, Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message
 
@@ -35,11 +37,14 @@ def test_text_survives_and_never_becomes_control(name: str, text: str) -> None:
     ids = tok.encode(text)
     assert set(ids).isdisjoint(tok.controls.values())
     assert all(0 <= i < tok.vocab_size for i in ids)
-    if name in ("trained", "mistral", "user_defined") or tok.unk_id not in ids:
+    if (
+        name in ("trained", "mistral", "user_defined", "hf_metaspace", "hf_byte_level", "bytes")
+        or tok.unk_id not in ids
+    ):
         assert tok.decode(ids) == text
 
 
-@pytest.mark.parametrize("name", ["trained", "mistral"])
+@pytest.mark.parametrize("name", ["trained", "mistral", "hf_metaspace", "hf_byte_level", "bytes"])
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_any_text_survives_byte_fallback(name: str, text: str) -> None:
@@ -83,7 +88,7 @@ def test_own_pieces_are_used_and_others_added_after_the_vocabulary() -> None:
 
 def test_an_ordinary_piece_of_the_same_string_is_not_a_control() -> None:
     tok = Tokenizer(corpora.raw_model("nfkc"), ("quality",))
-    assert tok._sp.piece_to_id("\u2581quality") != tok.unk_id
+    assert tok._model.processor.piece_to_id("\u2581quality") != tok.unk_id
     control = Tokenizer(corpora.raw_model("nfkc"), ("\u2581quality",))
     assert control.control_id("\u2581quality") >= control._base_size
 
@@ -129,7 +134,7 @@ def test_segment_lengths_add_up() -> None:
     assert tok.decode(ids) == "".join(segment.text for segment in segments)
 
 
-@pytest.mark.parametrize("name", ["trained", "nfkc", "user_defined"])
+@pytest.mark.parametrize("name", ["trained", "nfkc", "user_defined", "hf_metaspace", "hf_byte_level", "bytes"])
 def test_save_and_load(name: str, tmp_path) -> None:
     tok = corpora.tokenizer(name)
     tok.save(tmp_path)
@@ -140,9 +145,10 @@ def test_save_and_load(name: str, tmp_path) -> None:
     assert more.control_id("<more>") == tok.vocab_size
     assert {text: more.control_id(text) for text in corpora.CONTROLS} == tok.controls
     assert more.hash != tok.hash
-    (tmp_path / MODEL_FILE).write_bytes(corpora.raw_model("nfkc") + b"\n\x00")
-    with pytest.raises(UserError, match=MODEL_FILE):
-        Tokenizer.load(tmp_path)
+    for model_file in set(tok.files) - {META_FILE}:
+        (tmp_path / model_file).write_bytes(corpora.raw_model("nfkc") + b"\n\x00")
+        with pytest.raises(UserError, match=model_file):
+            Tokenizer.load(tmp_path)
     (tmp_path / META_FILE).unlink()
     with pytest.raises(UserError, match="holds no tokenizer"):
         Tokenizer.load(tmp_path)
@@ -181,9 +187,51 @@ def test_config(tmp_path) -> None:
     assert Tokenizer.from_config(cfg, corpora.CONTROLS, corpora.training_text()).control_id("<extra_id_1>") > 0
 
 
-def test_a_lone_surrogate_is_a_user_error() -> None:
+@pytest.mark.parametrize("name", ["trained", "hf_metaspace", "hf_byte_level", "bytes"])
+def test_a_lone_surrogate_is_a_user_error(name: str) -> None:
     with pytest.raises(UserError, match="not valid Unicode"):
-        corpora.tokenizer("trained").encode("a\ud800b")
+        corpora.tokenizer(name).encode("a\ud800b")
+
+
+def test_a_hugging_face_folder_keeps_its_ids_and_finds_no_special_token_in_text(tmp_path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(corpora.hugging_face("hf_byte_level"))
+    tok = Tokenizer.from_path(tmp_path, (*corpora.CONTROLS, "[INST]"))
+    plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tok.control_id("<extra_id_1>") == plain.token_to_id("<extra_id_1>") < tok.base_size
+    assert tok.control_id("[INST]") == plain.token_to_id("[INST]") < tok.base_size
+    assert tok.added == {"<extra_id_0>": tok.base_size, "<extra_id_2>": tok.base_size + 1}
+    for text in ("<|endoftext|>", "<extra_id_1>", "a[INST]b", "<extra_id_0>"):
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text
+        assert not {plain.token_to_id(t) for t in ("<|endoftext|>", "<extra_id_1>", "[INST]")} & set(ids)
+        assert max(ids) < tok.base_size
+    long = "river stone bread " * 20
+    assert tok.decode(tok.encode(long)) == long  # the file's truncation and padding are off
+    assert tok.decode(tok.encode("x")) == "x"  # no blank in front
+
+
+def test_extend_false_names_what_is_missing(tmp_path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(corpora.hugging_face("hf_byte_level"))
+    config = TokenizerConfig(path=str(tmp_path), extend=False)
+    with pytest.raises(UserError, match=r"no token for '<extra_id_0>' '<extra_id_2>'.*tokenizer\.extend=true"):
+        Tokenizer.from_config(config, corpora.CONTROLS)
+    assert Tokenizer.from_config(config, ("<extra_id_1>",)).added == {}
+
+
+def test_paths_of_tokenizers(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_model("bytes").kind == "bytes"
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(UserError, match="neither tokenizer.json nor tokenizer.model"):
+        open_model(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(corpora.raw_model("nfkc"))
+    assert open_model(tmp_path / "hf").kind == "sentencepiece"
+    (tmp_path / "hf" / "tokenizer.json").write_bytes(corpora.hugging_face("hf_metaspace"))
+    assert open_model(tmp_path / "hf").kind == "huggingface"
+    for bad in (b"{", b"[]", b'{"model": {"type": "nothing"}}'):
+        (tmp_path / "bad.json").write_bytes(bad)
+        with pytest.raises(UserError, match=r"bad\.json is not a Hugging Face tokenizer"):
+            open_model(tmp_path / "bad.json")
 
 
 def test_decode_shows_controls_and_survives_ids_we_lack() -> None:

@@ -1,0 +1,316 @@
+"""What turns plain text into ids: SentencePiece, Hugging Face ``tokenizers``, or bytes.
+
+Owns: each library's way of encoding a text as it is (no dummy prefix, no clean-up, no special token out of text) and of
+telling which of its ids are atomic. Does not own: control strings, added ids, files beside the model
+(``tokenizer.py``). Invariant: ``encode`` yields no id for which ``atomic`` says "never in text".
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import sentencepiece
+
+from steerlm_megatron.errors import UserError
+
+MAX_TRAINING_CHARS = 100_000_000  # text beyond this is not read when training: SentencePiece holds its corpus in memory
+BYTES = "bytes"  # tokenizer.path=bytes: one id per byte of UTF-8
+
+_TYPE_USER_DEFINED = 4  # ModelProto.SentencePiece.Type
+# A serialised `normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}`. Protocol Buffers merge a
+# repeated sub-message into the earlier one, so appending these bytes to a model overrides just the two fields.
+_NO_CLEANUP = bytes([0x1A, 4, 0x18, 0, 0x20, 0])
+
+
+class TextModel(Protocol):
+    """A vocabulary of ids in ``[0, size)`` and the two ways through it."""
+
+    kind: str  # sentencepiece | huggingface | bytes
+    file_name: str | None  # what the model's file is called where it is kept; None: it has none
+    data: bytes  # the file's content, untouched
+    size: int
+    unk_id: int  # -1: the model has none
+    byte_ids: list[int]  # the ids of the 256 bytes, or nothing if the model has none
+
+    def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        """Ids of each text. ``TypeError`` or ``UnicodeEncodeError`` for a text that has no UTF-8."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; pieces that are not text (``<s>``) give nothing."""
+
+    def atomic(self, text: str) -> tuple[int, bool] | None:
+        """(id, whether ``encode`` may yield it) of the piece that stands for exactly ``text`` as a whole: a control or
+        user-defined one. None where there is no such piece (an ordinary piece of that spelling does not count).
+        """
+
+
+class SentencePieceModel:
+    """A serialised SentencePiece model. ``source`` names it in errors."""
+
+    kind: str = "sentencepiece"
+    file_name: str | None = "tokenizer.model"
+
+    def __init__(self, data: bytes, source: str = "") -> None:
+        self.data = data
+        self.processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self.processor.LoadFromSerializedProto(data + _NO_CLEANUP)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{source or 'tokenizer'} is not a SentencePiece model: {error}") from None
+        self.size = len(self.processor)
+        self.unk_id = int(self.processor.unk_id())
+        ids = [self.processor.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
+        self.byte_ids = ids if all(self.processor.is_byte(i) for i in ids) else []
+
+    def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        return self.processor.encode(texts, num_threads=num_threads) if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.processor.decode(list(ids))
+
+    def atomic(self, text: str) -> tuple[int, bool] | None:
+        i = int(self.processor.piece_to_id(text))
+        if i == self.unk_id or self.processor.id_to_piece(i) != text:
+            return None
+        if self.processor.is_control(i):
+            return i, False
+        return (i, True) if _piece_type(self.data, i) == _TYPE_USER_DEFINED else None
+
+
+class HuggingFaceModel:
+    """A ``tokenizer.json`` of Hugging Face's ``tokenizers``, made to encode text as it is.
+
+    Taken out of it: the post-processor (``<s>`` in front), padding and truncation, the blank that Metaspace,
+    ``Prepend`` or ``add_prefix_space`` put before a text and that the decoder takes away again. Special tokens are not
+    found in text.
+    """
+
+    kind: str = "huggingface"
+    file_name: str | None = "tokenizer.json"
+
+    def __init__(self, data: bytes, source: str = "") -> None:
+        self.data = data
+        try:
+            import tokenizers
+        except ImportError:
+            raise UserError(f"{source} is a Hugging Face tokenizer: pip install tokenizers") from None
+        try:
+            raw = json.loads(data)
+            if not isinstance(raw, dict) or "model" not in raw:
+                raise ValueError("it has no 'model'")
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_as_it_is(raw)))
+        except Exception as error:  # the library raises bare Exception for what it cannot read
+            raise UserError(f"{source or 'tokenizer.json'} is not a Hugging Face tokenizer: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True
+        self._added = {
+            token.content: (i, token.special) for i, token in self._tokenizer.get_added_tokens_decoder().items()
+        }
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.size = max(vocabulary.values(), default=-1) + 1
+        unknown = raw["model"].get("unk_token")
+        self.unk_id = int(vocabulary.get(unknown, -1)) if unknown else -1
+        pieces = [vocabulary.get(f"<0x{b:02X}>") for b in range(256)]
+        ids = [i for i in pieces if i is not None]
+        self.byte_ids = ids if len(ids) == 256 and raw["model"].get("byte_fallback") else []
+
+    def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def atomic(self, text: str) -> tuple[int, bool] | None:
+        found = self._added.get(text)
+        return None if found is None else (found[0], not found[1])
+
+
+class ByteModel:
+    """One id per byte of UTF-8: for tests, and for what no vocabulary was made for."""
+
+    kind: str = "bytes"
+    file_name: str | None = None
+    data, size, unk_id = b"", 256, -1
+
+    def __init__(self) -> None:
+        self.byte_ids = list(range(256))
+
+    def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    def atomic(self, text: str) -> tuple[int, bool] | None:
+        return None
+
+
+def open_model(path: str | Path, key: str = "tokenizer.path") -> TextModel:
+    """What ``path`` means: ``bytes``, a SentencePiece file, a ``tokenizer.json``, or a folder with one of them."""
+    if str(path) == BYTES:  # a file or folder of that name is ./bytes
+        return ByteModel()
+    path = Path(path)
+    if path.is_dir():
+        names = ("tokenizer.json", "tokenizer.model")
+        found = next((path / name for name in names if (path / name).is_file()), None)
+        if found is None:
+            raise UserError(f"{key}={path}: the folder has neither {' nor '.join(names)}")
+        path = found
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{key}={path} cannot be read: {error.strerror}; name a SentencePiece model, a Hugging Face tokenizer "
+            f"folder, or {BYTES}"
+        ) from None
+    return make_model("huggingface" if path.suffix == ".json" else "sentencepiece", data, str(path))
+
+
+def make_model(kind: str, data: bytes, source: str) -> TextModel:
+    """A model of ``kind`` from its file's content."""
+    if kind == "bytes":
+        return ByteModel()
+    if kind == "huggingface":
+        return HuggingFaceModel(data, source)
+    if kind == "sentencepiece":
+        return SentencePieceModel(data, source)
+    raise UserError(f"{source}: tokenizer of kind {kind!r}; this version knows sentencepiece, huggingface and bytes")
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, control_strings: Sequence[str]) -> bytes:
+    """A BPE model with byte fallback; deterministic in (texts, vocab_size, control_strings).
+
+    ``vocab_size`` is a ceiling: a small corpus yields a smaller model. Control strings become CONTROL pieces, which
+    SentencePiece never matches in text. At most ``MAX_TRAINING_CHARS`` characters are read. Errors: ``UserError`` for a
+    corpus without text, or a ``vocab_size`` too small for bytes and characters.
+    """
+    model_writer = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts),
+            model_writer=model_writer,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            control_symbols=list(dict.fromkeys(t for t in control_strings if t not in ("<s>", "</s>", "<unk>"))),
+            user_defined_symbols=["\n"],
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            max_sentence_length=1 << 24,
+            num_threads=2,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        message = str(error)
+        if "sentences_.empty" in message:
+            raise UserError("tokenizer.train=true found no text in data.input; give a corpus with messages") from None
+        needed = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+        if needed:
+            raise UserError(
+                f"tokenizer.vocab_size={vocab_size} is too small: 256 bytes, the control strings and the corpus's "
+                f"characters need {needed[1]}; set tokenizer.vocab_size to more than that"
+            ) from None
+        raise UserError(f"the tokenizer cannot be trained (tokenizer.vocab_size={vocab_size}): {message}") from None
+    return model_writer.getvalue()
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines of the corpus (a newline is a symbol of its own anyway), up to ``MAX_TRAINING_CHARS``."""
+    chars = 0
+    for text in texts:
+        for line in text.split("\n"):
+            if line.strip():
+                yield line
+                chars += len(line)
+        if chars >= MAX_TRAINING_CHARS:
+            return
+
+
+def _as_it_is(raw: dict[str, Any]) -> dict[str, Any]:
+    """A ``tokenizer.json`` without what adds to a text or takes from it."""
+    decoder = _without(raw.get("decoder"), "Strip")
+    return {
+        **raw,
+        "post_processor": None,
+        "normalizer": _without(raw.get("normalizer"), "Prepend", "Strip"),
+        "pre_tokenizer": _no_prefix(raw.get("pre_tokenizer")),
+        "decoder": _no_prefix(decoder),
+    }
+
+
+def _without(part: Any, *types: str) -> Any:
+    """A component without its members of the given types; None if nothing is left."""
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") in types:
+        return None
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        if key in part:
+            part = {**part, key: [kept for kept in (_without(p, *types) for p in part[key]) if kept is not None]}
+    return part
+
+
+def _no_prefix(part: Any) -> Any:
+    """A component, and those inside it, with no blank put before a text."""
+    if isinstance(part, list):
+        return [_no_prefix(p) for p in part]
+    if not isinstance(part, dict):
+        return part
+    part = {key: _no_prefix(value) if isinstance(value, dict | list) else value for key, value in part.items()}
+    if part.get("type") == "Metaspace":
+        part.pop("add_prefix_space", None)  # the name of older versions
+        part["prepend_scheme"] = "never"
+    elif "add_prefix_space" in part:
+        part["add_prefix_space"] = False
+    return part
+
+
+def _piece_type(model: bytes, index: int) -> int:
+    """Type of piece ``index`` in a serialised ModelProto (field 1 repeated: {1: piece, 2: score, 3: type = NORMAL}).
+
+    The Python API tells every type apart but NORMAL and USER_DEFINED; reading the file needs no protobuf package.
+    """
+    seen = 0
+    for field, value in _fields(model):
+        if field == 1 and isinstance(value, bytes):
+            if seen == index:
+                return next((v for f, v in _fields(value) if f == 3 and isinstance(v, int)), 1)
+            seen += 1
+    return 1
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a Protocol Buffers message; fixed-width values come as bytes."""
+
+    def varint(at: int) -> tuple[int, int]:
+        value = shift = 0
+        while True:
+            byte = data[at]
+            value |= (byte & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 0x80:
+                return value, at
+
+    at = 0
+    while at < len(data):
+        key, at = varint(at)
+        wire = key & 7
+        if wire == 0:
+            value, at = varint(at)
+            yield key >> 3, value
+            continue
+        if wire == 2:
+            size, at = varint(at)
+        else:
+            size = {1: 8, 5: 4}[wire]
+        yield key >> 3, data[at : at + size]
+        at += size
