@@ -7,6 +7,7 @@ Invariant: :func:`finalize` reports all problems at once, each as ``key=value ru
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -124,6 +125,14 @@ def value_at(config: Config, key: str) -> Any:
     return value
 
 
+def paths_of(value: Any) -> list[str]:
+    """The paths of a key that takes one or a list of them; None: none. ``UserError`` for anything else."""
+    paths = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(isinstance(path, str) and path for path in paths):
+        raise UserError(f"{value!r} is not a path or a list of paths")
+    return paths
+
+
 def finalize(config: Config, world: int | None = None) -> Config:
     """Check every rule; fill in what follows from others. ``world``: number of ranks, None where it is still to be
     chosen.
@@ -137,6 +146,7 @@ def finalize(config: Config, world: int | None = None) -> Config:
         *_check_parallel(config, world),
         *_check_attributes(config),
         *_check_train(config),
+        *_check_blend(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -265,6 +275,28 @@ def _check_attributes(config: Config) -> list[str]:
     for key in config.evaluate.attributes:
         if key not in a.names:
             problems.append(f"evaluate.attributes: {key} is not one of attributes.names: {' '.join(a.names)}")
+    return problems
+
+
+def _check_blend(config: Config) -> list[str]:
+    data, problems = config.data, []
+    for key in ("train", "valid"):
+        try:
+            paths_of(getattr(data, key))
+        except UserError as error:
+            problems.append(f"data.{key}={error}")
+    if problems or not data.weights:
+        return problems
+    count = len(paths_of(data.train))
+    if len(data.weights) != count:
+        problems.append(
+            f"data.weights={data.weights} has {len(data.weights)} numbers, data.train {count} folders; give one each"
+        )
+    problems += [
+        f"data.weights: {weight} must be a positive number"
+        for weight in data.weights
+        if not (weight > 0 and math.isfinite(weight))
+    ]
     return problems
 
 

@@ -120,8 +120,9 @@ class DataConfig:
     input: Any = None  # a file, a glob, or a list of them; hf: hub names or folders
     valid_input: Any = None  # files of the validation set; then all of input is for training
     output_dir: str | None = None
-    train: str | None = None
-    valid: str | None = None
+    train: Any = None  # a shard folder (or a folder with train/ and valid/ in it), or a list of them: a blend
+    valid: Any = None  # the same for validation; None: the valid/ beside the training shards
+    weights: list[float] = field(default_factory=list)  # share of each of data.train in an epoch; empty: by size
     map: Any = None  # messages: "prompt=KEY,response=KEY" or "turns=KEY,text=KEY,..." (quoted), or a mapping
     label_max: float | None = None  # nemo: the published labels are on 0..label_max; None: on the schema's scale
     hf_rows: str = "messages"  # hf: the source whose rows the data set has

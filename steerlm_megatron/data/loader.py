@@ -1,9 +1,9 @@
 """Batches of a training run: which rows make a global step, and which of them this data-parallel rank computes.
 
-Owns: the order of rows, dealing them to ranks and micro-batches, prefetch, the position to resume from. Does not own:
-packing (``packing.py``), tensors (``collate.py``). Invariants: the rows of a step are a function of (plan, seed,
-step) and not of the layout; the order is a function of (seed, epoch, consumed rows), so that resuming replays
-nothing; all ranks get the same number of micro-batches.
+Owns: dealing rows to ranks and micro-batches, prefetch, the position to resume from. Does not own: the order of rows
+(``blend.py``), packing (``packing.py``), tensors (``collate.py``). Invariants: the rows of a step are a function of
+(plans, seed, step) and not of the layout; the order is a function of (seed, epoch, consumed rows), so that resuming
+replays nothing; all ranks get the same number of micro-batches.
 """
 
 from __future__ import annotations
@@ -12,16 +12,15 @@ import math
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from steerlm_megatron.config.schema import TrainConfig
+from steerlm_megatron.data.blend import Rows
 from steerlm_megatron.data.collate import RowBatch, collate
-from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.packing import PackPlan
-from steerlm_megatron.data.views import Overlong, Sample, View
+from steerlm_megatron.data.views import Sample
 
 _POLL_SEC = 0.1  # how soon a waiting prefetch thread notices that it is to end
 
@@ -35,33 +34,29 @@ class StepLoader:
     ``close`` (or leaving the ``with``) ends it.
 
     Args:
-        plan: from ``dataset.plan(view, train.row_tokens, …)``.
-        view: the plan's view.
+        rows: from ``Corpora.rows(view, train.row_tokens, …)``.
         start_row: rows consumed by the run so far (``consumed_rows`` of an earlier loader).
         prefetch_steps: steps prepared ahead; 0: none, and no thread.
     """
 
     def __init__(
         self,
-        dataset: ShardDataset,
-        plan: PackPlan,
-        view: View,
+        rows: Rows,
         train: TrainConfig,
         dp_rank: int = 0,
         dp_size: int = 1,
         start_row: int = 0,
         prefetch_steps: int = 2,
     ) -> None:
-        assert view == plan.view and train.row_tokens == plan.row_tokens, "the plan is of another view or row length"
-        assert 0 <= dp_rank < dp_size and start_row >= 0 and len(plan) > 0
-        self.dataset, self.plan, self.view = dataset, plan, view
-        self._seed = train.seed
+        assert train.row_tokens == rows.row_tokens, "the rows are of another length"
+        assert 0 <= dp_rank < dp_size and start_row >= 0 and len(rows) > 0
+        self.rows = rows
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self.rows_per_step = rows_per_step(plan, train.global_batch_samples)
+        self.rows_per_step = rows_per_step(rows, train.global_batch_samples)
         # Not more than a rank's share: a forward pass over rows that are all padding is work for nothing.
         self._micro_rows = min(train.micro_batch_samples, -(-self.rows_per_step // dp_size))
         self.micro_batches = -(-self.rows_per_step // (dp_size * self._micro_rows))
-        self._num_attributes = len(dataset.manifest["labels"]["count"])
+        self._num_attributes = rows.corpora.num_attributes
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
         self.consumed_rows = start_row
         self.consumed_samples = self._samples_before(start_row)
@@ -77,7 +72,7 @@ class StepLoader:
     @property
     def epoch(self) -> int:
         """Epoch of the next row, from 0."""
-        return self.consumed_rows // len(self.plan)
+        return self.consumed_rows // len(self.rows)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,7 +81,7 @@ class StepLoader:
 
     def steps_for(self, epochs: float) -> int:
         """Steps that ``epochs`` passes over the data take, rounded up; at least one."""
-        return max(1, math.ceil(round(epochs * len(self.plan), 6) / self.rows_per_step))
+        return max(1, math.ceil(round(epochs * len(self.rows), 6) / self.rows_per_step))
 
     def state(self) -> dict[str, int]:
         """What to store so that ``start_row=state["consumed_rows"]`` goes on from here."""
@@ -128,11 +123,11 @@ class StepLoader:
     # -- validation ---------------------------------------------------------------------------------------------------
 
     def eval_batches(self, limit_rows: int | None = None) -> Iterator[list[RowBatch]]:
-        """The plan's first ``limit_rows`` rows (None: all) once, in order, in groups of ``rows_per_step``.
+        """The first ``limit_rows`` rows (None: all) once, in order, in groups of ``rows_per_step``.
 
         Each item is this rank's micro-batches of one group, the same number on all ranks. Independent of the position.
         """
-        rows = np.arange(len(self.plan) if limit_rows is None else min(limit_rows, len(self.plan)))
+        rows = np.arange(len(self.rows) if limit_rows is None else min(limit_rows, len(self.rows)))
         for start in range(0, len(rows), self.rows_per_step):
             yield self._micro_batches(rows[start : start + self.rows_per_step])
 
@@ -166,14 +161,13 @@ class StepLoader:
 
     def _produce(self) -> tuple[list[RowBatch], int]:
         """The next step, and its number of samples over all ranks."""
-        rows = self._rows(self._next_row, self._next_row + self.rows_per_step)
+        rows = self._sequence(self._next_row, self._next_row + self.rows_per_step)
         self._next_row += self.rows_per_step
-        samples = int((self.plan.offsets[rows + 1] - self.plan.offsets[rows]).sum())
-        return self._micro_batches(rows), samples
+        return self._micro_batches(rows), int(self.rows.sample_counts(rows).sum())
 
-    def _rows(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+    def _sequence(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Rows ``start … stop`` of the sequence of all epochs."""
-        size = len(self.plan)
+        size = len(self.rows)
         parts = []
         for epoch in range(start // size, -(-stop // size)):
             order = self._order(epoch)
@@ -184,16 +178,18 @@ class StepLoader:
         if epoch not in self._orders:
             for old in [known for known in self._orders if known < epoch - 1]:
                 del self._orders[old]
-            generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self._seed, epoch])))
-            self._orders[epoch] = generator.permutation(len(self.plan))
+            self._orders[epoch] = self.rows.order(epoch)
         return self._orders[epoch]
 
     def _samples_before(self, row: int) -> int:
-        epochs, rest = divmod(row, len(self.plan))
-        if not rest:
-            return epochs * len(self.plan.samples)
-        rows = self._order(epochs)[:rest]
-        return epochs * len(self.plan.samples) + int((self.plan.offsets[rows + 1] - self.plan.offsets[rows]).sum())
+        epochs, rest = divmod(row, len(self.rows))
+        whole = (self.rows.order(epoch) for epoch in range(epochs))
+        before = (
+            sum(int(self.rows.sample_counts(order).sum()) for order in whole)
+            if self.rows.weights
+            else (epochs * self.rows.samples)
+        )
+        return before + (int(self.rows.sample_counts(self._order(epochs)[:rest]).sum()) if rest else 0)
 
     def _micro_batches(self, rows: npt.NDArray[np.int64]) -> list[RowBatch]:
         """This rank's share of the rows of one step."""
@@ -202,21 +198,12 @@ class StepLoader:
         batches = []
         for number in range(count):
             chosen = mine[number * self._micro_rows : (number + 1) * self._micro_rows]
-            content: list[Sequence[Sample]] = [self._samples(row) for row in chosen]
+            content: list[Sequence[Sample]] = [self.rows.samples_of(row) for row in chosen]
             content += [()] * (self._micro_rows - len(content))
-            batches.append(collate(content, self.plan.row_tokens, self._num_attributes))
+            batches.append(collate(content, self.rows.row_tokens, self._num_attributes))
         return batches
 
-    def _samples(self, row: int) -> list[Sample]:
-        overlong = cast(Overlong, self.plan.overlong)
-        samples = []
-        for index in self.plan.row(row).tolist():
-            sample = self.dataset.sample(index, self.view, self.plan.row_tokens, overlong)
-            assert sample is not None, f"the plan has sample {index}, which the {self.view} view drops"
-            samples.append(sample)
-        return samples
 
-
-def rows_per_step(plan: PackPlan, global_batch_samples: int) -> int:
+def rows_per_step(rows: Rows, global_batch_samples: int) -> int:
     """Rows whose expected number of samples is ``global_batch_samples``; at least one. The same for every layout."""
-    return max(1, round(global_batch_samples / plan.samples_per_row))
+    return max(1, round(global_batch_samples / rows.samples_per_row))

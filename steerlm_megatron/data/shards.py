@@ -42,7 +42,7 @@ from steerlm_megatron.steer.templates import Template
 if TYPE_CHECKING:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SIDE_ARRAYS = ("docs", "turns", "spans", "values", "ids")
 DOC = np.dtype([("turns", "<i8"), ("spans", "<i8"), ("id", "<i8"), ("header_start", "<i4"), ("header_end", "<i4")])

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from steerlm_megatron.config.load import paths_of
 from steerlm_megatron.config.schema import Config, ModelConfig
+from steerlm_megatron.data.blend import Corpora, Rows
 from steerlm_megatron.data.dataset import ShardDataset
 from steerlm_megatron.data.loader import StepLoader
-from steerlm_megatron.data.packing import PackPlan
+from steerlm_megatron.data.preprocess import is_complete
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import build_model
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops
 from steerlm_megatron.observe.runfolder import versions
-from steerlm_megatron.runtime.collectives import barrier
+from steerlm_megatron.runtime.collectives import broadcast_object
+from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages.corpus import ensure_shards
 from steerlm_megatron.stages.session import Session, session
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -37,6 +41,13 @@ from steerlm_megatron.train.objective import Objective, RegressionObjective, Tok
 
 # Differences in these do not make two models different.
 _FREE_MODEL_KEYS = {"name", "dropout", "init_std", "max_position"}
+
+# What the packing's report says of samples that are not trained as they are.
+_LEFT_OUT = {
+    "truncated": "cut to train.row_tokens (data.overlong={})",
+    "dropped_overlong": "longer than train.row_tokens left out (data.overlong={})",
+    "dropped_masked": "left out: nothing in them to train on",
+}
 
 _VIEW_TITLES = {
     "ap": "attribute prediction",
@@ -68,17 +79,13 @@ def train(here: Session) -> TrainResult:
     data, valid = _open_data(config)
     _check_data(config, data, view)
     base = _check_init(config, data)
-    plan = data.plan(view, config.train.row_tokens, config.train.seed, config.data.overlong, cache=here.layout.is_main)
-    barrier()
+    rows = _pack(config, data, view, config.data.weights)
     store = CheckpointStore(here.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
     latest = store.latest()
     meta = read_meta(latest) if latest else _new_meta(config, data, view)
-    loaders = [_loader(here, data, plan, view, meta.loader.get("consumed_rows", 0))]
+    loaders = [_loader(here, rows, meta.loader.get("consumed_rows", 0))]
     if valid is not None:
-        valid_plan = valid.plan(
-            view, config.train.row_tokens, config.train.seed, config.data.overlong, cache=here.layout.is_main
-        )
-        loaders.append(_loader(here, valid, valid_plan, view, 0))
+        loaders.append(_loader(here, _pack(config, valid, view), 0))
     steps = config.train.steps or loaders[0].steps_for(config.train.epochs)
     engine, flops = _build_engine(config, data, view, steps)
     if latest is not None:
@@ -86,7 +93,7 @@ def train(here: Session) -> TrainResult:
         get_logger(__name__).info("resuming from %s at step %d of %d", latest, meta.step, steps)
     elif base is not None:
         engine.load_model(base)
-    _announce(config, view, plan, loaders[0], steps)
+    _announce(config, view, rows, loaders[0], steps)
     with closing(
         MetricsWriter(here.folder, tensorboard=config.tracking.tensorboard, active=here.layout.is_main)
     ) as metrics:
@@ -101,33 +108,63 @@ def train(here: Session) -> TrainResult:
         finally:
             for loader in loaders:
                 loader.close()
-    _summarise(here, plan, result)
+    _summarise(here, rows, result)
     return result
 
 
-def _open_data(config: Config) -> tuple[ShardDataset, ShardDataset | None]:
+def _open_data(config: Config) -> tuple[Corpora, Corpora | None]:
     train, valid = config.data.train, config.data.valid
     if train is None:
         train, valid = ensure_shards(config)
-    path = Path(train)
-    if not (path / "manifest.json").exists() and (path / "train" / "manifest.json").exists():
-        valid = valid or (str(path / "valid") if (path / "valid" / "manifest.json").exists() else None)
-        path = path / "train"
-    return ShardDataset.open(path), ShardDataset.open(valid) if valid else None
+    folders = [Path(name) for name in paths_of(train)]
+    held_out = [Path(name) for name in paths_of(valid)]
+    if not held_out:  # what preprocess wrote beside the training shards
+        held_out = [path / "valid" for path in folders if _is_split(path) and is_complete(path / "valid")]
+    folders = [path / "train" if _is_split(path) else path for path in folders]
+    data = Corpora([ShardDataset.open(path) for path in folders], "data.train")
+    if not held_out:
+        return data, None
+    valid_data = Corpora([ShardDataset.open(path) for path in held_out], "data.valid")
+    Corpora([data.datasets[0], valid_data.datasets[0]], "data.valid")  # they fit together
+    return data, valid_data
 
 
-def _loader(here: Session, data: ShardDataset, plan: PackPlan, view: View, start_row: int) -> StepLoader:
-    return StepLoader(data, plan, view, here.config.train, here.layout.dp_rank, here.layout.dp_size, start_row)
+def _is_split(path: Path) -> bool:
+    """Whether ``path`` is what ``preprocess`` was given as ``data.output_dir``: shards in ``train`` and ``valid``."""
+    return not is_complete(path) and is_complete(path / "train")
 
 
-def _check_data(config: Config, data: ShardDataset, view: View) -> None:
+def _pack(config: Config, data: Corpora, view: View, weights: Sequence[float] = ()) -> Rows:
+    """The packed rows of ``data``. The main rank packs and stores, the others read that. Collective over the world."""
+    train = config.train
+
+    def rows(store: bool) -> Rows:
+        return data.rows(view, train.row_tokens, train.seed, config.data.overlong, weights, store)
+
+    packed, problem = None, None
+    if layout().is_main:
+        try:
+            packed = rows(True)
+        except UserError as error:
+            problem = str(error)
+    problem = broadcast_object(problem)
+    if problem is not None:
+        raise UserError(problem)
+    return packed or rows(True)
+
+
+def _loader(here: Session, rows: Rows, start_row: int) -> StepLoader:
+    return StepLoader(rows, here.config.train, here.layout.dp_rank, here.layout.dp_size, start_row)
+
+
+def _check_data(config: Config, data: Corpora, view: View) -> None:
     """Schema and template of the shards are those of the configuration."""
     wanted = Template.from_config(config.template).to_dict()
     found = data.template.to_dict()
     for key, value in wanted.items():
         if found.get(key) != value:
             raise UserError(
-                f"template.{key}={value!r}, but {data.folder} was preprocessed with {found.get(key)!r}; "
+                f"template.{key}={value!r}, but {data.name} was preprocessed with {found.get(key)!r}; "
                 f"set template.{key} to that or preprocess again"
             )
     if view not in ("ap", "acsft"):
@@ -140,12 +177,12 @@ def _check_data(config: Config, data: ShardDataset, view: View) -> None:
         had = "no attributes" if stored is None else f"{stored.name} ({', '.join(stored.names)}; 0-{stored.max_level})"
         raise UserError(
             f"attributes={schema.name} ({', '.join(schema.names)}; 0-{schema.max_level}), but "
-            f"{data.folder} was preprocessed with "
+            f"{data.name} was preprocessed with "
             f"{had}; choose the same attributes or preprocess again"
         )
 
 
-def _check_init(config: Config, data: ShardDataset) -> Path | None:
+def _check_init(config: Config, data: Corpora) -> Path | None:
     """The checkpoint to start from, after checking that its vocabulary and shape are ours."""
     if config.init_from is None:
         return None
@@ -155,7 +192,7 @@ def _check_init(config: Config, data: ShardDataset) -> Path | None:
         raise UserError(
             f"vocabulary mismatch: init_from={config.init_from} was trained with another tokenizer "
             f"({meta.vocab_size} ids) than "
-            f"{data.folder} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={folder / 'tokenizer'}"
+            f"{data.name} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={folder / 'tokenizer'}"
         )
     ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(ModelConfig(**meta.model))
     wrong = [
@@ -168,7 +205,7 @@ def _check_init(config: Config, data: ShardDataset) -> Path | None:
     return folder
 
 
-def _new_meta(config: Config, data: ShardDataset, view: View) -> CheckpointMeta:
+def _new_meta(config: Config, data: Corpora, view: View) -> CheckpointMeta:
     schema = data.schema if view in ("ap", "acsft") else None
     return CheckpointMeta(
         step=0,
@@ -191,7 +228,7 @@ def _objective(config: Config, view: View) -> Objective:
     return TokenObjective()
 
 
-def _build_engine(config: Config, data: ShardDataset, view: View, steps: int) -> tuple[MegatronEngine, Any]:
+def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tuple[MegatronEngine, Any]:
     """The engine, and the function that counts its floating-point operations (facts/performance_references §5d)."""
     chunks = []
     chunk_count = config.parallel.virtual_pipeline or 1
@@ -227,23 +264,26 @@ def _multiplied_parameters(model: ModelConfig, vocab_size: int, view: View) -> i
     return model.num_layers * (attention + mlp) + (0 if view == "ap" else model.hidden_size * vocab_size)
 
 
-def _announce(config: Config, view: View, plan: PackPlan, loader: StepLoader, steps: int) -> None:
-    report = plan.report()
+def _announce(config: Config, view: View, rows: Rows, loader: StepLoader, steps: int) -> None:
+    report = rows.report()
     get_logger(__name__).info(
         "%s on %s samples in %d rows of %d tokens, fill %.3f; %d rows a step, %d steps",
         _VIEW_TITLES[view],
-        len(plan.samples), len(plan), plan.row_tokens, report["fill"], loader.rows_per_step, steps,
+        report["samples"], len(rows), rows.row_tokens, report["fill"], loader.rows_per_step, steps,
     )  # fmt: skip
-    for key in ("truncated", "overlong_dropped", "masked_dropped"):
-        if count := getattr(plan, key):
-            get_logger(__name__).info(
-                "%d samples %s (data.overlong=%s)", count, key.replace("_", " "), config.data.overlong
-            )
+    for folder, part in report.get("corpora", {}).items():
+        get_logger(__name__).info(
+            "%s: %d samples in %d rows, %d rows an epoch (%.1f %%)",
+            folder, part["samples"], part["rows"], part["rows_per_epoch"], 100 * part["rows_per_epoch"] / len(rows),
+        )  # fmt: skip
+    for key, words in _LEFT_OUT.items():
+        if report[key]:
+            get_logger(__name__).info("%d samples %s", report[key], words.format(config.data.overlong))
 
 
-def _summarise(here: Session, plan: PackPlan, result: TrainResult) -> None:
+def _summarise(here: Session, rows: Rows, result: TrainResult) -> None:
     here.run.update(
-        counts={**plan.report(), "steps": result.steps, "tokens": result.tokens},
+        counts={**rows.report(), "steps": result.steps, "tokens": result.tokens},
         metrics={
             "loss": result.loss,
             "best_valid_loss": result.best_valid_loss,

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from steerlm_megatron.config.schema import TrainConfig
+from steerlm_megatron.data.blend import Corpora
 from steerlm_megatron.data.collate import PAD_DOCUMENT_TOKENS, RowBatch, collate
 from steerlm_megatron.data.dataset import ShardDataset
 from steerlm_megatron.data.loader import StepLoader
@@ -37,8 +38,8 @@ def loader(dataset: ShardDataset, view: str = "acsft", rank: int = 0, size: int 
     defaults = {"row_tokens": ROW_TOKENS, "global_batch_samples": 12, "seed": 7}
     prefetch = options.pop("prefetch_steps", 0)
     train = TrainConfig(**{**defaults, **options})
-    plan = dataset.plan(view, train.row_tokens, train.seed)
-    return StepLoader(dataset, plan, view, train, rank, size, start_row, prefetch)
+    rows = Corpora([dataset]).rows(view, train.row_tokens, train.seed)
+    return StepLoader(rows, train, rank, size, start_row, prefetch)
 
 
 def ids(batches: list[RowBatch]) -> Counter[str]:
@@ -55,7 +56,7 @@ def same(a: RowBatch, b: RowBatch) -> bool:
 @pytest.mark.parametrize("view", ["acsft", "sft", "lm", "ap"])
 def test_an_epoch_is_every_sample_once(dataset: ShardDataset, view: str) -> None:
     steps = loader(dataset, view, global_batch_samples=1)
-    plan = steps.plan
+    plan = steps.rows.plans[0]
     rows = [next(steps) for _ in range(len(plan))] if steps.rows_per_step == 1 else []
     assert len(rows) == len(plan) == steps.steps_per_epoch
     seen = sum((ids(batches) for batches in rows), Counter())
@@ -80,7 +81,7 @@ def test_a_step_is_the_same_for_every_layout(dataset: ShardDataset, micro: int) 
 def test_rows_of_a_step_come_from_samples_not_layout(dataset: ShardDataset) -> None:
     for samples in (1, 12, 50, 1000):
         sizes = {loader(dataset, size=size, global_batch_samples=samples).rows_per_step for size in (1, 2, 4)}
-        plan = loader(dataset).plan
+        plan = loader(dataset).rows.plans[0]
         assert sizes == {max(1, round(samples / (len(plan.samples) / len(plan))))}
 
 
@@ -100,7 +101,7 @@ def test_resume_replays_nothing(dataset: ShardDataset, stop: int, prefetch: int)
 
 def test_order_differs_by_epoch_and_seed_not_content(dataset: ShardDataset) -> None:
     one = loader(dataset, global_batch_samples=1)
-    size = len(one.plan)
+    size = len(one.rows)
     first, second = ([tuple(next(one)[0].sample_ids) for _ in range(size)] for _ in range(2))
     assert first != second and sorted(first) == sorted(second)
     again = loader(dataset, global_batch_samples=1)
@@ -110,7 +111,7 @@ def test_order_differs_by_epoch_and_seed_not_content(dataset: ShardDataset) -> N
 
 def test_a_step_larger_than_the_corpus_spans_epochs(dataset: ShardDataset) -> None:
     steps = loader(dataset, global_batch_samples=300)
-    assert steps.rows_per_step > 2 * len(steps.plan)
+    assert steps.rows_per_step > 2 * len(steps.rows.plans[0])
     counts = ids(next(steps))
     assert set(counts.values()) <= {3, 4}
     assert steps.epoch == 3
@@ -120,10 +121,10 @@ def test_evaluation_is_in_order_and_leaves_the_position(dataset: ShardDataset) -
     parts = [list(loader(dataset, rank=rank, size=4).eval_batches()) for rank in range(4)]
     assert len({tuple(len(batches) for batches in part) for part in parts}) == 1
     seen = sum((ids(batches) for part in parts for batches in part), Counter())
-    assert seen == Counter(dataset.document(index).id for index in loader(dataset).plan.samples.tolist())
+    assert seen == Counter(dataset.document(index).id for index in loader(dataset).rows.plans[0].samples.tolist())
     steps = loader(dataset)
     limited = list(steps.eval_batches(limit_rows=3))
-    wanted = Counter(dataset.document(i).id for row in range(3) for i in steps.plan.row(row).tolist())
+    wanted = Counter(dataset.document(i).id for row in range(3) for i in steps.rows.plans[0].row(row).tolist())
     assert sum((ids(batches) for batches in limited), Counter()) == wanted
     assert steps.consumed_rows == 0
 
