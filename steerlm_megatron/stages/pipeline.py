@@ -88,7 +88,7 @@ def run(config: Config) -> None:
     if unknown := sorted(set(config.pipeline) - set(STEPS)):
         raise UserError(f"pipeline: {' '.join(unknown)} unknown; legal: {' '.join(STEPS)}")
     if config.data.source != "demo":
-        for path in expand_paths(config.data.input) if config.data.input else []:
+        for path in _input_files(config):
             if not Path(path).exists():
                 raise UserError(f"data.input={path}: no such file")
         if not config.data.input:
@@ -141,7 +141,7 @@ def _one_step(state: _Run, number: int, count: int, step: str, after: tuple[str,
     folder = state.folder(step)
     read = {k: v for k, v in to_container(config).items() if k in _ALWAYS or k in _READS[step]}
     comparable = _without_root(read, str(state.here.folder))
-    inputs = expand_paths(config.data.input) if step == "data" and config.data.input else []
+    inputs = _input_files(config) if step == "data" else []
     key = fingerprint(
         {"step": step, "config": comparable, "after": [state.keys[a] for a in after if a in state.keys]}, inputs
     )
@@ -160,6 +160,14 @@ def _one_step(state: _Run, number: int, count: int, step: str, after: tuple[str,
     with pipeline_step(number, count, f"{step}: {STEPS[step]}"), session(config, inputs=key) as here:
         body(state, here)
     state.timings[step] = round(time.monotonic() - start, 2)
+
+
+def _input_files(config: Config) -> list[str]:
+    """The files and folders of ``data.input``; a data set's name on the hub is none (its content is not looked at)."""
+    names = config.data.input or []
+    if config.data.source == "hf":
+        return [name for name in names if Path(name).exists()]
+    return expand_paths(names)
 
 
 def _without_root(value: Any, root: str) -> Any:
