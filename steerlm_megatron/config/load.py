@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.on_error": ("error", "skip"),
     "data.overlong": ("drop", "truncate_left_turns", "truncate_response", "error"),
     "train.objective": ("sft", "lm"),
+    "train.nonfinite": ("raise", "skip"),
     "evaluate.judge": ("ap", "demo"),
 }
 
@@ -62,6 +63,8 @@ _AT_LEAST: dict[str, float] = {
     "train.validate_every_steps": 1,
     "train.save_every_steps": 1,
     "train.keep_last": 1,
+    "train.nonfinite_in_a_row": 1,
+    "train.max_minutes": 0,
     "sampling.temperature": 0,
     "sampling.top_k": 0,
     "sampling.max_tokens": 1,

@@ -162,6 +162,9 @@ class TrainConfig:
     save_every_steps: int = 500
     keep_last: int = 2
     keep_best: bool = True
+    nonfinite: str = "raise"  # a loss or gradient that is NaN or infinite: raise | skip the step
+    nonfinite_in_a_row: int = 10  # skip: so many skipped steps one after the other end the run
+    max_minutes: float | None = None  # of wall time since the command started: then save and exit with code 75
     label_weights: dict[str, float] = field(default_factory=dict)  # train_ap: loss weight per attribute, default 1
 
 

@@ -27,7 +27,7 @@ from steerlm_megatron.runtime.device import dtype_of
 from steerlm_megatron.runtime.parallel import Layout
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
-from steerlm_megatron.train.checkpoint import CheckpointMeta, load_sharded, read_meta, resolve
+from steerlm_megatron.train.checkpoint import CheckpointMeta, load_sharded, read_meta, resolve, verify
 
 
 @dataclass
@@ -113,6 +113,7 @@ def load_model(path: str, config: Config, key: str, head: str, gather_logits: bo
         gather_logits=gather_logits,
         initialize=False,
     )
+    verify(folder)
     state = load_sharded({"model": model.sharded_state_dict()}, folder)
     model.load_state_dict(state["model"])
     model.to(dtype_of(config.engine.precision)).eval().requires_grad_(False)

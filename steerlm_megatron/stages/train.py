@@ -34,7 +34,7 @@ from steerlm_megatron.stages.corpus import ensure_shards
 from steerlm_megatron.stages.session import Session, session
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
-from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore, read_meta, resolve
+from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore, read_meta, resolve, verify
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.loop import Trainer, TrainResult
 from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
@@ -92,6 +92,7 @@ def train(here: Session) -> TrainResult:
         engine.load(latest)
         get_logger(__name__).info("resuming from %s at step %d of %d", latest, meta.step, steps)
     elif base is not None:
+        verify(base)
         engine.load_model(base)
     _announce(config, view, rows, loaders[0], steps)
     with closing(

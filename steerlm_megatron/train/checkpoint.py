@@ -6,7 +6,7 @@ makes a checkpoint usable alone (model, tokenizer, schema, template, loader posi
 puts inside.
 
     checkpoints/step_00000100/   Megatron-Core's sharded tensors, common.pt, metadata.json
-                 meta.json       CheckpointMeta, with the size of every file
+                 meta.json       CheckpointMeta, with size and SHA-256 of every file
                  tokenizer/      the tokenizer that the model was trained with
     checkpoints/best.json        {"folder": "step_00000100", "metric": 1.23}
 Invariant: ``step_*`` without ``.tmp`` is complete; a killed save leaves only a ``.tmp`` that the next save removes.
@@ -15,10 +15,11 @@ Invariant: ``step_*`` without ``.tmp`` is complete; a killed save leaves only a 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from steerlm_megatron.config.schema import ModelConfig
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import write_json_atomic
-from steerlm_megatron.runtime.collectives import barrier, broadcast_object
+from steerlm_megatron.runtime.collectives import barrier, broadcast_object, gather_objects
 from steerlm_megatron.runtime.parallel import layout
 
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass
@@ -59,7 +61,7 @@ class CheckpointMeta:
     label_mean: list[float | None] = field(default_factory=list)
     parallel: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → {"bytes", "sha256"}
     format: int = _FORMAT
 
     def model_config(self) -> ModelConfig:
@@ -85,7 +87,9 @@ def load_sharded(state: dict[str, Any], folder: Path, missing_ok: tuple[str, ...
 
 
 def read_meta(folder: Path) -> CheckpointMeta:
-    """The metadata of a checkpoint folder, after checking that its files have the sizes they were saved with."""
+    """The metadata of a checkpoint folder, after checking that its files have the sizes they were saved with
+    (:func:`verify` compares their contents).
+    """
     path = folder / "meta.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -97,14 +101,47 @@ def read_meta(folder: Path) -> CheckpointMeta:
         raise UserError(f"{path}: checkpoint format {raw.get('format')}, this version reads {_FORMAT}")
     known = {f.name for f in dataclasses.fields(CheckpointMeta)}
     meta = CheckpointMeta(**{k: v for k, v in raw.items() if k in known})
-    for name, size in meta.files.items():
+    for name, saved in meta.files.items():
         found = (folder / name).stat().st_size if (folder / name).exists() else None
-        if found != size:
+        if found != saved["bytes"]:
             raise UserError(
                 f"{folder / name}: {'missing' if found is None else f'{found} bytes'}, saved with "
-                f"{size}: torn checkpoint"
+                f"{saved['bytes']}: torn checkpoint"
             )
     return meta
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a checkpoint against its SHA-256; each rank reads a share. Collective over the world.
+
+    ``UserError``, the same on every rank, names what is damaged.
+    """
+    if problem := _damage(folder):
+        raise UserError(problem)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None. Collective over the world."""
+    at = layout()
+    try:
+        files = read_meta(folder).files
+        found = _hashes(folder, sorted(files)[at.rank :: at.world_size], sync=False)
+        wrong = [str(folder / name) for name, digest in found.items() if digest != files[name]["sha256"]]
+        problem = f"{wrong[0]}: its content is not what was saved (SHA-256 differs)" if wrong else None
+    except (UserError, OSError) as error:
+        problem = str(error)
+    return next((found for found in gather_objects(problem) if found is not None), None)
+
+
+def _hashes(folder: Path, names: Sequence[str], sync: bool) -> dict[str, str]:
+    """SHA-256 of files under ``folder``; ``sync`` sees to it that they are on the disk."""
+    out = {}
+    for name in names:
+        with open(folder / name, "rb") as file:
+            if sync:
+                os.fsync(file.fileno())
+            out[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return out
 
 
 def complete_steps(root: Path) -> list[Path]:
@@ -145,17 +182,19 @@ class CheckpointStore:
         self.is_main = layout().is_main
 
     def latest(self) -> Path | None:
-        """The newest intact checkpoint; a damaged one is passed over (and its successor overwrites it)."""
-        found: Path | None = None
-        if self.is_main:
-            for folder in reversed(complete_steps(self.root)):
-                try:
-                    read_meta(folder)
-                except UserError:
-                    continue
-                found = folder
-                break
-        return broadcast_object(found)
+        """The newest intact checkpoint, None if there is none at all. A damaged one is named and passed over (its
+        successor overwrites it). ``UserError`` if there are checkpoints and none is intact.
+        """
+        folders = broadcast_object(complete_steps(self.root)[::-1] if self.is_main else [])
+        problem = None
+        for folder in folders:
+            problem = _damage(folder)
+            if problem is None:
+                return folder
+            get_logger(__name__).warning("%s; looking for an earlier checkpoint", problem)
+        if problem is not None:
+            raise UserError(f"{problem}, and no other checkpoint in {self.root} is intact; remove it to start anew")
+        return None
 
     def best_metric(self) -> float:
         """The metric of the checkpoint marked best, else infinity."""
@@ -186,7 +225,12 @@ class CheckpointStore:
         barrier()
         if self.is_main:
             save_tokenizer(temporary / "tokenizer")
-            meta.files = {str(p.relative_to(temporary)): p.stat().st_size for p in temporary.rglob("*") if p.is_file()}
+        files = broadcast_object(_sizes(temporary) if self.is_main else {})
+        at = layout()
+        by_rank = gather_objects(_hashes(temporary, sorted(files)[at.rank :: at.world_size], sync=True))
+        if self.is_main:
+            digests = {name: digest for found in by_rank for name, digest in found.items()}
+            meta.files = {name: {"bytes": size, "sha256": digests[name]} for name, size in files.items()}
             write_json_atomic(temporary / "meta.json", dataclasses.asdict(meta))
             if final.exists():
                 shutil.rmtree(final)
@@ -212,6 +256,11 @@ class CheckpointStore:
         for folder in complete_steps(self.root):
             if folder not in keep:
                 shutil.rmtree(folder)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file under ``folder``."""
+    return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
 
 
 def _fsync_folder(folder: Path) -> None:

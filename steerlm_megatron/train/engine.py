@@ -18,14 +18,17 @@ from steerlm_megatron.runtime.parallel import Layout
 
 @dataclass
 class StepResult:
-    """One optimizer step. ``loss`` is the global batch's; ``skipped``: nothing was applied, the gradients were not
-    finite.
+    """One optimizer step. ``loss`` is the global batch's.
+
+    ``skipped``: loss or gradients were not finite; parameters, optimizer state and schedule are as they were.
+    ``bad_batches``: then, this data-parallel rank's micro-batches whose own loss was not (known on the last stage).
     """
 
     loss: float
     grad_norm: float
     lr: float
     skipped: bool = False
+    bad_batches: list[int] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
 

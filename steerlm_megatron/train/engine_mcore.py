@@ -8,6 +8,7 @@ Invariant: gradients are divided once, by the number of loss terms in the global
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import Float16Module
@@ -69,6 +70,7 @@ class MegatronEngine(Engine):
             chunk.broadcast_params()
         self.optimizer = get_megatron_optimizer(self._optimizer_config(optim, engine), self.chunks)
         self._use_fused_adam()
+        self._guard_update()
         self.schedule = build_schedule(self.optimizer, optim, steps)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -105,6 +107,22 @@ class MegatronEngine(Engine):
                 for group in (inner.defaults, *inner.param_groups):
                     group["fused"], group["foreach"] = True, False
 
+    def _guard_update(self) -> None:
+        """No update from a loss or gradients that are not finite: Megatron-Core looks for that in fp16 only."""
+        optimizer, self._finite = self.optimizer, True
+        assert isinstance(optimizer, ChainedOptimizer)  # its step() takes the norm, clips, then updates
+        norm_of, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+
+        def get_grad_norm() -> float:
+            norm = norm_of()
+            self._finite = self._finite and math.isfinite(norm)
+            return norm
+
+        def step_with_ready_grads() -> bool:
+            return update() if self._finite else False
+
+        optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
+
     # ---- steps
 
     def _forward(self, batches: Iterator[RowBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
@@ -130,7 +148,9 @@ class MegatronEngine(Engine):
         return total, terms, {"sums": sums_M}
 
     def _run(self, batches: Sequence[RowBatch], forward_only: bool) -> torch.Tensor:
-        """Sums of metrics of this data-parallel rank's micro-batches, float64 [M]; zeros except on the last stage."""
+        """Sums of metrics of each of this data-parallel rank's micro-batches, float64 [B, M]; B = 0 but on the last
+        stage.
+        """
         iterators = [iter(batches) for _ in self.chunks]
         stored = self.forward_backward(
             forward_step_func=self._forward,
@@ -141,23 +161,29 @@ class MegatronEngine(Engine):
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        sums_M = torch.zeros(len(self.objective.metric_names), dtype=torch.float64)
+        none_BM = torch.zeros(0, len(self.objective.metric_names), dtype=torch.float64)
         if self.layout.is_last_stage and stored:
-            sums_M = torch.stack([entry["sums"] for entry in stored]).sum(0).cpu()  # host sync: once a step
-        return sums_M
+            return torch.stack([entry["sums"] for entry in stored]).cpu()  # host sync: once a step
+        return none_BM
 
     def train_step(self, batches: Sequence[RowBatch]) -> StepResult:
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums_M = self._run(batches, forward_only=False)
-        means = self.objective.means(sum_from_last_stage(sums_M).tolist())
-        self.schedule.step(increment=1)
-        _, grad_norm, _ = self.optimizer.step()
-        lr = max(group["lr"] for group in self.optimizer.param_groups) if self.optimizer.param_groups else 0.0
+        sums_BM = self._run(batches, forward_only=False)
+        means = self.objective.means(sum_from_last_stage(sums_BM.sum(0)).tolist())
         loss = means.pop("loss")
-        return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0), lr=lr, metrics=means)
+        self._finite = math.isfinite(loss)
+        self.schedule.step(increment=1)
+        _, norm, _ = self.optimizer.step()
+        grad_norm = float(norm or 0.0)
+        lr = max(group["lr"] for group in self.optimizer.param_groups) if self.optimizer.param_groups else 0.0
+        if self._finite:
+            return StepResult(loss, grad_norm, lr, metrics=means)
+        self.schedule.step(increment=-1)
+        bad = (~sums_BM.isfinite().all(1)).nonzero().squeeze(1).tolist()
+        return StepResult(loss, grad_norm, lr, True, bad, means)
 
     @torch.no_grad()
     def evaluate(self, steps: Iterable[Sequence[RowBatch]]) -> dict[str, float]:
@@ -165,7 +191,7 @@ class MegatronEngine(Engine):
             chunk.eval()
         sums_M = torch.zeros(len(self.objective.metric_names), dtype=torch.float64)
         for batches in steps:
-            sums_M += self._run(batches, forward_only=True)
+            sums_M += self._run(batches, forward_only=True).sum(0)
         return self.objective.means(sum_from_last_stage(sums_M).tolist())
 
     # ---- checkpoints

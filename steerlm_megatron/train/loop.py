@@ -20,14 +20,14 @@ from steerlm_megatron.data.loader import StepLoader
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput
 from steerlm_megatron.observe.progress import Progress
-from steerlm_megatron.runtime.collectives import any_rank, sum_over_data_parallel
+from steerlm_megatron.runtime.collectives import any_rank, gather_objects, sum_over_data_parallel
 from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore
 from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.signals import StopRequest
 
 
 class Interrupted(SystemExit):
-    """Stopped by a signal after saving: exit code 75, "requeue me"."""
+    """Stopped by a signal or the time limit after saving: exit code 75, "requeue me"."""
 
     def __init__(self) -> None:
         super().__init__(75)
@@ -71,23 +71,27 @@ class Trainer:
         self.last_valid: dict[str, float] = {}
         self.last_saved: Path | None = None
         self.counts = [0.0, 0.0, 0.0, 0.0]  # useful, target, slot tokens and Σ s² since the last log line
+        self.skipped_steps = self.skipped_in_a_row = 0
 
     def fit(self) -> TrainResult:
-        """Train to ``steps``. Raises Interrupted after saving if a signal asked for it, on any rank."""
+        """Train to ``steps``. Raises Interrupted after saving if a signal or the time limit asked any rank for it."""
         loss = math.nan
-        with StopRequest() as stop, Progress(self.steps, "train", initial=self.step, enabled=self.is_main) as bar:
+        with (
+            StopRequest(self.train.max_minutes) as stop,
+            Progress(self.steps, "train", initial=self.step, enabled=self.is_main) as bar,
+        ):
             while self.step < self.steps:
                 batches = next(self.loader)
                 result = self.engine.train_step(batches)
                 self.step += 1
                 loss = result.loss
                 self._count(batches)
-                self._refuse_nonfinite(result, batches)
+                self._look_at_nonfinite(result, batches)
                 bar.advance(1, **self._after_step(result))
                 if any_rank(stop.requested) and self.step < self.steps:
                     self._save()
                     get_logger(__name__).warning(
-                        "stopped by a signal after step %d; saved, run again to go on", self.step
+                        "stopped by %s after step %d; saved, run again to go on", stop.reason, self.step
                     )
                     raise Interrupted
         checkpoint = self._finish()
@@ -126,14 +130,32 @@ class Trainer:
             self.metrics.write(self.step, row)
         return {"lr": result.lr, "tok/s": rates.get("tokens_per_sec")}
 
-    def _refuse_nonfinite(self, result: StepResult, batches: Sequence[RowBatch]) -> None:
-        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+    def _look_at_nonfinite(self, result: StepResult, batches: Sequence[RowBatch]) -> None:
+        """``train.nonfinite`` for a step that was not applied. Collective over the world if it was not."""
+        if not result.skipped:
+            self.skipped_in_a_row = 0
             return
-        ids = [name for batch in batches for name in batch.sample_ids]
-        raise FloatingPointError(
-            f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}; nothing is saved from here on. "
-            f"This rank's samples: {' '.join(ids[:20])}{' ...' if len(ids) > 20 else ''}"
+        self.skipped_steps += 1
+        self.skipped_in_a_row += 1
+        by_rank = gather_objects([name for number in result.bad_batches for name in batches[number].sample_ids])
+        names = list(dict.fromkeys(name for rank in by_rank for name in rank))
+        if not names:  # the losses are finite, the gradients are not: any sample of the step may be the cause
+            by_rank = gather_objects([name for batch in batches for name in batch.sample_ids])
+            names = list(dict.fromkeys(name for rank in by_rank for name in rank))
+        what = (
+            f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}; nothing was updated. "
+            f"Samples: {' '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
         )
+        if self.train.nonfinite == "raise":
+            raise FloatingPointError(f"{what}. train.nonfinite=skip goes on without such steps")
+        if self.skipped_in_a_row > self.train.nonfinite_in_a_row:
+            raise FloatingPointError(
+                f"{what}. {self.skipped_in_a_row} steps in a row, above train.nonfinite_in_a_row="
+                f"{self.train.nonfinite_in_a_row}: this is no single bad sample; the last checkpoint stands"
+            )
+        if self.is_main:
+            get_logger(__name__).warning("%s. Skipped (%d so far)", what, self.skipped_steps)
+            self.metrics.write(self.step, {"skipped_steps": self.skipped_steps})
 
     def _validate(self) -> float:
         assert self.valid is not None

@@ -32,7 +32,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.stages import train as train_stage
-from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore, read_meta, resolve
+from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore, read_meta, resolve, verify
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 
 SAVED, TOTAL, TOLERANCE = 3, 7, 1e-5
@@ -350,19 +350,26 @@ def save(store: CheckpointStore, step: int, metric: float | None = None, best: b
         (lambda folder: (folder / "common.pt").unlink(), ["common.pt", "missing"]),
         (lambda folder: (folder / "tokenizer" / "steerlm_tokenizer.json").unlink(), ["tokenizer.json", "missing"]),
         (lambda folder: os.truncate(folder / "meta.json", 20), ["meta.json", "not JSON"]),
+        (lambda folder: (folder / "__0_0.distcp").write_bytes(b"x" * 100), ["__0_0.distcp", "SHA-256"]),
     ],
-    ids=["truncated", "missing", "tokenizer", "meta"],
+    ids=["truncated", "missing", "tokenizer", "meta", "changed"],
 )
 def test_a_torn_checkpoint_is_named_and_passed_over(
-    store: CheckpointStore, damage: Callable[[Path], None], words: list[str]
+    store: CheckpointStore, damage: Callable[[Path], None], words: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = save(store, 1), save(store, 2)
     assert store.latest() == second and read_meta(second).step == 2
     damage(second)
     with pytest.raises(UserError) as error:
-        read_meta(second)
+        verify(second)
     assert str(second) in str(error.value) and all(word in str(error.value) for word in words)
-    assert store.latest() == first
+    with caplog.at_level("WARNING", logger="steerlm_megatron"):
+        assert store.latest() == first
+    assert all(word in caplog.text for word in words)
+    damage(first)
+    with pytest.raises(UserError, match="no other checkpoint in .* is intact"):
+        store.latest()
+    save(store, 1)
     assert save(store, 2) == second and store.latest() == second, "its successor takes its place"
 
 
