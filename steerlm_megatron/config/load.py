@@ -14,13 +14,14 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from steerlm_megatron.config.schema import SOURCES, Config
+from steerlm_megatron.config.schema import SOURCES, Config, EngineConfig
 from steerlm_megatron.errors import UserError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "model.activation": ("swiglu", "gelu", "squared_relu"),
     "model.norm": ("rmsnorm", "layernorm", "layernorm1p"),
-    "engine.name": ("megatron",),
+    "engine.name": ("megatron", "deepspeed"),
+    "engine.offload": ("none", "optimizer", "all"),
     "engine.precision": ("fp32", "bf16"),
     "engine.recompute": ("none", "selective", "full"),
     "engine.attention": ("auto", "varlen", "sdpa"),
@@ -148,6 +149,7 @@ def finalize(config: Config, world: int | None = None) -> Config:
         *_check_model(config),
         *_check_parallel(config, world),
         *_check_attributes(config),
+        *_check_engine(config),
         *_check_train(config),
         *_check_blend(config),
     ]
@@ -278,6 +280,33 @@ def _check_attributes(config: Config) -> list[str]:
     for key in config.evaluate.attributes:
         if key not in a.names:
             problems.append(f"evaluate.attributes: {key} is not one of attributes.names: {' '.join(a.names)}")
+    return problems
+
+
+def _check_engine(config: Config) -> list[str]:
+    engine, layout, defaults = config.engine, config.parallel, EngineConfig()
+    if engine.name != "deepspeed":
+        return [
+            f"engine.{key}={getattr(engine, key)} is of engine=deepspeed; leave it out, or take that engine"
+            for key in ("zero_stage", "offload")
+            if getattr(engine, key) != getattr(defaults, key)
+        ]
+    problems = []
+    if engine.zero_stage not in (1, 2, 3):
+        problems.append(f"engine.zero_stage={engine.zero_stage}; legal: 1 2 3")
+    if engine.offload == "all" and engine.zero_stage != 3:
+        problems.append(
+            f"engine.offload=all needs engine.zero_stage=3, not {engine.zero_stage}; or take offload=optimizer"
+        )
+    if layout.pipeline > 1 or layout.virtual_pipeline is not None:
+        problems.append(
+            f"parallel.pipeline={layout.pipeline} with engine=deepspeed: ZeRO takes the place of pipelines; set "
+            "parallel.pipeline=1 and engine.zero_stage=3, or take engine=megatron"
+        )
+    if layout.sequence:
+        problems.append(
+            "parallel.sequence=true with engine=deepspeed is not supported; leave it out or take engine=megatron"
+        )
     return problems
 
 

@@ -51,9 +51,11 @@ class ParallelConfig:
 
 @dataclass
 class EngineConfig:
-    """The training engine and its precision. ``deepspeed`` is not built yet and refused."""
+    """The training engine and its precision. Keys marked ds are of ``engine=deepspeed`` alone."""
 
-    name: str = "megatron"
+    name: str = "megatron"  # megatron (all layouts) | deepspeed (ZeRO over data-parallel ranks, tensor parallelism)
+    zero_stage: int = 1  # ds: 1 optimizer states partitioned | 2 and gradients | 3 and parameters
+    offload: str = "none"  # ds: what lives in host memory: none | optimizer | all (parameters too; zero_stage=3)
     precision: str = "fp32"  # fp32 | bf16
     recompute: str = "none"  # none | selective | full
     attention: str = "auto"  # auto | varlen | sdpa

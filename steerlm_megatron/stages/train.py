@@ -12,12 +12,12 @@ import math
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from steerlm_megatron.config.load import paths_of
-from steerlm_megatron.config.schema import Config, ModelConfig
+from steerlm_megatron.config.schema import Config, EngineConfig, ModelConfig
 from steerlm_megatron.data.blend import Corpora, Rows
 from steerlm_megatron.data.dataset import ShardDataset
 from steerlm_megatron.data.loader import StepLoader
@@ -35,9 +35,13 @@ from steerlm_megatron.stages.session import Session, session
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
 from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore, read_meta, resolve, verify
+from steerlm_megatron.train.engine import Engine
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.loop import Trainer, TrainResult
 from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
+
+if TYPE_CHECKING:
+    from steerlm_megatron.train.engine_deepspeed import DeepSpeedEngine
 
 # Differences in these do not make two models different.
 _FREE_MODEL_KEYS = {"name", "dropout", "init_std", "max_position"}
@@ -229,7 +233,7 @@ def _objective(config: Config, view: View) -> Objective:
     return TokenObjective()
 
 
-def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tuple[MegatronEngine, Any]:
+def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tuple[Engine, Any]:
     """The engine, and the function that counts its floating-point operations (facts/performance_references §5d)."""
     chunks = []
     chunk_count = config.parallel.virtual_pipeline or 1
@@ -253,7 +257,16 @@ def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tupl
         width = (model.head_dim or model.hidden_size // model.num_heads) * model.num_heads
         return model_flops(multiplied, model.num_layers, width, tokens, squares)
 
-    return MegatronEngine(chunks, _objective(config, view), config.optim, config.engine, steps), flops
+    return engine_of(config.engine)(chunks, _objective(config, view), config.optim, config.engine, steps), flops
+
+
+def engine_of(engine: EngineConfig) -> type[MegatronEngine] | type[DeepSpeedEngine]:
+    """The engine's class. DeepSpeed is imported where it is asked for: it takes seconds."""
+    if engine.name == "deepspeed":
+        from steerlm_megatron.train.engine_deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine
+    return MegatronEngine
 
 
 def _multiplied_parameters(model: ModelConfig, vocab_size: int, view: View) -> int:

@@ -73,6 +73,11 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
     dist_checkpointing.save(state, str(folder))
 
 
+def common_state(folder: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides tensors, the same on every rank."""
+    return dist_checkpointing.load_common_state_dict(str(folder))
+
+
 def load_sharded(state: dict[str, Any], folder: Path, missing_ok: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read what ``state`` asks for. Keys that start with one of ``missing_ok`` may be absent. Collective over the
     world.

@@ -15,24 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import Float16Module
 
 from steerlm_megatron.config.schema import EngineConfig, OptimConfig
 from steerlm_megatron.data.collate import RowBatch
+from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.attention import PackedTokens
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.runtime.collectives import sum_from_last_stage
-from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
+from steerlm_megatron.runtime.device import device, dtype_of
 from steerlm_megatron.runtime.parallel import Layout, layout
-from steerlm_megatron.train.checkpoint import load_sharded, save_sharded
+from steerlm_megatron.train.adam import allocate_adam
+from steerlm_megatron.train.checkpoint import common_state, load_sharded, save_sharded
 from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.objective import Objective
+from steerlm_megatron.train.rng import rng_state, take_rng_state
 from steerlm_megatron.train.schedule import build_schedule
 
 # Sharding of the optimizer that any other layout can read; the other types of Megatron-Core fail without Transformer
@@ -202,35 +202,32 @@ class MegatronEngine(Engine):
             return {"model": _bare(self.chunks[0]).sharded_state_dict()}
         return {f"model{i}": _bare(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
 
-    def _rng_state(self) -> ShardedObject:
-        """Generator states of this (pipeline, tensor, data) coordinate; only the same layout can take them up again."""
-        state = {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if has_cuda() else None,
-            "tracker": get_cuda_rng_tracker().get_states(),
-        }
-        at = self.layout
-        shape, offset = (at.pp_size, at.tp_size, at.dp_size), (at.pp_rank, at.tp_rank, at.dp_rank)
-        return ShardedObject("rng", state, shape, offset, replica_id=0)
-
     def save(self, folder: Path) -> None:
         state = self._model_state()
         model_state = dict(state)
         state["optimizer"] = self.optimizer.sharded_state_dict(_flat(model_state), metadata=_METADATA)
         state["schedule"] = self.schedule.state_dict()
         state["layout"] = self._layout_tuple()
-        state["rng"] = self._rng_state()
+        state["rng"] = rng_state(self.layout)
         save_sharded(state, folder)
 
     def load(self, folder: Path) -> None:
         for inner in self._inner_optimizers():
-            _allocate_adam(inner)
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    allocate_adam(inner, parameter)
         state = self._model_state()
         model_state = dict(state)
         state["optimizer"] = self.optimizer.sharded_state_dict(_flat(model_state), is_loading=True, metadata=_METADATA)
-        same_layout = dist_checkpointing.load_common_state_dict(str(folder)).get("layout") == self._layout_tuple()
+        common = common_state(folder)
+        if "adam_step" in common:
+            raise UserError(
+                f"{folder} was saved by engine=deepspeed, whose optimizer engine=megatron does not read; go on with "
+                f"that engine, or start a new run from its weights with init_from={folder}"
+            )
+        same_layout = common.get("layout") == self._layout_tuple()
         if same_layout:
-            state["rng"] = self._rng_state()
+            state["rng"] = rng_state(self.layout)
         loaded = load_sharded(state, folder)
         self._take_model(loaded)
         self.optimizer.load_state_dict(loaded["optimizer"])
@@ -242,16 +239,10 @@ class MegatronEngine(Engine):
         self._use_fused_adam()
         self.schedule.load_state_dict(loaded["schedule"])
         if same_layout:
-            self._take_rng(loaded["rng"])
+            take_rng_state(loaded["rng"])
 
     def _layout_tuple(self) -> tuple[int, ...]:
         return (self.layout.pp_size, self.layout.tp_size, self.layout.dp_size)
-
-    def _take_rng(self, state: dict[str, Any]) -> None:
-        torch.set_rng_state(state["torch"])
-        if has_cuda() and state["cuda"] is not None:
-            torch.cuda.set_rng_state(state["cuda"])
-        get_cuda_rng_tracker().set_states(state["tracker"])
 
     def _take_model(self, loaded: dict[str, Any], strict: bool = True) -> None:
         for i, chunk in enumerate(self.chunks):
@@ -273,15 +264,3 @@ def _bare(chunk: torch.nn.Module) -> PackedGPTModel:
 def _flat(model_state: dict[str, Any]) -> dict[str, Any]:
     """One chunk's state as it is; several chunks' under their names, as Megatron-Core's optimizers expect."""
     return model_state["model"] if set(model_state) == {"model"} else model_state
-
-
-def _allocate_adam(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its Adam state, so that a checkpoint has somewhere to go before the first step."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if not optimizer.state[parameter]:
-                optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }

@@ -11,7 +11,7 @@ import pytest
 import torch
 from distributed.test_checkpoint import config, write_shards
 from helpers.dist import run_ranks
-from helpers.engines import Case, bare, make, step_batches
+from helpers.engines import Case, make, shards_of, step_batches
 
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.runtime.parallel import layout
@@ -25,10 +25,14 @@ LAYOUTS = {
     "TP2": ParallelConfig(tensor=2),
     "PP2": ParallelConfig(pipeline=2),
 }
+CASES = {name: Case("ap", layout) for name, layout in LAYOUTS.items()} | {
+    "DP2 ZeRO 2": Case("ap", zero=2),
+    "DP2 ZeRO 3": Case("ap", zero=3),
+}
 
 
 def parameters(engine: Any) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for chunk in bare(engine) for p in chunk.parameters()])
+    return torch.cat([shard.tensor.flatten().clone() for shard in shards_of(engine).values()])
 
 
 def poisoned(engine: Any) -> list[Any]:
@@ -63,9 +67,9 @@ def run(case: Case) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
 def test_nothing_is_updated_and_the_batch_is_named(name: str) -> None:
-    for rank in run_ranks(2, run, Case("ap", LAYOUTS[name])):
+    for rank in run_ranks(2, run, CASES[name]):
         assert rank["skipped"] and rank["unchanged"] and rank["finite"], rank
         assert rank["bad"] == ([rank["count"] - 1] if rank["where"] == (True, True) else []), rank
         assert rank["same"], "the step after a skipped one is what it would have been without it"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from helpers.reference import Document, Params
@@ -12,6 +13,7 @@ from steerlm_megatron.config.schema import EngineConfig, ModelConfig, OptimConfi
 from steerlm_megatron.data.collate import RowBatch
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model, global_names
 from steerlm_megatron.runtime import parallel
+from steerlm_megatron.stages.train import engine_of
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
 
@@ -40,6 +42,13 @@ class Case:
     micro_batches: int = MICRO_BATCHES  # of a global step, all data-parallel ranks together
     dropout: float = 0.0
     recompute: str = "none"
+    zero: int = 0  # stage of the DeepSpeed engine; 0: the Megatron-Core engine
+
+    @property
+    def engine(self) -> EngineConfig:
+        if self.zero:
+            return EngineConfig(name="deepspeed", zero_stage=self.zero, recompute=self.recompute)
+        return EngineConfig(recompute=self.recompute)
 
     @property
     def model(self) -> ModelConfig:
@@ -128,9 +137,9 @@ def objective(case: Case) -> Objective:
 def build(case: Case, seed: int = 5) -> list[PackedGPTModel]:
     """This rank's chunks. A regression head gets weights: its own zeros would leave the trunk without gradients."""
     attributes = len(NAMES) if case.objective == "ap" else None
-    engine, virtual = EngineConfig(recompute=case.recompute), case.layout.virtual_pipeline
+    virtual = case.layout.virtual_pipeline
     chunks = [
-        build_model(case.model, case.layout, engine, VOCAB, attributes, seed, vp_stage=i if virtual else None)
+        build_model(case.model, case.layout, case.engine, VOCAB, attributes, seed, vp_stage=i if virtual else None)
         for i in range(virtual or 1)
     ]
     for chunk in chunks:
@@ -146,11 +155,11 @@ def fill_head(chunk: PackedGPTModel, scale: float = 0.1, bias: float = 2.0) -> N
     head.bias.data.fill_(bias)
 
 
-def make(case: Case, seed: int = 5, steps: int = 8) -> MegatronEngine:
+def make(case: Case, seed: int = 5, steps: int = 8) -> Any:
     """The engine of a case on the ranks that were started. Collective over the world."""
     parallel.initialize(case.layout, seed)
-    engine = EngineConfig(recompute=case.recompute)
-    return MegatronEngine(build(case, seed), objective(case), OPTIM[case.objective], engine, steps)
+    engine = engine_of(case.engine)
+    return engine(build(case, seed), objective(case), OPTIM[case.objective], case.engine, steps)
 
 
 def bare(engine: MegatronEngine) -> list[PackedGPTModel]:
@@ -176,6 +185,18 @@ def shards(chunks: Sequence[PackedGPTModel]) -> dict[str, Shard]:
             split = at.tp_size > 1 and getattr(p, "tensor_model_parallel", False)
             tensor, axis = p.detach().clone(), p.partition_dim if split else None
             out[name] = Shard(tensor, axis, getattr(p, "partition_stride", 1) if split else 1, at.tp_rank)
+    return out
+
+
+def shards_of(engine: Any) -> dict[str, Shard]:
+    """This rank's tensor-parallel part of every parameter, ZeRO's partitions put together."""
+    if isinstance(engine, MegatronEngine):
+        return shards(bare(engine))
+    at, out = parallel.layout(), {}
+    for name, p in engine.parameters.items():
+        split = at.tp_size > 1 and getattr(p, "tensor_model_parallel", False)
+        stride = getattr(p, "partition_stride", 1) if split else 1
+        out[name] = Shard(engine.whole(name).cpu(), p.partition_dim if split else None, stride, at.tp_rank)
     return out
 
 

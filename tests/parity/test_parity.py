@@ -16,13 +16,13 @@ from helpers.engines import (
     OPTIM,
     VOCAB,
     Case,
-    bare,
     build,
     documents,
     fill_head,
     make,
     row,
     shards,
+    shards_of,
     step_batches,
     unsplit,
 )
@@ -46,13 +46,20 @@ MATRIX: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2": (2, {"layout": P(pipeline=2)}),
     "VPP2": (2, {"layout": P(pipeline=2, virtual_pipeline=2)}),
     "DP2": (2, {}),
+    "DP2 ZeRO 1": (2, {"zero": 1}),
+    "DP2 ZeRO 2": (2, {"zero": 2}),
+    "DP2 ZeRO 3": (2, {"zero": 3}),
+    "DP2 ZeRO 3 recompute": (2, {"zero": 3, "recompute": "full"}),
+    "TP2 ZeRO 1": (2, {"zero": 1, "layout": P(tensor=2)}),
     "TP2xPP2": (4, {"layout": P(tensor=2, pipeline=2)}),
     "TP2xPP2+SP": (4, {"layout": P(tensor=2, pipeline=2, sequence=True)}),
     "TP2xVPP2+SP": (4, {"layout": P(tensor=2, pipeline=2, virtual_pipeline=2, sequence=True)}),
     "TP2xDP2": (4, {"layout": P(tensor=2)}),
+    "TP2xDP2 ZeRO 2": (4, {"zero": 2, "layout": P(tensor=2)}),
+    "TP2xDP2 ZeRO 3": (4, {"zero": 3, "layout": P(tensor=2)}),
     "PP2xDP2": (4, {"layout": P(pipeline=2)}),
 }
-TIED = ("1 rank", "TP2+SP", "PP2", "VPP2", "TP2xPP2+SP", "PP2xDP2")
+TIED = ("DP2 ZeRO 3", "TP2xDP2 ZeRO 2", "1 rank", "TP2+SP", "PP2", "VPP2", "TP2xPP2+SP", "PP2xDP2")
 
 
 def key(objective: str, name: str, tied: bool = False) -> str:
@@ -83,7 +90,7 @@ def train(case: Case, steps: int = STEPS, seed: int = 5) -> dict[str, Any]:
         "norm": [r.grad_norm for r in results],
         "lr": [r.lr for r in results],
         "valid": valid["loss"],
-        "params": shards(bare(engine)),
+        "params": shards_of(engine),
     }
 
 

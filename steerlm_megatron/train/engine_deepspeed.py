@@ -1,0 +1,331 @@
+"""The DeepSpeed engine: ZeRO 1, 2 and 3 over data-parallel ranks, tensor parallelism by Megatron-Core's layers.
+
+Owns: handing our model, parameter groups and groups of ranks to DeepSpeed; one training step; what of ZeRO's partitions
+goes into a sharded checkpoint, and back. Does not own: losses (``objective.py``), files (``checkpoint.py``), the loop.
+Invariant: the sum of losses is divided once, by the number of terms of the global batch, and gradients, clipping, AdamW
+and the schedule are those of the Megatron-Core engine. The only module that imports deepspeed.
+
+Checkpoints have the model under the Megatron-Core engine's names, so that any command loads them, and the optimizer as
+one fp32 tensor per parameter and kind, not per partition: they load at another ZeRO stage, data- or tensor-parallel
+size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from steerlm_megatron.config.schema import EngineConfig, OptimConfig
+from steerlm_megatron.data.collate import RowBatch
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.attention import PackedTokens
+from steerlm_megatron.model.gpt import PackedGPTModel
+from steerlm_megatron.runtime.collectives import sum_from_last_stage, sum_over_data_parallel
+from steerlm_megatron.runtime.device import device, has_cuda
+from steerlm_megatron.runtime.parallel import Layout, layout
+from steerlm_megatron.train.adam import allocate_adam, parameter_groups
+from steerlm_megatron.train.checkpoint import common_state, load_sharded, save_sharded
+from steerlm_megatron.train.engine import Engine, StepResult
+from steerlm_megatron.train.objective import Objective
+from steerlm_megatron.train.rng import rng_state, take_rng_state
+from steerlm_megatron.train.schedule import build_schedule
+
+# What ZeRO keeps in fp32 of each parameter, by the name it has in a checkpoint.
+_MASTER = "fp32_param"
+_KINDS = (_MASTER, "exp_avg", "exp_avg_sq")
+
+Template: TypeAlias = ShardedTensor | ShardedTensorFactory
+
+
+class _Mpu:
+    """Megatron-Core's groups under the names that DeepSpeed asks an ``mpu`` for: model parallel is tensor parallel."""
+
+    get_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_rank = staticmethod(parallel_state.get_tensor_model_parallel_rank)
+    get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
+    get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
+    get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
+    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
+    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
+    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+
+
+class DeepSpeedEngine(Engine):
+    """``chunks``: the model, in one piece (``config.load`` refuses pipelines with this engine)."""
+
+    def __init__(
+        self,
+        chunks: Sequence[PackedGPTModel],
+        objective: Objective,
+        optim: OptimConfig,
+        engine: EngineConfig,
+        steps: int,
+    ) -> None:
+        deepspeed = _deepspeed()
+        (model,) = chunks
+        self.layout: Layout = layout()
+        self.objective, self.stage = objective, engine.zero_stage
+        # Before ZeRO cuts the parameters up: names, shapes and places of the whole ones.
+        entries = model.sharded_state_dict()
+        tensors = {n: e for n, e in entries.items() if isinstance(e, ShardedTensor | ShardedTensorFactory)}
+        self.templates: dict[str, Template] = {name: replace(entry, data=None) for name, entry in tensors.items()}
+        self.objects = {name: entry for name, entry in entries.items() if name not in tensors}
+        self.parameters = dict(model.named_parameters())
+        self.shapes = {name: p.shape for name, p in self.parameters.items()}
+        self.dtypes = dict.fromkeys(self.parameters, torch.bfloat16 if engine.precision == "bf16" else torch.float32)
+        adam = torch.optim.AdamW(
+            parameter_groups(model, optim.weight_decay), lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps,
+            weight_decay=optim.weight_decay, fused=True,
+        )  # fmt: skip
+        self.ds, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=adam, config=_config(optim, engine), mpu=_Mpu(), dist_init_required=False
+        )
+        self.adam = adam
+        self._guard_update()
+        self._allocate()
+        self.schedule = build_schedule(self.optimizer, optim, steps)
+
+    @property
+    def model(self) -> PackedGPTModel:
+        """The model inside DeepSpeed's wrapper; under ZeRO 3 its parameters are empty outside a forward pass."""
+        return self.ds.module
+
+    def _guard_update(self) -> None:
+        """No update from a loss that is not finite; DeepSpeed itself sees to gradients that are not."""
+        update, self._finite = self.adam.step, True
+
+        def step(closure: Any = None) -> Any:
+            return update(closure) if self._finite else None
+
+        self.adam.step = step  # type: ignore[method-assign]
+
+    # ---- steps
+
+    def _forward(self, batch: RowBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sum of losses, float64 sums [M]) of one micro-batch."""
+        packed = PackedTokens.from_cu_seqlens(batch.cu_seqlens, batch.positions_T)
+        packed.output_index_K = self.objective.output_index(batch)
+        labels = self.objective.labels(batch)
+        here = device()
+        output = self.ds(
+            batch.tokens_T[None].to(here, non_blocking=True),
+            batch.positions_T[None].to(here, non_blocking=True),
+            None,
+            labels=None if labels is None else labels.to(here, non_blocking=True),
+            packed_seq_params=packed.to(here),
+        )
+        return self.objective.loss(output, batch)
+
+    def train_step(self, batches: Sequence[RowBatch]) -> StepResult:
+        self.ds.train()
+        terms = float(sum(self.objective.terms(batch) for batch in batches))
+        # ZeRO takes the mean over data-parallel ranks; wanted is the sum over the number of terms of them all.
+        scale = self.layout.dp_size / max(sum_over_data_parallel([terms])[0], 1.0)
+        sums = []
+        for number, batch in enumerate(batches):
+            self.ds.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            total, sums_M = self._forward(batch)
+            self.ds.backward(total * scale)
+            sums.append(sums_M)
+        sums_BM = torch.stack(sums).cpu()  # host sync: once a step
+        means = self.objective.means(sum_from_last_stage(sums_BM.sum(0)).tolist())
+        loss = means.pop("loss")
+        self.schedule.step(increment=1)
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        self._finite = math.isfinite(loss)
+        self.ds.step()
+        grad_norm = float(self.ds.get_global_grad_norm() or 0.0)
+        if self._finite and not self.optimizer.overflow and math.isfinite(grad_norm):
+            return StepResult(loss, grad_norm, lr, metrics=means)
+        self.schedule.step(increment=-1)
+        bad = (~sums_BM.isfinite().all(1)).nonzero().squeeze(1).tolist()
+        return StepResult(loss, grad_norm, lr, True, bad, means)
+
+    @torch.no_grad()
+    def evaluate(self, steps: Iterable[Sequence[RowBatch]]) -> dict[str, float]:
+        self.ds.eval()
+        sums_M = torch.zeros(len(self.objective.metric_names), dtype=torch.float64)
+        for batches in steps:
+            for batch in batches:
+                sums_M += self._forward(batch)[1].cpu()
+        return self.objective.means(sum_from_last_stage(sums_M).tolist())
+
+    # ---- checkpoints
+
+    def save(self, folder: Path) -> None:
+        state: dict[str, Any] = {"model": self.objects | self._whole(None)}
+        for kind in _KINDS:
+            if whole := self._whole(kind):
+                state[kind] = whole
+        state["schedule"] = self.schedule.state_dict()
+        state["adam_step"] = max((int(entry["step"]) for entry in self.adam.state.values()), default=0)
+        state["layout"] = self._layout_tuple()
+        state["rng"] = rng_state(self.layout)
+        save_sharded(state, folder)
+
+    def load(self, folder: Path) -> None:
+        common = common_state(folder)
+        if "adam_step" not in common:
+            raise UserError(
+                f"{folder} was saved by engine=megatron, whose optimizer engine=deepspeed does not read; go on with "
+                f"that engine, or start a new run from its weights with init_from={folder}"
+            )
+        for kind in _KINDS:  # one at a time: a rank has room for one whole fp32 copy of its part of the model
+            self._take(kind, load_sharded({kind: self._empty(kind)}, folder)[kind])
+        for entry in self.adam.state.values():
+            entry["step"].fill_(common["adam_step"])
+        self.schedule.load_state_dict(common["schedule"])
+        if common["layout"] == self._layout_tuple():
+            take_rng_state(load_sharded({"rng": rng_state(self.layout)}, folder)["rng"])
+
+    def load_model(self, folder: Path) -> None:
+        loaded = load_sharded({"model": self._empty(None)}, folder, missing_ok=("output_layer.",))["model"]
+        self._take(_MASTER, {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)})
+
+    def _layout_tuple(self) -> tuple[int, ...]:
+        return (self.layout.pp_size, self.layout.tp_size, self.layout.dp_size)
+
+    def _template(self, name: str, kind: str | None, data: torch.Tensor) -> Template:
+        """Where ``data``, a whole parameter (``kind`` None) or a state of it, stands in a checkpoint."""
+        entry = self.templates[name]
+        key = entry.key if kind is None else f"deepspeed.{kind}.{entry.key}"
+        if isinstance(entry, ShardedTensorFactory):
+            return replace(entry, key=key, data=data)
+        return replace(entry, key=key, data=data, dtype=data.dtype)
+
+    def _whole(self, kind: str | None) -> dict[str, Template]:
+        """Every parameter, or a state of it, put together from its partitions; on the CPU of the first data-parallel
+        rank, which writes it.
+        """
+        out = {}
+        for name, parameter in self.parameters.items():
+            full = self._gather(parameter, kind)
+            if full is not None and self.layout.dp_rank == 0:
+                full = full.to(self.dtypes[name]) if kind is None else full
+                out[name] = self._template(name, kind, full.detach().to("cpu", copy=True))
+        return out
+
+    def whole(self, name: str) -> torch.Tensor:
+        """A parameter put together from ZeRO's partitions: fp32, or as the model has it if it is frozen. Collective
+        over the data-parallel group.
+        """
+        full = self._gather(self.parameters[name], None)
+        assert full is not None
+        return full
+
+    def _gather(self, parameter: torch.nn.Parameter, kind: str | None) -> torch.Tensor | None:
+        from deepspeed import zero
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if parameter.requires_grad:
+            if kind in (None, _MASTER):
+                return safe_get_full_fp32_param(parameter)
+            return safe_get_full_optimizer_state(parameter, kind)
+        if kind is not None:
+            return None  # a frozen parameter has no state
+        with zero.GatheredParameters([parameter], enabled=self.stage == 3):
+            return parameter.detach().clone()
+
+    def _empty(self, kind: str | None) -> dict[str, Template]:
+        """Room for what :meth:`_whole` writes."""
+        out = {}
+        for name, parameter in self.parameters.items():
+            if kind is None or parameter.requires_grad:
+                dtype = self.dtypes[name] if kind is None else torch.float32
+                out[name] = self._template(name, kind, torch.empty(self.shapes[name], dtype=dtype))
+        return out
+
+    @torch.no_grad()
+    def _take(self, kind: str, loaded: dict[str, torch.Tensor]) -> None:
+        """Put whole tensors into this rank's partitions; parameters into the model as well."""
+        from deepspeed.utils import (
+            safe_set_full_fp32_param,
+            safe_set_full_optimizer_state,
+            safe_set_local_fp32_param,
+            safe_set_local_optimizer_state,
+        )
+
+        for name, value in loaded.items():
+            parameter, value = self.parameters[name], value.to(device()).float()
+            if self.stage == 3:
+                part = self._partition(parameter, value)
+                if kind == _MASTER:
+                    cast(Any, parameter).ds_tensor.data.copy_(part)
+                    if parameter.requires_grad:
+                        safe_set_local_fp32_param(parameter, part)
+                else:
+                    safe_set_local_optimizer_state(parameter, part, kind)
+                continue
+            if kind == _MASTER:
+                parameter.data.copy_(value)
+                if parameter.requires_grad:
+                    safe_set_full_fp32_param(parameter, value)
+            else:
+                safe_set_full_optimizer_state(parameter, value, kind)
+
+    def _partition(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+        """This rank's share of ``value`` under ZeRO 3, padded like all shares."""
+        size = cast(Any, parameter).ds_tensor.ds_numel
+        padded = value.new_zeros(size * self.layout.dp_size)
+        padded[: value.numel()] = value.flatten()
+        return padded[size * self.layout.dp_rank : size * (self.layout.dp_rank + 1)]
+
+    def _partitions(self) -> Iterator[torch.Tensor]:
+        """ZeRO's flat fp32 partitions, which are what AdamW updates."""
+        flat = "fp32_partitioned_groups_flat" if self.stage == 3 else "single_partition_of_fp32_groups"
+        yield from getattr(self.optimizer, flat)
+
+    def _allocate(self) -> None:
+        """AdamW's state for every partition: a checkpoint has somewhere to go before the first step, and DeepSpeed,
+        which ties parameters to their states once, in the first group's first step, finds those of all groups.
+        """
+        for partition in self._partitions():
+            allocate_adam(self.adam, partition)
+        if self.stage != 3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _deepspeed() -> Any:
+    """The package, told to keep to the device that torch has, and to warnings."""
+    if not has_cuda():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Its own collectives in shared memory would be compiled now, for half a minute; gloo does as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed
+
+
+def _config(optim: OptimConfig, engine: EngineConfig) -> dict[str, Any]:
+    """DeepSpeed's configuration. The loop decides when gradients are whole, so DeepSpeed counts no accumulation."""
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": has_cuda()}
+    if engine.offload in ("optimizer", "all"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": has_cuda()}
+    if engine.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": has_cuda()}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.clip_grad,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "steps_per_print": 1 << 60,
+    }
+    if engine.precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    return config

@@ -1,0 +1,122 @@
+"""The DeepSpeed engine's checkpoints: bit by bit at the same layout, at other ZeRO stages and layouts to rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.dist import once, run_ranks
+from helpers.engines import Case, make, shards_of, step_batches
+
+from steerlm_megatron.config import load
+from steerlm_megatron.config.schema import Config, EngineConfig, ParallelConfig
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.runtime.collectives import barrier
+
+pytestmark = pytest.mark.distributed
+
+DP2, TP2 = ParallelConfig(), ParallelConfig(tensor=2)
+# objective, saved at (ZeRO stage, layout), loaded at
+MOVES = {
+    "DP2 ZeRO 1": ("sft", (1, DP2), (1, DP2)),
+    "DP2 ZeRO 2": ("ap", (2, DP2), (2, DP2)),
+    "DP2 ZeRO 3": ("ap", (3, DP2), (3, DP2)),
+    "TP2 ZeRO 3": ("sft", (3, TP2), (3, TP2)),
+    "DP2 ZeRO 3 -> TP2 ZeRO 1": ("sft", (3, DP2), (1, TP2)),
+    "TP2 ZeRO 2 -> DP2 ZeRO 3": ("ap", (2, TP2), (3, DP2)),
+}
+
+
+def losses(engine: Any, first: int, last: int) -> list[float]:
+    return [engine.train_step(step_batches(step)).loss for step in range(first, last)]
+
+
+def saved(engine: Any, folder: Path) -> None:
+    if engine.layout.is_main:
+        folder.mkdir(parents=True)
+    barrier()
+    engine.save(folder)
+    barrier()
+
+
+def moved(name: str, root: Path) -> dict[str, Any]:
+    objective, (stage, layout), (other_stage, other_layout) = MOVES[name]
+    same = (stage, layout) == (other_stage, other_layout)
+    case = Case(objective, layout, zero=stage, dropout=0.1 if same else 0.0)
+    engine = make(case)
+    losses(engine, 0, 3)
+    saved(engine, root / name)
+    expected = losses(engine, 3, 7)
+    last = {key: shard.tensor for key, shard in shards_of(engine).items()}
+    engine = make(replace(case, layout=other_layout, zero=other_stage), seed=77)
+    engine.load(root / name)
+    found = losses(engine, 3, 7)
+    equal = same and all(torch.equal(shard.tensor, last[key]) for key, shard in shards_of(engine).items())
+    return {"expected": expected, "found": found, "same": same, "equal": equal}
+
+
+def across_engines(root: Path) -> dict[str, Any]:
+    """The other engine takes the weights, and refuses the optimizer."""
+    folder = root / "DP2 ZeRO 3 -> TP2 ZeRO 1"
+    out: dict[str, Any] = {"valid": []}
+    for case in (Case("sft"), Case("sft", zero=1), Case("sft", zero=3)):
+        engine = make(case, seed=78)
+        engine.load_model(folder)
+        out["valid"].append(engine.evaluate([step_batches(3)])["loss"])
+        if not case.zero:
+            losses(engine, 3, 5)
+            saved(engine, root / "mcore")
+    for case, path in ((Case("sft"), folder), (Case("sft", zero=1), root / "mcore")):
+        with pytest.raises(UserError, match="was saved by engine=.*init_from="):
+            make(case).load(path)
+    regression = make(Case("ap", zero=3), seed=79)
+    before = regression.whole("output_layer.regression.weight").clone()
+    regression.load_model(folder)
+    out["head kept"] = torch.equal(before, regression.whole("output_layer.regression.weight"))
+    return out
+
+
+def everything(root: Path) -> dict[str, Any]:
+    return {name: moved(name, root) for name in MOVES} | {"engines": across_engines(root)}
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    root = tmp_path_factory.mktemp("deepspeed")
+    return once(tmp_path_factory, "deepspeed", lambda: run_ranks(2, everything, root, timeout=240))
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_training_goes_on(name: str, measured: list[dict[str, Any]]) -> None:
+    for rank in measured:
+        found = rank[name]
+        if found["same"]:
+            assert found["found"] == found["expected"] and found["equal"], "bit by bit, dropout too"
+        else:
+            assert max(abs(a - b) for a, b in zip(found["found"], found["expected"], strict=True)) <= 1e-5, found
+
+
+def test_the_other_engine_takes_the_weights_alone(measured: list[dict[str, Any]]) -> None:
+    found = measured[0]["engines"]
+    assert max(found["valid"]) - min(found["valid"]) <= 1e-6, found
+    assert found["head kept"]
+
+
+@pytest.mark.parametrize(
+    ("engine", "layout", "words"),
+    [
+        ({"name": "deepspeed"}, {"pipeline": 2}, ["parallel.pipeline=2", "engine.zero_stage=3", "engine=megatron"]),
+        ({"name": "deepspeed", "zero_stage": 4}, {}, ["engine.zero_stage=4", "1 2 3"]),
+        ({"name": "deepspeed", "offload": "all"}, {}, ["engine.offload=all", "engine.zero_stage=3"]),
+        ({"name": "deepspeed"}, {"tensor": 2, "sequence": True}, ["parallel.sequence=true"]),
+        ({"zero_stage": 3}, {}, ["engine.zero_stage=3", "engine=deepspeed"]),
+    ],
+)
+def test_what_it_cannot_do_is_refused(engine: dict[str, Any], layout: dict[str, Any], words: list[str]) -> None:
+    config = Config(command="train_sft", engine=EngineConfig(**engine), parallel=ParallelConfig(**layout))
+    with pytest.raises(UserError) as error:
+        load.finalize(config)
+    assert all(word in str(error.value) for word in words), error.value
