@@ -1,0 +1,131 @@
+"""Documents end to end: what travels from tokenising to shards.
+
+Owns: ``Block``, making one of documents, choosing documents of one. Does not own: its files (``chunks.py`` for work in
+progress, ``shards.py`` for good). Invariant: no loop over documents but in ``join``; a block chosen from and cut
+anywhere has the documents it had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from steerlm_megatron.data.views import TURN, Document
+
+Array = npt.NDArray[Any]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type of stored token ids: what Megatron-Core takes for a vocabulary of this size."""
+    return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
+
+
+@dataclass(frozen=True)
+class Block:
+    """N documents. The arrays named ``…_counts`` say how much of the array before them each document has.
+
+    Args:
+        tokens: uint16 or int32, all documents' ids end to end; ``lengths`` int32 [N].
+        turns: ``views.TURN``, ``turn_counts`` int32 [N]; ``values`` float32 [turns, attributes] beside them.
+        spans: int32 [spans, 2], positions in their document; ``span_counts`` int32 [N].
+        headers: int32 [N, 2].
+        ids: uint8, the documents' ids as UTF-8; ``id_sizes`` int32 [N].
+        lines: int64 [N], the line of the input file each came from.
+    """
+
+    tokens: Array
+    lengths: Array
+    turns: Array
+    turn_counts: Array
+    values: Array
+    spans: Array
+    span_counts: Array
+    headers: Array
+    ids: Array
+    id_sizes: Array
+    lines: Array
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def id(self, index: int) -> str:
+        """The id of document ``index``. O(N)."""
+        start = int(self.id_sizes[:index].sum())
+        return bytes(self.ids[start : start + int(self.id_sizes[index])]).decode()
+
+    def select(self, keep_N: Array) -> Block:
+        """The documents for which ``keep_N`` (bool) is true."""
+        if keep_N.all():
+            return self
+        turns, spans = np.repeat(keep_N, self.turn_counts), np.repeat(keep_N, self.span_counts)
+        return Block(
+            self.tokens[np.repeat(keep_N, self.lengths)],
+            self.lengths[keep_N],
+            self.turns[turns],
+            self.turn_counts[keep_N],
+            self.values[turns],
+            self.spans[spans],
+            self.span_counts[keep_N],
+            self.headers[keep_N],
+            self.ids[np.repeat(keep_N, self.id_sizes)],
+            self.id_sizes[keep_N],
+            self.lines[keep_N],
+        )
+
+    def cut(self, start: int, stop: int) -> Block:
+        """Documents ``start`` to ``stop``, as views."""
+        if start == 0 and stop >= len(self):
+            return self
+        tokens, turns = _bounds(self.lengths, start, stop), _bounds(self.turn_counts, start, stop)
+        each = slice(start, stop)
+        return Block(
+            self.tokens[tokens],
+            self.lengths[each],
+            self.turns[turns],
+            self.turn_counts[each],
+            self.values[turns],
+            self.spans[_bounds(self.span_counts, start, stop)],
+            self.span_counts[each],
+            self.headers[each],
+            self.ids[_bounds(self.id_sizes, start, stop)],
+            self.id_sizes[each],
+            self.lines[each],
+        )
+
+    def arrays(self) -> dict[str, Array]:
+        """Its arrays by name; ``Block(**arrays)`` is the inverse."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def join(documents: Sequence[Document], vocab_size: int, attributes: int, lines: Sequence[int] = ()) -> Block:
+    """A block of documents. ``attributes``: how many the schema has (for a block without documents)."""
+    ids = [document.id.encode("utf-8", "replace") for document in documents]
+    # As bytes: joining thousands of structured arrays is slow.
+    turns = [document.turns_N.view(np.uint8) for document in documents]
+    return Block(
+        np.concatenate([_NO_TOKENS, *(d.tokens_T for d in documents)]).astype(token_dtype(vocab_size)),
+        np.array([len(d.tokens_T) for d in documents], np.int32),
+        np.concatenate([_NO_BYTES, *turns]).view(TURN),
+        np.array([len(d.turns_N) for d in documents], np.int32),
+        np.concatenate([np.zeros((0, attributes), np.float32), *(d.values_NA for d in documents)]),
+        np.concatenate([_NO_SPANS, *(d.spans for d in documents)]),
+        np.array([len(d.spans) for d in documents], np.int32),
+        np.array([d.header for d in documents], np.int32).reshape(-1, 2),
+        np.frombuffer(b"".join(ids), np.uint8),
+        np.array([len(name) for name in ids], np.int32),
+        np.array(lines or [0] * len(documents), np.int64),
+    )
+
+
+_NO_TOKENS = np.zeros(0, np.int32)
+_NO_BYTES = np.zeros(0, np.uint8)
+_NO_SPANS = np.zeros((0, 2), np.int32)
+
+
+def _bounds(counts: Array, start: int, stop: int) -> slice:
+    first = int(counts[:start].sum(dtype=np.int64))
+    return slice(first, first + int(counts[start:stop].sum(dtype=np.int64)))
