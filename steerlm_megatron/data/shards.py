@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from steerlm_megatron.data.blocks import Block, join, token_dtype
 from steerlm_megatron.data.tokenizer import META_FILE, MODEL_FILE, Tokenizer
-from steerlm_megatron.data.views import ASSISTANT, TURN, Document
+from steerlm_megatron.data.views import ASSISTANT, Document
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
@@ -135,7 +135,7 @@ class ShardWriter:
 
     def _append(self, block: Block) -> None:
         if self._bin is None:
-            self._bin = open(self._work / f"{self._prefix()}.bin", "wb")
+            self._bin = open(self._work / f"{self._prefix()}.bin", "wb")  # noqa: SIM115  (open until the shard is full)
             self._digest = hashlib.sha256()
         data = np.ascontiguousarray(block.tokens).view(np.uint8).data
         self._bin.write(data)
@@ -151,12 +151,17 @@ class ShardWriter:
         return manifest
 
     def finish(
-        self, counts: Mapping[str, Any], sources: list[dict[str, Any]], policies: Mapping[str, Any] | None = None
+        self,
+        counts: Mapping[str, Any],
+        sources: list[dict[str, Any]],
+        policies: Mapping[str, Any] | None = None,
+        run: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Finish the last shard and write the manifest, which is returned; the folder is not in its place yet.
 
         ``counts``: what became of the input (``in``, ``out``, ``skipped`` by reason). ``sources``: name and hash each.
-        ``policies``: what was decided about doubtful input, and how often it was met.
+        ``policies``: what was decided about doubtful input, and how often it was met. ``run``: by what a later run
+        knows that it would write the same.
         """
         if self._bin is not None:
             self._close_shard()
@@ -169,6 +174,7 @@ class ShardWriter:
             "tokenizer": {"hash": self._tokenizer.hash, "vocab_size": self._tokenizer.vocab_size},
             "counts": {**counts, **self.counts},
             "policies": dict(policies or {}),
+            "run": dict(run or {}),
             "labels": {"sum": self._label_sum.tolist(), "count": self._label_count.tolist()},
             "sources": sources,
             "files": {name: _describe(self._work / name) for name in (MODEL_FILE, META_FILE)},
