@@ -145,13 +145,13 @@ class _Run:
                 if writer.documents:
                     described = sources.get(split) or sources["train"]
                     manifests[split] = writer.finish(counted[split], described, self._policies(split), run)
-            # Train comes last: where it stands, the others stand too.
+            # Train comes last: where it stands, all else stands too.
+            self._keep_rejected(rejected_file, rejected_path)
             for split in sorted(self.splits, key=lambda split: split == "train"):
                 if split in manifests:
                     writers[split].publish()
                 else:
                     shutil.rmtree(self.output_dir / split, ignore_errors=True)
-            self._keep_rejected(rejected_file, rejected_path)
         shutil.rmtree(self.output_dir / WORK, ignore_errors=True)
         return self._summary(counted, manifests)
 

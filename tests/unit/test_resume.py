@@ -45,8 +45,9 @@ def main():
     def progress(done, total):
         print(done, flush=True)
         time.sleep({pause})
-    module.preprocess({{"train": {files!r}}}, {output!r}, Tokenizer.load({tokenizer!r}), corpora.SCHEMA, corpora.STEERLM,
-                      DataConfig(**{data!r}), progress)
+    tok = Tokenizer.load({tokenizer!r})
+    data = DataConfig(**{data!r})
+    module.preprocess({{"train": {files!r}}}, {output!r}, tok, corpora.SCHEMA, corpora.STEERLM, data, progress)
 
 if __name__ == "__main__":
     {limit}
