@@ -124,6 +124,7 @@ class _Run:
         self.total = sum(source["lines"] for described in sources.values() for source in described)
         stands = self._standing(sources)
         if stands is not None:
+            self._clear()
             return stands
         self._open_work()
         rejected_path = self.output_dir / f".{REJECTED_FILE}.tmp"
@@ -152,8 +153,14 @@ class _Run:
                     writers[split].publish()
                 else:
                     shutil.rmtree(self.output_dir / split, ignore_errors=True)
-        shutil.rmtree(self.output_dir / WORK, ignore_errors=True)
+        self._clear()
         return self._summary(counted, manifests)
+
+    def _clear(self) -> None:
+        """Remove what a job needs on the way, its own and what one left that was killed at the very end."""
+        for name in (WORK, *(f".{split}.{kind}" for split in self.splits for kind in ("old", "tmp"))):
+            shutil.rmtree(self.output_dir / name, ignore_errors=True)
+        (self.output_dir / f".{REJECTED_FILE}.tmp").unlink(missing_ok=True)
 
     # -- what stands there already ------------------------------------------------------------------------------------
 
