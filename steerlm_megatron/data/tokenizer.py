@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 
+from steerlm_megatron.data.word_cache import WordCache, applies
 from steerlm_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Tokenizer:
             raise UserError(f"{source or 'tokenizer'} is not a SentencePiece model: {error}") from None
         self._base_size = len(self._sp)
         self._bytes = self._byte_ids()
+        self._words = self._word_cache()
         self._added: dict[str, int] = dict(added or {})
         if "\n" not in self._added and self._sp.decode(self._sp.encode("a\nb")) != "a\nb":
             self._add("\n")
@@ -308,6 +310,8 @@ class Tokenizer:
 
     def _encode_plain(self, texts: list[str], num_threads: int) -> list[list[int]]:
         try:
+            if self._words is not None and num_threads == 1:
+                return self._words.encode(texts)
             return self._sp.encode(texts, num_threads=num_threads) if texts else []
         except (TypeError, UnicodeEncodeError):  # what sentencepiece makes of a text that has no UTF-8
             for text in texts:
@@ -317,6 +321,18 @@ class Tokenizer:
                     where = f"{error.reason} at character {error.start}"
                     raise UserError(f"text {text[:40]!r} is not valid Unicode ({where}); clean it first") from None
             raise
+
+    def _word_cache(self) -> WordCache | None:
+        """A memory of words where the model is one that encodes a text word by word."""
+        pieces = [self._sp.id_to_piece(i) for i in range(self._base_size)]
+        spec: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}}  # the trainer's and the normaliser's
+        for number, value in _fields(self._model):
+            if number in spec and isinstance(value, bytes):
+                spec[number] |= dict(_fields(value))
+        model_type = spec[2].get(3, 1)
+        assert isinstance(model_type, int)
+        identity = not spec[3].get(2) and spec[3].get(5, 1) == 1  # no character map; spaces become U+2581
+        return WordCache(self._sp) if applies(model_type, identity, pieces, bool(self._bytes)) else None
 
     def _encode_by_character(self, text: str) -> list[int]:
         ids: list[int] = []

@@ -194,10 +194,13 @@ def check_tokenizer(config: Config) -> None:
         Tokenizer.from_config(config.tokenizer, (*template.control_strings, template.label_marker))
 
 
-def make_shards(config: Config, splits: Mapping[str, Sequence[str]], output_dir: Path) -> dict[str, Any]:
+def make_shards(
+    config: Config, splits: Mapping[str, Sequence[str]], output_dir: Path, overwrite: bool = True
+) -> dict[str, Any]:
     """Tokenize ``splits`` into ``output_dir/<split>`` with a progress bar. Returns the summary of ``preprocess``.
 
-    A ``valid`` without files: there is no validation set, and none is dealt.
+    A ``valid`` without files: there is no validation set, and none is dealt. ``overwrite``: replace shards that other
+    inputs or settings gave.
     """
     data = config.data if splits.get("valid", True) else dataclasses.replace(config.data, valid_fraction=0.0)
     splits = {split: files for split, files in splits.items() if files}
@@ -216,6 +219,7 @@ def make_shards(config: Config, splits: Mapping[str, Sequence[str]], output_dir:
             Template.from_config(config.template),
             data,
             progress=show,
+            overwrite=overwrite,
         )
 
 

@@ -1,0 +1,75 @@
+"""Ids of words met before, so that most text need not go through SentencePiece.
+
+BPE merges two neighbours only if the result is a piece. Where no piece of a model holds a space after another
+character, nor a newline beside one, no merge ever crosses a place before a run of spaces or around a newline: the ids
+of a text are the ids of its words end to end, exactly. Words repeat, and looking one up is several times faster than
+encoding it.
+
+Owns: for which models that holds, the memory of words. Does not own: the model (``tokenizer.py``). Invariants:
+``encode`` gives what the model gives; memory is bounded.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import chain
+from typing import Any
+
+_BPE = 2  # TrainerSpec.ModelType
+_CROSSING = re.compile("[^\u2581]\u2581|\n.|.\n", re.DOTALL)
+_WORDS = re.compile(r"\n| *+[^ \n]+| +")
+_MOST_WORDS = 1 << 17  # of a generation; two are kept
+_FEWEST_WORDS_PER_CHAR = 1 / 16  # text of longer words than this is hardly repeated (Chinese, base64): not looked up
+
+
+def applies(model_type: int, identity: bool, pieces: list[str], has_bytes: bool) -> bool:
+    """Whether the ids of a text are those of its words for this model.
+
+    Args:
+        model_type: of the trainer's specification (1 unigram, 2 BPE …).
+        identity: whether text is taken as it is; a normaliser may join what stands on both sides of a word's start.
+        pieces: the vocabulary.
+        has_bytes: byte fallback, without which unknown neighbours become one unknown.
+    """
+    return model_type == _BPE and identity and has_bytes and not any(map(_CROSSING.search, pieces))
+
+
+class WordCache:
+    """Word → ids, filled as words are met. The words of the last generation are kept beside those of the present."""
+
+    def __init__(self, processor: Any) -> None:
+        """``processor``: a SentencePieceProcessor for which ``applies`` holds, without dummy prefix and clean-up."""
+        self._processor = processor
+        self._known: dict[str, tuple[int, ...]] = {}
+        self._before: dict[str, tuple[int, ...]] = {}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text. No text may hold U+2581, which is SentencePiece's own sign for a space."""
+        split = _WORDS.findall
+        words = [split(text) for text in texts]
+        long = [i for i, text in enumerate(texts) if len(words[i]) < len(text) * _FEWEST_WORDS_PER_CHAR]
+        apart = [texts[i] for i in long]
+        for i in long:
+            words[i] = []
+        find = self._all(set().union(*words)).__getitem__
+        out = [list(chain.from_iterable(map(find, each))) for each in words]
+        for i, ids in zip(long, self._processor.encode(apart, num_threads=1) if apart else (), strict=True):
+            out[i] = ids
+        return out
+
+    def _all(self, words: set[str]) -> dict[str, tuple[int, ...]]:
+        """A dictionary that has all of ``words``; those it lacked are encoded in one call."""
+        if len(self._known) >= _MOST_WORDS:
+            self._known, self._before = {}, self._known
+        known = self._known
+        missing = list(words.difference(known))  # which looks up each of words, unlike words - known.keys()
+        if self._before:
+            again = {word: self._before[word] for word in missing if word in self._before}
+            known.update(again)
+            missing = [word for word in missing if word not in again]
+        if missing:
+            known.update(zip(missing, map(tuple, self._processor.encode(missing, num_threads=1)), strict=True))
+        return known
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_processor": self._processor, "_known": {}, "_before": {}}
