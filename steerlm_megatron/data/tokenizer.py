@@ -14,10 +14,13 @@ import io
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from steerlm_megatron.data.word_cache import WordCache, applies
@@ -288,6 +291,33 @@ class Tokenizer:
             out.append((ids, lengths))
         return out
 
+    def encode_documents(self, documents: Sequence[Sequence[Segment]]) -> list[tuple[npt.NDArray[np.int32], list[int]]]:
+        """``encode_segments_batch`` with arrays for lists of ids: what a corpus takes."""
+        texts = list(dict.fromkeys([s.text for segments in documents for s in segments if not s.control]))
+        ids_of = dict(zip(texts, self._encode_to_bytes(texts), strict=True))
+        control = {text: array("i", [i]).tobytes() for text, i in self._controls.items()}
+        out = []
+        for segments in documents:
+            parts = [control[text] if is_control else ids_of[text] for text, is_control, *_ in segments]
+            out.append((np.frombuffer(b"".join(parts), np.int32), [len(part) >> 2 for part in parts]))
+        return out
+
+    def _encode_to_bytes(self, texts: list[str]) -> list[bytes]:
+        """``encode_batch`` as int32 numbers."""
+        special = self._special
+        if self._words is None or self._matchable_ids:
+            return [array("i", ids).tobytes() for ids in self.encode_batch(texts)]
+        if special is None:
+            plain = texts
+        else:
+            plain = [text for text in texts if not special.search(text)]
+        try:
+            ids_of = dict(zip(plain, self._words.encode(plain), strict=True))
+        except (TypeError, UnicodeEncodeError):
+            self._encode_plain(plain, num_threads=1)  # which says what is wrong
+            raise
+        return [ids_of[text] if text in ids_of else array("i", self.encode(text)).tobytes() for text in texts]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``. Control ids give their strings, bytes that are not UTF-8 (and ids we lack) give U+FFFD."""
         out: list[str] = []
@@ -311,7 +341,7 @@ class Tokenizer:
     def _encode_plain(self, texts: list[str], num_threads: int) -> list[list[int]]:
         try:
             if self._words is not None and num_threads == 1:
-                return self._words.encode(texts)
+                return [array("i", ids).tolist() for ids in self._words.encode(texts)]
             return self._sp.encode(texts, num_threads=num_threads) if texts else []
         except (TypeError, UnicodeEncodeError):  # what sentencepiece makes of a text that has no UTF-8
             for text in texts:

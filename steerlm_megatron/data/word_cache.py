@@ -12,7 +12,7 @@ Owns: for which models that holds, the memory of words. Does not own: the model 
 from __future__ import annotations
 
 import re
-from itertools import chain
+from array import array
 from typing import Any
 
 _BPE = 2  # TrainerSpec.ModelType
@@ -35,41 +35,47 @@ def applies(model_type: int, identity: bool, pieces: list[str], has_bytes: bool)
 
 
 class WordCache:
-    """Word → ids, filled as words are met. The words of the last generation are kept beside those of the present."""
+    """Word → ids, filled as words are met. The words of the last generation are kept beside those of the present.
+
+    Ids are held and given as the bytes of int32 numbers: joining those makes no object per id.
+    """
 
     def __init__(self, processor: Any) -> None:
         """``processor``: a SentencePieceProcessor for which ``applies`` holds, without dummy prefix and clean-up."""
         self._processor = processor
-        self._known: dict[str, tuple[int, ...]] = {}
-        self._before: dict[str, tuple[int, ...]] = {}
+        self._known: dict[str, bytes] = {}
+        self._before: dict[str, bytes] = {}
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text. No text may hold U+2581, which is SentencePiece's own sign for a space."""
+    def encode(self, texts: list[str]) -> list[bytes]:
+        """Ids of each text, int32. No text may hold U+2581, which is SentencePiece's own sign for a space."""
         split = _WORDS.findall
         words = [split(text) for text in texts]
-        long = [i for i, text in enumerate(texts) if len(words[i]) < len(text) * _FEWEST_WORDS_PER_CHAR]
-        apart = [texts[i] for i in long]
-        for i in long:
-            words[i] = []
+        for i, text in enumerate(texts):
+            if len(words[i]) < len(text) * _FEWEST_WORDS_PER_CHAR:
+                words[i] = []
         find = self._all(set().union(*words)).__getitem__
-        out = [list(chain.from_iterable(map(find, each))) for each in words]
-        for i, ids in zip(long, self._processor.encode(apart, num_threads=1) if apart else (), strict=True):
+        out = [b"".join(map(find, each)) for each in words]
+        apart = [i for i, each in enumerate(words) if not each and texts[i]]
+        for i, ids in zip(apart, self._encode([texts[i] for i in apart]), strict=True):
             out[i] = ids
         return out
 
-    def _all(self, words: set[str]) -> dict[str, tuple[int, ...]]:
+    def _all(self, words: set[str]) -> dict[str, bytes]:
         """A dictionary that has all of ``words``; those it lacked are encoded in one call."""
         if len(self._known) >= _MOST_WORDS:
             self._known, self._before = {}, self._known
         known = self._known
-        missing = list(words.difference(known))  # which looks up each of words, unlike words - known.keys()
-        if self._before:
-            again = {word: self._before[word] for word in missing if word in self._before}
-            known.update(again)
-            missing = [word for word in missing if word not in again]
-        if missing:
-            known.update(zip(missing, map(tuple, self._processor.encode(missing, num_threads=1)), strict=True))
+        missing = words.difference(known)  # which looks up each of words, unlike words - known.keys()
+        again = {word: self._before[word] for word in missing if word in self._before} if self._before else {}
+        known.update(again)
+        fresh = list(missing.difference(again))
+        known.update(zip(fresh, self._encode(fresh), strict=True))
         return known
+
+    def _encode(self, texts: list[str]) -> list[bytes]:
+        if not texts:
+            return []
+        return [array("i", ids).tobytes() for ids in self._processor.encode(texts, num_threads=1)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_processor": self._processor, "_known": {}, "_before": {}}
