@@ -298,19 +298,16 @@ class Tokenizer:
         control = {text: array("i", [i]).tobytes() for text, i in self._controls.items()}
         out = []
         for segments in documents:
-            parts = [control[text] if is_control else ids_of[text] for text, is_control, *_ in segments]
+            parts = [control[text] if is_control else ids_of[text] for text, is_control, _, _, _ in segments]
             out.append((np.frombuffer(b"".join(parts), np.int32), [len(part) >> 2 for part in parts]))
         return out
 
     def _encode_to_bytes(self, texts: list[str]) -> list[bytes]:
         """``encode_batch`` as int32 numbers."""
-        special = self._special
         if self._words is None or self._matchable_ids:
             return [array("i", ids).tobytes() for ids in self.encode_batch(texts)]
-        if special is None:
-            plain = texts
-        else:
-            plain = [text for text in texts if not special.search(text)]
+        literals = tuple(self._literals)
+        plain = [text for text in texts if not any(literal in text for literal in literals)]
         try:
             ids_of = dict(zip(plain, self._words.encode(plain), strict=True))
         except (TypeError, UnicodeEncodeError):
@@ -356,7 +353,10 @@ class Tokenizer:
         """A memory of words where the model is one that encodes a text word by word."""
         pieces = [self._sp.id_to_piece(i) for i in range(self._base_size)]
         spec: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}}  # the trainer's and the normaliser's
-        for number, value in _fields(self._model):
+        end = 0  # of the pieces, which come first: tens of thousands, skipped without taking them apart
+        while self._model[end : end + 1] == b"\n" and self._model[end + 1] < 0x80:
+            end += 2 + self._model[end + 1]
+        for number, value in _fields(self._model[end:]):
             if number in spec and isinstance(value, bytes):
                 spec[number] |= dict(_fields(value))
         model_type = spec[2].get(3, 1)

@@ -18,8 +18,9 @@ from typing import Any
 _BPE = 2  # TrainerSpec.ModelType
 _CROSSING = re.compile("[^\u2581]\u2581|\n.|.\n", re.DOTALL)
 _WORDS = re.compile(r"\n| *+[^ \n]+| +")
-_MOST_WORDS = 1 << 17  # of a generation; two are kept
-_FEWEST_WORDS_PER_CHAR = 1 / 16  # text of longer words than this is hardly repeated (Chinese, base64): not looked up
+_MOST_WORDS = 1 << 18  # of a generation; two are kept
+_SHORT_CHARS = 200
+_FEWEST_WORDS_PER_CHAR = 1 / 16  # longer text of longer words is hardly repeated (Chinese, base64): not looked up
 
 
 def applies(model_type: int, identity: bool, pieces: list[str], has_bytes: bool) -> bool:
@@ -48,27 +49,39 @@ class WordCache:
 
     def encode(self, texts: list[str]) -> list[bytes]:
         """Ids of each text, int32. No text may hold U+2581, which is SentencePiece's own sign for a space."""
-        split = _WORDS.findall
-        words = [split(text) for text in texts]
+        split, find, join = _WORDS.findall, self._known.__getitem__, b"".join
+        out = []
+        later: list[tuple[int, list[str]]] = []  # texts with a word that is not known yet
+        apart = []
         for i, text in enumerate(texts):
-            if len(words[i]) < len(text) * _FEWEST_WORDS_PER_CHAR:
-                words[i] = []
-        find = self._all(set().union(*words)).__getitem__
-        out = [b"".join(map(find, each)) for each in words]
-        apart = [i for i, each in enumerate(words) if not each and texts[i]]
+            words = split(text)
+            ids = b""
+            if len(text) > _SHORT_CHARS and len(words) < len(text) * _FEWEST_WORDS_PER_CHAR:
+                apart.append(i)
+            else:
+                try:
+                    ids = join(map(find, words))
+                except KeyError:
+                    later.append((i, words))
+            out.append(ids)
+        find = self._all(set().union(*(words for _, words in later))).__getitem__
+        for i, words in later:
+            out[i] = join(map(find, words))
         for i, ids in zip(apart, self._encode([texts[i] for i in apart]), strict=True):
             out[i] = ids
         return out
 
     def _all(self, words: set[str]) -> dict[str, bytes]:
-        """A dictionary that has all of ``words``; those it lacked are encoded in one call."""
+        """The known words, which have all of ``words`` then; those that it lacked are encoded in one call."""
         if len(self._known) >= _MOST_WORDS:
-            self._known, self._before = {}, self._known
-        known = self._known
+            self._before = self._known
+            self._known = {word: self._before[word] for word in words if word in self._before}
+        known, before = self._known, self._before
         missing = words.difference(known)  # which looks up each of words, unlike words - known.keys()
-        again = {word: self._before[word] for word in missing if word in self._before} if self._before else {}
-        known.update(again)
-        fresh = list(missing.difference(again))
+        if before:
+            known.update((word, before[word]) for word in missing if word in before)
+            missing = missing.difference(known)
+        fresh = list(missing)
         known.update(zip(fresh, self._encode(fresh), strict=True))
         return known
 
