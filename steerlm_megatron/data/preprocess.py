@@ -36,6 +36,7 @@ REJECTED_FILE = "rejected.jsonl"
 WORK = ".work"  # in the output folder while a job is under way: finished chunks
 SKIPPED = ("rejected", "control_string", "no_target")
 _READ_BYTES = 1 << 20
+_COMPRESSION = 4  # what text gains at least, roughly
 
 Paths = Sequence[str | os.PathLike[str]]
 Progress = Callable[[int, int], None]
@@ -215,7 +216,9 @@ class _Run:
 
     def _workers(self) -> int:
         """Processes, not more than there are chunks to speak of: starting one takes half a second."""
-        size = sum(os.path.getsize(path) for paths in self.files.values() for path in paths)
+        size = 0
+        for path in (path for paths in self.files.values() for path in paths):
+            size += os.path.getsize(path) * (_COMPRESSION if path.endswith((".gz", ".zst")) else 1)
         return max(1, min(self.data.workers or default_workers(), size // CHUNK_BYTES))
 
     def _writer(self, split: str) -> ShardWriter:

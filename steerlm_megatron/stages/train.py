@@ -65,7 +65,8 @@ def train(here: Session) -> TrainResult:
     """One training run inside a session."""
     config = here.config
     view = view_of(config)
-    data, valid = _open_data(config)
+    # One rank reads every byte; an error there ends the others.
+    data, valid = _open_data(config, verify=config.data.verify and here.layout.is_main)
     _check_data(config, data, view)
     base = _check_init(config, data)
     plan = data.plan(view, config.train.row_tokens, config.train.seed, config.data.overlong, cache=here.layout.is_main)
@@ -105,7 +106,7 @@ def train(here: Session) -> TrainResult:
     return result
 
 
-def _open_data(config: Config) -> tuple[ShardDataset, ShardDataset | None]:
+def _open_data(config: Config, verify: bool = False) -> tuple[ShardDataset, ShardDataset | None]:
     train, valid = config.data.train, config.data.valid
     if train is None:
         train, valid = ensure_shards(config)
@@ -113,7 +114,7 @@ def _open_data(config: Config) -> tuple[ShardDataset, ShardDataset | None]:
     if not (path / "manifest.json").exists() and (path / "train" / "manifest.json").exists():
         valid = valid or (str(path / "valid") if (path / "valid" / "manifest.json").exists() else None)
         path = path / "train"
-    return ShardDataset.open(path), ShardDataset.open(valid) if valid else None
+    return ShardDataset.open(path, verify), ShardDataset.open(valid, verify) if valid else None
 
 
 def _loader(here: Session, data: ShardDataset, plan: PackPlan, view: View, start_row: int) -> StepLoader:
