@@ -60,10 +60,10 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Hash of it all."""
+        """Hash of it all but ``on_error``: whether an error ends the job changes nothing where there is none."""
         parts = [
             FORMAT, _BATCH, self.tokenizer.hash, self.schema and self.schema.to_dict(), self.template.to_dict(),
-            self.on_error, self.valid_fraction, self.split_seed, self.control_strings,
+            self.valid_fraction, self.split_seed, self.control_strings,
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

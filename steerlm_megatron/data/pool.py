@@ -38,7 +38,7 @@ def tokenized(
     """
     if workers == 1:
         for chunk in chunks:
-            yield chunk, Tokenized.load(folder / chunk.name) or _make(chunk, job, folder)
+            yield chunk, _found(chunk, job, folder) or _make(chunk, job, folder)
         return
     # Spawned, not forked: the caller may have threads and CUDA.
     context = multiprocessing.get_context("spawn")
@@ -64,8 +64,13 @@ def tokenized(
 def _result(chunk: Chunk, future: Future[None] | None, job: Job, folder: Path) -> tuple[Chunk, Tokenized]:
     if future is not None:
         future.result()
+    return chunk, _found(chunk, job, folder) or _make(chunk, job, folder)
+
+
+def _found(chunk: Chunk, job: Job, folder: Path) -> Tokenized | None:
+    """What lies in the folder; None if nothing does, a power cut tore it, or it skipped what is now an error."""
     found = Tokenized.load(folder / chunk.name)
-    return chunk, found or _make(chunk, job, folder)  # a file that a power cut tore is made again
+    return None if found is not None and found.malformed and job.on_error == "error" else found
 
 
 def _make(chunk: Chunk, job: Job, folder: Path) -> Tokenized:

@@ -167,7 +167,12 @@ class _Run:
 
     def _settings(self) -> dict[str, Any]:
         """What the result depends on, apart from the inputs, which a manifest has as ``sources``."""
-        return {"key": self.job.key, "shard_tokens": self.data.shard_tokens, "splits": self.splits}
+        return {
+            "key": self.job.key,
+            "on_error": self.data.on_error,
+            "shard_tokens": self.data.shard_tokens,
+            "splits": self.splits,
+        }
 
     def _standing(self, sources: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
         """The summary of what stands there whole, if the same inputs and settings gave it; else None."""

@@ -312,6 +312,30 @@ def test_a_mended_input_keeps_the_work_on_what_did_not_change(tmp_path: Path, mo
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train", "valid"]
 
 
+def test_work_is_kept_when_errors_are_to_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "r.jsonl"
+    write_records(path, corpora.conversations(100))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:70], b"{\n", *lines[71:]]))
+    with pytest.raises(UserError, match=r"r\.jsonl:71: malformed JSON"):
+        run([str(path)], tmp_path / "out", on_error="error")
+    made: list[Chunk] = []
+    real = chunks.tokenize
+    monkeypatch.setattr("steerlm_megatron.data.pool.tokenize", lambda c, j: made.append(c) or real(c, j))
+
+    def stop(done: int, total: int) -> None:
+        if done > 90:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run([str(path)], tmp_path / "out", on_error="skip", progress=stop)
+    assert [chunk.first_line for chunk in made] == [65, 81]
+    for workers in (1, 2):  # what was skipped is found there, and is an error again
+        with pytest.raises(UserError, match=r"r\.jsonl:71: malformed JSON"):
+            run([str(path)], tmp_path / "out", workers, on_error="error")
+    assert run([str(path)], tmp_path / "out", on_error="skip")["skipped"]["rejected"] == 1
+
+
 def test_damage_is_met_in_its_place(files: list[str], tmp_path: Path) -> None:
     path = tmp_path / "b.jsonl.gz"
     write_records(path, corpora.conversations(900, seed=8))
