@@ -144,6 +144,9 @@ def summary_lines(dataset: ShardDataset) -> list[str]:
         f"tokenizer {manifest['tokenizer']['vocab_size']:,} ids, hash {manifest['tokenizer']['hash'][:12]}; controls "
         + " ".join(f"{text}={number}" for text, number in dataset.tokenizer.controls.items()),
     ]
+    for name, policy in manifest.get("policies", {}).items():
+        said = [f"{key} {number}" for key, number in policy.items() if key != "policy"]
+        lines.append(f"policy    {name}={policy['policy']}: {', '.join(said)}")
     for source in manifest["sources"]:
         lines.append("source    " + " ".join(f"{key}={str(value)[:64]}" for key, value in source.items()))
     return lines

@@ -142,7 +142,10 @@ class DataConfig:
     valid_fraction: float = 0.05
     split_seed: int = 10
     on_error: str = "error"  # error | skip
+    control_strings: str = "escape"  # text that looks like a control string: escape (kept as characters) | reject
     shard_tokens: int = 50_000_000
+    workers: int | None = None  # processes that tokenise; None: one per core. The result does not depend on it
+    verify: bool = False  # compare the checksums of shards that are opened, not only their sizes (reads every byte)
     overlong: str = "truncate_left_turns"  # drop | truncate_left_turns | truncate_response | error
     demo_conversations: int = 3000
 

@@ -1,8 +1,9 @@
 """Record files → shard folders, one per split.
 
-Owns: the streaming pass (read, split, render, encode in batches, write), its counts, ``rejected.jsonl``. Does not own:
-reading and checking records (``steer.records``), the folder's format (``shards.py``), where a tokenizer comes from.
-Invariants: in = out + skipped by reason; memory does not grow with the input; the same input gives the same bytes.
+Owns: the order of the work, the counts, ``rejected.jsonl``, what a second run finds there. Does not own: tokenising
+(``chunks.py``, ``pool.py``), the folder's format (``shards.py``), where a tokenizer comes from. Invariants: in = out +
+skipped by reason; memory does not grow with the input; the same input gives the same bytes, for any number of processes
+and whatever number of times the job was killed on the way.
 """
 
 from __future__ import annotations
@@ -14,23 +15,28 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from itertools import islice
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import IO, Any, cast
 
+import numpy as np
+
 from steerlm_megatron.config.schema import DataConfig
-from steerlm_megatron.data.shards import MANIFEST, ShardWriter
+from steerlm_megatron.data.chunks import CHUNK_BYTES, TRAIN, VALID, Chunk, Job, Tokenized, read_chunks
+from steerlm_megatron.data.pool import default_workers, tokenized
+from steerlm_megatron.data.seen_ids import SeenIds
+from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter
 from steerlm_megatron.data.tokenizer import Tokenizer
-from steerlm_megatron.data.views import build_documents, scored_turns
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import Conversation, OnError, Rejected, expand_paths, read_records
+from steerlm_megatron.steer.records import OnError, expand_paths, read_records
 from steerlm_megatron.steer.templates import Template
 
 REJECTED_FILE = "rejected.jsonl"
-_BATCH = 256  # conversations encoded in one call
+WORK = ".work"  # in the output folder while a job is under way: finished chunks
+SKIPPED = ("rejected", "control_string", "no_target")
 _READ_BYTES = 1 << 20
+_COMPRESSION = 4  # what text gains at least, roughly
 
 Paths = Sequence[str | os.PathLike[str]]
 Progress = Callable[[int, int], None]
@@ -44,6 +50,7 @@ def preprocess(
     template: Template,
     data: DataConfig,
     progress: Progress | None = None,
+    overwrite: bool = True,
 ) -> dict[str, Any]:
     """Write ``output_dir/<split>`` for every split of ``inputs`` (split name → record files), and sum up.
 
@@ -51,16 +58,24 @@ def preprocess(
     by the hash of (``data.split_seed``, first user message), so that all answers to one prompt are on one side. A
     split that gets no conversation this way is not written (and an older one of that name is removed).
 
+    Killed or failed, it leaves what it has tokenised in ``output_dir/.work``, and a second call goes on from there.
+    What the same inputs and settings gave is left as it is; what others gave is replaced, or refused without
+    ``overwrite``.
+
     ``progress(done, total)``: records read, and an estimate of all (lines of the files).
     Returns ``{"in", "out", "skipped": {reason: n}, "splits": {split: counts}}`` with in = out + skipped; reasons are
-    ``rejected`` (malformed, under ``data.on_error=skip``; see ``rejected.jsonl``) and ``no_target`` (no trained token
-    and no labelled response). Errors: ``UserError`` as from ``read_records``; nothing left in a split (all tokens are
-    masked); the folder cannot be written.
+    ``rejected`` (malformed, or of an id that occurred before in its split, under ``data.on_error=skip``; see
+    ``rejected.jsonl``), ``control_string`` (holds one, under ``data.control_strings=reject``; listed there too) and
+    ``no_target`` (no trained token and no labelled response). Errors: ``UserError`` as from ``read_records``; an id
+    that occurred before; nothing left in a split (all tokens are masked); the folder cannot be written.
     """
+    run = _Run(inputs, Path(output_dir), tokenizer, schema, template, data, progress, overwrite)
     try:
-        return _Run(inputs, Path(output_dir), tokenizer, schema, template, data, progress).run()
+        return run.run()
     except OSError as error:
-        raise UserError(f"data.output_dir={output_dir}: {error.strerror or error} ({error.filename})") from error
+        kept = f"; make room and run the same command again: it goes on from {run.work}" if run.work.is_dir() else ""
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"data.output_dir={output_dir}: {error.strerror or error}{where}{kept}") from error
 
 
 def training_texts(paths: Paths, schema: AttributeSchema | None, template: Template, data: DataConfig) -> Iterator[str]:
@@ -83,118 +98,220 @@ class _Run:
         template: Template,
         data: DataConfig,
         progress: Progress | None,
+        overwrite: bool,
     ) -> None:
         if not inputs:
             raise UserError("data.input is empty; name at least one record file")
         self.files = {split: expand_paths(list(paths)) for split, paths in inputs.items()}
         if not 0 <= data.valid_fraction < 1:
             raise UserError(f"data.valid_fraction={data.valid_fraction} must be at least 0 and below 1")
+        if data.workers is not None and data.workers < 1:
+            raise UserError(f"data.workers={data.workers} must be at least 1, or null for one per core")
         self.deal = set(self.files) == {"train"} and data.valid_fraction > 0
         self.splits = ["train", "valid"] if self.deal else list(self.files)
-        self.output_dir, self.data, self.progress = output_dir, data, progress
-        self.tokenizer, self.schema, self.template = tokenizer, schema, template
-        self.counts: dict[str, dict[str, int]] = {
-            split: {"in": 0, "rejected": 0, "no_target": 0} for split in self.splits
-        }
+        self.output_dir, self.data, self.progress, self.overwrite = output_dir, data, progress, overwrite
+        fraction = data.valid_fraction if self.deal else 0.0
+        self.job = Job(
+            tokenizer, schema, template, data.on_error, fraction, data.split_seed, data.control_strings
+        )  # fmt: skip
+        self.work = output_dir / WORK / self.job.key
+        names = ("in", *SKIPPED, "control_like")
+        self.counts: dict[str, dict[str, int]] = {split: dict.fromkeys(names, 0) for split in self.splits}
         self.done = self.total = 0
 
     def run(self) -> dict[str, Any]:
-        sources = {}
-        for split, paths in self.files.items():
-            sources[split] = [_describe_source(path) for path in paths]
-            self.total += sum(source["lines"] for source in sources[split])
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        stamps = {path: _stamp(path) for paths in self.files.values() for path in paths}
+        sources = {split: [_describe_source(path) for path in paths] for split, paths in self.files.items()}
+        self.total = sum(source["lines"] for described in sources.values() for source in described)
+        stands = self._standing(sources)
+        if stands is not None:
+            self._clear()
+            return stands
+        self._open_work()
         rejected_path = self.output_dir / f".{REJECTED_FILE}.tmp"
-        manifests = {}
+        manifests: dict[str, dict[str, Any]] = {}
         with ExitStack() as stack:
             rejected_file = stack.enter_context(open(rejected_path, "w", encoding="utf-8"))
             stack.callback(rejected_path.unlink, missing_ok=True)
             writers = {split: stack.enter_context(self._writer(split)) for split in self.splits}
-            for split, paths in self.files.items():
-                self._read_split(split, paths, writers, rejected_file)
+            self._fill(writers, rejected_file)
+            for path, stamp in stamps.items():
+                if _stamp(path) != stamp:
+                    raise UserError(f"{path} was changed while it was read; run it again when it is whole")
             for split, writer in writers.items():
                 if not writer.documents and not (self.deal and split == "valid"):
                     raise UserError(self._nothing_left(split))
+            counted = {split: self._counted(split) for split in self.splits}
+            run = {"settings": self._settings(), "counts": counted}
             for split, writer in writers.items():
                 if writer.documents:
-                    manifests[split] = self._finish(split, writer, sources.get(split) or sources["train"])
-            # Train comes last: where it stands, the others stand too.
+                    described = sources.get(split) or sources["train"]
+                    manifests[split] = writer.finish(counted[split], described, self._policies(split), run)
+            # Train comes last: where it stands, all else stands too.
+            self._keep_rejected(rejected_file, rejected_path)
             for split in sorted(self.splits, key=lambda split: split == "train"):
                 if split in manifests:
                     writers[split].publish()
                 else:
                     shutil.rmtree(self.output_dir / split, ignore_errors=True)
-            self._keep_rejected(rejected_file, rejected_path)
-        return self._summary(manifests)
+        self._clear()
+        return self._summary(counted, manifests)
+
+    def _clear(self) -> None:
+        """Remove what a job needs on the way, its own and what one left that was killed at the very end."""
+        for name in (WORK, *(f".{split}.{kind}" for split in self.splits for kind in ("old", "tmp"))):
+            shutil.rmtree(self.output_dir / name, ignore_errors=True)
+        (self.output_dir / f".{REJECTED_FILE}.tmp").unlink(missing_ok=True)
+
+    # -- what stands there already ------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        """What the result depends on, apart from the inputs, which a manifest has as ``sources``."""
+        return {
+            "key": self.job.key,
+            "on_error": self.data.on_error,
+            "shard_tokens": self.data.shard_tokens,
+            "splits": self.splits,
+        }
+
+    def _standing(self, sources: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+        """The summary of what stands there whole, if the same inputs and settings gave it; else None."""
+        manifests: dict[str, dict[str, Any]] = {}
+        for split in self.splits:
+            folder = self.output_dir / split
+            if not is_complete(folder):
+                continue
+            try:
+                manifest = ShardReader(folder, self.data.verify).manifest
+            except UserError:
+                return None  # damaged, or of another format: made again
+            change = self._change(manifest, sources.get(split) or sources["train"])
+            if change and not self.overwrite:
+                raise UserError(
+                    f"data.output_dir={self.output_dir}: {folder} was made {change}; name another folder, or set "
+                    "overwrite=true to replace it"
+                )
+            if change:
+                return None
+            manifests[split] = manifest
+        for manifest in manifests.values():
+            counted = manifest["run"]["counts"]
+            if {split for split, counts in counted.items() if counts["out"]} != set(manifests):
+                return None  # one was removed, or the job was killed between putting one and the other in its place
+            return self._summary(counted, manifests)
+        return None
+
+    def _change(self, manifest: dict[str, Any], sources: list[dict[str, Any]]) -> str:
+        """How what gave ``manifest`` differs from this call; empty if it does not."""
+        if manifest.get("run", {}).get("settings") != self._settings():
+            return "with another tokenizer, template, schema, or other data.* settings"
+        for before, now in zip(manifest["sources"], sources, strict=False):
+            if before != now:
+                return f"from {before['name']}, whose contents have changed since (or another file is in its place)"
+        return "" if len(manifest["sources"]) == len(sources) else "from another number of files"
+
+    # -- the work -----------------------------------------------------------------------------------------------------
+
+    def _open_work(self) -> None:
+        """The folder of finished chunks of this job; those of a job with other settings are removed."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        for other in self.work.parent.iterdir():
+            if other != self.work:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def _workers(self) -> int:
+        """Processes, not more than there are chunks to speak of: starting one takes half a second."""
+        size = 0
+        for path in (path for paths in self.files.values() for path in paths):
+            size += os.path.getsize(path) * (_COMPRESSION if path.endswith((".gz", ".zst")) else 1)
+        return max(1, min(self.data.workers or default_workers(), size // CHUNK_BYTES))
 
     def _writer(self, split: str) -> ShardWriter:
-        return ShardWriter(self.output_dir / split, self.tokenizer, self.schema, self.template, self.data.shard_tokens)
+        job = self.job
+        return ShardWriter(self.output_dir / split, job.tokenizer, job.schema, job.template, self.data.shard_tokens)
 
-    def _read_split(
-        self, split: str, paths: list[str], writers: dict[str, ShardWriter], rejected_file: IO[str]
-    ) -> None:
-        rejected: Rejected = []
-        records = read_records(paths, self.schema, cast(OnError, self.data.on_error), rejected)
-        while True:
-            batch = list(islice(records, _BATCH))
-            for where, reason in rejected:
-                rejected_file.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
-            self.counts[split]["rejected"] += len(rejected)
-            self.counts[split]["in"] += len(rejected)
-            self.done += len(batch) + len(rejected)
-            rejected.clear()
-            if self.progress:
-                self.progress(self.done, max(self.total, self.done))
-            if not batch:
-                return
-            self._write(split, batch, writers)
+    def _fill(self, writers: dict[str, ShardWriter], rejected_file: IO[str]) -> None:
+        chunks = (chunk for split, paths in self.files.items() for chunk in read_chunks(split, paths))
+        seen = {split: SeenIds(self.work / f"ids-{split}") for split in self.files}
+        with closing(tokenized(chunks, self.job, self.work, self._workers())) as results:
+            for chunk, found in results:
+                repeated = seen[chunk.split].repeated(found.hashes)
+                rejected = [*found.rejected, *self._repeats(chunk, found.lines[repeated].tolist())]
+                for _, where, reason in sorted(rejected):
+                    rejected_file.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
+                self._count(chunk, found, repeated)
+                for side, block in enumerate(found.blocks):
+                    if repeated.any():
+                        block = block.select(~np.isin(block.lines, found.lines[repeated]))
+                    if len(block):
+                        writers[self._target(chunk, side)].add_block(block)
+                if self.progress:
+                    self.progress(self.done, max(self.total, self.done))
 
-    def _write(self, split: str, batch: list[Conversation], writers: dict[str, ShardWriter]) -> None:
-        documents = build_documents(batch, self.tokenizer, self.template, self.schema)
-        for conversation, document in zip(batch, documents, strict=True):
-            target = self._side(conversation) if self.deal else split
-            self.counts[target]["in"] += 1
-            if len(document.spans) or len(scored_turns(document, "labelled")):
-                writers[target].add(document)
-            else:
-                self.counts[target]["no_target"] += 1
+    def _target(self, chunk: Chunk, side: int) -> str:
+        return ("train", "valid")[side] if self.deal else chunk.split
 
-    def _side(self, conversation: Conversation) -> str:
-        prompt = next((message.content for message in conversation.messages if message.role == "user"), conversation.id)
-        digest = hashlib.sha256(f"{self.data.split_seed}:{prompt}".encode()).digest()
-        return "valid" if int.from_bytes(digest[:8], "big") < self.data.valid_fraction * 2**64 else "train"
+    def _repeats(self, chunk: Chunk, lines: list[int]) -> Iterator[tuple[int, str, str]]:
+        """Records of an id that occurred before, as rejected lines; the first is an error under ``on_error=error``."""
+        for line in lines:
+            name = json.loads(chunk.lines[line - chunk.first_line])["id"]
+            reason = f"id={name!r} occurred before; ids must be unique in a split (without an id, the line is the id)"
+            if self.data.on_error == "error":
+                raise UserError(f"{chunk.path}:{line}: {reason}")
+            yield line, f"{chunk.path}:{line}", reason
 
-    def _finish(self, split: str, writer: ShardWriter, sources: list[dict[str, Any]]) -> dict[str, Any]:
+    def _count(self, chunk: Chunk, found: Tokenized, repeated: Any) -> None:
+        for side in (TRAIN, VALID) if self.deal else (TRAIN,):
+            counts, mine = self.counts[self._target(chunk, side)], (found.sides == side) & ~repeated
+            counts["in"] += int(mine.sum()) + found.refused[side]
+            counts["no_target"] += int((mine & ~found.has_target).sum())
+            counts["control_string"] += found.refused[side]
+            counts["control_like"] += found.control_like[side]
+        refused = int(repeated.sum()) + found.malformed
+        self.counts[chunk.split]["rejected"] += refused
+        self.counts[chunk.split]["in"] += refused
+        self.done += len(found.lines) + found.malformed + sum(found.refused)
+
+    # -- sums ---------------------------------------------------------------------------------------------------------
+
+    def _counted(self, split: str) -> dict[str, Any]:
         counts = self.counts[split]
-        skipped = {reason: counts[reason] for reason in ("rejected", "no_target") if counts[reason]}
-        return writer.finish({"in": counts["in"], "out": writer.documents, "skipped": skipped}, sources)
+        skipped = {reason: counts[reason] for reason in SKIPPED if counts[reason]}
+        return {"in": counts["in"], "out": counts["in"] - sum(skipped.values()), "skipped": skipped}
+
+    def _policies(self, split: str) -> dict[str, Any]:
+        """What was decided about doubtful input, and how often it was met."""
+        counts = self.counts[split]
+        return {
+            "on_error": {"policy": self.data.on_error, "records": counts["rejected"]},
+            "control_strings": {"policy": self.data.control_strings, "messages": counts["control_like"]},
+        }
 
     def _nothing_left(self, split: str) -> str:
         counts, files = self.counts[split], ", ".join(self.files.get(split, ()))
+        held = f", {counts['control_string']} hold control strings" if counts["control_string"] else ""
         return (
             f"{files} (split {split!r}): all tokens are masked: of {counts['in']} conversations "
-            f"{counts['rejected']} are malformed and {counts['no_target']} have no response of weight 1"
+            f"{counts['rejected']} are malformed{held} and {counts['no_target']} have no response of weight 1"
         )
 
     def _keep_rejected(self, file: IO[str], path: Path) -> None:
         target = self.output_dir / REJECTED_FILE
-        if sum(counts["rejected"] for counts in self.counts.values()):
+        if any(counts["rejected"] or counts["control_string"] for counts in self.counts.values()):
             file.flush()
             os.fsync(file.fileno())
             os.replace(path, target)
         else:
             target.unlink(missing_ok=True)
 
-    def _summary(self, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        skipped: dict[str, int] = {}
-        for counts in self.counts.values():
-            for reason in ("rejected", "no_target"):
-                if counts[reason]:
-                    skipped[reason] = skipped.get(reason, 0) + counts[reason]
+    def _summary(
+        self, counted: Mapping[str, dict[str, Any]], manifests: Mapping[str, dict[str, Any]]
+    ) -> dict[str, Any]:
+        skipped = {reason: sum(counts["skipped"].get(reason, 0) for counts in counted.values()) for reason in SKIPPED}
         return {
-            "in": sum(counts["in"] for counts in self.counts.values()),
-            "out": sum(manifest["counts"]["out"] for manifest in manifests.values()),
-            "skipped": skipped,
+            "in": sum(counts["in"] for counts in counted.values()),
+            "out": sum(counts["out"] for counts in counted.values()),
+            "skipped": {reason: count for reason, count in skipped.items() if count},
             "splits": {split: manifest["counts"] for split, manifest in manifests.items()},
         }
 
@@ -202,6 +319,11 @@ class _Run:
 def is_complete(folder: str | Path) -> bool:
     """Whether a shard folder stands there (one that is there is whole)."""
     return (Path(folder) / MANIFEST).is_file()
+
+
+def _stamp(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
 
 
 def _describe_source(path: str) -> dict[str, Any]:

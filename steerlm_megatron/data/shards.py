@@ -28,19 +28,17 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from steerlm_megatron.data.blocks import Block, join, token_dtype
 from steerlm_megatron.data.tokenizer import Tokenizer
-from steerlm_megatron.data.views import ASSISTANT, TURN, Document
+from steerlm_megatron.data.views import ASSISTANT, Document
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -49,9 +47,8 @@ DOC = np.dtype([("turns", "<i8"), ("spans", "<i8"), ("id", "<i8"), ("header_star
 
 _IDX_HEAD = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries (Megatron's layout)
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
+_IDX_KNOWN = _IDX_MAGIC + (1).to_bytes(8, "little")  # how every index begins; then comes the type
 _IDX_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # Megatron's codes for token ids
-
-_NO_TOKENS = np.zeros(0, np.int32)
 
 Array = npt.NDArray[Any]
 
@@ -59,9 +56,11 @@ Array = npt.NDArray[Any]
 class ShardWriter:
     """Writes one shard folder. A context manager: leaving it without ``publish`` leaves nothing behind.
 
+    Holds one shard's side arrays in memory, and no tokens.
+
     Args:
         folder: the final place. What stands there is replaced at the end if it is a shard folder, and refused
-        otherwise.
+            otherwise.
         shard_tokens: a shard is closed once it holds this many tokens.
         schema: None if there are no attributes.
     """
@@ -84,9 +83,11 @@ class ShardWriter:
         self._label_sum = np.zeros(len(names), np.float64)
         self._label_count = np.zeros(len(names), np.int64)
         self._shards: list[dict[str, Any]] = []
-        self._builder: IndexedDatasetBuilder | None = None
-        self._documents: list[Document] = []  # of the open shard, without their tokens
+        self._bin: IO[bytes] | None = None  # of the open shard
+        self._digest = hashlib.sha256()
+        self._blocks: list[Block] = []  # of the open shard, without their tokens
         self._tokens = 0
+        self._closed_documents = 0
         self.counts = {"tokens": 0, "target_tokens": 0, "turns": 0, "labelled_turns": 0, "unk_tokens": 0}
 
     def __enter__(self) -> ShardWriter:
@@ -101,28 +102,47 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._builder is not None:
-            self._builder.data_file.close()
-            self._builder = None
+        if self._bin is not None:
+            try:
+                self._bin.close()
+            except OSError:
+                if error is None:  # the disk is full: said already
+                    raise
+            self._bin = None
         shutil.rmtree(self._work, ignore_errors=True)
 
     @property
     def documents(self) -> int:
         """Documents added so far."""
-        return sum(shard["documents"] for shard in self._shards) + len(self._documents)
+        return self._closed_documents + sum(map(len, self._blocks))
 
     def add(self, document: Document) -> None:
         """Append a document."""
-        if self._builder is None:
-            self._open_shard()
-        assert self._builder is not None
-        size = len(document.tokens_T)
-        self._builder.add_document(document.tokens_T, [size])
-        self._documents.append(replace(document, tokens_T=_NO_TOKENS))
-        self._tokens += size
-        self.counts["unk_tokens"] += int(np.count_nonzero(document.tokens_T == self._tokenizer.unk_id))
-        if self._tokens >= self._shard_tokens:
-            self._close_shard()
+        attributes = len(self._schema.names) if self._schema else 0
+        self.add_block(join([document], self._tokenizer.vocab_size, attributes))
+
+    def add_block(self, block: Block) -> None:
+        """Append documents; where shards end depends on the documents alone, not on how they are put into blocks."""
+        at, ends = 0, np.cumsum(block.lengths, dtype=np.int64)
+        while at < len(block):
+            before = int(ends[at - 1]) if at else 0
+            # The document with which the shard is full is its last.
+            stop = int(np.searchsorted(ends, before + self._shard_tokens - self._tokens)) + 1
+            self._append(block.cut(at, min(stop, len(block))))
+            at = stop
+            if self._tokens >= self._shard_tokens:
+                self._close_shard()
+
+    def _append(self, block: Block) -> None:
+        if self._bin is None:
+            self._bin = open(self._work / f"{self._prefix()}.bin", "wb")  # noqa: SIM115  (open until the shard is full)
+            self._digest = hashlib.sha256()
+        data = np.ascontiguousarray(block.tokens).view(np.uint8).data
+        self._bin.write(data)
+        self._digest.update(data)
+        self._blocks.append(replace(block, tokens=block.tokens[:0]))
+        self._tokens += len(block.tokens)
+        self.counts["unk_tokens"] += int(np.count_nonzero(block.tokens == self._tokenizer.unk_id))
 
     def commit(self, counts: Mapping[str, Any], sources: list[dict[str, Any]]) -> dict[str, Any]:
         """``finish`` and ``publish``."""
@@ -130,12 +150,20 @@ class ShardWriter:
         self.publish()
         return manifest
 
-    def finish(self, counts: Mapping[str, Any], sources: list[dict[str, Any]]) -> dict[str, Any]:
+    def finish(
+        self,
+        counts: Mapping[str, Any],
+        sources: list[dict[str, Any]],
+        policies: Mapping[str, Any] | None = None,
+        run: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Finish the last shard and write the manifest, which is returned; the folder is not in its place yet.
 
         ``counts``: what became of the input (``in``, ``out``, ``skipped`` by reason). ``sources``: name and hash each.
+        ``policies``: what was decided about doubtful input, and how often it was met. ``run``: by what a later run
+        knows that it would write the same.
         """
-        if self._builder is not None:
+        if self._bin is not None:
             self._close_shard()
         self._tokenizer.save(self._work)
         manifest = {
@@ -150,6 +178,8 @@ class ShardWriter:
                 "added": self._tokenizer.added,
             },
             "counts": {**counts, **self.counts},
+            "policies": dict(policies or {}),
+            "run": dict(run or {}),
             "labels": {"sum": self._label_sum.tolist(), "count": self._label_count.tolist()},
             "sources": sources,
             "files": {name: _describe(self._work / name) for name in self._tokenizer.files},
@@ -176,46 +206,41 @@ class ShardWriter:
     def _prefix(self) -> str:
         return f"shard-{len(self._shards):05d}"
 
-    def _open_shard(self) -> None:
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # seconds to import
-
-        dtype = DType.optimal_dtype(self._tokenizer.vocab_size)
-        self._builder = IndexedDatasetBuilder(str(self._work / f"{self._prefix()}.bin"), dtype=dtype)
-
     def _close_shard(self) -> None:
-        assert self._builder is not None
-        prefix, documents = self._prefix(), self._documents
-        self._builder.finalize(str(self._work / f"{prefix}.idx"))
-        self._builder = None
-        ids = [document.id.encode("utf-8", "replace") for document in documents]
-        docs = np.zeros(len(documents) + 1, DOC)
-        docs["turns"][1:] = np.cumsum([len(document.turns_N) for document in documents])
-        docs["spans"][1:] = np.cumsum([len(document.spans) for document in documents])
-        docs["id"][1:] = np.cumsum([len(name) for name in ids])
-        docs["header_start"][:-1] = [document.header[0] for document in documents]
-        docs["header_end"][:-1] = [document.header[1] for document in documents]
-        arrays = {
-            "docs": docs,
-            # As bytes: joining thousands of structured arrays is slow.
-            "turns": np.concatenate([document.turns_N.view(np.uint8) for document in documents]).view(TURN),
-            "spans": np.concatenate([document.spans for document in documents]),
-            "values": np.concatenate([document.values_NA for document in documents]),
-            "ids": np.frombuffer(b"".join(ids), np.uint8),
-        }
+        assert self._bin is not None
+        prefix, blocks = self._prefix(), self._blocks
+        self._bin.flush()
+        os.fsync(self._bin.fileno())
+        self._bin.close()
+        self._bin = None
+        lengths = np.concatenate([block.lengths for block in blocks])
+        headers = np.concatenate([block.headers for block in blocks])
+        docs = np.zeros(len(lengths) + 1, DOC)
+        for name, counts in (("turns", "turn_counts"), ("spans", "span_counts"), ("id", "id_sizes")):
+            np.cumsum(np.concatenate([getattr(block, counts) for block in blocks]), out=docs[name][1:])
+        docs["header_start"][:-1], docs["header_end"][:-1] = headers[:, 0], headers[:, 1]
+        arrays: dict[str, Array] = {"docs": docs}
+        for name in SIDE_ARRAYS[1:]:
+            arrays[name] = np.concatenate([getattr(block, name) for block in blocks])
         self._count(arrays["turns"], arrays["spans"], arrays["values"])
+        _write_index(self._work / f"{prefix}.idx", lengths, token_dtype(self._tokenizer.vocab_size))
         for name in SIDE_ARRAYS:
             np.save(self._work / f"{prefix}.{name}.npy", arrays[name])
-        names = [f"{prefix}.bin", f"{prefix}.idx", *(f"{prefix}.{name}.npy" for name in SIDE_ARRAYS)]
+        itemsize = token_dtype(self._tokenizer.vocab_size).itemsize
+        files = {f"{prefix}.bin": {"bytes": self._tokens * itemsize, "sha256": self._digest.hexdigest()}}
+        for name in (f"{prefix}.idx", *(f"{prefix}.{name}.npy" for name in SIDE_ARRAYS)):
+            files[name] = _describe(self._work / name)
         self._shards.append(
             {
                 "name": prefix,
-                "documents": len(documents),
+                "documents": len(lengths),
                 "tokens": self._tokens,
                 "turns": int(docs["turns"][-1]),
-                "files": {name: _describe(self._work / name) for name in names},
+                "files": files,
             }
         )
-        self._documents, self._tokens = [], 0
+        self._closed_documents += len(lengths)
+        self._blocks, self._tokens = [], 0
 
     def _count(self, turns: Array, spans: Array, values: Array) -> None:
         """Add a shard's turns to the manifest's counts."""
@@ -226,6 +251,22 @@ class ShardWriter:
         self.counts["target_tokens"] += int((spans[:, 1] - spans[:, 0]).sum())
         self.counts["turns"] += len(turns)
         self.counts["labelled_turns"] += int(present.any(axis=1).sum())
+
+
+def _write_index(path: Path, lengths: Array, dtype: np.dtype[Any]) -> None:
+    """Megatron-Core's index of documents of one sequence each: the bytes that its ``IndexedDatasetBuilder`` writes.
+
+    At once, where the builder goes through lists of Python integers; and importing that costs seconds.
+    """
+    sequences = len(lengths)
+    code = next(code for code, known in _IDX_DTYPES.items() if known == dtype)
+    pointers = np.zeros(sequences, np.int64)
+    np.cumsum(lengths[:-1], out=pointers[1:], dtype=np.int64)
+    with open(path, "wb") as file:
+        file.write(_IDX_HEAD.pack(_IDX_MAGIC, 1, code, sequences, sequences + 1))
+        file.write(lengths.astype("<i4").tobytes())
+        file.write((pointers * dtype.itemsize).astype("<i8").tobytes())
+        file.write(np.arange(sequences + 1, dtype="<i8").tobytes())
 
 
 class Shard:
@@ -302,13 +343,17 @@ class Shard:
         size = path.stat().st_size
         remedy = "run `steerlm preprocess` again"
         if len(head) < _IDX_HEAD.size:
-            raise UserError(f"{path} is truncated: {size} bytes are fewer than an index header; {remedy}")
+            raise UserError(f"{path} is truncated at byte {size}: an index header has {_IDX_HEAD.size}; {remedy}")
         magic, version, code, sequences, boundaries = _IDX_HEAD.unpack(head)
         if magic != _IDX_MAGIC or version != 1 or code not in _IDX_DTYPES:
-            raise UserError(f"{path} is not a Megatron-Core index of token ids; {remedy}")
+            wrong = next((i for i, (a, b) in enumerate(zip(head, _IDX_KNOWN, strict=False)) if a != b), len(_IDX_KNOWN))
+            raise UserError(
+                f"{path} is not a Megatron-Core index of token ids: byte {wrong} is {head[wrong]:#04x}; {remedy}"
+            )
         wanted = _IDX_HEAD.size + 12 * sequences + 8 * boundaries
         if size != wanted:
-            raise UserError(f"{path} is truncated or damaged: {size} bytes, its header says {wanted}; {remedy}")
+            problem = "truncated" if size < wanted else "too long"
+            raise UserError(f"{path} is {problem}: it ends at byte {size}, by its header at {wanted}; {remedy}")
         if sequences != self.documents:
             raise UserError(
                 f"{path} is of another corpus: {sequences} documents, {MANIFEST} has {self.documents}; {remedy}"
@@ -369,7 +414,7 @@ class ShardReader:
             raise UserError(f"{path} cannot be read: {error.strerror}; {remedy}") from None
         if size != entry["bytes"]:
             problem = "truncated" if size < entry["bytes"] else "too long"
-            raise UserError(f"{path} is {problem}: {size} bytes, {MANIFEST} says {entry['bytes']}; {remedy}")
+            raise UserError(f"{path} is {problem}: it ends at byte {size}, by {MANIFEST} at {entry['bytes']}; {remedy}")
         if verify and file_hash(path) != entry["sha256"]:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; {remedy}")
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import json
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import sentencepiece
 
+from steerlm_megatron.data.word_cache import WordCache, applies
 from steerlm_megatron.errors import UserError
 
 MAX_TRAINING_CHARS = 100_000_000  # text beyond this is not read when training: SentencePiece holds its corpus in memory
@@ -36,6 +38,7 @@ class TextModel(Protocol):
     size: int
     unk_id: int  # -1: the model has none
     byte_ids: list[int]  # the ids of the 256 bytes, or nothing if the model has none
+    words: WordCache | None  # its memory of words, where it encodes a text word by word
 
     def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
         """Ids of each text. ``TypeError`` or ``UnicodeEncodeError`` for a text that has no UTF-8."""
@@ -66,8 +69,22 @@ class SentencePieceModel:
         self.unk_id = int(self.processor.unk_id())
         ids = [self.processor.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
         self.byte_ids = ids if all(self.processor.is_byte(i) for i in ids) else []
+        self.words = self._word_cache()
+
+    def _word_cache(self) -> WordCache | None:
+        pieces = [self.processor.id_to_piece(i) for i in range(self.size)]
+        spec: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}}  # the trainer's and the normaliser's
+        for number, value in _fields(self.data):
+            if number in spec and isinstance(value, bytes):
+                spec[number] |= dict(_fields(value))
+        model_type = spec[2].get(3, 1)
+        assert isinstance(model_type, int)
+        identity = not spec[3].get(2) and spec[3].get(5, 1) == 1  # no character map; spaces become U+2581
+        return WordCache(self.processor) if applies(model_type, identity, pieces, bool(self.byte_ids)) else None
 
     def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
+        if self.words is not None and num_threads == 1:
+            return [array("i", ids).tolist() for ids in self.words.encode(texts)]
         return self.processor.encode(texts, num_threads=num_threads) if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -119,6 +136,10 @@ class HuggingFaceModel:
         pieces = [vocabulary.get(f"<0x{b:02X}>") for b in range(256)]
         ids = [i for i in pieces if i is not None]
         self.byte_ids = ids if len(ids) == 256 and raw["model"].get("byte_fallback") else []
+        self.words: WordCache | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFaceModel, (self.data,)  # the library's own pickle forgets that specials are not found in text
 
     def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
@@ -140,6 +161,7 @@ class ByteModel:
 
     def __init__(self) -> None:
         self.byte_ids = list(range(256))
+        self.words: WordCache | None = None
 
     def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
         return [list(text.encode()) for text in texts]

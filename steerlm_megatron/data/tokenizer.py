@@ -13,9 +13,13 @@ import hashlib
 import json
 import os
 import re
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from steerlm_megatron.data.text_models import SentencePieceModel, TextModel, make_model, open_model, train_sentencepiece
 from steerlm_megatron.errors import UserError
@@ -265,6 +269,30 @@ class Tokenizer:
                 lengths.append(len(part))
             out.append((ids, lengths))
         return out
+
+    def encode_documents(self, documents: Sequence[Sequence[Segment]]) -> list[tuple[npt.NDArray[np.int32], list[int]]]:
+        """``encode_segments_batch`` with arrays for lists of ids: what a corpus takes."""
+        texts = list(dict.fromkeys([s.text for segments in documents for s in segments if not s.control]))
+        ids_of = dict(zip(texts, self._encode_to_bytes(texts), strict=True))
+        control = {text: array("i", [i]).tobytes() for text, i in self._controls.items()}
+        out = []
+        for segments in documents:
+            parts = [control[text] if is_control else ids_of[text] for text, is_control, _, _, _ in segments]
+            out.append((np.frombuffer(b"".join(parts), np.int32), [len(part) >> 2 for part in parts]))
+        return out
+
+    def _encode_to_bytes(self, texts: list[str]) -> list[bytes]:
+        """``encode_batch`` as int32 numbers."""
+        if self._model.words is None or self._matchable_ids:
+            return [array("i", ids).tobytes() for ids in self.encode_batch(texts)]
+        literals = tuple(self._literals)
+        plain = [text for text in texts if not any(literal in text for literal in literals)]
+        try:
+            ids_of = dict(zip(plain, self._model.words.encode(plain), strict=True))
+        except (TypeError, UnicodeEncodeError):
+            self._encode_plain(plain, num_threads=1)  # which says what is wrong
+            raise
+        return [ids_of[text] if text in ids_of else array("i", self.encode(text)).tobytes() for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``. Control ids give their strings, bytes that are not UTF-8 (and ids we lack) give U+FFFD."""

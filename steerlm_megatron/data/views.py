@@ -40,7 +40,7 @@ from steerlm_megatron.steer.templates import Part
 if TYPE_CHECKING:
     from steerlm_megatron.data.tokenizer import Tokenizer
     from steerlm_megatron.steer.attributes import AttributeSchema
-    from steerlm_megatron.steer.records import Conversation
+    from steerlm_megatron.steer.records import Conversation, Message
     from steerlm_megatron.steer.templates import Segment, Template
 
 View = Literal["acsft", "sft", "ap", "lm"]
@@ -52,6 +52,7 @@ OVERLONG: tuple[str, ...] = get_args(Overlong)
 Array = npt.NDArray[Any]
 
 USER, ASSISTANT = 0, 1
+_HEADER, _USER, _LABEL, _RESPONSE, _END = Part.HEADER, Part.USER, Part.LABEL, Part.RESPONSE, Part.END
 # Token positions within the stored document; a message that is not the system's is one turn. `text` is what was
 # written, `mark` (assistant) is where the label marker goes: after the response and the text that closes it.
 TURN = np.dtype(
@@ -116,7 +117,7 @@ def build_documents(
 ) -> list[Document]:
     """Render, encode (in one batch) and lay out conversations."""
     rendered = [template.render(conversation, schema) for conversation in conversations]
-    encoded = tokenizer.encode_segments_batch(rendered)
+    encoded = tokenizer.encode_documents(rendered)
     return [
         layout(conversation, segments, ids, lengths, schema)
         for conversation, segments, (ids, lengths) in zip(conversations, rendered, encoded, strict=True)
@@ -126,58 +127,65 @@ def build_documents(
 def layout(
     conversation: Conversation,
     segments: Sequence[Segment],
-    ids: list[int],
-    lengths: list[int],
+    ids: Array,
+    lengths: Sequence[int],
     schema: AttributeSchema | None,
 ) -> Document:
     """The document of a rendered conversation: ``lengths[i]`` is the number of ids of ``segments[i]``."""
-    turns: list[list[int]] = []
-    spans: list[list[int]] = []
-    header: tuple[int, int] | None = None
-    messages = conversation.messages
-    turn_index, open_mark, end = -1, False, 0
-    for segment, length in zip(segments, lengths, strict=True):
-        start, end = end, end + length
-        if segment.trained and length:
-            if spans and spans[-1][1] == start:
-                spans[-1][1] = end
-            else:
-                spans.append([start, end])
-        if segment.part == Part.HEADER:
-            header = (header[0] if header else start, end)
-            continue
-        if segment.turn != turn_index and segment.turn < len(messages):
-            turn_index, open_mark = segment.turn, False
-            message = messages[turn_index]
-            assistant = message.role == "assistant"
-            turns.append(
-                [start, start, start, start, start, start, end, int(assistant), message.weight if assistant else 0]
-            )
-        turn = turns[-1]
-        if segment.part == Part.LABEL:
-            turn[1] = start if turn[1] == turn[2] else turn[1]
-            turn[2] = end
-        elif segment.part in (Part.USER, Part.RESPONSE):
-            turn[3:6] = start, end, end
-            open_mark = True
-        elif segment.part == Part.END and open_mark:
-            open_mark = not segment.control and segment.turn == turn_index
-            turn[5] = end if open_mark else turn[5]
-        turn[6] = end
+    turns, spans, header = places(conversation.messages, segments, lengths)
     values = np.full((len(turns), len(schema.names) if schema else 0), np.nan, np.float32)
     if values.size and schema:
-        spoken = [message for message in messages if message.role != "system"]
-        for row, message in zip(values, spoken, strict=True):
+        for row, message in zip(values, spoken(conversation), strict=True):
             if message.attributes:
                 row[:] = schema.vector(message.attributes)
     return Document(
-        conversation.id,
-        np.array(ids, np.int32),
-        header or (0, 0),
-        np.array([tuple(turn) for turn in turns], TURN),
-        np.array(spans, np.int32).reshape(-1, 2),
-        values,
+        conversation.id, ids, header, np.array(turns, TURN), np.array(spans, np.int32).reshape(-1, 2), values
     )
+
+
+def spoken(conversation: Conversation) -> Sequence[Message]:
+    """The messages that are turns: all but the system's."""
+    messages = conversation.messages
+    return messages[1:] if messages and messages[0].role == "system" else messages
+
+
+def places(
+    messages: Sequence[Message], segments: Sequence[Segment], lengths: Sequence[int]
+) -> tuple[list[tuple[int, ...]], list[tuple[int, int]], tuple[int, int]]:
+    """``TURN`` rows, trained spans and header of a rendered conversation, as plain numbers."""
+    turns: list[list[int]] = []
+    spans: list[tuple[int, int]] = []
+    header: tuple[int, int] | None = None
+    turn_index, open_mark, end, last = -1, False, 0, len(messages)
+    turn: list[int] = []
+    for (_, control, trained, part, index), length in zip(segments, lengths, strict=True):
+        start = end
+        end += length
+        if trained and length:
+            if spans and spans[-1][1] == start:
+                spans[-1] = spans[-1][0], end
+            else:
+                spans.append((start, end))
+        if part is _HEADER:
+            header = (header[0] if header else start, end)
+            continue
+        if index != turn_index and index < last:
+            turn_index, open_mark = index, False
+            message = messages[index]
+            is_assistant = message.role == "assistant"
+            turn = [start, start, start, start, start, start, end, is_assistant, message.weight if is_assistant else 0]
+            turns.append(turn)
+        if part is _USER or part is _RESPONSE:
+            turn[3], turn[4], turn[5] = start, end, end
+            open_mark = True
+        elif part is _LABEL:
+            turn[1] = start if turn[1] == turn[2] else turn[1]
+            turn[2] = end
+        elif part is _END and open_mark:
+            open_mark = not control and index == turn_index
+            turn[5] = end if open_mark else turn[5]
+        turn[6] = end
+    return list(map(tuple, turns)), spans, header or (0, 0)
 
 
 def scored_turns(document: Document, scored: Scored) -> npt.NDArray[np.int64]:

@@ -32,6 +32,8 @@ from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, OnError, expand_paths, read_records, write_records
 from steerlm_megatron.steer.templates import Template
+from steerlm_megatron.train.loop import Interrupted
+from steerlm_megatron.train.signals import StopRequest
 
 _CONVERSION_FORMAT = 1  # raise when a converter gives other records for the same files
 _SPLITS = ("train", "valid")
@@ -201,29 +203,40 @@ def check_tokenizer(config: Config) -> None:
         Tokenizer.from_config(config.tokenizer, (*template.control_strings, template.label_marker))
 
 
-def make_shards(config: Config, splits: Mapping[str, Sequence[str]], output_dir: Path) -> dict[str, Any]:
+def make_shards(
+    config: Config, splits: Mapping[str, Sequence[str]], output_dir: Path, overwrite: bool = True
+) -> dict[str, Any]:
     """Tokenize ``splits`` into ``output_dir/<split>`` with a progress bar. Returns the summary of ``preprocess``.
 
-    A ``valid`` without files: there is no validation set, and none is dealt.
+    A ``valid`` without files: there is no validation set, and none is dealt. ``overwrite``: replace shards that other
+    inputs or settings gave. Asked to stop, it exits with 75; run again, it goes on from there.
     """
     data = config.data if splits.get("valid", True) else dataclasses.replace(config.data, valid_fraction=0.0)
     splits = {split: files for split, files in splits.items() if files}
     tokenizer = make_tokenizer(config, list(splits["train"]))
-    with Progress(None, "preprocess", unit="record") as bar:
+    with Progress(None, "preprocess", unit="record") as bar, StopRequest() as stop:
 
         def show(done: int, total: int) -> None:
+            if stop.requested:
+                raise Interrupted
             bar.total = total
             bar.set(done)
 
-        return preprocess(
-            splits,
-            output_dir,
-            tokenizer,
-            schema_of(config),
-            Template.from_config(config.template),
-            data,
-            progress=show,
-        )
+        try:
+            return preprocess(
+                splits,
+                output_dir,
+                tokenizer,
+                schema_of(config),
+                Template.from_config(config.template),
+                data,
+                progress=show,
+                overwrite=overwrite,
+            )
+        except UserError as error:
+            if stop.requested:  # the signal went to the processes that tokenise, too
+                raise Interrupted from error
+            raise
 
 
 def ensure_shards(config: Config) -> tuple[str, str | None]:

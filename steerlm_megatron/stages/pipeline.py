@@ -167,7 +167,7 @@ def _input_files(config: Config) -> list[str]:
     names = config.data.input or []
     if config.data.source == "hf":
         return [name for name in names if Path(name).exists()]
-    return expand_paths(names)
+    return expand_paths(names) if names else []
 
 
 def _without_root(value: Any, root: str) -> Any:

@@ -21,7 +21,7 @@ def run(config: Config) -> None:
     with session(config) as here:
         output = Path(config.data.output_dir)
         splits, converted = collect_records(config, output / "records")
-        summary = make_shards(config, splits, output)
+        summary = make_shards(config, splits, output, overwrite=config.overwrite)
         counts = total_counts(converted, summary)
         here.run.update(
             counts=counts | {"source": converted},

@@ -80,7 +80,8 @@ def train(here: Session) -> TrainResult:
     """One training run inside a session."""
     config = here.config
     view = view_of(config)
-    data, valid = _open_data(config)
+    # One rank reads every byte; an error there ends the others.
+    data, valid = _open_data(config, verify=config.data.verify and here.layout.is_main)
     _check_data(config, data, view)
     base = _check_init(config, data)
     rows = _pack(config, data, view, config.data.weights)
@@ -117,7 +118,7 @@ def train(here: Session) -> TrainResult:
     return result
 
 
-def _open_data(config: Config) -> tuple[Corpora, Corpora | None]:
+def _open_data(config: Config, verify: bool = False) -> tuple[Corpora, Corpora | None]:
     train, valid = config.data.train, config.data.valid
     if train is None:
         train, valid = ensure_shards(config)
@@ -126,10 +127,10 @@ def _open_data(config: Config) -> tuple[Corpora, Corpora | None]:
     if not held_out:  # what preprocess wrote beside the training shards
         held_out = [path / "valid" for path in folders if _is_split(path) and is_complete(path / "valid")]
     folders = [path / "train" if _is_split(path) else path for path in folders]
-    data = Corpora([ShardDataset.open(path) for path in folders], "data.train")
+    data = Corpora([ShardDataset.open(path, verify) for path in folders], "data.train")
     if not held_out:
         return data, None
-    valid_data = Corpora([ShardDataset.open(path) for path in held_out], "data.valid")
+    valid_data = Corpora([ShardDataset.open(path, verify) for path in held_out], "data.valid")
     Corpora([data.datasets[0], valid_data.datasets[0]], "data.valid")  # they fit together
     return data, valid_data
 

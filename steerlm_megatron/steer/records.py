@@ -98,7 +98,7 @@ def open_text(path: str | os.PathLike[str]) -> Iterator[str]:
     Raises:
         UserError: naming ``file:line``: invalid UTF-8, damaged or cut-off compressed data; missing file.
     """
-    for where, line in _raw_lines(os.fspath(path)):
+    for where, line in raw_lines(os.fspath(path)):
         yield _decode(line, where).rstrip("\r\n")
 
 
@@ -115,8 +115,14 @@ def read_json_lines(
     Raises:
         UserError: a malformed line (``on_error="error"``); a missing, unreadable or empty file (always).
     """
+    yield from parse_lines(raw_lines(os.fspath(path)), on_error, rejected)
+
+
+def parse_lines(
+    lines: Iterator[tuple[str, bytes]], on_error: OnError = "error", rejected: Rejected | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``("file:line", object)`` for every line that is not blank; ``lines`` and errors as of ``raw_lines``."""
     where = ""
-    lines = _raw_lines(os.fspath(path))
     while True:
         try:
             where, line = next(lines, ("", b""))
@@ -163,13 +169,25 @@ def _read_records(
     require_response: bool,
 ) -> Iterator[Conversation]:
     for path in files:
-        for where, value in read_json_lines(path, on_error, rejected):
-            try:
-                conversation = from_json(value, where, schema, require_response)
-            except UserError as error:
-                reject(error, on_error, rejected)
-                continue
+        for _, conversation in parse_records(raw_lines(path), schema, on_error, rejected, require_response):
             yield conversation
+
+
+def parse_records(
+    lines: Iterator[tuple[str, bytes]],
+    schema: AttributeSchema | None,
+    on_error: OnError,
+    rejected: Rejected | None,
+    require_response: bool = True,
+) -> Iterator[tuple[str, Conversation]]:
+    """``("file:line", conversation)`` of raw lines; the rest as in ``read_records``."""
+    for where, value in parse_lines(lines, on_error, rejected):
+        try:
+            conversation = from_json(value, where, schema, require_response)
+        except UserError as error:
+            reject(error, on_error, rejected)
+            continue
+        yield where, conversation
 
 
 def reject(error: UserError, on_error: OnError, rejected: Rejected | None) -> None:
@@ -219,7 +237,7 @@ class _ZstdReader(io.RawIOBase):
         return count
 
 
-def _raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
+def raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
     """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged."""
     number, blank = 0, True
     try:

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, nearest
@@ -37,9 +37,8 @@ class Part(IntEnum):
     END = 5  # what closes a response
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A piece of a prompt that is encoded on its own.
+class Segment(NamedTuple):
+    """A piece of a prompt that is encoded on its own. (A tuple: a corpus has millions of them.)
 
     Args:
         text: the characters.

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
+import corpora
 import pytest
 
 from data_tools.convert import ROWS
 from data_tools.convert import SOURCES as CONVERTERS
 from steerlm_megatron.config import load
-from steerlm_megatron.config.schema import SOURCES, Config
+from steerlm_megatron.config.schema import SOURCES, Config, DataConfig
+from steerlm_megatron.data import chunks
+from steerlm_megatron.data.preprocess import preprocess
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.stages.corpus import collect_records
+from steerlm_megatron.stages.corpus import collect_records, make_shards
 from steerlm_megatron.stages.preprocess import total_counts
-from steerlm_megatron.steer.records import read_records
+from steerlm_megatron.stages.train import _open_data
+from steerlm_megatron.steer.records import read_records, write_records
 
 OASST = {"name": "oasst", "names": ["quality", "humor"], "max_level": 9, "quality": "quality"}
 
@@ -103,3 +109,42 @@ def test_choices_and_ranges() -> None:
         config(source="hh-rlhf", max_turns=0)
     with pytest.raises(UserError, match=r"data\.hf_rows=oasst"):
         config(hf_rows="oasst")
+
+
+def test_asked_to_stop_it_exits_to_be_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_LINES", 8)
+    path = tmp_path / "r.jsonl"
+    write_records(path, corpora.conversations(60))
+    corpora.tokenizer("trained").save(tmp_path / "tokenizer")
+    cfg = config({"name": "t", "names": ["quality", "toxicity", "humor"], "max_level": 9}, input=str(path), workers=1)
+    cfg.tokenizer.path = str(tmp_path / "tokenizer")
+    real = chunks.tokenize
+    made: list[int] = []
+
+    def signalled(chunk: Any, job: Any) -> Any:
+        made.append(chunk.first_line)
+        if len(made) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(chunk, job)
+
+    monkeypatch.setattr("steerlm_megatron.data.pool.tokenize", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        make_shards(cfg, {"train": [str(path)]}, tmp_path / "out")
+    assert stopped.value.code == 75 and not (tmp_path / "out" / "train").exists()
+    assert make_shards(cfg, {"train": [str(path)]}, tmp_path / "out")["in"] == 60
+    assert made == [1, 9, 17, 25, 33, 41, 49, 57]
+
+
+def test_training_verifies_checksums_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write_records(path, corpora.conversations(20))
+    tok = corpora.tokenizer("trained")
+    preprocess({"train": [path]}, tmp_path / "out", tok, None, corpora.STEERLM, DataConfig(valid_fraction=0))
+    damaged = tmp_path / "out" / "train" / "shard-00000.bin"
+    data = bytearray(damaged.read_bytes())
+    data[9] ^= 1
+    damaged.write_bytes(data)
+    cfg = config(train=str(tmp_path / "out"))
+    assert len(_open_data(cfg)[0]) > 0
+    with pytest.raises(UserError, match=r"shard-00000\.bin is damaged"):
+        _open_data(cfg, verify=True)

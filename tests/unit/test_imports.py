@@ -33,7 +33,7 @@ PLACES = {
     "deepspeed": ("train/engine_deepspeed.py",),
     "megatron": (
         "runtime/parallel.py", "runtime/mcore_compat.py", "runtime/collectives.py", "model/", "train/engine_mcore.py",
-        "train/checkpoint.py", "train/schedule.py", "train/engine_deepspeed.py", "train/losses.py", "generate/",
+        "train/checkpoint.py", "train/schedule.py", "train/rng.py", "train/engine_deepspeed.py", "generate/",
         "data/shards.py",
     ),
     "data_tools": ("stages/",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import corpora
@@ -155,3 +156,14 @@ def test_errors(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main([str(tmp_path / "none")]) == 2 and "no such shard folder" in capsys.readouterr().err
     assert main([str(folder.parent)]) == 2 and "did you mean" in capsys.readouterr().err
     assert main([str(folder), "--index", str(COUNT)]) == 2 and "--index" in capsys.readouterr().err
+
+
+def test_verify_finds_a_changed_byte(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path = copy / "shard-00001.spans.npy"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    assert main([str(copy), "--sample", "0"]) == 0
+    assert main([str(copy), "--sample", "0", "--verify"]) == 2
+    assert "shard-00001.spans.npy is damaged: its SHA-256 is not the one in manifest.json" in capsys.readouterr().err

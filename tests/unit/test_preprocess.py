@@ -177,3 +177,39 @@ def test_real_text(tmp_path, model: str) -> None:
             assert f"Assistant\n{texts[document.id]['output']}\n" in tok.decode(document.tokens_T)
     plan = dataset.plan("sft", 1024, 1)
     assert plan.report()["fill"] > 0.9
+
+
+def _line(messages: list[dict], **extra) -> bytes:
+    return json.dumps({"messages": messages, **extra}).encode() + b"\n"
+
+
+_USER = {"role": "user", "content": "river"}
+_REPLY = {"role": "assistant", "content": "stone"}
+BAD_LINES = {
+    "invalid UTF-8 at byte": _line([_USER, _REPLY]).replace(b"river", b"riv\xff"),
+    "NaN is not a JSON number": _line([_USER, _REPLY | {"attributes": {"quality": 1}}]).replace(b"1}", b"NaN}"),
+    "outside 0..9": _line([_USER, _REPLY | {"attributes": {"quality": 10}}]),
+    "attribute quality=-0.5 is outside": _line([_USER, _REPLY | {"attributes": {"quality": -0.5}}]),
+    "begins with an assistant message": _line([_REPLY, _USER, _REPLY]),
+    "has no response": _line([_USER]),
+    "id='a' occurred before": _line([_USER, _REPLY], id="a"),
+    "malformed JSON": b"{]\n",
+    "torn last line": _line([_USER, _REPLY])[:-9],
+}
+
+
+def test_every_kind_of_bad_line_is_named(tmp_path) -> None:
+    good = _line([_USER, _REPLY], id="a")
+    path = tmp_path / "r.jsonl"
+    for reason, line in BAD_LINES.items():
+        path.write_bytes(good + line)
+        with pytest.raises(UserError, match=rf"r\.jsonl:2: .*{reason}"):
+            run({"train": [path]}, tmp_path / "out")
+    path.write_bytes(good + b"".join(BAD_LINES.values()))
+    out = run({"train": [path]}, tmp_path / "out", on_error="skip")
+    assert out["out"] == 1 and out["skipped"] == {"rejected": len(BAD_LINES)} and adds_up(out)
+    rejected = [json.loads(line) for line in open_text(tmp_path / "out" / REJECTED_FILE)]
+    assert [entry["where"] for entry in rejected] == [f"{path}:{n}" for n in range(2, len(BAD_LINES) + 2)]
+    assert all(reason in entry["reason"] for reason, entry in zip(BAD_LINES, rejected, strict=True))
+    manifest = ShardDataset.open(tmp_path / "out" / "train").manifest
+    assert manifest["policies"]["on_error"] == {"policy": "skip", "records": len(BAD_LINES)}

@@ -116,8 +116,10 @@ def copy(shards: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("suffix", ["idx", "bin", "turns.npy", "values.npy"])
 def test_torn_files_are_named(shards: Path, tmp_path, suffix: str) -> None:
     path = copy(shards, tmp_path) / f"shard-00001.{suffix}"
+    size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=rf"shard-00001\.{suffix} is truncated"):
+    wanted = rf"shard-00001\.{suffix} is truncated: it ends at byte {size - 1}, by manifest\.json at {size}"
+    with pytest.raises(UserError, match=wanted):
         ShardDataset.open(path.parent)
     path.unlink()
     with pytest.raises(UserError, match=rf"shard-00001\.{suffix} cannot be read"):
@@ -126,8 +128,13 @@ def test_torn_files_are_named(shards: Path, tmp_path, suffix: str) -> None:
 
 def test_a_foreign_index_is_named(shards: Path, tmp_path) -> None:
     path = copy(shards, tmp_path) / "shard-00000.idx"
-    path.write_bytes(b"x" * path.stat().st_size)
-    with pytest.raises(UserError, match=r"shard-00000\.idx is not a Megatron-Core index"):
+    data = path.read_bytes()
+    for byte in (0, 5, 9, 17):  # of the magic, the version, the type of its tokens
+        path.write_bytes(data[:byte] + b"x" + data[byte + 1 :])
+        with pytest.raises(UserError, match=rf"shard-00000\.idx is not a Megatron-Core index.*: byte {byte} is 0x78"):
+            ShardDataset.open(path.parent)
+    path.write_bytes(data[:18] + bytes([data[18] ^ 1]) + data[19:])  # the number of sequences
+    with pytest.raises(UserError, match=rf"shard-00000\.idx is t.*: it ends at byte {len(data)}, by its header at \d+"):
         ShardDataset.open(path.parent)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import corpora
 import pytest
@@ -240,3 +241,12 @@ def test_decode_shows_controls_and_survives_ids_we_lack() -> None:
     assert tok.decode(ids) == "<extra_id_1>User\n\ufffdx"
     message = Message("user", "<extra_id_1>")
     assert tok.decode(tok.encode(message.content)) == message.content
+
+
+@pytest.mark.parametrize("name", corpora.TOKENIZERS)
+def test_a_copy_in_another_process_encodes_alike(name: str) -> None:
+    tok = corpora.tokenizer(name)
+    copy = pickle.loads(pickle.dumps(tok))
+    for text in NASTY:
+        assert copy.encode(text) == tok.encode(text)
+    assert copy.hash == tok.hash

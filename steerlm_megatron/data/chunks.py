@@ -1,0 +1,304 @@
+"""Chunks of input lines, and what tokenising makes of one, kept on disk until the corpus is whole.
+
+A chunk is a fixed number of lines of one file, whatever the number of processes. It is tokenised to one file in the
+work folder, named by a hash over its bytes, its place and all that decides the result, so a job that was killed finds
+what it has done by name: there is no journal that could be torn or out of date, and after an input was mended only the
+chunks with other bytes are done again.
+
+Owns: cutting into chunks, the work of one chunk, its file. Does not own: the order of work (``preprocess.py``), what a
+record is (``steer.records``). Invariants: the result is a function of the chunk and the ``Job``; a chunk's file is
+whole (it carries checksums) or it is taken for missing; memory is that of one chunk.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+
+from steerlm_megatron.data.blocks import Array, Block, build, concatenate, join
+from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.records import Conversation, OnError, Rejected, parse_records, raw_lines
+from steerlm_megatron.steer.templates import Template
+
+FORMAT = 1  # raise when the same chunk gives other documents
+CHUNK_LINES = 4096
+CHUNK_BYTES = 2 << 20  # a chunk is closed with the line that reaches this
+_BATCH = 512  # conversations encoded in one call
+
+TRAIN, VALID = 0, 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that decides what becomes of a chunk.
+
+    Args:
+        valid_fraction: share of prompts dealt to ``valid``; 0: all to ``train`` (the split whose file it is).
+        control_strings: ``escape`` or ``reject``, see ``config.schema.DataConfig``.
+    """
+
+    tokenizer: Tokenizer
+    schema: AttributeSchema | None
+    template: Template
+    on_error: str
+    valid_fraction: float
+    split_seed: int
+    control_strings: str
+
+    @property
+    def key(self) -> str:
+        """Hash of it all but ``on_error``: whether an error ends the job changes nothing where there is none."""
+        parts = [
+            FORMAT, _BATCH, self.tokenizer.hash, self.schema and self.schema.to_dict(), self.template.to_dict(),
+            self.valid_fraction, self.split_seed, self.control_strings,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Lines of one file. ``damage``: an error met in reading after its last line, which ends the file."""
+
+    split: str
+    path: str
+    first_line: int
+    lines: Sequence[bytes]
+    damage: str = ""
+
+    @property
+    def name(self) -> str:
+        """Of its file: a hash over its place and bytes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in (self.split, self.path, str(self.first_line), self.damage):
+            digest.update(f"{len(part)}:{part}".encode())
+        for line in self.lines:
+            digest.update(line)
+        return f"{digest.hexdigest()}.npz"
+
+    def numbered(self) -> Iterator[tuple[str, bytes]]:
+        """As ``raw_lines``."""
+        for number, line in enumerate(self.lines, self.first_line):
+            yield f"{self.path}:{number}", line
+        if self.damage:
+            raise UserError(self.damage)
+
+
+def read_chunks(split: str, paths: Sequence[str]) -> Iterator[Chunk]:
+    """The chunks of files, in order; memory for one. An error in reading is its chunk's, to be met in its place."""
+    for path in paths:
+        lines, size, first, damage = [], 0, 1, ""
+        try:
+            for _, line in raw_lines(path):
+                lines.append(line)
+                size += len(line)
+                if len(lines) >= CHUNK_LINES or size >= CHUNK_BYTES:
+                    yield Chunk(split, path, first, lines)
+                    first += len(lines)
+                    lines, size = [], 0
+        except UserError as error:
+            damage = str(error)
+        if lines or damage:
+            yield Chunk(split, path, first, lines, damage)
+
+
+@dataclass
+class Tokenized:
+    """What became of a chunk.
+
+    Args:
+        blocks: the documents for training and for validation (``TRAIN``, ``VALID``).
+        lines, sides, hashes: of every accepted record, in order: its line, its side, 16 bytes of the hash of its id
+            (zeros: it has none of its own, and cannot be repeated).
+        no_target, control_like: records of each side without any target; messages that look like control strings.
+        refused: under ``control_strings=reject``, records of each side that hold one.
+        rejected: ``(line, where, reason)`` of what is to be listed.
+        malformed: how many of them are malformed (the others are refused).
+    """
+
+    blocks: tuple[Block, Block]
+    lines: Array
+    sides: Array
+    hashes: Array
+    has_target: Array
+    refused: list[int] = field(default_factory=lambda: [0, 0])
+    control_like: list[int] = field(default_factory=lambda: [0, 0])
+    rejected: list[tuple[int, str, str]] = field(default_factory=list)
+    malformed: int = 0
+
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all. Not synced to disk: its checksums tell what a power cut tore."""
+        arrays: dict[str, Array] = {name: getattr(self, name) for name in ("lines", "sides", "hashes", "has_target")}
+        for side, block in enumerate(self.blocks):
+            arrays |= {f"{side}.{name}": array for name, array in block.arrays().items()}
+        said = [self.refused, self.control_like, self.rejected, self.malformed]
+        arrays["said"] = np.frombuffer(json.dumps(said).encode(), np.uint8)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, allow_pickle=False, **arrays)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    @staticmethod
+    def load(path: Path) -> Tokenized | None:
+        """What ``save`` wrote; None if it is not there whole."""
+        try:
+            with np.load(path) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+        except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError, KeyError):
+            return None
+        refused, control_like, rejected, malformed = json.loads(arrays.pop("said").tobytes())
+        blocks = [
+            Block(**{name[2:]: array for name, array in arrays.items() if name.startswith(f"{side}.")})
+            for side in (TRAIN, VALID)
+        ]
+        return Tokenized(
+            (blocks[TRAIN], blocks[VALID]),
+            arrays["lines"],
+            arrays["sides"],
+            arrays["hashes"],
+            arrays["has_target"],
+            refused,
+            control_like,
+            [(line, where, reason) for line, where, reason in rejected],
+            malformed,
+        )
+
+
+def tokenize(chunk: Chunk, job: Job) -> Tokenized:
+    """The work of one chunk. ``UserError`` for the first malformed line under ``on_error=error``."""
+    # A chunk makes millions of small objects and no cycles: looking for cycles among them took a tenth of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return _Tokenizing(chunk, job).run()
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class _Tokenizing:
+    """One call of ``tokenize``."""
+
+    def __init__(self, chunk: Chunk, job: Job) -> None:
+        self.chunk, self.job = chunk, job
+        self.control_like = _ControlLike(job)
+        self.parts: tuple[list[Block], list[Block]] = ([], [])
+        self.records: list[tuple[Array, Array, Array, Array]] = []
+        self.refused, self.messages, self.malformed = [0, 0], [0, 0], 0
+        self.rejected: list[tuple[int, str, str]] = []
+
+    def run(self) -> Tokenized:
+        job, rejected = self.job, cast(Rejected, [])
+        records = parse_records(self.chunk.numbered(), job.schema, cast(OnError, job.on_error), rejected)
+        while batch := list(islice(records, _BATCH)):
+            self._take(batch)
+        self.malformed = len(rejected)
+        self.rejected += [(_line(where), where, reason) for where, reason in rejected]
+        nothing = (np.zeros(0, np.int64), np.zeros(0, np.uint8), _hash_array([]), np.zeros(0, np.bool_))
+        lines, sides, hashes, has_target = (np.concatenate(x) for x in zip(nothing, *self.records, strict=True))
+        return Tokenized(
+            (self._joined(TRAIN), self._joined(VALID)),
+            lines,
+            sides,
+            hashes,
+            has_target,
+            self.refused,
+            self.messages,
+            sorted(self.rejected),
+            self.malformed,
+        )
+
+    def _take(self, batch: list[tuple[str, Conversation]]) -> None:
+        job = self.job
+        batch = self._without_control_strings(batch)
+        conversations, lines = [conversation for _, conversation in batch], [_line(where) for where, _ in batch]
+        block, has_target = build(conversations, lines, job.tokenizer, job.template, job.schema)
+        sides = np.array([self._side(conversation) for conversation in conversations], np.uint8)
+        hashes = [
+            bytes(16) if conversation.id == os.path.basename(where) else _id_hash(conversation.id)
+            for where, conversation in batch
+        ]
+        self.records.append((block.lines, sides, _hash_array(hashes), has_target))
+        for side in (TRAIN, VALID):
+            if (chosen := has_target & (sides == side)).any():
+                self.parts[side].append(block.select(chosen))
+
+    def _without_control_strings(self, batch: list[tuple[str, Conversation]]) -> list[tuple[str, Conversation]]:
+        """Count what looks like control strings; under ``reject``, without the records that hold one."""
+        if not self.control_like.anywhere([m.content for _, conversation in batch for m in conversation.messages]):
+            return batch
+        kept = []
+        for where, conversation in batch:
+            looks = [self.control_like.first(message.content) for message in conversation.messages]
+            if any(looks):
+                side = self._side(conversation)
+                self.messages[side] += sum(map(bool, looks))
+                if self.job.control_strings == "reject":
+                    index, text = next((index, text) for index, text in enumerate(looks) if text)
+                    reason = f"messages[{index}].content has the control string {text!r} (data.control_strings=reject)"
+                    self.refused[side] += 1
+                    self.rejected.append((_line(where), where, reason))
+                    continue
+            kept.append((where, conversation))
+        return kept
+
+    def _side(self, conversation: Conversation) -> int:
+        job = self.job
+        if not job.valid_fraction:
+            return TRAIN
+        prompt = next((message.content for message in conversation.messages if message.role == "user"), conversation.id)
+        digest = hashlib.sha256(f"{job.split_seed}:{prompt}".encode()).digest()
+        return VALID if int.from_bytes(digest[:8], "big") < job.valid_fraction * 2**64 else TRAIN
+
+    def _joined(self, side: int) -> Block:
+        attributes = len(self.job.schema.names) if self.job.schema else 0
+        return concatenate(self.parts[side] or [join([], self.job.tokenizer.vocab_size, attributes)])
+
+
+def _line(where: str) -> int:
+    return int(where.rpartition(":")[2])
+
+
+def _id_hash(name: str) -> bytes:
+    return hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+def _hash_array(hashes: list[bytes]) -> Array:
+    return np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16)
+
+
+class _ControlLike:
+    """What looks like a control string: those of the template and the tokenizer, and any ``<extra_id_N>``."""
+
+    def __init__(self, job: Job) -> None:
+        known = sorted({*job.template.control_strings, *job.tokenizer.controls}, key=len, reverse=True)
+        self._pattern = re.compile("|".join([r"<extra_id_\d+>", *map(re.escape, known)]))
+        # Plain searches are many times faster than the pattern, and nearly all texts have none of these.
+        self._hints = ("<extra_id_", *(text for text in known if not text.startswith("<extra_id_")))
+
+    def anywhere(self, texts: list[str]) -> bool:
+        """False where none of ``texts`` holds one."""
+        together = "\n".join(texts)
+        return any(hint in together for hint in self._hints)
+
+    def first(self, text: str) -> str:
+        """The first one in ``text``; empty if there is none."""
+        if not any(hint in text for hint in self._hints):
+            return ""
+        found = self._pattern.search(text)
+        return found[0] if found else ""

@@ -1,0 +1,58 @@
+"""Which ids occurred, of any number of them in bounded memory.
+
+Owns: ``SeenIds``. Invariant: exact up to collisions of 128-bit hashes; memory does not grow with the number of ids
+(sorted runs lie in files, memory-mapped).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from steerlm_megatron.data.blocks import Array
+
+_RUN = 1 << 18  # ids held in memory before they become a file
+
+
+class SeenIds:
+    """Ids by 16 bytes of their hashes. ``folder`` (made when needed) is scratch space: the next run makes it again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._recent: set[bytes] = set()
+        self._runs: list[Array] = []  # sorted
+
+    def repeated(self, hashes_N16: Array) -> Array:
+        """bool [N]: whether each (uint8 [N, 16]) occurred before, among these or earlier ones. Adds them.
+
+        All zeros stands for no id, which never occurred before.
+        """
+        keys = _keys(hashes_N16)
+        out = np.zeros(len(keys), np.bool_)
+        for run in self._runs:
+            out |= run[np.minimum(np.searchsorted(run, keys), len(run) - 1)] == keys
+        named = hashes_N16.any(axis=1)
+        out &= named
+        data = hashes_N16.tobytes()
+        for index in np.flatnonzero(named & ~out).tolist():
+            key = data[16 * index : 16 * index + 16]
+            if key in self._recent:
+                out[index] = True
+            else:
+                self._recent.add(key)
+        if len(self._recent) >= _RUN:
+            self._spill()
+        return out
+
+    def _spill(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"{len(self._runs):05d}.npy"
+        np.save(path, np.sort(_keys(np.frombuffer(b"".join(self._recent), np.uint8).reshape(-1, 16))))
+        self._runs.append(np.load(path, mmap_mode="r"))
+        self._recent.clear()
+
+
+def _keys(hashes_N16: Array) -> Array:
+    """As byte strings, which numpy sorts and searches (it ignores trailing zeros, of which all are padded to 16)."""
+    return np.ascontiguousarray(hashes_N16).view("S16").reshape(-1)
