@@ -238,7 +238,7 @@ class CheckpointStore:
             meta.files = {name: {"bytes": size, "sha256": digests[name]} for name, size in files.items()}
             write_json_atomic(temporary / "meta.json", dataclasses.asdict(meta))
             if final.exists():
-                shutil.rmtree(final)
+                _discard(final)
             os.rename(temporary, final)
             _fsync_folder(self.root)
             if best:
@@ -260,7 +260,14 @@ class CheckpointStore:
             keep.add(self.root / json.loads(best.read_text(encoding="utf-8"))["folder"])
         for folder in complete_steps(self.root):
             if folder not in keep:
-                shutil.rmtree(folder)
+                _discard(folder)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a committed checkpoint. Its name goes first: killed half-way, only a ``.tmp`` is left."""
+    doomed = folder.with_name(f"{folder.name}.old.tmp")
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed)
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -387,6 +388,41 @@ def test_a_killed_save_leaves_nothing_behind(store: CheckpointStore) -> None:
     assert resolve(str(store.root.parent), "checkpoint").name == "step_00000001"
     save(store, 3)
     assert sorted(p.name for p in store.root.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+@pytest.mark.parametrize("call", range(1, 4))
+def test_kill_9_within_a_save_leaves_whole_checkpoints(store: CheckpointStore, call: int) -> None:
+    """Killed just before the n-th change of names (commit, retention), and within a removal."""
+    for step in (1, 2):
+        save(store, step)
+    child = os.fork()
+    if child == 0:
+        left = call
+
+        def doomed(original: Callable[..., None], remove: bool) -> Callable[..., None]:
+            def count(path: Path, *rest: Any) -> None:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    if remove:
+                        (path / "common.pt").unlink()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                original(path, *rest)
+
+            return count
+
+        shutil.rmtree, os.rename = doomed(shutil.rmtree, True), doomed(os.rename, False)
+        save(store, 3)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    for folder in store.root.glob("step_*"):
+        if folder.suffix != ".tmp":
+            verify(folder)
+            assert read_meta(folder).step == int(folder.name[-8:])
+    assert store.latest() in {store.root / f"step_{step:08d}" for step in (2, 3)}
+    save(store, 4)
+    assert not list(store.root.glob("*.tmp"))
 
 
 def test_the_last_ones_and_the_best_are_kept(store: CheckpointStore) -> None:
