@@ -68,6 +68,7 @@ _AT_LEAST: dict[str, float] = {
     "train.keep_last": 1,
     "train.nonfinite_in_a_row": 1,
     "train.max_minutes": 0,
+    "tracking.peak_tflops": 0,
     "sampling.temperature": 0,
     "sampling.top_k": 0,
     "sampling.max_tokens": 1,
@@ -154,6 +155,7 @@ def finalize(config: Config, world: int | None = None) -> Config:
         *_check_engine(config),
         *_check_train(config),
         *_check_blend(config),
+        *_check_profile(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -310,6 +312,13 @@ def _check_engine(config: Config) -> list[str]:
             "parallel.sequence=true with engine=deepspeed is not supported; leave it out or take engine=megatron"
         )
     return problems
+
+
+def _check_profile(config: Config) -> list[str]:
+    steps = config.profile.steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        return [f"profile.steps={steps} must be two numbers, the first step and the last, counted from 1: [3,5]"]
+    return []
 
 
 def _check_blend(config: Config) -> list[str]:

@@ -240,9 +240,19 @@ class EvaluateConfig:
 
 @dataclass
 class TrackingConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl, and what is measured."""
 
     tensorboard: bool = False
+    # dense TFLOP/s of one device in the run's precision, for mfu; None: known GPUs in bf16 (observe/metrics.py)
+    peak_tflops: float | None = None
+
+
+@dataclass
+class ProfileConfig:
+    """torch's profiler over some training steps: run_dir/profile/rank_R.json, for chrome://tracing or Perfetto."""
+
+    steps: list[int] = field(default_factory=list)  # [first, last], counted from 1; empty: off
+    ranks: list[int] = field(default_factory=lambda: [0])  # which ranks write a trace
 
 
 @dataclass
@@ -274,4 +284,5 @@ class Config:
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     pipeline: dict[str, Any] = field(default_factory=dict)  # run: step name → overrides for that step

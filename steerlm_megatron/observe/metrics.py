@@ -182,6 +182,19 @@ def model_flops(
     return total if training else total / 3.0
 
 
+# Dense BF16 TFLOP/s of GPUs, by a part of their name as torch gives it (their data sheets; H200 = H100 SXM, see
+# numerics.md).
+_PEAK_BF16_TFLOPS = {"B200": 2250.0, "GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0,
+                     "L40S": 362.0, "A10": 125.0}  # fmt: skip
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """FLOP/s that a device of this name can reach at most in ``precision``; None where we do not know it."""
+    if precision != "bf16":
+        return None
+    return next((1e12 * peak for name, peak in _PEAK_BF16_TFLOPS.items() if name in device_name), None)
+
+
 class Throughput:
     """Rates since the last ``take``: useful tokens per second of working time.
 
@@ -215,10 +228,16 @@ class Throughput:
         self._squares = 0.0
 
     def add(
-        self, useful_tokens: int, *, target_tokens: int = 0, slot_tokens: int = 0, sum_squared_lengths: float = 0.0
+        self,
+        useful_tokens: int,
+        *,
+        target_tokens: int = 0,
+        slot_tokens: int = 0,
+        sum_squared_lengths: float = 0.0,
+        steps: int = 1,
     ) -> None:
-        """One step's counts. ``slot_tokens``: what the rows could hold, padding included."""
-        self._steps += 1
+        """Counts of ``steps`` steps. ``slot_tokens``: what the rows could hold, padding included."""
+        self._steps += steps
         self._tokens += useful_tokens
         self._target_tokens += target_tokens
         self._slots += slot_tokens

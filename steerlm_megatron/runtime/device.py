@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import torch
 
@@ -17,6 +18,18 @@ def device() -> torch.device:
     if has_cuda():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
+
+
+def device_name() -> str:
+    """What the GPU calls itself; ``cpu`` where there is none."""
+    return torch.cuda.get_device_name() if has_cuda() else "cpu"
+
+
+def peak_memory_gib() -> float:
+    """Most memory so far, in GiB: allocated on this rank's GPU, or resident in this process."""
+    if has_cuda():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 def backend() -> str:

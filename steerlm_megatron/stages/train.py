@@ -26,9 +26,11 @@ from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import build_model
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops
+from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops
+from steerlm_megatron.observe.profiler import StepProfiler
 from steerlm_megatron.observe.runfolder import versions
 from steerlm_megatron.runtime.collectives import broadcast_object
+from steerlm_megatron.runtime.device import device_name
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages.corpus import ensure_shards
 from steerlm_megatron.stages.session import Session, session
@@ -100,6 +102,7 @@ def train(here: Session) -> TrainResult:
         verify(base)
         engine.load_model(base)
     _announce(config, view, rows, loaders[0], steps)
+    profiler = StepProfiler(here.folder, config.profile.steps, here.layout.rank, config.profile.ranks)
     with closing(
         MetricsWriter(here.folder, tensorboard=config.tracking.tensorboard, active=here.layout.is_main)
     ) as metrics:
@@ -107,11 +110,12 @@ def train(here: Session) -> TrainResult:
             metrics.truncate_after(meta.step)
         trainer = Trainer(
             config.train, engine, loaders[0], loaders[1] if valid is not None else None, store, meta,
-            data.tokenizer.save, metrics, steps, Throughput(flops_of=flops),
+            data.tokenizer.save, metrics, steps, Throughput(flops_of=flops, peak_flops=_peak(config, here)), profiler,
         )  # fmt: skip
         try:
             result = trainer.fit()
         finally:
+            profiler.close()
             for loader in loaders:
                 loader.close()
     _summarise(here, rows, result)
@@ -270,6 +274,13 @@ def engine_of(engine: EngineConfig) -> type[MegatronEngine] | type[DeepSpeedEngi
     return MegatronEngine
 
 
+def _peak(config: Config, here: Session) -> float | None:
+    """FLOP/s of all devices together, for ``mfu``; None where it is not known."""
+    stated = config.tracking.peak_tflops
+    one = 1e12 * stated if stated else peak_flops(device_name(), config.engine.precision)
+    return one * here.layout.world_size if one else None
+
+
 def _multiplied_parameters(model: ModelConfig, vocab_size: int, view: View) -> int:
     """Parameters that every token meets in a matrix product: all but the input embedding and the norms."""
     head = model.head_dim or model.hidden_size // model.num_heads
@@ -297,6 +308,8 @@ def _announce(config: Config, view: View, rows: Rows, loader: StepLoader, steps:
 
 
 def _summarise(here: Session, rows: Rows, result: TrainResult) -> None:
+    best = "" if result.best_valid_loss is None else f", best validation loss {result.best_valid_loss:.4g}"
+    get_logger(__name__).info("trained to step %d%s; checkpoint: %s", result.steps, best, result.checkpoint)
     here.run.update(
         counts={**rows.report(), "steps": result.steps, "tokens": result.tokens},
         metrics={

@@ -30,6 +30,9 @@ class StepResult:
     skipped: bool = False
     bad_batches: list[int] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
+    # seconds on this rank: ``forward_backward`` (with the reduction of gradients) and ``optimizer``; both end with a
+    # host sync
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
 
 class Engine(ABC):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -128,6 +129,7 @@ class DeepSpeedEngine(Engine):
         return self.objective.loss(output, batch)
 
     def train_step(self, batches: Sequence[RowBatch]) -> StepResult:
+        start = time.perf_counter()
         self.ds.train()
         terms = float(sum(self.objective.terms(batch) for batch in batches))
         # ZeRO takes the mean over data-parallel ranks; wanted is the sum over the number of terms of them all.
@@ -141,16 +143,18 @@ class DeepSpeedEngine(Engine):
         sums_BM = torch.stack(sums).cpu()  # host sync: once a step
         means = self.objective.means(sum_from_last_stage(sums_BM.sum(0)).tolist())
         loss = means.pop("loss")
+        middle = time.perf_counter()
         self.schedule.step(increment=1)
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         self._finite = math.isfinite(loss)
         self.ds.step()
         grad_norm = float(self.ds.get_global_grad_norm() or 0.0)
+        seconds = {"forward_backward": middle - start, "optimizer": time.perf_counter() - middle}
         if self._finite and not self.optimizer.overflow and math.isfinite(grad_norm):
-            return StepResult(loss, grad_norm, lr, metrics=means)
+            return StepResult(loss, grad_norm, lr, metrics=means, seconds=seconds)
         self.schedule.step(increment=-1)
         bad = (~sums_BM.isfinite().all(1)).nonzero().squeeze(1).tolist()
-        return StepResult(loss, grad_norm, lr, True, bad, means)
+        return StepResult(loss, grad_norm, lr, True, bad, means, seconds)
 
     @torch.no_grad()
     def evaluate(self, steps: Iterable[Sequence[RowBatch]]) -> dict[str, float]:

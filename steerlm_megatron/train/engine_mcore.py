@@ -9,6 +9,7 @@ Invariant: gradients are divided once, by the number of loss terms in the global
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -167,6 +168,7 @@ class MegatronEngine(Engine):
         return none_BM
 
     def train_step(self, batches: Sequence[RowBatch]) -> StepResult:
+        start = time.perf_counter()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -175,15 +177,17 @@ class MegatronEngine(Engine):
         means = self.objective.means(sum_from_last_stage(sums_BM.sum(0)).tolist())
         loss = means.pop("loss")
         self._finite = math.isfinite(loss)
+        middle = time.perf_counter()
         self.schedule.step(increment=1)
         _, norm, _ = self.optimizer.step()
         grad_norm = float(norm or 0.0)
+        seconds = {"forward_backward": middle - start, "optimizer": time.perf_counter() - middle}
         lr = max(group["lr"] for group in self.optimizer.param_groups) if self.optimizer.param_groups else 0.0
         if self._finite:
-            return StepResult(loss, grad_norm, lr, metrics=means)
+            return StepResult(loss, grad_norm, lr, metrics=means, seconds=seconds)
         self.schedule.step(increment=-1)
         bad = (~sums_BM.isfinite().all(1)).nonzero().squeeze(1).tolist()
-        return StepResult(loss, grad_norm, lr, True, bad, means)
+        return StepResult(loss, grad_norm, lr, True, bad, means, seconds)
 
     @torch.no_grad()
     def evaluate(self, steps: Iterable[Sequence[RowBatch]]) -> dict[str, float]:

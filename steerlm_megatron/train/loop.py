@@ -9,6 +9,8 @@ Invariant: train 2N steps = train N, stop, resume N.
 from __future__ import annotations
 
 import math
+import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +21,10 @@ from steerlm_megatron.data.collate import RowBatch
 from steerlm_megatron.data.loader import StepLoader
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput
+from steerlm_megatron.observe.profiler import StepProfiler
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.runtime.collectives import any_rank, gather_objects, sum_over_data_parallel
+from steerlm_megatron.runtime.device import peak_memory_gib
 from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore
 from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.signals import StopRequest
@@ -60,6 +64,7 @@ class Trainer:
         metrics: MetricsWriter,
         steps: int,
         throughput: Throughput,
+        profiler: StepProfiler,
     ) -> None:
         """``meta``: template of the metadata of every checkpoint; its ``step`` is where the engine stands already."""
         self.train, self.engine, self.loader, self.valid = train, engine, loader, valid
@@ -71,6 +76,9 @@ class Trainer:
         self.last_valid: dict[str, float] = {}
         self.last_saved: Path | None = None
         self.counts = [0.0, 0.0, 0.0, 0.0]  # useful, target, slot tokens and Σ s² since the last log line
+        self.counted_steps = 0
+        self.seconds: defaultdict[str, float] = defaultdict(float)  # of this rank since the last log line, by part
+        self.profiler = profiler
         self.skipped_steps = self.skipped_in_a_row = 0
 
     def fit(self) -> TrainResult:
@@ -81,9 +89,14 @@ class Trainer:
             Progress(self.steps, "train", initial=self.step, enabled=self.is_main) as bar,
         ):
             while self.step < self.steps:
+                waiting = time.perf_counter()
                 batches = next(self.loader)
-                result = self.engine.train_step(batches)
+                self.seconds["data"] += time.perf_counter() - waiting
+                with self.profiler.step(self.step + 1):
+                    result = self.engine.train_step(batches)
                 self.step += 1
+                for part, seconds in result.seconds.items():
+                    self.seconds[part] += seconds
                 loss = result.loss
                 self._count(batches)
                 self._look_at_nonfinite(result, batches)
@@ -112,6 +125,7 @@ class Trainer:
         return shown
 
     def _count(self, batches: Sequence[RowBatch]) -> None:
+        self.counted_steps += 1
         for batch in batches:
             lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
             self.counts[0] += batch.useful_tokens
@@ -122,9 +136,15 @@ class Trainer:
     def _log(self, result: StepResult) -> dict[str, Any]:
         useful, target, slots, squares = sum_over_data_parallel(self.counts)
         self.counts = [0.0, 0.0, 0.0, 0.0]
-        self.throughput.add(int(useful), target_tokens=int(target), slot_tokens=int(slots), sum_squared_lengths=squares)
+        steps, self.counted_steps = max(1, self.counted_steps), 0
+        self.throughput.add(
+            int(useful), target_tokens=int(target), slot_tokens=int(slots), sum_squared_lengths=squares, steps=steps
+        )
         rates = self.throughput.take()
         row = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, **result.metrics, **rates}
+        row |= {f"sec/{part}": seconds / steps for part, seconds in self.seconds.items()}
+        row["peak_memory_gib"] = peak_memory_gib()
+        self.seconds.clear()
         row |= {"epoch": self.loader.epoch, "samples": self.loader.consumed_samples}
         if self.is_main:
             self.metrics.write(self.step, row)

@@ -109,6 +109,8 @@ def policies(root: Path) -> dict[str, Any]:
     ):
         wanted = config("train_ap", root / name, root / "data")
         wanted.train = dataclasses.replace(wanted.train, validate_every_steps=100, **options)
+        if name == "skip":
+            wanted.profile.steps = [4, 5]
         try:
             with poison(*() if name == "time" else (2, 3)):
                 out[name] = train_stage.run(wanted).steps
@@ -117,6 +119,7 @@ def policies(root: Path) -> dict[str, Any]:
         out[f"{name} log"] = (root / name / "log" / "rank_0.log").read_text()
         rows = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
         out[f"{name} rows"] = [row for row in rows if "skipped_steps" in row or row.get("loss") is not None]
+    out["trace"] = json.loads((root / "skip" / "profile" / "rank_0.json").read_text())
     return out
 
 
@@ -129,4 +132,7 @@ def test_policies(tmp_path: Path) -> None:
     assert [row["step"] for row in found["skip rows"] if row.get("loss") is not None] == [1, 4, 5, 6]
     assert "Skipped (2 so far)" in found["skip log"]
     assert "2 steps in a row, above train.nonfinite_in_a_row=1" in found["too many"]
+    assert any("linear" in str(event.get("name", "")).lower() for event in found["trace"]["traceEvents"])
+    timed = found["skip rows"][-1]
+    assert 0 < timed["sec/forward_backward"] + timed["sec/optimizer"] < timed["step_sec"] * 1.01 and "sec/data" in timed
     assert found["time"] == "75" and "stopped by train.max_minutes=0 after step 1" in found["time log"]

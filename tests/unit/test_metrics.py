@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, read_metrics
+from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops, read_metrics
 
 
 def test_lines_are_strict_json_and_nan_stays_visible(tmp_path: Path) -> None:
@@ -102,3 +102,10 @@ def test_throughput_counts_useful_tokens_and_leaves_pauses_out() -> None:
     now[0] += 1.0
     again = meter.take()
     assert again["tokens"] == 450 and again["tokens_per_sec"] == pytest.approx(50.0) and "fill" not in again
+
+
+def test_peaks_of_gpus() -> None:
+    assert peak_flops("NVIDIA H200", "bf16") == peak_flops("NVIDIA GH200 480GB", "bf16") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert peak_flops("cpu", "bf16") is None and peak_flops("NVIDIA H200", "fp32") is None
