@@ -190,7 +190,8 @@ def _job(command: str, overrides: list[str]) -> Callable[[Any], None]:
                 from steerlm_megatron.observe.runfolder import default_run_dir
 
                 config.run_dir = str(default_run_dir(command))
-            code = _launch(needed, [command, *overrides, f"run_dir={config.run_dir}"])
+            arguments = [command, *overrides, f"run_dir={config.run_dir}"]
+            code = _launch_again(needed, arguments, config.train.max_restarts)
             if code:
                 raise SystemExit(code)
             return
@@ -201,6 +202,22 @@ def _job(command: str, overrides: list[str]) -> Callable[[Any], None]:
             sys.modules["steerlm_megatron.runtime.parallel"].shutdown()
 
     return job
+
+
+def _launch_again(ranks: int, arguments: list[str], max_restarts: int) -> int:
+    """``_launch``, up to ``max_restarts`` times more after a fault: each starts from the run's last checkpoint. A stop
+    (75), an input error (2) and a signal are no faults.
+    """
+    for restart in range(max_restarts + 1):
+        code = _launch(ranks, arguments)
+        if code in (0, EXIT_USER_ERROR, EXIT_REQUEUE) or code > 128 or restart == max_restarts:
+            return code
+        print(
+            f"steerlm: starting all ranks again from the last checkpoint (train.max_restarts: {restart + 1} of "
+            f"{max_restarts})",
+            file=sys.stderr,
+        )
+    raise AssertionError("the loop returns")
 
 
 def _launch(ranks: int, arguments: list[str]) -> int:

@@ -34,6 +34,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.overlong": ("drop", "truncate_left_turns", "truncate_response", "error"),
     "train.objective": ("sft", "lm"),
     "train.nonfinite": ("raise", "skip"),
+    "train.trainable": ("all", "head"),
     "evaluate.judge": ("ap", "demo"),
 }
 
@@ -68,6 +69,7 @@ _AT_LEAST: dict[str, float] = {
     "train.keep_last": 1,
     "train.nonfinite_in_a_row": 1,
     "train.max_minutes": 0,
+    "train.max_restarts": 0,
     "tracking.peak_tflops": 0,
     "sampling.temperature": 0,
     "sampling.top_k": 0,
@@ -156,6 +158,7 @@ def finalize(config: Config, world: int | None = None) -> Config:
         *_check_train(config),
         *_check_blend(config),
         *_check_profile(config),
+        *_check_trainable(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -310,6 +313,20 @@ def _check_engine(config: Config) -> list[str]:
     if layout.sequence:
         problems.append(
             "parallel.sequence=true with engine=deepspeed is not supported; leave it out or take engine=megatron"
+        )
+    return problems
+
+
+def _check_trainable(config: Config) -> list[str]:
+    if config.train.trainable != "head":
+        return []
+    problems = []
+    if config.command not in ("train_ap", "run", ""):
+        problems.append(f"train.trainable=head is of train_ap; {config.command} trains the whole model: leave it out")
+    if config.parallel.pipeline > 1:
+        problems.append(
+            f"train.trainable=head with parallel.pipeline={config.parallel.pipeline}: stages without a head have "
+            "nothing to train; set parallel.pipeline=1, with parallel.tensor or engine.zero_stage=3 (engine=deepspeed)"
         )
     return problems
 

@@ -169,6 +169,8 @@ class TrainConfig:
     keep_best: bool = True
     nonfinite: str = "raise"  # a loss or gradient that is NaN or infinite: raise | skip the step
     nonfinite_in_a_row: int = 10  # skip: so many skipped steps one after the other end the run
+    max_restarts: int = 0  # after a fault, start all ranks (that steerlm itself starts) again from the last checkpoint
+    trainable: str = "all"  # all | head: train_ap trains the regression head alone, on a trunk that stays as it is
     max_minutes: float | None = None  # of wall time since the command started: then save and exit with code 75
     label_weights: dict[str, float] = field(default_factory=dict)  # train_ap: loss weight per attribute, default 1
 

@@ -227,6 +227,12 @@ def build_model(
     return gpt.to(device())
 
 
+def freeze_trunk(gpt: PackedGPTModel) -> None:
+    """Leave the output layer alone trainable."""
+    for name, parameter in gpt.named_parameters():
+        parameter.requires_grad_(name.startswith("output_layer."))
+
+
 def global_names(gpt: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Parameters with the names they have in the unsplit model: layer numbers count from the model's first layer."""
     numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(gpt.decoder.layers)}

@@ -24,7 +24,7 @@ from steerlm_megatron.data.loader import StepLoader
 from steerlm_megatron.data.preprocess import is_complete
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.model.gpt import build_model
+from steerlm_megatron.model.gpt import build_model, freeze_trunk
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops
 from steerlm_megatron.observe.profiler import StepProfiler
@@ -255,6 +255,8 @@ def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tupl
         )
         if view == "ap" and chunk.post_process:
             chunk.output_layer.set_bias(torch.from_numpy(data.label_mean()).nan_to_num())
+        if config.train.trainable == "head":
+            freeze_trunk(chunk)
         chunks.append(chunk)
     model, multiplied = config.model, _multiplied_parameters(config.model, data.tokenizer.vocab_size, view)
 

@@ -185,6 +185,8 @@ class DeepSpeedEngine(Engine):
                 f"{folder} was saved by engine=megatron, whose optimizer engine=deepspeed does not read; go on with "
                 f"that engine, or start a new run from its weights with init_from={folder}"
             )
+        if frozen := {n: e for n, e in self._empty(None).items() if not self.parameters[n].requires_grad}:
+            self._take(_MASTER, load_sharded({"model": frozen}, folder)["model"])
         for kind in _KINDS:  # one at a time: a rank has room for one whole fp32 copy of its part of the model
             self._take(kind, load_sharded({kind: self._empty(kind)}, folder)[kind])
         for entry in self.adam.state.values():

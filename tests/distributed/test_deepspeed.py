@@ -79,8 +79,32 @@ def across_engines(root: Path) -> dict[str, Any]:
     return out
 
 
+HEAD_ONLY = {
+    "DP2": Case("ap", DP2, head_only=True),
+    "TP2": Case("ap", TP2, head_only=True),
+    "DP2 ZeRO 1": Case("ap", DP2, zero=1, head_only=True),
+    "DP2 ZeRO 3": Case("ap", DP2, zero=3, head_only=True),
+}
+
+
+def head_alone(case: Case, folder: Path) -> dict[str, Any]:
+    """Which parameters three steps move, and whether a saved run goes on with the same losses."""
+    engine = make(case)
+    before = {name: shard.tensor.clone() for name, shard in shards_of(engine).items()}
+    losses(engine, 0, 3)
+    saved(engine, folder)
+    moved = {name for name, shard in shards_of(engine).items() if not torch.equal(shard.tensor, before[name])}
+    expected = losses(engine, 3, 5)
+    engine = make(case, seed=80)
+    engine.load(folder)
+    return {"moved": moved, "expected": expected, "found": losses(engine, 3, 5)}
+
+
 def everything(root: Path) -> dict[str, Any]:
-    return {name: moved(name, root) for name in MOVES} | {"engines": across_engines(root)}
+    found: dict[str, Any] = {name: moved(name, root) for name in MOVES}
+    found["engines"] = across_engines(root)
+    found["head"] = {name: head_alone(case, root / f"head {name}") for name, case in HEAD_ONLY.items()}
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +127,15 @@ def test_the_other_engine_takes_the_weights_alone(measured: list[dict[str, Any]]
     found = measured[0]["engines"]
     assert max(found["valid"]) - min(found["valid"]) <= 1e-6, found
     assert found["head kept"]
+
+
+@pytest.mark.parametrize("name", HEAD_ONLY)
+def test_the_head_alone_is_trained(name: str, measured: list[dict[str, Any]]) -> None:
+    found = measured[0]["head"][name]
+    assert found["moved"] == {"output_layer.regression.weight", "output_layer.regression.bias"}
+    assert found["found"] == found["expected"], "the trunk too is in the checkpoint"
+    same = measured[0]["head"]["DP2"]["expected"]
+    assert max(abs(a - b) for a, b in zip(found["expected"], same, strict=True)) <= 1e-5
 
 
 @pytest.mark.parametrize(

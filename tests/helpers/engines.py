@@ -11,7 +11,7 @@ from helpers.reference import Document, Params
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from steerlm_megatron.data.collate import RowBatch
-from steerlm_megatron.model.gpt import PackedGPTModel, build_model, global_names
+from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk, global_names
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.stages.train import engine_of
 from steerlm_megatron.train.engine_mcore import MegatronEngine
@@ -42,6 +42,7 @@ class Case:
     micro_batches: int = MICRO_BATCHES  # of a global step, all data-parallel ranks together
     dropout: float = 0.0
     recompute: str = "none"
+    head_only: bool = False  # ap: nothing but the head is trained
     zero: int = 0  # stage of the DeepSpeed engine; 0: the Megatron-Core engine
 
     @property
@@ -145,6 +146,8 @@ def build(case: Case, seed: int = 5) -> list[PackedGPTModel]:
     for chunk in chunks:
         if attributes and chunk.post_process:
             fill_head(chunk)
+        if case.head_only:
+            freeze_trunk(chunk)
     return chunks
 
 

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -158,3 +159,26 @@ def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> Non
     finally:
         kill(server)
     assert not any("Traceback" in line for line in lines), "".join(lines)
+
+
+def test_a_rank_killed_with_9_is_started_again(tmp_path: Path) -> None:
+    """``train.max_restarts``: all ranks go on from the last checkpoint; no step is lost or twice in the metrics."""
+    process = start(
+        "train_sft", *TINY, "train.steps=100", "train.save_every_steps=20", "train.validate_every_steps=1000",
+        "train.max_restarts=1", "parallel.data=2", "run_dir=run", cwd=tmp_path,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run" / "checkpoints").glob("step_*/meta.json")):
+            assert time.monotonic() < deadline and process.poll() is None, "no checkpoint in time"
+            time.sleep(0.05)
+        ranks = psutil.Process(process.pid).children(recursive=True)
+        assert ranks and process.poll() is None, "it ended before it was killed"
+        ranks[-1].send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=180)
+    finally:
+        kill(process)
+    assert process.returncode == 0, output
+    assert "starting all ranks again from the last checkpoint (train.max_restarts: 1 of 1)" in output
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 101))
