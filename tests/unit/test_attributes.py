@@ -65,6 +65,7 @@ def schemas_and_levels(draw: st.DrawFn) -> tuple[AttributeSchema, dict[str, int]
     return schema, draw(some)
 
 
+@settings(deadline=None)
 @given(schemas_and_levels())
 def test_parse_inverts_format_for_every_schema(case: tuple[AttributeSchema, dict[str, int]]) -> None:
     schema, levels = case
@@ -75,7 +76,7 @@ def test_parse_inverts_format_for_every_schema(case: tuple[AttributeSchema, dict
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(data=st.data())
 def test_parse_inverts_format_for_shipped_schemas(file: Path, data: st.DataObject) -> None:
     schema = AttributeSchema.from_config(OmegaConf.load(file))
