@@ -188,6 +188,7 @@ def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
     strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
     texts = training_texts(files, schema_of(config), template, config.data) if config.tokenizer.train else None
     tokenizer = Tokenizer.from_config(config.tokenizer, strings, texts)
+    _check_labels(tokenizer, config)
     if tokenizer.added:
         get_logger(__name__).info(
             "the tokenizer's %d ids are followed by %d added ones: %s",
@@ -197,10 +198,31 @@ def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
 
 
 def check_tokenizer(config: Config) -> None:
-    """Refuse a tokenizer that cannot be opened, before a corpus is read for it."""
+    """Refuse a tokenizer that cannot be opened or cannot write labels, before a corpus is read for it."""
     if not config.tokenizer.train or config.tokenizer.path:
         template = Template.from_config(config.template)
-        Tokenizer.from_config(config.tokenizer, (*template.control_strings, template.label_marker))
+        strings = (*template.control_strings, template.label_marker)
+        _check_labels(Tokenizer.from_config(config.tokenizer, strings), config)
+
+
+def _check_labels(tokenizer: Tokenizer, config: Config) -> None:
+    """Refuse a tokenizer to which two labels of the schema are the same tokens: such labels could steer nothing.
+
+    A model without byte fallback makes the same unknown token (or nothing) of every character that it lacks.
+    """
+    schema = schema_of(config)
+    if schema is None:
+        return
+    labels = [schema.format({name: level}) for name in schema.names for level in range(schema.max_level + 1)]
+    seen: dict[tuple[int, ...], str] = {}
+    for label, ids in zip(labels, map(tuple, tokenizer.encode_batch(labels)), strict=True):
+        if ids in seen:
+            raise UserError(
+                f"tokenizer.path={config.tokenizer.path}: the labels {seen[ids]!r} and {label!r} become the same "
+                f"tokens, {tokenizer.decode(ids)!r}: the model cannot write them; choose a tokenizer with bytes or "
+                "with these characters, or attributes=none"
+            )
+        seen[ids] = label
 
 
 def make_shards(

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -52,6 +52,37 @@ def test_parse_inverts_format(levels: dict[str, int]) -> None:
     parsed = oasst().parse(oasst().format(levels))
     assert parsed == levels
     assert list(parsed) == [name for name in NAMES if name in levels]
+
+
+@st.composite
+def schemas_and_levels(draw: st.DrawFn) -> tuple[AttributeSchema, dict[str, int]]:
+    """Any legal schema, whatever its names and scale, and some of its levels in any order."""
+    name = st.text(st.sampled_from("aZ09_.-éß名٣"), min_size=1, max_size=8)
+    names = draw(st.lists(name, max_size=6, unique=True))
+    top = draw(st.integers(1, 1000))
+    schema = AttributeSchema("any", tuple(names), top, names[0] if names else "quality")
+    some = st.dictionaries(st.sampled_from(names), st.integers(0, top)) if names else st.just({})
+    return schema, draw(some)
+
+
+@settings(deadline=None)
+@given(schemas_and_levels())
+def test_parse_inverts_format_for_every_schema(case: tuple[AttributeSchema, dict[str, int]]) -> None:
+    schema, levels = case
+    text = schema.format(levels)
+    assert schema.parse(text) == levels
+    assert schema.format(schema.parse(text)) == text
+    assert AttributeSchema.from_dict(schema.to_dict()).parse(text) == levels
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_parse_inverts_format_for_shipped_schemas(file: Path, data: st.DataObject) -> None:
+    schema = AttributeSchema.from_config(OmegaConf.load(file))
+    level = st.integers(0, schema.max_level)
+    levels = data.draw(st.dictionaries(st.sampled_from(schema.names), level)) if schema.names else {}
+    assert schema.parse(schema.format(levels)) == levels
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), st.floats(0, 9)))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from steerlm_megatron.config.schema import SOURCES, Config, DataConfig
 from steerlm_megatron.data import chunks
 from steerlm_megatron.data.preprocess import preprocess
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.stages.corpus import collect_records, make_shards
+from steerlm_megatron.stages.corpus import check_tokenizer, collect_records, make_shards, make_tokenizer
 from steerlm_megatron.stages.preprocess import total_counts
 from steerlm_megatron.stages.train import _open_data
 from steerlm_megatron.steer.records import read_records, write_records
@@ -102,6 +104,28 @@ def test_options_that_do_not_fit(tmp_path: Path, data: dict[str, Any], message: 
     data = {key: str(tmp_path / "x") if value == "x" else value for key, value in data.items()}
     with pytest.raises(UserError, match=message):
         collect_records(config(**data), tmp_path / "out")
+
+
+def test_a_tokenizer_that_cannot_tell_labels_apart(tmp_path: Path) -> None:
+    """Without bytes and without digits, quality:2 and quality:7 would both be "quality:<unk>"."""
+    blind = tmp_path / "blind.model"
+    blind.write_bytes(corpora.raw_model("nfkc"))
+    assert (tok := corpora.tokenizer("nfkc")).unk_id in tok.encode("quality:7"), "the model under test has digits"
+    cfg = config(OASST, input=write(tmp_path / "r.jsonl", {"messages": []}))
+    cfg.tokenizer.path = str(blind)
+    for check in (lambda: check_tokenizer(cfg), lambda: make_tokenizer(cfg, [])):
+        with pytest.raises(UserError, match=r"blind\.model: the labels 'quality:\d' and 'quality:\d' become the same"):
+            check()
+    cfg.attributes.names = []
+    check_tokenizer(cfg)
+    cfg.attributes.names, cfg.tokenizer.path = ["quality", "humor"], "bytes"
+    check_tokenizer(cfg)
+
+
+def test_every_key_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"data\.(\w+)", text))
+    assert {field.name for field in dataclasses.fields(DataConfig)} <= named
 
 
 def test_choices_and_ranges() -> None:

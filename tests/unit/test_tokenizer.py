@@ -64,7 +64,7 @@ def test_odd_characters_survive_byte_fallback(text: str) -> None:
 @given(parts=st.lists(st.sampled_from([*corpora.CONTROLS, "<", "extra", "_id_1>", "\n", " ", "[INST]", "＜", "ab"])))
 def test_pieces_of_control_strings_never_make_one(parts: list[str]) -> None:
     text = "".join(parts)
-    for name in ("trained", "nfkc", "user_defined"):
+    for name in ("trained", "nfkc", "user_defined", "hf_metaspace", "hf_byte_level", "bytes"):
         tok = corpora.tokenizer(name, (*corpora.CONTROLS, "[INST]"))
         assert set(tok.encode(text)).isdisjoint(tok.controls.values())
 
@@ -124,6 +124,44 @@ def test_prefix_and_response_are_the_training_tokens(name: str, template_name: s
                 whole, _ = tok.encode_segments(template.render(head, schema))
                 response = tok.encode(message.content)
                 assert whole[: len(prefix) + len(response)] == prefix + response
+
+
+_ANY_TEXT = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+    st.lists(
+        st.sampled_from([*corpora.CONTROLS, "<s>", "</s>", "[INST]", "[/INST]", "<<SYS>>", "\n", " ", "▁", "quality:9"])
+    ).map("".join),
+)
+
+
+@pytest.mark.parametrize("template_name", corpora.TEMPLATES)
+@pytest.mark.parametrize("name", corpora.TOKENIZERS)
+@settings(max_examples=15, deadline=None)
+@given(
+    texts=st.lists(_ANY_TEXT, min_size=2, max_size=4),
+    levels=st.dictionaries(st.sampled_from(corpora.SCHEMA.names), st.integers(0, 9)),
+)
+def test_prefix_and_response_are_the_training_tokens_for_any_text(
+    name: str, template_name: str, texts: list[str], levels: dict[str, int]
+) -> None:
+    """Also where people write control strings, label lines and white space; and the label line reads back."""
+    template = corpora.TEMPLATES[template_name]
+    tok = corpora.tokenizer(name, tuple(dict.fromkeys((*template.control_strings, template.label_marker))))
+    *earlier, response = texts
+    messages = [Message(("user", "assistant")[i % 2], text) for i, text in enumerate(earlier)]
+    if messages[-1].role == "assistant":
+        messages.append(Message("user", "and?"))
+    values = {attribute: float(level) for attribute, level in levels.items()}
+    answer = Message("assistant", response, values or None)
+    segments = template.prefix(messages, corpora.SCHEMA, levels)
+    prefix, lengths = tok.encode_segments(segments)
+    whole, _ = tok.encode_segments(template.render(Conversation("x", (*messages, answer)), corpora.SCHEMA))
+    assert whole[: len(prefix)] == prefix
+    assert whole[len(prefix) :][: len(tok.encode(response))] == tok.encode(response)
+    controls = [i for i in prefix if i in tok.controls.values()]
+    assert controls == [tok.control_id(segment.text) for segment in segments if segment.control]
+    if levels and tok.unk_id not in prefix[-lengths[-1] :]:  # "nfkc" has no digits; preprocess refuses such a model
+        assert corpora.SCHEMA.parse(tok.decode(prefix[-lengths[-1] :]).removesuffix("\n")) == levels
 
 
 def test_segment_lengths_add_up() -> None:
