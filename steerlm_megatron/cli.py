@@ -159,7 +159,7 @@ def _check_overrides(command: str, overrides: list[str], conf: Path, sweep: bool
                     for p in parsed
                 ]
             compose(config_name=command, overrides=overrides)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: experiment=null
             raise UserError(_explain(error, command, conf)) from None
 
 

@@ -54,6 +54,7 @@ def shards(tmp_path: Path) -> str:
 COMMAND_LINES = {
     "a misspelt key": (["train_sft", "train.stepz=1"], ["train.stepz: no such key", "train.steps"]),
     "a misspelt option": (["train_sft", "model=tyni"], ["model=tyni", "legal:", "tiny"]),
+    "a group without an option": (["train_sft", "experiment=null"], ["group override", "string"]),
     "a misspelt command": (["trian_sft"], ["trian_sft", "train_sft"]),
     "a wrong type": (["train_sft", "train.steps=many"], ["train.steps", "many"]),
     "a pipeline step that is none": (
