@@ -310,10 +310,6 @@ def _check_engine(config: Config) -> list[str]:
             f"parallel.pipeline={layout.pipeline} with engine=deepspeed: ZeRO takes the place of pipelines; set "
             "parallel.pipeline=1 and engine.zero_stage=3, or take engine=megatron"
         )
-    if layout.sequence:
-        problems.append(
-            "parallel.sequence=true with engine=deepspeed is not supported; leave it out or take engine=megatron"
-        )
     return problems
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+# Where a checkpoint of the DeepSpeed engine says how many updates AdamW has made; Megatron-Core's says it elsewhere.
+ADAM_STEP = "adam_step"
+
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters: matrices decay, vectors (norms, biases) do not. Megatron-Core's rule and its group keys."""

@@ -5,9 +5,8 @@ goes into a sharded checkpoint, and back. Does not own: losses (``objective.py``
 Invariant: the sum of losses is divided once, by the number of terms of the global batch, and gradients, clipping, AdamW
 and the schedule are those of the Megatron-Core engine. The only module that imports deepspeed.
 
-Checkpoints have the model under the Megatron-Core engine's names, so that any command loads them, and the optimizer as
-one fp32 tensor per parameter and kind, not per partition: they load at another ZeRO stage, data- or tensor-parallel
-size.
+Checkpoints have the model and the optimizer under the Megatron-Core engine's names, one whole tensor per parameter and
+kind, not per partition: any command loads them, and training goes on from them at another ZeRO stage, layout or engine.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from steerlm_megatron.config.schema import EngineConfig, OptimConfig
 from steerlm_megatron.data.collate import RowBatch
-from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.attention import PackedTokens
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.runtime.collectives import sum_from_last_stage, sum_over_data_parallel
 from steerlm_megatron.runtime.device import device, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
-from steerlm_megatron.train.adam import allocate_adam, parameter_groups
+from steerlm_megatron.train.adam import ADAM_STEP, allocate_adam, parameter_groups
 from steerlm_megatron.train.checkpoint import common_state, load_sharded, save_sharded
 from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.objective import Objective
 from steerlm_megatron.train.rng import rng_state, take_rng_state
 from steerlm_megatron.train.schedule import build_schedule
 
-# What ZeRO keeps in fp32 of each parameter, by the name it has in a checkpoint.
-_MASTER = "fp32_param"
+# What ZeRO keeps in fp32 of each parameter, by the name it has in a checkpoint: the Megatron-Core engine's.
+_MASTER = "param"
 _KINDS = (_MASTER, "exp_avg", "exp_avg_sq")
 
 Template: TypeAlias = ShardedTensor | ShardedTensorFactory
@@ -93,6 +92,7 @@ class DeepSpeedEngine(Engine):
             model=model, optimizer=adam, config=_config(optim, engine), mpu=_Mpu(), dist_init_required=False
         )
         self.adam = adam
+        self._sum_sequence_parallel_gradients()
         self._guard_update()
         self._allocate()
         self.schedule = build_schedule(self.optimizer, optim, steps)
@@ -101,6 +101,16 @@ class DeepSpeedEngine(Engine):
     def model(self) -> PackedGPTModel:
         """The model inside DeepSpeed's wrapper; under ZeRO 3 its parameters are empty outside a forward pass."""
         return self.ds.module
+
+    def _sum_sequence_parallel_gradients(self) -> None:
+        """Norms and biases that see only this rank's share of the tokens get the gradient of all of them, before ZeRO
+        takes it; Megatron-Core does the same when it finalizes gradients.
+        """
+        if self.layout.tp_size == 1:
+            return
+        for parameter in self.parameters.values():
+            if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
+                parameter.register_hook(_summed_over_tensor_parallel)
 
     def _guard_update(self) -> None:
         """No update from a loss that is not finite; DeepSpeed itself sees to gradients that are not."""
@@ -173,26 +183,21 @@ class DeepSpeedEngine(Engine):
             if whole := self._whole(kind):
                 state[kind] = whole
         state["schedule"] = self.schedule.state_dict()
-        state["adam_step"] = max((int(entry["step"]) for entry in self.adam.state.values()), default=0)
+        state[ADAM_STEP] = max((int(entry["step"]) for entry in self.adam.state.values()), default=0)
         state["layout"] = self._layout_tuple()
         state["rng"] = rng_state(self.layout)
         save_sharded(state, folder)
 
     def load(self, folder: Path) -> None:
         common = common_state(folder)
-        if "adam_step" not in common:
-            raise UserError(
-                f"{folder} was saved by engine=megatron, whose optimizer engine=deepspeed does not read; go on with "
-                f"that engine, or start a new run from its weights with init_from={folder}"
-            )
         if frozen := {n: e for n, e in self._empty(None).items() if not self.parameters[n].requires_grad}:
             self._take(_MASTER, load_sharded({"model": frozen}, folder)["model"])
         for kind in _KINDS:  # one at a time: a rank has room for one whole fp32 copy of its part of the model
             self._take(kind, load_sharded({kind: self._empty(kind)}, folder)[kind])
         for entry in self.adam.state.values():
-            entry["step"].fill_(common["adam_step"])
+            entry["step"].fill_(_adam_step(common))
         self.schedule.load_state_dict(common["schedule"])
-        if common["layout"] == self._layout_tuple():
+        if common["layout"] == self._layout_tuple():  # of either engine: generators are one rank's own
             take_rng_state(load_sharded({"rng": rng_state(self.layout)}, folder)["rng"])
 
     def load_model(self, folder: Path) -> None:
@@ -205,7 +210,7 @@ class DeepSpeedEngine(Engine):
     def _template(self, name: str, kind: str | None, data: torch.Tensor) -> Template:
         """Where ``data``, a whole parameter (``kind`` None) or a state of it, stands in a checkpoint."""
         entry = self.templates[name]
-        key = entry.key if kind is None else f"deepspeed.{kind}.{entry.key}"
+        key = entry.key if kind is None else f"optimizer.state.{kind}.{entry.key}"
         if isinstance(entry, ShardedTensorFactory):
             return replace(entry, key=key, data=data)
         return replace(entry, key=key, data=data, dtype=data.dtype)
@@ -300,6 +305,19 @@ class DeepSpeedEngine(Engine):
             allocate_adam(self.adam, partition)
         if self.stage != 3:
             self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _summed_over_tensor_parallel(gradient: torch.Tensor) -> torch.Tensor:
+    total = gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
+    return total.to(gradient.dtype)
+
+
+def _adam_step(common: dict[str, Any]) -> float:
+    """AdamW's updates so far, of a checkpoint of this engine or of Megatron-Core's, which says it per group."""
+    if ADAM_STEP in common:
+        return float(common[ADAM_STEP])
+    return max(float(group["step"]) for group in common["optimizer"]["optimizer"]["param_groups"])
 
 
 def _deepspeed() -> Any:

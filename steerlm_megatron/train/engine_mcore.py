@@ -23,13 +23,12 @@ from megatron.core.transformer.module import Float16Module
 
 from steerlm_megatron.config.schema import EngineConfig, OptimConfig
 from steerlm_megatron.data.collate import RowBatch
-from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.attention import PackedTokens
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.runtime.collectives import sum_from_last_stage
 from steerlm_megatron.runtime.device import device, dtype_of
 from steerlm_megatron.runtime.parallel import Layout, layout
-from steerlm_megatron.train.adam import allocate_adam
+from steerlm_megatron.train.adam import ADAM_STEP, allocate_adam
 from steerlm_megatron.train.checkpoint import common_state, load_sharded, save_sharded
 from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.objective import Objective
@@ -224,16 +223,13 @@ class MegatronEngine(Engine):
         model_state = dict(state)
         state["optimizer"] = self.optimizer.sharded_state_dict(_flat(model_state), is_loading=True, metadata=_METADATA)
         common = common_state(folder)
-        if "adam_step" in common:
-            raise UserError(
-                f"{folder} was saved by engine=deepspeed, whose optimizer engine=megatron does not read; go on with "
-                f"that engine, or start a new run from its weights with init_from={folder}"
-            )
         same_layout = common.get("layout") == self._layout_tuple()
         if same_layout:
             state["rng"] = rng_state(self.layout)
         loaded = load_sharded(state, folder)
         self._take_model(loaded)
+        if ADAM_STEP in common:
+            loaded["optimizer"] |= self._group_state(common[ADAM_STEP])
         self.optimizer.load_state_dict(loaded["optimizer"])
         for inner in self._inner_optimizers():
             for entry in inner.state.values():
@@ -244,6 +240,13 @@ class MegatronEngine(Engine):
         self.schedule.load_state_dict(loaded["schedule"])
         if same_layout:
             take_rng_state(loaded["rng"])
+
+    def _group_state(self, step: int) -> dict[str, Any]:
+        """What the optimizer has besides tensors, after ``step`` updates: the DeepSpeed engine saves tensors alone."""
+        state = self.optimizer.state_dict()
+        for group in state["optimizer"]["param_groups"]:
+            group["step"] = float(step)
+        return {**state, "param_state_sharding_type": _METADATA["distrib_optim_sharding_type"]}
 
     def _layout_tuple(self) -> tuple[int, ...]:
         return (self.layout.pp_size, self.layout.tp_size, self.layout.dp_size)

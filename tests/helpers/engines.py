@@ -44,11 +44,13 @@ class Case:
     recompute: str = "none"
     head_only: bool = False  # ap: nothing but the head is trained
     zero: int = 0  # stage of the DeepSpeed engine; 0: the Megatron-Core engine
+    offload: str = "none"
 
     @property
     def engine(self) -> EngineConfig:
         if self.zero:
-            return EngineConfig(name="deepspeed", zero_stage=self.zero, recompute=self.recompute)
+            kind = {"name": "deepspeed", "zero_stage": self.zero, "offload": self.offload}
+            return EngineConfig(**kind, recompute=self.recompute)
         return EngineConfig(recompute=self.recompute)
 
     @property
