@@ -165,6 +165,8 @@ class TrainConfig:
     validate_every_steps: int = 100
     validate_rows: int | None = None  # None: the whole validation set
     save_every_steps: int = 500
+    # save beside training: a step waits for a copy in host memory, not for the disk (as much memory as a rank's part)
+    async_save: bool = True
     keep_last: int = 2
     keep_best: bool = True
     nonfinite: str = "raise"  # a loss or gradient that is NaN or infinite: raise | skip the step

@@ -167,16 +167,37 @@ def _patch_torch_adam() -> None:
     distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = with_step
 
 
-def _patch_results_queue() -> None:
-    """A queue in this process for what a checkpoint's writer reports: saves are synchronous, and Megatron-Core would
-    spawn a manager process for it, seconds at the first save.
+def _patch_checkpoint_writer() -> None:
+    """A rank writes its part of a checkpoint from threads of its own.
+
+    Megatron-Core 0.16 forks a process per file, which a process with CUDA or threads should not, and both versions
+    spawn a manager process for the queue of results: seconds at the first save. Writing releases the interpreter's
+    lock, so threads do as well; 0.19 has them.
     """
     import queue
+    from concurrent.futures import ThreadPoolExecutor
 
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    results: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    filesystem_async._get_write_results_queue = lambda: results
+    filesystem_async._get_write_results_queue = queue.SimpleQueue  # 0.16
+    filesystem_async.get_write_results_queue = lambda *_: queue.SimpleQueue()  # 0.19
+    writer = filesystem_async.FileSystemWriterAsync
+
+    def write(transforms: Any, use_msc: bool, _rank: int, buckets: list[Any], out: queue.SimpleQueue[Any]) -> None:
+        def one(number: int) -> tuple[int, Any]:
+            found: queue.Queue[Any] = queue.Queue()
+            count: queue.Queue[Any] = queue.Queue()
+            count.put(number)
+            writer.write_preloaded_data(transforms, number, buckets[number], found, count, True, use_msc=use_msc)
+            return found.get()
+
+        with ThreadPoolExecutor(len(buckets)) as pool:
+            outcome = dict(pool.map(one, range(len(buckets))))
+        error = next((each for each in outcome.values() if isinstance(each, Exception)), None)
+        out.put(error or outcome)
+
+    if hasattr(writer, "write_preloaded_data_multiproc"):
+        writer.write_preloaded_data_multiproc = staticmethod(write)
 
 
 def apply() -> None:
@@ -185,7 +206,7 @@ def apply() -> None:
     if _applied:
         return
     _applied = True
-    _patch_results_queue()
+    _patch_checkpoint_writer()
     from megatron.core.optimizer import distrib_optimizer
 
     if not distrib_optimizer.HAVE_APEX_OR_TE:

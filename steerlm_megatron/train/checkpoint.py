@@ -3,13 +3,14 @@
 Owns: the layout of ``checkpoints/``, commit by rename, retention, finding the checkpoint a user means, and the
 metadata that
 makes a checkpoint usable alone (model, tokenizer, schema, template, loader position). Does not own: what an engine
-puts inside.
+puts inside (``sharded.py``).
 
     checkpoints/step_00000100/   Megatron-Core's sharded tensors, common.pt, metadata.json
                  meta.json       CheckpointMeta, with size and SHA-256 of every file
                  tokenizer/      the tokenizer that the model was trained with
     checkpoints/best.json        {"folder": "step_00000100", "metric": 1.23}
-Invariant: ``step_*`` without ``.tmp`` is complete; a killed save leaves only a ``.tmp`` that the next save removes.
+Invariant: ``step_*`` without ``.tmp`` is complete; a killed save leaves only a ``.tmp`` that the next save removes. At
+most one save is under way; what is collective of it happens in the main thread.
 """
 
 from __future__ import annotations
@@ -19,20 +20,19 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.validation import StrictHandling
-
 from steerlm_megatron.config.schema import ModelConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import write_json_atomic
-from steerlm_megatron.runtime.collectives import barrier, broadcast_object, gather_objects
+from steerlm_megatron.runtime.collectives import any_rank, barrier, broadcast_object, gather_objects
 from steerlm_megatron.runtime.parallel import layout
+from steerlm_megatron.train.sharded import Write
 
 _FORMAT = 2
 
@@ -66,29 +66,6 @@ class CheckpointMeta:
 
     def model_config(self) -> ModelConfig:
         return ModelConfig(**self.model)
-
-
-def save_sharded(state: dict[str, Any], folder: Path) -> None:
-    """Write a sharded state dict into an existing empty folder. Collective over the world."""
-    dist_checkpointing.save(state, str(folder))
-
-
-def common_state(folder: Path) -> dict[str, Any]:
-    """What a checkpoint holds besides tensors, the same on every rank."""
-    return dist_checkpointing.load_common_state_dict(str(folder))
-
-
-def load_sharded(state: dict[str, Any], folder: Path, missing_ok: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read what ``state`` asks for. Keys that start with one of ``missing_ok`` may be absent. Collective over the
-    world.
-    """
-    if not missing_ok:
-        return dist_checkpointing.load(state, str(folder))
-    loaded, _, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
-    wrong = sorted(key for key in absent if not key.startswith(missing_ok))
-    if wrong:
-        raise UserError(f"{folder}: the checkpoint lacks {', '.join(wrong[:5])}: it holds another kind of model")
-    return loaded
 
 
 def read_meta(folder: Path) -> CheckpointMeta:
@@ -177,6 +154,36 @@ def resolve(path: str, key: str) -> Path:
     return steps[-1]
 
 
+class _Saving(threading.Thread):
+    """This rank's part of a save: written and hashed, in a thread of its own or in the caller's."""
+
+    def __init__(
+        self,
+        meta: CheckpointMeta,
+        write: Write,
+        temporary: Path,
+        final: Path,
+        save_tokenizer: Callable[[Path], None] | None,
+        best: bool,
+    ) -> None:
+        super().__init__(name=f"save {final.name}")
+        self.meta, self.write, self.temporary, self.final = meta, write, temporary, final
+        self.save_tokenizer, self.best = save_tokenizer, best
+        self.digests: dict[str, str] = {}
+        self.error: str | None = None
+
+    def run(self) -> None:
+        try:
+            self.write.run()
+            names = list(self.write.files)
+            if self.save_tokenizer is not None:
+                self.save_tokenizer(self.temporary / "tokenizer")
+                names += [name for name in _sizes(self.temporary) if name.startswith(f"tokenizer{os.sep}")]
+            self.digests = _hashes(self.temporary, names, sync=True)
+        except Exception as error:  # raised on every rank by the commit: this may be a thread of one of them
+            self.error = f"{type(error).__name__}: {error}"
+
+
 class CheckpointStore:
     """``checkpoints/`` of one run. Methods are collective over the world; rank 0 alone touches names."""
 
@@ -185,6 +192,7 @@ class CheckpointStore:
         self.keep_last = max(1, keep_last)
         self.keep_best = keep_best
         self.is_main = layout().is_main
+        self._saving: _Saving | None = None
 
     def latest(self) -> Path | None:
         """The newest intact checkpoint, None if there is none at all. A damaged one is named and passed over (its
@@ -211,13 +219,19 @@ class CheckpointStore:
     def save(
         self,
         meta: CheckpointMeta,
-        write: Callable[[Path], None],
+        begin: Callable[[Path], Write],
         save_tokenizer: Callable[[Path], None],
         best: bool = False,
+        background: bool = False,
     ) -> Path:
-        """Write ``step_<meta.step>``: ``write`` puts the engine's part into the folder on every rank; then commit and
-        retain.
+        """Write ``step_<meta.step>``; a save in the background is waited for first.
+
+        Args:
+            begin: plans the engine's part in the folder that it is given. Collective over the world.
+            best: whether ``best.json`` is to name it.
+            background: return when the copies are made; :meth:`poll` and :meth:`wait` commit it. Else all is done here.
         """
+        self.wait()
         final = self.root / f"step_{meta.step:08d}"
         temporary = final.with_suffix(".tmp")
         if self.is_main:
@@ -226,31 +240,53 @@ class CheckpointStore:
                 shutil.rmtree(stale)
             temporary.mkdir()
         barrier()
-        write(temporary)
-        barrier()
-        if self.is_main:
-            save_tokenizer(temporary / "tokenizer")
-        files = broadcast_object(_sizes(temporary) if self.is_main else {})
-        at = layout()
-        by_rank = gather_objects(_hashes(temporary, sorted(files)[at.rank :: at.world_size], sync=True))
-        if self.is_main:
-            digests = {name: digest for found in by_rank for name, digest in found.items()}
-            meta.files = {name: {"bytes": size, "sha256": digests[name]} for name, size in files.items()}
-            write_json_atomic(temporary / "meta.json", dataclasses.asdict(meta))
-            if final.exists():
-                _discard(final)
-            os.rename(temporary, final)
-            _fsync_folder(self.root)
-            if best:
-                write_json_atomic(self.root / "best.json", {"folder": final.name, "metric": meta.metric})
-            self._retain()
-        barrier()
+        write = begin(temporary)
+        self._saving = _Saving(meta, write, temporary, final, save_tokenizer if self.is_main else None, best)
+        if background:
+            self._saving.start()
+        else:
+            self._saving.run()
+            self._commit()
         return final
 
-    def mark_best(self, folder: Path, metric: float) -> None:
-        """Point ``best.json`` at a checkpoint that already stands."""
+    def poll(self) -> bool:
+        """Commit the save in the background if every rank has written its part. Whether nothing is left to commit."""
+        if self._saving is None:
+            return True
+        if not any_rank(self._saving.is_alive()):
+            self._commit()
+        return self._saving is None
+
+    def wait(self) -> None:
+        """Let the save in the background come to its end, and commit it."""
+        if self._saving is not None:
+            self._saving.join()
+            self._commit()
+
+    def _commit(self) -> None:
+        """After every rank's part is written: Megatron-Core's metadata, ours, the name. ``UserError`` on every rank if
+        one could not write.
+        """
+        assert self._saving is not None
+        saving, self._saving = self._saving, None
+        by_rank = gather_objects((saving.digests, saving.error))
+        for rank, (_, error) in enumerate(by_rank):
+            if error is not None:
+                raise UserError(f"{saving.final}: not saved, rank {rank} could not write it: {error}")
+        saving.write.finalize()
         if self.is_main:
-            write_json_atomic(self.root / "best.json", {"folder": folder.name, "metric": metric})
+            digests = {name: digest for found, _ in by_rank for name, digest in found.items()}
+            sizes = _sizes(saving.temporary)
+            digests |= _hashes(saving.temporary, sorted(sizes.keys() - digests.keys()), sync=True)
+            saving.meta.files = {name: {"bytes": size, "sha256": digests[name]} for name, size in sizes.items()}
+            write_json_atomic(saving.temporary / "meta.json", dataclasses.asdict(saving.meta))
+            if saving.final.exists():
+                _discard(saving.final)
+            os.rename(saving.temporary, saving.final)
+            _fsync_folder(self.root)
+            if saving.best:
+                write_json_atomic(self.root / "best.json", {"folder": saving.final.name, "metric": saving.meta.metric})
+            self._retain()
         barrier()
 
     def _retain(self) -> None:

@@ -11,9 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from steerlm_megatron.data.collate import RowBatch
 from steerlm_megatron.runtime.parallel import Layout
+from steerlm_megatron.train.sharded import save_sharded
 
 
 @dataclass
@@ -49,12 +53,20 @@ class Engine(ABC):
         """Metrics over all of ``steps`` (each a list of micro-batches), without gradients."""
 
     @abstractmethod
+    def checkpoint_state(self) -> dict[str, Any]:
+        """Model, optimizer, schedule and RNG states as a sharded state dict of Megatron-Core."""
+
+    @abstractmethod
+    def live_tensors(self) -> Iterable[torch.Tensor]:
+        """The tensors that training changes, some of which :meth:`checkpoint_state` may hand out as they are."""
+
     def save(self, folder: Path) -> None:
-        """Write model, optimizer, schedule and RNG states into an existing, uncommitted folder."""
+        """Write :meth:`checkpoint_state` into an existing, uncommitted folder."""
+        save_sharded(self.checkpoint_state(), folder)
 
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Restore what :meth:`save` wrote, at this or another layout."""
+        """Restore a saved :meth:`checkpoint_state`, of this or another layout and engine."""
 
     @abstractmethod
     def load_model(self, folder: Path) -> None:

@@ -33,11 +33,11 @@ from steerlm_megatron.runtime.collectives import sum_from_last_stage, sum_over_d
 from steerlm_megatron.runtime.device import device, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
 from steerlm_megatron.train.adam import ADAM_STEP, allocate_adam, parameter_groups
-from steerlm_megatron.train.checkpoint import common_state, load_sharded, save_sharded
 from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.objective import Objective
 from steerlm_megatron.train.rng import rng_state, take_rng_state
 from steerlm_megatron.train.schedule import build_schedule
+from steerlm_megatron.train.sharded import common_state, load_sharded
 
 # What ZeRO keeps in fp32 of each parameter, by the name it has in a checkpoint: the Megatron-Core engine's.
 _MASTER = "param"
@@ -177,7 +177,10 @@ class DeepSpeedEngine(Engine):
 
     # ---- checkpoints
 
-    def save(self, folder: Path) -> None:
+    def live_tensors(self) -> Iterable[torch.Tensor]:
+        return ()  # checkpoint_state hands out nothing but copies
+
+    def checkpoint_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {"model": self.objects | self._whole(None)}
         for kind in _KINDS:
             if whole := self._whole(kind):
@@ -186,7 +189,7 @@ class DeepSpeedEngine(Engine):
         state[ADAM_STEP] = max((int(entry["step"]) for entry in self.adam.state.values()), default=0)
         state["layout"] = self._layout_tuple()
         state["rng"] = rng_state(self.layout)
-        save_sharded(state, folder)
+        return state
 
     def load(self, folder: Path) -> None:
         common = common_state(folder)

@@ -29,11 +29,11 @@ from steerlm_megatron.runtime.collectives import sum_from_last_stage
 from steerlm_megatron.runtime.device import device, dtype_of
 from steerlm_megatron.runtime.parallel import Layout, layout
 from steerlm_megatron.train.adam import ADAM_STEP, allocate_adam
-from steerlm_megatron.train.checkpoint import common_state, load_sharded, save_sharded
 from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.objective import Objective
 from steerlm_megatron.train.rng import rng_state, take_rng_state
 from steerlm_megatron.train.schedule import build_schedule
+from steerlm_megatron.train.sharded import common_state, load_sharded
 
 # Sharding of the optimizer that any other layout can read; the other types of Megatron-Core fail without Transformer
 # Engine.
@@ -205,14 +205,24 @@ class MegatronEngine(Engine):
             return {"model": _bare(self.chunks[0]).sharded_state_dict()}
         return {f"model{i}": _bare(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}
 
-    def save(self, folder: Path) -> None:
+    def live_tensors(self) -> Iterator[torch.Tensor]:
+        for chunk in self.chunks:
+            yield from chunk.parameters()
+            yield from chunk.module.buffers()
+        for inner in self._inner_optimizers():
+            for group in inner.param_groups:
+                yield from group["params"]
+            for entry in inner.state.values():
+                yield from (value for value in entry.values() if isinstance(value, torch.Tensor))
+
+    def checkpoint_state(self) -> dict[str, Any]:
         state = self._model_state()
         model_state = dict(state)
         state["optimizer"] = self.optimizer.sharded_state_dict(_flat(model_state), metadata=_METADATA)
         state["schedule"] = self.schedule.state_dict()
         state["layout"] = self._layout_tuple()
         state["rng"] = rng_state(self.layout)
-        save_sharded(state, folder)
+        return state
 
     def load(self, folder: Path) -> None:
         for inner in self._inner_optimizers():

@@ -27,6 +27,7 @@ from steerlm_megatron.runtime.collectives import any_rank, gather_objects, sum_o
 from steerlm_megatron.runtime.device import peak_memory_gib
 from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore
 from steerlm_megatron.train.engine import Engine, StepResult
+from steerlm_megatron.train.sharded import ShardedWriter, Write
 from steerlm_megatron.train.signals import StopRequest
 
 
@@ -79,6 +80,7 @@ class Trainer:
         self.counted_steps = 0
         self.seconds: defaultdict[str, float] = defaultdict(float)  # of this rank since the last log line, by part
         self.profiler = profiler
+        self.writer = ShardedWriter()
         self.skipped_steps = self.skipped_in_a_row = 0
 
     def fit(self) -> TrainResult:
@@ -101,8 +103,9 @@ class Trainer:
                 self._count(batches)
                 self._look_at_nonfinite(result, batches)
                 bar.advance(1, **self._after_step(result))
+                self.store.poll()
                 if any_rank(stop.requested) and self.step < self.steps:
-                    self._save()
+                    self._save_now()
                     get_logger(__name__).warning(
                         "stopped by %s after step %d; saved, run again to go on", stop.reason, self.step
                     )
@@ -167,8 +170,10 @@ class Trainer:
             f"Samples: {' '.join(names[:20])}{f' and {len(names) - 20} more' if len(names) > 20 else ''}"
         )
         if self.train.nonfinite == "raise":
+            self.store.wait()
             raise FloatingPointError(f"{what}. train.nonfinite=skip goes on without such steps")
         if self.skipped_in_a_row > self.train.nonfinite_in_a_row:
+            self.store.wait()
             raise FloatingPointError(
                 f"{what}. {self.skipped_in_a_row} steps in a row, above train.nonfinite_in_a_row="
                 f"{self.train.nonfinite_in_a_row}: this is no single bad sample; the last checkpoint stands"
@@ -189,17 +194,31 @@ class Trainer:
                 self._save(best=True)
         return loss
 
-    def _save(self, best: bool = False) -> Path:
+    def _save(self, best: bool = False, background: bool = True) -> Path:
         if self.last_saved is not None and self.last_saved.name == f"step_{self.step:08d}":
             return self.last_saved
         metric = self.last_valid.get("loss")
         meta = replace(self.meta, step=self.step, loader=self.loader.state(), metric=metric)
-        self.last_saved = self.store.save(meta, self.engine.save, self.save_tokenizer, best=best)
+        start = time.perf_counter()
+        background = background and self.train.async_save
+        live = self.engine.live_tensors() if background else None
+
+        def begin(folder: Path) -> Write:
+            return self.writer.begin(self.engine.checkpoint_state(), folder, live)
+
+        self.last_saved = self.store.save(meta, begin, self.save_tokenizer, best, background)
+        self.seconds["save"] += time.perf_counter() - start
         return self.last_saved
+
+    def _save_now(self) -> Path:
+        """Save, and come back when it stands."""
+        folder = self._save(background=False)
+        self.store.wait()
+        return folder
 
     def _finish(self) -> Path:
         if self.last_saved is None and self.step == self.meta.step:  # nothing was left to do
             latest = self.store.latest()
             assert latest is not None
             return latest
-        return self._save()
+        return self._save_now()
