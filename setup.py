@@ -15,7 +15,7 @@ def read_version() -> str:
     text = (ROOT / "steerlm_megatron" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"', text, flags=re.MULTILINE)
     if match is None:
-        raise RuntimeError("steerlm_megatron/__init__.py has no line __version__ = \"...\"")
+        raise RuntimeError('steerlm_megatron/__init__.py has no line __version__ = "..."')
     return match.group(1)
 
 

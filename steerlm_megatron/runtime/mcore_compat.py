@@ -1,8 +1,7 @@
 """Megatron-Core on a machine without CUDA, and without Transformer Engine or Apex.
 
-Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. The CUDA ones do nothing where
-CUDA is
-available; the one for torch's Adam applies wherever neither Transformer Engine nor Apex is installed.
+Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. All but that of the checkpoint's
+writer do nothing where CUDA is available.
 Invariant: :func:`apply` is idempotent and is called before the first Megatron-Core object is built.
 
 Megatron-Core assumes CUDA in four ways (facts/performance_references §2b; found by reading 0.16.1):
@@ -145,28 +144,6 @@ def _patch_generators() -> None:
     logging.getLogger(mcore_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.msg)
 
 
-def _patch_torch_adam() -> None:
-    """Let the distributed optimizer load into torch's Adam, whose state has a ``step`` that Apex's lacks.
-
-    ``_set_main_param_and_optimizer_states`` copies every entry of the optimizer state from the checkpoint and
-    stumbles over
-    ``step``, which checkpoints keep in the parameter groups. It is handed its own value back; ``checkpoint.py`` sets
-    the real one.
-    """
-    from megatron.core.optimizer import distrib_optimizer
-
-    original = distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def with_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        if "step" in state and "step" not in tensors:
-            tensors = {**tensors, "step": state["step"]}
-        original(self, model_param, tensors)
-
-    distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = with_step
-
-
 def _patch_checkpoint_writer() -> None:
     """A rank writes its part of a checkpoint from threads of its own.
 
@@ -207,10 +184,6 @@ def apply() -> None:
         return
     _applied = True
     _patch_checkpoint_writer()
-    from megatron.core.optimizer import distrib_optimizer
-
-    if not distrib_optimizer.HAVE_APEX_OR_TE:
-        _patch_torch_adam()
     if has_cuda():
         return
     _patch_torch_cuda()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-# Where a checkpoint of the DeepSpeed engine says how many updates AdamW has made; Megatron-Core's says it elsewhere.
+# Where a checkpoint says how many updates AdamW has made.
 ADAM_STEP = "adam_step"
 
 
@@ -32,3 +33,23 @@ def allocate_adam(optimizer: torch.optim.Optimizer, parameter: torch.Tensor, ste
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }
+
+
+def adam_step(optimizers: Iterable[torch.optim.Optimizer]) -> float:
+    """Updates made so far, the same for every parameter. torch's Adam counts them per parameter, Apex's per group."""
+    steps = [0.0]
+    for optimizer in optimizers:
+        steps += [float(entry["step"]) for entry in optimizer.state.values() if "step" in entry]
+        steps += [float(group["step"]) for group in optimizer.param_groups if "step" in group]
+    return max(steps)
+
+
+def set_adam_step(optimizers: Iterable[torch.optim.Optimizer], step: float) -> None:
+    """Go on after ``step`` updates."""
+    for optimizer in optimizers:
+        for entry in optimizer.state.values():
+            if "step" in entry:
+                entry["step"].fill_(step)
+        for group in optimizer.param_groups:
+            if "step" in group:
+                group["step"] = int(step)

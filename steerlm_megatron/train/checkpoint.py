@@ -34,7 +34,7 @@ from steerlm_megatron.runtime.collectives import any_rank, barrier, broadcast_ob
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.train.sharded import Write
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass
@@ -193,6 +193,7 @@ class CheckpointStore:
         self.keep_best = keep_best
         self.is_main = layout().is_main
         self._saving: _Saving | None = None
+        self._removing: threading.Thread | None = None
 
     def latest(self) -> Path | None:
         """The newest intact checkpoint, None if there is none at all. A damaged one is named and passed over (its
@@ -241,6 +242,7 @@ class CheckpointStore:
             temporary.mkdir()
         barrier()
         write = begin(temporary)
+        barrier()  # Megatron-Core looks for leftovers in the folder: nobody writes before that
         self._saving = _Saving(meta, write, temporary, final, save_tokenizer if self.is_main else None, best)
         if background:
             self._saving.start()
@@ -258,10 +260,14 @@ class CheckpointStore:
         return self._saving is None
 
     def wait(self) -> None:
-        """Let the save in the background come to its end, and commit it."""
+        """Let what is in the background come to its end: a save, which is committed, and removals."""
         if self._saving is not None:
-            self._saving.join()
+            if self._saving.is_alive():
+                self._saving.join()
             self._commit()
+        if self._removing is not None:
+            self._removing.join()
+            self._removing = None
 
     def _commit(self) -> None:
         """After every rank's part is written: Megatron-Core's metadata, ours, the name. ``UserError`` on every rank if
@@ -280,30 +286,38 @@ class CheckpointStore:
             digests |= _hashes(saving.temporary, sorted(sizes.keys() - digests.keys()), sync=True)
             saving.meta.files = {name: {"bytes": size, "sha256": digests[name]} for name, size in sizes.items()}
             write_json_atomic(saving.temporary / "meta.json", dataclasses.asdict(saving.meta))
-            if saving.final.exists():
-                _discard(saving.final)
+            doomed = [_set_aside(saving.final)] if saving.final.exists() else []
             os.rename(saving.temporary, saving.final)
             _fsync_folder(self.root)
             if saving.best:
                 write_json_atomic(self.root / "best.json", {"folder": saving.final.name, "metric": saving.meta.metric})
-            self._retain()
+            self._remove(doomed + [_set_aside(folder) for folder in self._superfluous()])
         barrier()
 
-    def _retain(self) -> None:
+    def _superfluous(self) -> list[Path]:
+        """Checkpoints that are neither among the last nor the best."""
         keep = set(complete_steps(self.root)[-self.keep_last :])
         best = self.root / "best.json"
         if self.keep_best and best.exists():
             keep.add(self.root / json.loads(best.read_text(encoding="utf-8"))["folder"])
-        for folder in complete_steps(self.root):
-            if folder not in keep:
-                _discard(folder)
+        return [folder for folder in complete_steps(self.root) if folder not in keep]
+
+    def _remove(self, folders: list[Path]) -> None:
+        """Beside training: gigabytes take seconds. What is left of them, if it fails, the next save removes."""
+
+        def run() -> None:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        self._removing = threading.Thread(target=run, name="remove checkpoints")
+        self._removing.start()
 
 
-def _discard(folder: Path) -> None:
-    """Remove a committed checkpoint. Its name goes first: killed half-way, only a ``.tmp`` is left."""
+def _set_aside(folder: Path) -> Path:
+    """Rename a committed checkpoint that is to be removed: killed half-way through that, only a ``.tmp`` is left."""
     doomed = folder.with_name(f"{folder.name}.old.tmp")
     os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -32,7 +32,7 @@ from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.runtime.collectives import sum_from_last_stage, sum_over_data_parallel
 from steerlm_megatron.runtime.device import device, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
-from steerlm_megatron.train.adam import ADAM_STEP, allocate_adam, parameter_groups
+from steerlm_megatron.train.adam import ADAM_STEP, adam_step, allocate_adam, parameter_groups, set_adam_step
 from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.objective import Objective
 from steerlm_megatron.train.rng import rng_state, take_rng_state
@@ -186,7 +186,7 @@ class DeepSpeedEngine(Engine):
             if whole := self._whole(kind):
                 state[kind] = whole
         state["schedule"] = self.schedule.state_dict()
-        state[ADAM_STEP] = max((int(entry["step"]) for entry in self.adam.state.values()), default=0)
+        state[ADAM_STEP] = adam_step([self.adam])
         state["layout"] = self._layout_tuple()
         state["rng"] = rng_state(self.layout)
         return state
@@ -197,8 +197,7 @@ class DeepSpeedEngine(Engine):
             self._take(_MASTER, load_sharded({"model": frozen}, folder)["model"])
         for kind in _KINDS:  # one at a time: a rank has room for one whole fp32 copy of its part of the model
             self._take(kind, load_sharded({kind: self._empty(kind)}, folder)[kind])
-        for entry in self.adam.state.values():
-            entry["step"].fill_(_adam_step(common))
+        set_adam_step([self.adam], common[ADAM_STEP])
         self.schedule.load_state_dict(common["schedule"])
         if common["layout"] == self._layout_tuple():  # of either engine: generators are one rank's own
             take_rng_state(load_sharded({"rng": rng_state(self.layout)}, folder)["rng"])
@@ -314,13 +313,6 @@ def _summed_over_tensor_parallel(gradient: torch.Tensor) -> torch.Tensor:
     total = gradient.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=parallel_state.get_tensor_model_parallel_group())
     return total.to(gradient.dtype)
-
-
-def _adam_step(common: dict[str, Any]) -> float:
-    """AdamW's updates so far, of a checkpoint of this engine or of Megatron-Core's, which says it per group."""
-    if ADAM_STEP in common:
-        return float(common[ADAM_STEP])
-    return max(float(group["step"]) for group in common["optimizer"]["optimizer"]["param_groups"])
 
 
 def _deepspeed() -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
@@ -28,16 +29,13 @@ from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.runtime.collectives import sum_from_last_stage
 from steerlm_megatron.runtime.device import device, dtype_of
 from steerlm_megatron.runtime.parallel import Layout, layout
-from steerlm_megatron.train.adam import ADAM_STEP, allocate_adam
+from steerlm_megatron.train.adam import ADAM_STEP, adam_step, allocate_adam, set_adam_step
 from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.objective import Objective
+from steerlm_megatron.train.ranges import sharded_range
 from steerlm_megatron.train.rng import rng_state, take_rng_state
 from steerlm_megatron.train.schedule import build_schedule
 from steerlm_megatron.train.sharded import common_state, load_sharded
-
-# Sharding of the optimizer that any other layout can read; the other types of Megatron-Core fail without Transformer
-# Engine.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class MegatronEngine(Engine):
@@ -69,6 +67,10 @@ class MegatronEngine(Engine):
         for chunk in self.chunks:
             chunk.broadcast_params()
         self.optimizer = get_megatron_optimizer(self._optimizer_config(optim, engine), self.chunks)
+        for inner in self._inner_optimizers():
+            for group in inner.param_groups:
+                for parameter in group["params"]:
+                    allocate_adam(inner, parameter)
         self._use_fused_adam()
         self._guard_update()
         self.schedule = build_schedule(self.optimizer, optim, steps)
@@ -92,11 +94,16 @@ class MegatronEngine(Engine):
             use_distributed_optimizer=True,
         )
 
-    def _inner_optimizers(self) -> Iterator[torch.optim.Optimizer]:
-        """torch's optimizers inside Megatron-Core's wrappers; ranks without parameters have none."""
+    def _distributed_optimizers(self) -> Iterator[DistributedOptimizer]:
+        """Megatron-Core's wrappers of this rank; one whose parameters are all elsewhere has none."""
         for wrapper in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
             if wrapper.optimizer is not None:
-                yield wrapper.optimizer
+                yield wrapper
+
+    def _inner_optimizers(self) -> Iterator[torch.optim.Optimizer]:
+        """The optimizers inside them, usually torch's."""
+        for wrapper in self._distributed_optimizers():
+            yield wrapper.optimizer
 
     def _use_fused_adam(self) -> None:
         """One kernel per parameter instead of a dozen; torch has it for CPU and CUDA, Megatron-Core does not ask for
@@ -216,47 +223,46 @@ class MegatronEngine(Engine):
                 yield from (value for value in entry.values() if isinstance(value, torch.Tensor))
 
     def checkpoint_state(self) -> dict[str, Any]:
-        state = self._model_state()
-        model_state = dict(state)
-        state["optimizer"] = self.optimizer.sharded_state_dict(_flat(model_state), metadata=_METADATA)
-        state["schedule"] = self.schedule.state_dict()
-        state["layout"] = self._layout_tuple()
-        state["rng"] = rng_state(self.layout)
-        return state
+        return {
+            **self._model_state(),
+            "optimizer": self._optimizer_state(),
+            "schedule": self.schedule.state_dict(),
+            ADAM_STEP: adam_step(self._inner_optimizers()),
+            "layout": self._layout_tuple(),
+            "rng": rng_state(self.layout),
+        }
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """This rank's ranges of main parameters and moments, as they are: to write from, and to load into."""
+        out: dict[str, Any] = {}
+        for number, chunk in enumerate(self.chunks):
+            model = _bare(chunk)
+            templates = model.sharded_state_dict()
+            for name, parameter in model.named_parameters():
+                for optimizer in self._distributed_optimizers():
+                    if parameter not in optimizer.model_param_gbuf_map:
+                        continue
+                    start = optimizer._get_model_param_range_map(parameter)["param"].start
+                    for kind, values in optimizer._get_main_param_and_optimizer_states(parameter).items():
+                        if kind != "step":
+                            key = f"optimizer.state.{kind}.{templates[name].key}"
+                            out[f"{number}.{kind}.{name}"] = sharded_range(
+                                templates[name], parameter.shape, key, values.detach(), start
+                            )
+        return out
 
     def load(self, folder: Path) -> None:
-        for inner in self._inner_optimizers():
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    allocate_adam(inner, parameter)
-        state = self._model_state()
-        model_state = dict(state)
-        state["optimizer"] = self.optimizer.sharded_state_dict(_flat(model_state), is_loading=True, metadata=_METADATA)
         common = common_state(folder)
-        same_layout = common.get("layout") == self._layout_tuple()
-        if same_layout:
+        same_layout = common["layout"] == self._layout_tuple()
+        state = {**self._model_state(), "optimizer": self._optimizer_state()}
+        if same_layout:  # of either engine: generators are one rank's own
             state["rng"] = rng_state(self.layout)
-        loaded = load_sharded(state, folder)
+        loaded = load_sharded(state, folder)  # the optimizer's tensors in place
         self._take_model(loaded)
-        if ADAM_STEP in common:
-            loaded["optimizer"] |= self._group_state(common[ADAM_STEP])
-        self.optimizer.load_state_dict(loaded["optimizer"])
-        for inner in self._inner_optimizers():
-            for entry in inner.state.values():
-                # Megatron-Core hands one step tensor to all parameters, and torch's Adam adds to it once for each of
-                # them.
-                entry["step"] = entry["step"].clone().to(entry["exp_avg"].device)
-        self._use_fused_adam()
-        self.schedule.load_state_dict(loaded["schedule"])
+        set_adam_step(self._inner_optimizers(), common[ADAM_STEP])
+        self.schedule.load_state_dict(common["schedule"])
         if same_layout:
             take_rng_state(loaded["rng"])
-
-    def _group_state(self, step: int) -> dict[str, Any]:
-        """What the optimizer has besides tensors, after ``step`` updates: the DeepSpeed engine saves tensors alone."""
-        state = self.optimizer.state_dict()
-        for group in state["optimizer"]["param_groups"]:
-            group["step"] = float(step)
-        return {**state, "param_state_sharding_type": _METADATA["distrib_optim_sharding_type"]}
 
     def _layout_tuple(self) -> tuple[int, ...]:
         return (self.layout.pp_size, self.layout.tp_size, self.layout.dp_size)
@@ -276,8 +282,3 @@ def _bare(chunk: torch.nn.Module) -> PackedGPTModel:
         assert isinstance(chunk.module, torch.nn.Module)
         chunk = chunk.module
     return chunk
-
-
-def _flat(model_state: dict[str, Any]) -> dict[str, Any]:
-    """One chunk's state as it is; several chunks' under their names, as Megatron-Core's optimizers expect."""
-    return model_state["model"] if set(model_state) == {"model"} else model_state

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
@@ -59,6 +61,9 @@ class ShardedWriter:
             live: tensors that training changes. Those of ``state`` that lie in them or on a GPU are copied to the host.
                 None: nothing is copied, and ``run`` has to end before training goes on.
         """
+        if live is not None:
+            apply_factories(state)
+            self._copy(state, live)
         more = {}
         if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:  # Megatron-Core 0.19
             more["async_strategy"] = "mcore"
@@ -78,8 +83,8 @@ class ShardedWriter:
 
         if request.async_fn is None:
             return Write(_nothing, finalize, ())
-        rank, buckets, results = request.async_fn_args
-        buckets = request.preload_fn() if live is None else self._copied(buckets, live)
+        rank, _, results = request.async_fn_args
+        buckets = request.preload_fn()
 
         def run() -> None:
             request.async_fn(rank, buckets, results, **request.async_fn_kwargs)
@@ -90,26 +95,31 @@ class ShardedWriter:
 
         return Write(run, finalize, tuple(name for _, name, _ in buckets))
 
-    def _copied(self, buckets: Sequence[Any], live: Iterable[torch.Tensor]) -> list[Any]:
-        """Megatron-Core's write buckets with copies in the place of tensors that change."""
+    def _copy(self, state: dict[str, Any], live: Iterable[torch.Tensor]) -> None:
+        """Put copies in the place of what this rank writes of the tensors that change."""
         changing = {tensor.untyped_storage().data_ptr() for tensor in live}
-        out, used = [], set()
-        for path, name, (texts, tensors) in buckets:
-            copies = []
-            for item, tensor in tensors:
-                if tensor.is_cpu and tensor.untyped_storage().data_ptr() not in changing:
-                    copies.append((item, tensor))
-                    continue
-                key = (name, item.index.fqn, item.index.offset, tensor.shape, tensor.dtype)
-                if key not in self._buffers:
-                    self._buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=has_cuda())
-                used.add(key)
-                copies.append((item, self._buffers[key].copy_(tensor, non_blocking=True)))
-            out.append((path, name, (texts, copies)))
+        copies: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}  # fp32 weights are the optimizer's as well
+        used = set()
+        for shard in nested_values(state):
+            if not isinstance(shard, ShardedTensor) or not is_main_replica(shard.replica_id):
+                continue
+            data = shard.data.detach()
+            if data.is_cpu and data.untyped_storage().data_ptr() not in changing:
+                continue
+            where = (data.data_ptr(), data.numel(), data.dtype)
+            if where in copies and data.is_contiguous():
+                shard.data = copies[where].view(data.shape)
+                continue
+            key = (shard.key, shard.global_offset, data.shape, data.dtype)
+            if key not in self._buffers:
+                self._buffers[key] = torch.empty(data.shape, dtype=data.dtype, pin_memory=has_cuda())
+            used.add(key)
+            shard.data = self._buffers[key].copy_(data, non_blocking=True)
+            if data.is_contiguous():
+                copies[where] = shard.data
         self._buffers = {key: buffer for key, buffer in self._buffers.items() if key in used}
         if has_cuda():
             torch.cuda.synchronize()  # the copies have to be made before training goes on
-        return out
 
 
 def save_sharded(state: dict[str, Any], folder: Path) -> None:

@@ -33,8 +33,8 @@ PLACES = {
     "deepspeed": ("train/engine_deepspeed.py",),
     "megatron": (
         "runtime/parallel.py", "runtime/mcore_compat.py", "runtime/collectives.py", "model/", "train/engine_mcore.py",
-        "train/checkpoint.py", "train/schedule.py", "train/rng.py", "train/engine_deepspeed.py", "generate/",
-        "data/shards.py",
+        "train/sharded.py", "train/ranges.py", "train/schedule.py", "train/rng.py", "train/engine_deepspeed.py",
+        "generate/", "data/shards.py",
     ),
     "data_tools": ("stages/",),
 }  # fmt: skip
