@@ -248,7 +248,7 @@ class CheckpointStore:
             self._saving.start()
         else:
             self._saving.run()
-            self._commit()
+            self.wait()
         return final
 
     def poll(self) -> bool:

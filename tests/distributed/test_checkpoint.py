@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -345,8 +348,26 @@ def begin(folder: Path) -> Write:
     return Write(partial(write, folder), lambda: (folder / "common.pt").write_bytes(bytes(10)), ["__0_0.distcp"])
 
 
-def save(store: CheckpointStore, step: int, metric: float | None = None, best: bool = False) -> Path:
-    return store.save(meta(step, metric), begin, save_tokenizer, best=best)
+def save(
+    store: CheckpointStore, step: int, metric: float | None = None, best: bool = False, background: bool = False
+) -> Path:
+    return store.save(meta(step, metric), begin, save_tokenizer, best, background)
+
+
+class Gate:
+    """A write that comes to its end when the test says so."""
+
+    def __init__(self, error: OSError | None = None) -> None:
+        self.open, self.error = threading.Event(), error
+
+    def begin(self, folder: Path) -> Write:
+        def run() -> None:
+            assert self.open.wait(30)
+            if self.error is not None:
+                raise self.error
+            write(folder)
+
+        return Write(run, lambda: (folder / "common.pt").write_bytes(bytes(10)), ["__0_0.distcp"])
 
 
 @pytest.mark.parametrize(
@@ -405,14 +426,14 @@ def test_kill_9_within_a_save_leaves_whole_checkpoints(store: CheckpointStore, c
         left = call
 
         def doomed(original: Callable[..., None], remove: bool) -> Callable[..., None]:
-            def count(path: Path, *rest: Any) -> None:
+            def count(path: Path, *rest: Any, **options: Any) -> None:
                 nonlocal left
                 left -= 1
                 if left == 0:
                     if remove:
                         (path / "common.pt").unlink()
                     os.kill(os.getpid(), signal.SIGKILL)
-                original(path, *rest)
+                original(path, *rest, **options)
 
             return count
 
@@ -428,6 +449,58 @@ def test_kill_9_within_a_save_leaves_whole_checkpoints(store: CheckpointStore, c
     assert store.latest() in {store.root / f"step_{step:08d}" for step in (2, 3)}
     save(store, 4)
     assert not list(store.root.glob("*.tmp"))
+
+
+def test_a_save_beside_training_has_its_name_when_it_is_whole(store: CheckpointStore) -> None:
+    gate, first = Gate(), save(store, 1)
+    second = store.save(meta(2), gate.begin, save_tokenizer, best=True, background=True)
+    assert not store.poll() and not second.exists() and store.latest() == first
+    assert not (store.root / "best.json").exists(), "it is the best once it is there"
+    gate.open.set()
+    store.wait()
+    assert store.poll() and store.latest() == second
+    verify(second)
+    assert resolve(str(store.root.parent), "checkpoint") == second
+    for step in range(3, 7):
+        save(store, step, background=True)  # waits for the one before
+    store.wait()
+    assert [p.name for p in sorted(store.root.iterdir())] == [
+        "best.json",
+        *(f"step_{step:08d}" for step in (2, 5, 6)),
+    ]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_a_save_that_cannot_be_written_is_no_checkpoint(store: CheckpointStore, background: bool) -> None:
+    first, gate = save(store, 1), Gate(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    gate.open.set()
+    with pytest.raises(UserError, match=r"step_00000002: not saved, rank 0 .*No space left on device"):
+        store.save(meta(2), gate.begin, save_tokenizer, background=background)
+        store.wait()
+    assert store.latest() == first and store.poll(), "said once"
+    assert store.latest() == first != save(store, 2) == store.latest()
+    assert not list(store.root.glob("*.tmp"))
+
+
+def test_kill_9_beside_training_leaves_whole_checkpoints(store: CheckpointStore) -> None:
+    """Killed at whatever moment of saves that follow one another."""
+    save(store, 1)
+    for delay in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1):
+        child = os.fork()
+        if child == 0:
+            for step in range(2, 10_000):
+                save(store, step, background=True)
+                store.poll()
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        folders = [folder for folder in store.root.glob("step_*") if folder.suffix != ".tmp"]
+        assert folders
+        for folder in folders:
+            verify(folder)
+        assert store.latest() == max(folders)
+        save(store, 1)
+        assert not list(store.root.glob("*.tmp"))
 
 
 def test_the_last_ones_and_the_best_are_kept(store: CheckpointStore) -> None:
