@@ -112,8 +112,9 @@ def report(args: argparse.Namespace, found: Times, size: int) -> str:
     ]
     header = ["", "a step waits, s (quartiles)", "share of in place", "on disk after, s"]
     return (
-        f"### {args.shape}, {ranks} rank{'s' * (ranks > 1)}\n\n`benchmarks.checkpoint --shape {args.shape} --rounds "
-        f"{args.rounds}` at {commit()}; {machine()}; {size / 1e6:,.0f} MB a checkpoint.\n\n{markdown(header, rows)}\n\n"
+        f"### {args.shape}, {ranks} rank{'s' * (ranks > 1)}, {args.vocab:,} tokens\n\n`benchmarks.checkpoint "
+        f"--shape {args.shape} --vocab {args.vocab} --rounds {args.rounds}` at {commit()}; {machine()}; "
+        f"{size / 1e6:,.0f} MB a checkpoint.\n\n{markdown(header, rows)}\n\n"
         f"Of the wait beside training: {Spread.of(found.begun).text(3)} s for planning and copies, "
         f"{Spread.of(found.committed).text(3)} s for the commit.\n"
     )
