@@ -292,13 +292,23 @@ def _check_attributes(config: Config) -> list[str]:
 
 def _check_engine(config: Config) -> list[str]:
     engine, layout, defaults = config.engine, config.parallel, EngineConfig()
+    other, keys = "deepspeed", ["zero_stage", "offload"]
+    if engine.name == "deepspeed":
+        other, keys = "megatron", ["overlap_grad_reduce", "overlap_param_gather", "bucket_parameters"]
+    problems = [
+        f"engine.{key}={getattr(engine, key)} is of engine={other}; leave it out, or take that engine"
+        for key in keys
+        if getattr(engine, key) != getattr(defaults, key)
+    ]
     if engine.name != "deepspeed":
-        return [
-            f"engine.{key}={getattr(engine, key)} is of engine=deepspeed; leave it out, or take that engine"
-            for key in ("zero_stage", "offload")
-            if getattr(engine, key) != getattr(defaults, key)
-        ]
-    problems = []
+        if engine.overlap_param_gather and engine.overlap_grad_reduce is False:
+            problems.append(
+                "engine.overlap_param_gather=true with engine.overlap_grad_reduce=false: Megatron-Core gathers beside "
+                "computing only where it reduces so; leave the second out"
+            )
+        if engine.bucket_parameters is not None and engine.bucket_parameters < 1:
+            problems.append(f"engine.bucket_parameters={engine.bucket_parameters}; at least 1, or null")
+        return problems
     if engine.zero_stage not in (1, 2, 3):
         problems.append(f"engine.zero_stage={engine.zero_stage}; legal: 1 2 3")
     if engine.offload == "all" and engine.zero_stage != 3:

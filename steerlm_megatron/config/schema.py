@@ -51,7 +51,7 @@ class ParallelConfig:
 
 @dataclass
 class EngineConfig:
-    """The training engine and its precision. Keys marked ds are of ``engine=deepspeed`` alone."""
+    """The training engine and its precision. Keys marked ds are of ``engine=deepspeed`` alone, mc of ``megatron``."""
 
     name: str = "megatron"  # megatron (all layouts) | deepspeed (ZeRO over data-parallel ranks, tensor parallelism)
     zero_stage: int = 1  # ds: 1 optimizer states partitioned | 2 and gradients | 3 and parameters
@@ -60,6 +60,10 @@ class EngineConfig:
     recompute: str = "none"  # none | selective | full
     attention: str = "auto"  # auto | varlen | sdpa
     timeout_sec: int = 600  # a collective that takes longer ends the run
+    # mc: gradients are reduced over data-parallel ranks while the backward pass goes on; null: on GPUs
+    overlap_grad_reduce: bool | None = None
+    overlap_param_gather: bool | None = None  # mc: updated weights are gathered in the next forward pass; null: on GPUs
+    bucket_parameters: int | None = None  # mc: to one such collective; null: 40 million, or 1 million a rank
 
 
 @dataclass

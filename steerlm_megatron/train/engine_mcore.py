@@ -20,6 +20,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
 
 from steerlm_megatron.config.schema import EngineConfig, OptimConfig
@@ -27,7 +28,7 @@ from steerlm_megatron.data.collate import RowBatch
 from steerlm_megatron.model.attention import PackedTokens
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.runtime.collectives import sum_from_last_stage
-from steerlm_megatron.runtime.device import device, dtype_of
+from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
 from steerlm_megatron.train.adam import ADAM_STEP, adam_step, allocate_adam, set_adam_step
 from steerlm_megatron.train.engine import Engine, StepResult
@@ -54,19 +55,28 @@ class MegatronEngine(Engine):
         self.layout: Layout = layout()
         self.objective = objective
         self.config = chunks[0].config
-        ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=True,
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=False,
-            average_in_collective=False,
-        )
+        ddp = self._data_parallel_config(engine)
         self.chunks = [
-            DistributedDataParallel(self.config, ddp, Float16Module(self.config, chunk) if self.config.bf16 else chunk)
-            for chunk in chunks
+            DistributedDataParallel(
+                self.config,
+                ddp,
+                Float16Module(self.config, chunk) if self.config.bf16 else chunk,
+                disable_bucketing=number
+                > 0,  # the first chunk's backward pass is the last one: there is none to hide in
+            )
+            for number, chunk in enumerate(chunks)
         ]
         for chunk in self.chunks:
             chunk.broadcast_params()
-        self.optimizer = get_megatron_optimizer(self._optimizer_config(optim, engine), self.chunks)
+        self.overlap_param_gather = ddp.overlap_param_gather
+        if ddp.overlap_grad_reduce:  # not before the last micro-batch
+            pauses = [chunk.no_sync for chunk in self.chunks]
+            self.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+        if layers._grad_accum_fusion_available:
+            self._fuse_gradient_accumulation()
+        self.optimizer = get_megatron_optimizer(
+            self._optimizer_config(optim, engine, ddp.overlap_param_gather), self.chunks
+        )
         for inner in self._inner_optimizers():
             for group in inner.param_groups:
                 for parameter in group["params"]:
@@ -78,8 +88,31 @@ class MegatronEngine(Engine):
         self.config.finalize_model_grads_func = finalize_model_grads
         self.forward_backward = get_forward_backward_func()
 
+    def _data_parallel_config(self, engine: EngineConfig) -> DistributedDataParallelConfig:
+        def overlap(wanted: bool | None) -> bool:
+            return (has_cuda() if wanted is None else wanted) and self.layout.dp_size > 1
+
+        reduce = overlap(engine.overlap_grad_reduce)
+        return DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=reduce,
+            overlap_param_gather=reduce
+            and overlap(engine.overlap_param_gather),  # Megatron-Core needs the first for it
+            bucket_size=engine.bucket_parameters,
+            average_in_collective=False,
+        )
+
+    def _fuse_gradient_accumulation(self) -> None:
+        """Weight gradients are added to the fp32 ones by the matrix product itself (Apex's extension)."""
+        self.config.gradient_accumulation_fusion = True
+        for chunk in self.chunks:
+            for module in chunk.modules():
+                if hasattr(module, "gradient_accumulation_fusion"):
+                    module.gradient_accumulation_fusion = True
+
     @staticmethod
-    def _optimizer_config(optim: OptimConfig, engine: EngineConfig) -> OptimizerConfig:
+    def _optimizer_config(optim: OptimConfig, engine: EngineConfig, overlap_param_gather: bool) -> OptimizerConfig:
         return OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
@@ -92,6 +125,7 @@ class MegatronEngine(Engine):
             bf16=engine.precision == "bf16",
             params_dtype=dtype_of(engine.precision),
             use_distributed_optimizer=True,
+            overlap_param_gather=overlap_param_gather,
         )
 
     def _distributed_optimizers(self) -> Iterator[DistributedOptimizer]:
@@ -208,6 +242,9 @@ class MegatronEngine(Engine):
 
     def _model_state(self) -> dict[str, Any]:
         """Sharded state per chunk, of the bare models: their keys are the same whatever wraps them."""
+        if self.overlap_param_gather:  # the next forward pass would gather what the last step updated
+            for chunk in self.chunks:
+                chunk.start_param_sync(force_sync=True)
         if len(self.chunks) == 1:
             return {"model": _bare(self.chunks[0]).sharded_state_dict()}
         return {f"model{i}": _bare(chunk).sharded_state_dict() for i, chunk in enumerate(self.chunks)}

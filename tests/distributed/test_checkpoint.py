@@ -86,6 +86,13 @@ def two_ranks(root: Path) -> Found:
             engine = make(Case(objective, P()), seed=78)
             engine.load(root / f"{objective} {name}")
             found[objective, f"{name}, then DP2"] = steps(engine, SAVED, TOTAL)
+        engine = make(Case(objective, overlap=True))  # saved between an update and the gathering of its weights
+        steps(engine, 0, SAVED)
+        folder = saved(engine, root / f"{objective} overlap")
+        for name, overlap in (("overlap, then DP2", False), ("overlap", True)):
+            engine = make(Case(objective, overlap=overlap), seed=76)
+            engine.load(folder)
+            found[objective, name] = steps(engine, SAVED, TOTAL)
     found["init"] = head_kept(root, P(pipeline=2))
     return found
 
@@ -264,7 +271,7 @@ def largest(a: list[float], b: list[float]) -> float:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("name", [*MOVES, "1 rank", "PP2, then DP2", "VPP2, then DP2"])
+@pytest.mark.parametrize("name", [*MOVES, "1 rank", "PP2, then DP2", "VPP2, then DP2", "overlap, then DP2", "overlap"])
 def test_a_checkpoint_moves_to_another_layout(objective: str, name: str, measured: Found, record_property: Any) -> None:
     """Saved after three steps at TP2; the losses of the next five are those of the run that went on."""
     expected = measured["two"][0][objective, "not resumed"]

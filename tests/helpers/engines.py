@@ -45,12 +45,16 @@ class Case:
     head_only: bool = False  # ap: nothing but the head is trained
     zero: int = 0  # stage of the DeepSpeed engine; 0: the Megatron-Core engine
     offload: str = "none"
+    overlap: bool = False  # gradients are reduced and weights gathered beside computing, in buckets of a layer or so
 
     @property
     def engine(self) -> EngineConfig:
         if self.zero:
             kind = {"name": "deepspeed", "zero_stage": self.zero, "offload": self.offload}
             return EngineConfig(**kind, recompute=self.recompute)
+        if self.overlap:
+            beside = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_parameters": 20_000}
+            return EngineConfig(recompute=self.recompute, **beside)
         return EngineConfig(recompute=self.recompute)
 
     @property
