@@ -53,7 +53,7 @@ class Case:
             kind = {"name": "deepspeed", "zero_stage": self.zero, "offload": self.offload}
             return EngineConfig(**kind, recompute=self.recompute)
         if self.overlap:
-            beside = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_parameters": 20_000}
+            beside = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_parameters": 5_000}
             return EngineConfig(recompute=self.recompute, **beside)
         return EngineConfig(recompute=self.recompute)
 
