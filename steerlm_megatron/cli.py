@@ -23,7 +23,7 @@ from typing import Any
 from steerlm_megatron import __version__
 from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import Config
-from steerlm_megatron.errors import UserError
+from steerlm_megatron.errors import ReportedElsewhere, UserError
 
 # command → (module with run(config), what it does, whether it runs on the ranks that parallel.* asks for)
 COMMANDS: dict[str, tuple[str, str, bool]] = {
@@ -264,6 +264,8 @@ def _launch(ranks: int, arguments: list[str]) -> int:
 
 
 def _print_error(error: UserError) -> None:
+    if isinstance(error, ReportedElsewhere):
+        return
     prefix = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
     for line in str(error).splitlines():
         print(f"steerlm: {prefix}error: {line}", file=sys.stderr)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Callable
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from steerlm_megatron.errors import ReportedElsewhere, UserError
 from steerlm_megatron.runtime.device import device
 
 T = TypeVar("T")
+_POLL_SEC = 0.05
+_calls = count()  # of on_main, the same number on every rank
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
@@ -44,6 +51,38 @@ def barrier() -> None:
     """Wait for every rank. Collective over the world."""
     if dist.get_world_size() > 1:
         any_rank(False)
+
+
+def on_main(action: Callable[[], T]) -> T | None:
+    """``action()`` on rank 0; the others wait, for as long as it takes: no collective's timeout ends them. Its result
+    on rank 0, None on the others. What it raises ends every rank in the same way. Collective over the world.
+    """
+    if dist.get_world_size() == 1:
+        return action()
+    key, store = f"on_main_{next(_calls)}", dist.distributed_c10d._get_default_store()
+    if dist.get_rank() != 0:
+        while not store.check([key]):
+            time.sleep(_POLL_SEC)
+        outcome = json.loads(store.get(key))
+        barrier()
+        if outcome is None:
+            return None
+        if outcome["kind"] == "UserError":
+            raise ReportedElsewhere(outcome["text"])
+        if outcome["kind"] == "SystemExit":
+            raise SystemExit(outcome["code"])
+        raise RuntimeError(f"rank 0 failed: {outcome['text']}")
+    outcome = None
+    try:
+        return action()
+    except BaseException as error:
+        kind = next((k.__name__ for k in (UserError, SystemExit) if isinstance(error, k)), type(error).__name__)
+        outcome = {"kind": kind, "code": getattr(error, "code", None), "text": f"{error}"}
+        raise
+    finally:
+        store.set(key, json.dumps(outcome))
+        barrier()
+        store.delete_key(key)
 
 
 def sum_from_last_stage(sums_M: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> L
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
             context_parallel_size=parallel.context,
-            distributed_timeout_minutes=max(1, timeout_sec // 60),
+            distributed_timeout_minutes=timeout_sec / 60,  # of a timedelta
         )
         initialize.sizes = sizes  # type: ignore[attr-defined]
     seed_everything(seed)

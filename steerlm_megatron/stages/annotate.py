@@ -17,7 +17,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import fingerprint
-from steerlm_megatron.runtime.collectives import any_rank, barrier
+from steerlm_megatron.runtime.collectives import any_rank, barrier, on_main
 from steerlm_megatron.stages.journal import Journal
 from steerlm_megatron.stages.scoring import Scorer, Values
 from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
@@ -58,9 +58,7 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
     paths = expand_paths(cast(Any, config.input))
     key = fingerprint({"checkpoint": str(loaded.folder), "step": loaded.meta.step, "records": len(records)}, paths)
     folder = here.folder / f"journal-{output.name}"
-    if layout.is_main:
-        Journal(folder, 0, key, is_main=True)
-    barrier()
+    on_main(lambda: Journal(folder, 0, key, is_main=True))
     journal = Journal(folder, layout.rank, key, is_main=False)
     done = journal.read()
     barrier()
@@ -84,9 +82,9 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
             if any_rank(stop.requested):
                 barrier()
                 raise Interrupted
-    barrier()
     counts = {"in": total, "out": total, "turns": 0, "truncated_turns": scorer.truncated_turns}
-    if layout.is_main:
+
+    def write() -> None:
         scored = journal.read()
         assert len(scored) == total, f"{total - len(scored)} records lack a score"
         counts["turns"] = sum(len(v) for v in scored.values())
@@ -94,7 +92,9 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
         journal.remove()
         here.run.update(counts=counts, outputs={"output": str(output)})
         get_logger(__name__).info("%d records, %d responses scored → %s", total, counts["turns"], output)
-    barrier()
+
+    barrier()  # every journal is written
+    on_main(write)
     return counts
 
 

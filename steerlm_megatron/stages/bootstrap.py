@@ -19,7 +19,7 @@ from steerlm_megatron.generate.client import SamplingClient
 from steerlm_megatron.generate.protocol import Result, Sampler
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import fingerprint
-from steerlm_megatron.runtime.collectives import barrier
+from steerlm_megatron.runtime.collectives import barrier, on_main
 from steerlm_megatron.stages.annotate import load_records
 from steerlm_megatron.stages.journal import Journal
 from steerlm_megatron.stages.sampling import Prompt, open_generator, requests_for, sample_all
@@ -113,7 +113,8 @@ def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[
     ]
     scores = score_all(Scorer(ap, config.annotate.batch_tokens), drawn)
     ap.free()
-    if here.layout.is_main:
+
+    def write() -> None:
         write_records(output, (_scored(c, s[len(c.messages) - 1], schema) for c, s in zip(drawn, scores, strict=True)))
         Journal(here.folder / "journal", 0, "", is_main=False).remove()
         here.run.update(counts=counts, outputs={"output": str(output)})
@@ -122,7 +123,8 @@ def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[
             len(prompts), len(kept), output, counts["skipped_unfinished"], config.sampling.max_tokens,
             counts["skipped_empty"],
         )  # fmt: skip
-    barrier()
+
+    on_main(write)
     return counts
 
 
@@ -147,9 +149,7 @@ def _draw(here: Session, records: list[Conversation]) -> tuple[AttributeSchema, 
         {"checkpoint": str(loaded.folder), "prompts": [(r.id, r.prompt_ids, r.params.seed) for r in requests]}
     )
     folder = here.folder / "journal"
-    if here.layout.is_main:
-        Journal(folder, 0, key, is_main=True)
-    barrier()
+    on_main(lambda: Journal(folder, 0, key, is_main=True))
     journal = Journal(folder, here.layout.rank, key, is_main=False)
     done = journal.read()
     barrier()

@@ -27,8 +27,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import write_json_atomic
-from steerlm_megatron.runtime.collectives import barrier
-from steerlm_megatron.runtime.parallel import layout
+from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, OnError, expand_paths, read_records, write_records
 from steerlm_megatron.steer.templates import Template
@@ -268,9 +267,7 @@ def ensure_shards(config: Config) -> tuple[str, str | None]:
             "data.train is not set: name a shard folder made by steerlm preprocess, or take experiment=quickstart"
         )
     folder = demo_folder(config)
-    if layout().is_main:
-        ensure_demo(config, folder)
-    barrier()
+    on_main(lambda: ensure_demo(config, folder))
     return str(folder / "shards" / "train"), str(folder / "shards" / "valid")
 
 

@@ -18,7 +18,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe import stats
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import to_strict_json, write_json_atomic
-from steerlm_megatron.runtime.collectives import barrier
+from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.annotate import load_records
 from steerlm_megatron.stages.generate import read_prompts
 from steerlm_megatron.stages.sampling import Prompt, open_generator, requests_for, sample_all
@@ -39,9 +39,7 @@ def run(config: Config) -> dict[str, Any]:
     check(config)
     with session(config) as here:
         results = evaluate(here)
-        if here.layout.is_main:
-            write_results(here, results)
-        barrier()
+        on_main(lambda: write_results(here, results))
         return results
 
 

@@ -24,7 +24,7 @@ from steerlm_megatron.observe.log import console, get_logger, setup_logging
 from steerlm_megatron.observe.progress import pipeline_step
 from steerlm_megatron.observe.runfolder import fingerprint, is_complete, read_summary, versions
 from steerlm_megatron.runtime import parallel
-from steerlm_megatron.runtime.collectives import barrier, broadcast_object
+from steerlm_megatron.runtime.collectives import broadcast_object, on_main
 from steerlm_megatron.stages import annotate, bootstrap, corpus, evaluate, report, train
 from steerlm_megatron.stages.session import Session, load_model, session
 from steerlm_megatron.steer.records import expand_paths
@@ -96,19 +96,25 @@ def run(config: Config) -> None:
     corpus.check_tokenizer(config)
     # A run folder that holds a complete run is looked at again, not refused: its complete steps are skipped.
     config.overwrite = False
-    layout = parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
+    parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
     root = broadcast_object(config.run_dir or f"runs/run/{time.strftime('%Y%m%d-%H%M%S')}")
     config.run_dir = root
-    if (
-        layout.is_main
-        and (summary := read_summary(root))
-        and summary.get("status") == "complete"
-        and summary.get("command") == "run"
-    ):
-        (Path(root) / "summary.json").unlink()
-    barrier()
+    on_main(lambda: _reopen(Path(root)))
     with session(config) as here:
         _all_steps(_Run(config, here))
+
+
+def _reopen(root: Path) -> None:
+    summary = read_summary(root) or {}
+    if summary.get("status") == "complete" and summary.get("command") == "run":
+        (root / "summary.json").unlink()
+
+
+def _remove_if_other(folder: Path, key: str) -> None:
+    """Made from other inputs: neither complete nor to be resumed."""
+    earlier = read_summary(folder)
+    if earlier is not None and earlier.get("fingerprint") != key:
+        shutil.rmtree(folder)
 
 
 def _all_steps(state: _Run) -> None:
@@ -151,11 +157,7 @@ def _one_step(state: _Run, number: int, count: int, step: str, after: tuple[str,
         state.timings[step] = float(summary.get("wall_sec", 0.0))
         get_logger(__name__).info("step %d/%d %s: complete, skipped", number, count, step)
         return
-    if state.here.layout.is_main:
-        earlier = read_summary(folder)
-        if earlier is not None and earlier.get("fingerprint") != key:
-            shutil.rmtree(folder)  # made from other inputs: neither complete nor to be resumed
-    barrier()
+    on_main(lambda: _remove_if_other(folder, key))
     start = time.monotonic()
     with pipeline_step(number, count, f"{step}: {STEPS[step]}"), session(config, inputs=key) as here:
         body(state, here)
@@ -242,7 +244,8 @@ def _shards(state: _Run, step: str) -> dict[str, str | None]:
 
 def _data(state: _Run, here: Session) -> None:
     """Convert the corpus, make or open the tokenizer, write shards with human labels; note where the records are."""
-    if here.layout.is_main:
+
+    def convert() -> None:
         splits, converted = corpus.collect_records(here.config, here.folder / "records")
         if "valid" not in splits and here.config.data.valid_fraction > 0 and here.config.data.source == "messages":
             splits = corpus.split_records(here.config, splits["train"], here.folder / "records")
@@ -251,7 +254,8 @@ def _data(state: _Run, here: Session) -> None:
         (here.folder / "splits.json").write_text(json.dumps(files), encoding="utf-8")
         here.run.update(counts={k: summary[k] for k in ("in", "out", "skipped")} | {"source": converted})
         _require_labels(here, summary)
-    barrier()
+
+    on_main(convert)
 
 
 def _require_labels(here: Session, summary: Mapping[str, Any]) -> None:
@@ -300,14 +304,16 @@ def _bootstrapped_data(state: _Run, here: Session) -> None:
 
 def _reshard(state: _Run, here: Session, files: Mapping[str, list[str]], valid_fraction: float | None = None) -> None:
     """Shards of annotated records with the tokenizer of the first shards."""
-    if here.layout.is_main:
+
+    def write() -> None:
         overrides: dict[str, Any] = {"tokenizer": {"path": state.path("data", "shards/train"), "train": False}}
         if valid_fraction is not None:
             overrides["data"] = {"valid_fraction": valid_fraction}
         config = with_overrides(here.config, overrides)
         summary = corpus.make_shards(config, files, here.folder / "shards")
         here.run.update(counts={k: summary[k] for k in ("in", "out", "skipped")})
-    barrier()
+
+    on_main(write)
 
 
 def _bootstrap(state: _Run, here: Session) -> None:
@@ -329,18 +335,17 @@ def _evaluate(state: _Run, here: Session) -> None:
         )
     evaluate.check(config)
     results = evaluate.evaluate(here)
-    if here.layout.is_main:
-        evaluate.write_results(here, results)
-    barrier()
+    on_main(lambda: evaluate.write_results(here, results))
 
 
 def _report(state: _Run, here: Session) -> None:
-    if here.layout.is_main:
+    def write() -> None:
         results = json.loads((state.folder("evaluate") / "evaluation.json").read_text(encoding="utf-8"))
         results |= {"timings": state.timings, "versions": versions(), "config": to_yaml(state.config)}
         html, data = report.write_report(here.folder, results)
         here.run.update(outputs={"report": str(html), "report_json": str(data)})
-    barrier()
+
+    on_main(write)
 
 
 # step → (the steps whose result it depends on, what it does)

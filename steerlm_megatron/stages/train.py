@@ -29,9 +29,9 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops
 from steerlm_megatron.observe.profiler import StepProfiler
 from steerlm_megatron.observe.runfolder import versions
-from steerlm_megatron.runtime.collectives import broadcast_object
+from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.runtime.device import device_name
-from steerlm_megatron.runtime.parallel import layout
+from steerlm_megatron.runtime.watch import Watch
 from steerlm_megatron.stages.corpus import ensure_shards
 from steerlm_megatron.stages.session import Session, session
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -111,6 +111,7 @@ def train(here: Session) -> TrainResult:
         trainer = Trainer(
             config.train, engine, loaders[0], loaders[1] if valid is not None else None, store, meta,
             data.tokenizer.save, metrics, steps, Throughput(flops_of=flops, peak_flops=_peak(config, here)), profiler,
+            Watch(config.engine.timeout_sec),
         )  # fmt: skip
         try:
             result = trainer.fit()
@@ -151,16 +152,7 @@ def _pack(config: Config, data: Corpora, view: View, weights: Sequence[float] = 
     def rows(store: bool) -> Rows:
         return data.rows(view, train.row_tokens, train.seed, config.data.overlong, weights, store)
 
-    packed, problem = None, None
-    if layout().is_main:
-        try:
-            packed = rows(True)
-        except UserError as error:
-            problem = str(error)
-    problem = broadcast_object(problem)
-    if problem is not None:
-        raise UserError(problem)
-    return packed or rows(True)
+    return on_main(lambda: rows(True)) or rows(True)
 
 
 def _loader(here: Session, rows: Rows, start_row: int) -> StepLoader:

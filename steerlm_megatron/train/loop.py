@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from steerlm_megatron.observe.profiler import StepProfiler
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.runtime.collectives import any_rank, gather_objects, sum_over_data_parallel
 from steerlm_megatron.runtime.device import peak_memory_gib
+from steerlm_megatron.runtime.watch import Watch
 from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore
 from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.sharded import ShardedWriter, Write
@@ -66,6 +67,7 @@ class Trainer:
         steps: int,
         throughput: Throughput,
         profiler: StepProfiler,
+        watch: Watch,
     ) -> None:
         """``meta``: template of the metadata of every checkpoint; its ``step`` is where the engine stands already."""
         self.train, self.engine, self.loader, self.valid = train, engine, loader, valid
@@ -79,7 +81,7 @@ class Trainer:
         self.counts = [0.0, 0.0, 0.0, 0.0]  # useful, target, slot tokens and Σ s² since the last log line
         self.counted_steps = 0
         self.seconds: defaultdict[str, float] = defaultdict(float)  # of this rank since the last log line, by part
-        self.profiler = profiler
+        self.profiler, self.watch = profiler, watch
         self.writer = ShardedWriter()
         self.skipped_steps = self.skipped_in_a_row = 0
 
@@ -89,11 +91,14 @@ class Trainer:
         with (
             StopRequest(self.train.max_minutes) as stop,
             Progress(self.steps, "train", initial=self.step, enabled=self.is_main) as bar,
+            self.watch,
         ):
             while self.step < self.steps:
+                self.watch.beat(self.step + 1, "reading data")
                 waiting = time.perf_counter()
                 batches = next(self.loader)
                 self.seconds["data"] += time.perf_counter() - waiting
+                self.watch.beat(self.step + 1, "computing")
                 with self.profiler.step(self.step + 1):
                     result = self.engine.train_step(batches)
                 self.step += 1
@@ -184,7 +189,14 @@ class Trainer:
 
     def _validate(self) -> float:
         assert self.valid is not None
-        self.last_valid = self.engine.evaluate(self.valid.eval_batches(self.train.validate_rows))
+
+        def batches(valid: StepLoader) -> Iterator[Sequence[RowBatch]]:
+            for number, step in enumerate(valid.eval_batches(self.train.validate_rows), start=1):
+                self.watch.beat(self.step, f"validating (batch {number})")
+                yield step
+
+        self.last_valid = self.engine.evaluate(batches(self.valid))
+        self.watch.beat(self.step, "validated")
         loss = self.last_valid["loss"]
         if self.is_main:
             self.metrics.write(self.step, {f"valid/{k}": v for k, v in self.last_valid.items()})
@@ -197,6 +209,7 @@ class Trainer:
     def _save(self, best: bool = False, background: bool = True) -> Path:
         if self.last_saved is not None and self.last_saved.name == f"step_{self.step:08d}":
             return self.last_saved
+        self.watch.beat(self.step, "saving")
         metric = self.last_valid.get("loss")
         meta = replace(self.meta, step=self.step, loader=self.loader.state(), metric=metric)
         start = time.perf_counter()
