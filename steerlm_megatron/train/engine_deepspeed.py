@@ -30,7 +30,7 @@ from steerlm_megatron.data.collate import RowBatch
 from steerlm_megatron.model.attention import PackedTokens
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.runtime.collectives import sum_from_last_stage, sum_over_data_parallel
-from steerlm_megatron.runtime.device import device, has_cuda
+from steerlm_megatron.runtime.device import Stopwatch, device, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
 from steerlm_megatron.train.adam import ADAM_STEP, adam_step, allocate_adam, parameter_groups, set_adam_step
 from steerlm_megatron.train.engine import Engine, StepResult
@@ -144,10 +144,14 @@ class DeepSpeedEngine(Engine):
         terms = float(sum(self.objective.terms(batch) for batch in batches))
         # ZeRO takes the mean over data-parallel ranks; wanted is the sum over the number of terms of them all.
         scale = self.layout.dp_size / max(sum_over_data_parallel([terms])[0], 1.0)
+        own = Stopwatch()
+        own.start()
         sums = []
         for number, batch in enumerate(batches):
             self.ds.set_gradient_accumulation_boundary(number == len(batches) - 1)
             total, sums_M = self._forward(batch)
+            if number == 0:
+                own.stop()
             self.ds.backward(total * scale)
             sums.append(sums_M)
         sums_BM = torch.stack(sums).cpu()  # host sync: once a step
@@ -160,6 +164,8 @@ class DeepSpeedEngine(Engine):
         self.ds.step()
         grad_norm = float(self.ds.get_global_grad_norm() or 0.0)
         seconds = {"forward_backward": middle - start, "optimizer": time.perf_counter() - middle}
+        # ZeRO 3 puts weights together layer by layer, so that replicas wait for each other from the first one on.
+        seconds["own"] = 0.0 if self.stage == 3 else own.seconds()
         if self._finite and not self.optimizer.overflow and math.isfinite(grad_norm):
             return StepResult(loss, grad_norm, lr, metrics=means, seconds=seconds)
         self.schedule.step(increment=-1)

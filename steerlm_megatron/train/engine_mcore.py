@@ -28,7 +28,7 @@ from steerlm_megatron.data.collate import RowBatch
 from steerlm_megatron.model.attention import PackedTokens
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.runtime.collectives import sum_from_last_stage
-from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
+from steerlm_megatron.runtime.device import Stopwatch, device, dtype_of, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
 from steerlm_megatron.train.adam import ADAM_STEP, adam_step, allocate_adam, set_adam_step
 from steerlm_megatron.train.engine import Engine, StepResult
@@ -85,7 +85,8 @@ class MegatronEngine(Engine):
         self._guard_update()
         self.schedule = build_schedule(self.optimizer, optim, steps)
         self.config.grad_scale_func = self.optimizer.scale_loss
-        self.config.finalize_model_grads_func = finalize_model_grads
+        self._own = Stopwatch()
+        self.config.finalize_model_grads_func = self._finalize_gradients
         self.forward_backward = get_forward_backward_func()
 
     def _data_parallel_config(self, engine: EngineConfig) -> DistributedDataParallelConfig:
@@ -207,8 +208,13 @@ class MegatronEngine(Engine):
             return torch.stack([entry["sums"] for entry in stored]).cpu()  # host sync: once a step
         return none_BM
 
+    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+        self._own.stop()  # until here a replica works alone
+        finalize_model_grads(*args, **kwargs)
+
     def train_step(self, batches: Sequence[RowBatch]) -> StepResult:
         start = time.perf_counter()
+        self._own.start()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -222,6 +228,7 @@ class MegatronEngine(Engine):
         _, norm, _ = self.optimizer.step()
         grad_norm = float(norm or 0.0)
         seconds = {"forward_backward": middle - start, "optimizer": time.perf_counter() - middle}
+        seconds["own"] = self._own.seconds()
         lr = max(group["lr"] for group in self.optimizer.param_groups) if self.optimizer.param_groups else 0.0
         if self._finite:
             return StepResult(loss, grad_norm, lr, metrics=means, seconds=seconds)

@@ -30,6 +30,7 @@ from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore
 from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.sharded import ShardedWriter, Write
 from steerlm_megatron.train.signals import StopRequest
+from steerlm_megatron.train.stragglers import Stragglers
 
 
 class Interrupted(SystemExit):
@@ -83,6 +84,7 @@ class Trainer:
         self.seconds: defaultdict[str, float] = defaultdict(float)  # of this rank since the last log line, by part
         self.profiler, self.watch = profiler, watch
         self.writer = ShardedWriter()
+        self.stragglers = Stragglers(engine.layout)
         self.skipped_steps = self.skipped_in_a_row = 0
 
     def fit(self) -> TrainResult:
@@ -150,7 +152,9 @@ class Trainer:
         )
         rates = self.throughput.take()
         row = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, **result.metrics, **rates}
+        own = self.seconds.pop("own", 0.0)
         row |= {f"sec/{part}": seconds / steps for part, seconds in self.seconds.items()}
+        row |= self.stragglers.look(self.step, (own + self.seconds["data"]) / steps, rates["step_sec"])
         row["peak_memory_gib"] = peak_memory_gib()
         self.seconds.clear()
         row |= {"epoch": self.loader.epoch, "samples": self.loader.consumed_samples}

@@ -1,0 +1,115 @@
+"""A replica that keeps the others waiting is measured where it is slow, and named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed.test_checkpoint import config, write_shards
+from helpers.dist import run_ranks
+from helpers.engines import Case, make, step_batches
+
+from steerlm_megatron.config.schema import ParallelConfig
+from steerlm_megatron.data.loader import StepLoader
+from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.runtime import parallel
+from steerlm_megatron.runtime.collectives import barrier
+from steerlm_megatron.stages import train as train_stage
+from steerlm_megatron.train.stragglers import Stragglers
+
+pytestmark = pytest.mark.distributed
+
+SLEEP_SEC = 0.15
+CASES = {
+    "DP2": Case("ap"),
+    "DP2 overlap": Case("ap", overlap=True),
+    "ZeRO 2": Case("ap", zero=2),
+}
+
+
+def slow_forward(case: Case) -> list[dict[str, float]]:
+    engine = make(case)
+    if engine.layout.rank == 1:
+        loss = engine.objective.loss
+
+        def slow(*args: Any) -> Any:
+            time.sleep(SLEEP_SEC)
+            return loss(*args)
+
+        engine.objective.loss = slow
+    stragglers, found = Stragglers(engine.layout), []
+    for step in range(2):
+        start = time.perf_counter()
+        result = engine.train_step(step_batches(step))
+        found.append(stragglers.look(step, result.seconds["own"], time.perf_counter() - start))
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_own_time_is_what_a_replica_computes_alone(name: str) -> None:
+    for rank in run_ranks(2, slow_forward, CASES[name]):
+        last = rank[-1]
+        assert last["sec/replica_slowest"] >= SLEEP_SEC
+        assert last["sec/replica_median"] < SLEEP_SEC / 2, "the fast replica's time has no waiting in it"
+        assert last["straggler_share"] > 0.2
+
+
+def slow_reading(root: Path) -> None:
+    parallel.initialize(ParallelConfig(data=2), seed=1)
+    if parallel.layout().is_main:
+        write_shards(root / "data")
+    barrier()
+    if parallel.layout().rank == 1:
+        read = StepLoader.__next__
+
+        def slow(loader: StepLoader) -> Any:
+            time.sleep(SLEEP_SEC)
+            return read(loader)
+
+        StepLoader.__next__ = slow  # type: ignore[method-assign]
+    wanted = config("train_ap", root / "run", root / "data")
+    wanted.parallel = ParallelConfig(data=2)
+    train_stage.run(wanted)
+
+
+def test_a_run_says_which_rank_reads_slowly(tmp_path: Path) -> None:
+    run_ranks(2, slow_reading, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "straggler_share" in row]
+    assert len(rows) == 6 and all(row["sec/replica_slowest"] >= SLEEP_SEC for row in rows)
+    assert all("sec/own" not in row for row in rows)
+    lines = [li for li in (tmp_path / "run" / "log" / "rank_0.log").read_text().splitlines() if " is slow" in li]
+    assert len(lines) == 1, "once, not at every log line"
+    assert "step 3: replica 1 (rank 1 on host " in lines[0]
+
+
+def even(own_sec: dict[int, list[float]]) -> list[str]:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    get_logger().addHandler(handler)
+    parallel.initialize(ParallelConfig(data=2), seed=1)
+    at = parallel.layout()
+    stragglers = Stragglers(at)
+    for step, own in enumerate(own_sec[at.rank]):
+        stragglers.look(step, own, 2.0)
+    return lines
+
+
+def test_chance_is_no_straggler() -> None:
+    """Slow now and then, by turns, or by less than a fifth of a step: nothing is said."""
+    lines, _ = run_ranks(2, even, {0: [1, 1, 1, 1, 1, 2, 1, 1, 1], 1: [2, 2, 1, 2, 2, 1, 1.3, 1.3, 1.3]})
+    assert lines == []
+
+
+def one_replica() -> dict[str, float]:
+    parallel.initialize(ParallelConfig(tensor=2), seed=1)
+    return Stragglers(parallel.layout()).look(1, 1.0, 1.0)
+
+
+def test_ranks_of_one_replica_are_not_compared() -> None:
+    assert run_ranks(2, one_replica) == [{}, {}]
