@@ -39,8 +39,9 @@ INSTALL_REQUIRES = [
     "prometheus-client>=0.20",
     "rich>=13.7",
     "matplotlib>=3.8",
+    "tensorboard>=2.16",
 ]
-TRACKING = ["tensorboard>=2.16"]
+TRACKING = ["wandb>=0.18", "mlflow-skinny>=2.16"]
 DEV = [
     "pytest>=8.0",
     "pytest-xdist>=3.6",
@@ -49,7 +50,6 @@ DEV = [
     "openai>=1.40",  # tests talk to the server with the official client
     "ruff>=0.6",
     "mypy>=1.11",
-    *TRACKING,
 ]
 
 setup(

@@ -250,7 +250,12 @@ class EvaluateConfig:
 class TrackingConfig:
     """Where metrics go besides metrics.jsonl, and what is measured."""
 
-    tensorboard: bool = False
+    tensorboard: bool = False  # run_dir/tensorboard
+    wandb: bool = False  # Weights & Biases, with its own WANDB_* settings (WANDB_MODE=offline)
+    mlflow: bool = False
+    mlflow_uri: str | None = None  # tracking server or folder; None: MLFLOW_TRACKING_URI
+    project: str = "steerlm_megatron"  # of wandb; the experiment of mlflow
+    name: str | None = None  # the run's, in both; None: that of the run folder
     # dense TFLOP/s of one device in the run's precision, for mfu; None: known GPUs in bf16 (observe/metrics.py)
     peak_tflops: float | None = None
 

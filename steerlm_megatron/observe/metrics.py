@@ -1,4 +1,4 @@
-"""Numbers over time: ``metrics.jsonl``, the optional TensorBoard sink, throughput and model FLOPs.
+"""Numbers over time: ``metrics.jsonl``, what else takes them (``sinks.py``), throughput and model FLOPs.
 
 Owns: the file's format and the definition of the rates. Does not own: which numbers a stage logs.
 Invariant: every line of ``metrics.jsonl`` that ends in a newline is one strict-JSON object; a step occurs at most
@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.runfolder import atomic_path, to_strict_json
+from steerlm_megatron.observe.sinks import Sink
 
 FILE_NAME = "metrics.jsonl"
 
@@ -53,20 +54,12 @@ class MetricsWriter:
     a NaN loss stays visible. With ``active=False`` (ranks other than 0) nothing is opened or written.
     """
 
-    def __init__(self, run_dir: str | Path, *, tensorboard: bool = False, active: bool = True) -> None:
-        """Opens for appending; a torn last line of a killed run is cut off first.
-
-        Raises:
-            UserError: ``tensorboard`` is asked for and not installed.
-        """
+    def __init__(self, run_dir: str | Path, *, sinks: Sequence[Sink] = (), active: bool = True) -> None:
+        """Opens for appending; a torn last line of a killed run is cut off first. ``sinks`` are given every scalar."""
         self.path = Path(run_dir) / FILE_NAME
         self.active = active
         self._stream: TextIO | None = None
-        self._tensorboard: Any = None
-        self._tensorboard_dir = Path(run_dir) / "tensorboard" if tensorboard and active else None
-        self._purge_step: int | None = None
-        if self._tensorboard_dir is not None:
-            _summary_writer_class()  # missing: say so now, not at the first logged step
+        self._sinks = list(sinks) if active else []
         if active and self.path.exists():
             self._rewrite(lambda row: True)
 
@@ -76,8 +69,9 @@ class MetricsWriter:
         """
         if not self.active:
             return 0
-        self.close()
-        self._purge_step = step + 1
+        self._close_file()
+        for sink in self._sinks:
+            sink.resume(step)
         return self._rewrite(lambda row: row.get("step", step) <= step) if self.path.exists() else 0
 
     def _rewrite(self, keep: Callable[[Mapping[str, Any]], bool]) -> int:
@@ -106,26 +100,25 @@ class MetricsWriter:
             self._stream = self.path.open("a", encoding="utf-8")
         self._stream.write(json.dumps(row, allow_nan=False) + "\n")
         self._stream.flush()
-        self._write_tensorboard(row)
+        scalars = {
+            name: value
+            for name, value in row.items()
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for sink in self._sinks:
+            sink.write(row["step"], scalars)
         return row
 
-    def _write_tensorboard(self, row: Mapping[str, Any]) -> None:
-        if self._tensorboard_dir is None:
-            return
-        if self._tensorboard is None:
-            self._tensorboard = _summary_writer_class()(str(self._tensorboard_dir), purge_step=self._purge_step)
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                self._tensorboard.add_scalar(name, value, row["step"])
-
     def close(self) -> None:
-        """Closes the sinks; a later ``write`` opens them again."""
+        """Closes the file and the sinks; a later ``write`` opens them again."""
+        self._close_file()
+        for sink in self._sinks:
+            sink.close()
+
+    def _close_file(self) -> None:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -144,17 +137,6 @@ def _has_nonfinite(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return any(_has_nonfinite(item) for item in value)
     return False
-
-
-def _summary_writer_class() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "tracking.tensorboard=true needs the package tensorboard; pip install 'steerlm_megatron[tracking]' "
-            "or set tracking.tensorboard=false"
-        ) from error
-    return SummaryWriter
 
 
 def model_flops(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from steerlm_megatron.config.load import paths_of
+from steerlm_megatron.config.load import paths_of, to_container
 from steerlm_megatron.config.schema import Config, EngineConfig, ModelConfig
 from steerlm_megatron.data.blend import Corpora, Rows
 from steerlm_megatron.data.dataset import ShardDataset
@@ -29,6 +29,7 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops
 from steerlm_megatron.observe.profiler import StepProfiler
 from steerlm_megatron.observe.runfolder import versions
+from steerlm_megatron.observe.sinks import sinks_of
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.runtime.device import device_name
 from steerlm_megatron.runtime.watch import Watch
@@ -103,9 +104,8 @@ def train(here: Session) -> TrainResult:
         engine.load_model(base)
     _announce(config, view, rows, loaders[0], steps)
     profiler = StepProfiler(here.folder, config.profile.steps, here.layout.rank, config.profile.ranks)
-    with closing(
-        MetricsWriter(here.folder, tensorboard=config.tracking.tensorboard, active=here.layout.is_main)
-    ) as metrics:
+    sinks = on_main(lambda: sinks_of(config.tracking, here.folder, to_container(config))) or []
+    with closing(MetricsWriter(here.folder, sinks=sinks, active=here.layout.is_main)) as metrics:
         if here.layout.is_main:
             metrics.truncate_after(meta.step)
         trainer = Trainer(

@@ -69,13 +69,6 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    with MetricsWriter(tmp_path, tensorboard=True) as writer:
-        writer.write(1, loss=1.0, note="text is left out", bad=math.nan)
-    assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
-
-
 def test_model_flops() -> None:
     # 6·10·100 + 6·2·8·(40² + 60²)
     assert model_flops(10, 2, 8, 100, 40**2 + 60**2) == 6000 + 96 * 5200
