@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str, bool]] = {
     "serve": ("serve", "OpenAI-compatible sampling server", True),
     "generate": ("generate", "sample responses for the prompts of a record file", True),
     "evaluate": ("evaluate", "attribute-prediction quality and steering curves", True),
+    "export": ("export", "the model of a checkpoint alone, as a checkpoint", True),
     "report": ("report", "report.html and report.json from an evaluation", False),
     "run": ("pipeline", "all steps from one config", True),
 }

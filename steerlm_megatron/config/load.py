@@ -36,6 +36,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "train.nonfinite": ("raise", "skip"),
     "train.trainable": ("all", "head"),
     "evaluate.judge": ("ap", "demo"),
+    "export.precision": ("stored", "fp32", "bf16"),
 }
 
 # Keys that must be at least this.

@@ -247,6 +247,13 @@ class EvaluateConfig:
 
 
 @dataclass
+class ExportConfig:
+    """export: the model of a checkpoint alone."""
+
+    precision: str = "stored"  # of the written weights: stored (that of the checkpoint) | fp32 | bf16
+
+
+@dataclass
 class TrackingConfig:
     """Where metrics go besides metrics.jsonl, and what is measured."""
 
@@ -296,6 +303,7 @@ class Config:
     annotate: AnnotateConfig = field(default_factory=AnnotateConfig)
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     pipeline: dict[str, Any] = field(default_factory=dict)  # run: step name → overrides for that step

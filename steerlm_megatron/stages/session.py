@@ -91,14 +91,16 @@ def inference_parallel(config: ParallelConfig) -> ParallelConfig:
     return ParallelConfig(tensor=config.tensor, pipeline=config.pipeline, data=config.data)
 
 
-def load_model(path: str, config: Config, key: str, head: str, gather_logits: bool = False) -> LoadedModel:
+def load_model(
+    path: str, config: Config, key: str, head: str | None = None, gather_logits: bool = False
+) -> LoadedModel:
     """Build and fill the model of a checkpoint at ``config.parallel``. Collective over the world.
 
-    ``head``: ``lm`` or ``regression``; another kind is a UserError naming ``key``.
+    ``head``: ``lm`` or ``regression``; another kind is a UserError naming ``key``. None: either.
     """
     folder = resolve(path, key)
     meta = read_meta(folder)
-    if meta.head != head:
+    if head is not None and meta.head != head:
         wanted = "an attribute-prediction model (train_ap)" if head == "regression" else "a language model (train_sft)"
         raise UserError(f"{key}={path} holds a model with head '{meta.head}', needed is {wanted}")
     layout = inference_parallel(config.parallel)
@@ -110,7 +112,7 @@ def load_model(path: str, config: Config, key: str, head: str, gather_logits: bo
         layout,
         config.engine,
         meta.vocab_size,
-        attributes=len(schema.names) if head == "regression" and schema else None,
+        attributes=len(schema.names) if meta.head == "regression" and schema else None,
         gather_logits=gather_logits,
         initialize=False,
     )

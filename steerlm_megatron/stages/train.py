@@ -91,6 +91,8 @@ def train(here: Session) -> TrainResult:
     store = CheckpointStore(here.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
     latest = store.latest()
     meta = read_meta(latest) if latest else _new_meta(config, data, view)
+    if not meta.training_state:
+        raise UserError(f"{latest} is an export, which no run can resume from; start a new run with init_from={latest}")
     loaders = [_loader(here, rows, meta.loader.get("consumed_rows", 0))]
     if valid is not None:
         loaders.append(_loader(here, _pack(config, valid, view), 0))

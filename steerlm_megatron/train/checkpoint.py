@@ -56,6 +56,7 @@ class CheckpointMeta:
     template: dict[str, Any]
     conditioned: bool
     tokenizer_hash: str
+    training_state: bool = True  # False: an export, the model alone
     loader: dict[str, int] = field(default_factory=dict)
     metric: float | None = None
     label_mean: list[float | None] = field(default_factory=list)
@@ -184,6 +185,66 @@ class _Saving(threading.Thread):
             self.error = f"{type(error).__name__}: {error}"
 
 
+def _begin(
+    final: Path,
+    meta: CheckpointMeta,
+    begin: Callable[[Path], Write],
+    save_tokenizer: Callable[[Path], None],
+    best: bool = False,
+) -> _Saving:
+    """Plan the save of one checkpoint folder; what an earlier, killed one left is removed. Collective over the
+    world.
+    """
+    temporary = final.with_name(f"{final.name}.tmp")
+    is_main = layout().is_main
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    barrier()
+    write = begin(temporary)
+    barrier()  # Megatron-Core looks for leftovers in the folder: nobody writes before that
+    return _Saving(meta, write, temporary, final, save_tokenizer if is_main else None, best)
+
+
+def _finish(saving: _Saving) -> list[Path]:
+    """Once every rank's part is written: Megatron-Core's metadata, ours, the name. Returns (on rank 0) the folder that
+    had the name before, set aside to be removed. Collective over the world; ``UserError`` on every rank if one could
+    not write.
+    """
+    by_rank = gather_objects((saving.digests, saving.error))
+    for rank, (_, error) in enumerate(by_rank):
+        if error is not None:
+            raise UserError(f"{saving.final}: not saved, rank {rank} could not write it: {error}")
+    saving.write.finalize()
+    if not layout().is_main:
+        return []
+    digests = {name: digest for found, _ in by_rank for name, digest in found.items()}
+    sizes = _sizes(saving.temporary)
+    digests |= _hashes(saving.temporary, sorted(sizes.keys() - digests.keys()), sync=True)
+    saving.meta.files = {name: {"bytes": size, "sha256": digests[name]} for name, size in sizes.items()}
+    write_json_atomic(saving.temporary / "meta.json", dataclasses.asdict(saving.meta))
+    doomed = [_set_aside(saving.final)] if saving.final.exists() else []
+    os.rename(saving.temporary, saving.final)
+    _fsync_folder(saving.final.parent)
+    return doomed
+
+
+def write_checkpoint(
+    folder: Path, meta: CheckpointMeta, begin: Callable[[Path], Write], save_tokenizer: Callable[[Path], None]
+) -> None:
+    """Write one checkpoint as ``folder``, whole or not at all; what stands there is replaced. Collective over the
+    world.
+
+    Args:
+        begin: plans the writing of the tensors in the folder that it is given. Collective over the world.
+    """
+    saving = _begin(folder, meta, begin, save_tokenizer)
+    saving.run()
+    for doomed in _finish(saving):
+        shutil.rmtree(doomed)
+    barrier()
+
+
 class CheckpointStore:
     """``checkpoints/`` of one run. Methods are collective over the world; rank 0 alone touches names."""
 
@@ -234,16 +295,10 @@ class CheckpointStore:
         """
         self.wait()
         final = self.root / f"step_{meta.step:08d}"
-        temporary = final.with_suffix(".tmp")
         if self.is_main:
-            self.root.mkdir(parents=True, exist_ok=True)
             for stale in self.root.glob("step_*.tmp"):
                 shutil.rmtree(stale)
-            temporary.mkdir()
-        barrier()
-        write = begin(temporary)
-        barrier()  # Megatron-Core looks for leftovers in the folder: nobody writes before that
-        self._saving = _Saving(meta, write, temporary, final, save_tokenizer if self.is_main else None, best)
+        self._saving = _begin(final, meta, begin, save_tokenizer, best)
         if background:
             self._saving.start()
         else:
@@ -275,20 +330,8 @@ class CheckpointStore:
         """
         assert self._saving is not None
         saving, self._saving = self._saving, None
-        by_rank = gather_objects((saving.digests, saving.error))
-        for rank, (_, error) in enumerate(by_rank):
-            if error is not None:
-                raise UserError(f"{saving.final}: not saved, rank {rank} could not write it: {error}")
-        saving.write.finalize()
+        doomed = _finish(saving)
         if self.is_main:
-            digests = {name: digest for found, _ in by_rank for name, digest in found.items()}
-            sizes = _sizes(saving.temporary)
-            digests |= _hashes(saving.temporary, sorted(sizes.keys() - digests.keys()), sync=True)
-            saving.meta.files = {name: {"bytes": size, "sha256": digests[name]} for name, size in sizes.items()}
-            write_json_atomic(saving.temporary / "meta.json", dataclasses.asdict(saving.meta))
-            doomed = [_set_aside(saving.final)] if saving.final.exists() else []
-            os.rename(saving.temporary, saving.final)
-            _fsync_folder(self.root)
             if saving.best:
                 write_json_atomic(self.root / "best.json", {"folder": saving.final.name, "metric": saving.meta.metric})
             self._remove(doomed + [_set_aside(folder) for folder in self._superfluous()])

@@ -127,6 +127,15 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
     dist_checkpointing.save(state, str(folder))
 
 
+def stored_dtype(folder: Path, prefix: str) -> torch.dtype:
+    """The dtype of the tensors under ``prefix`` (the widest, where they differ). ``KeyError``: there are none."""
+    found = dist_checkpointing.load_tensors_metadata(str(folder))
+    dtypes = {tensor.dtype for key, tensor in found.items() if key.startswith(prefix)}
+    if not dtypes:
+        raise KeyError(f"{folder}: no tensors named {prefix}…")
+    return max(dtypes, key=lambda dtype: dtype.itemsize)
+
+
 def common_state(folder: Path) -> dict[str, Any]:
     """What a checkpoint holds besides tensors, the same on every rank."""
     return dist_checkpointing.load_common_state_dict(str(folder))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,9 @@ import pytest
 import yaml
 
 from steerlm_megatron.cli import conf_dir
+from steerlm_megatron.errors import UserError
 from steerlm_megatron.stages.corpus import DEMO_ATTRIBUTES
+from steerlm_megatron.stages.export import check_target
 from steerlm_megatron.steer.records import read_records
 from tests.helpers.dist import once
 from tests.integration.commands import TINY, kill, losses, start, steerlm, summary
@@ -108,6 +111,61 @@ def test_a_killed_annotation_goes_on_and_loses_nothing(work: Path) -> None:
     for one, other in zip(killed, whole, strict=True):
         for mine, theirs in zip(one.messages, other.messages, strict=True):
             assert (mine.attributes or {}) == pytest.approx(theirs.attributes or {}, abs=1e-4)
+
+
+def test_an_export_is_the_model_alone(work: Path) -> None:
+    """Issue 4: model-only export. It scores as its checkpoint does, starts a run, and is never taken for one."""
+    steerlm("export", "checkpoint=run/03-train_ap", "output=ap", "parallel.tensor=2", cwd=work)
+    steerlm("export", "checkpoint=run/07-acsft", "output=lm", "export.precision=bf16", cwd=work)
+    checkpoint = next((work / "run/07-acsft/checkpoints").glob("step_*"))
+
+    def size(folder: Path) -> int:
+        return sum(file.stat().st_size for file in folder.glob("*.distcp"))
+
+    # 2 bytes a parameter, where the checkpoint has weights, main weights and two moments of 4 bytes each
+    assert size(work / "lm") < size(checkpoint) / 5
+
+    for name, source in {"of_the_run": "run/03-train_ap", "of_the_export": "ap"}.items():
+        steerlm("annotate", f"checkpoint={source}", "input=run/01-data/records/valid.jsonl", f"output={name}.jsonl",
+                f"run_dir={name}", cwd=work)  # fmt: skip
+    ours, theirs = (list(read_records(work / f"{name}.jsonl")) for name in ("of_the_run", "of_the_export"))
+    assert ours == theirs and len(ours) > 0
+
+    steerlm("train_sft", *ONE_STEP, "init_from=lm", "run_dir=from_export", cwd=work)
+    assert summary(work / "from_export")["status"] == "complete"
+    (work / "resumed/checkpoints").mkdir(parents=True)
+    shutil.copytree(work / "lm", work / "resumed/checkpoints/step_00000001")
+    refused = steerlm("train_sft", *ONE_STEP, "run_dir=resumed", cwd=work, code=2)
+    assert "is an export" in refused.stderr and "init_from=" in refused.stderr
+
+    torn = next((work / "ap").glob("*.distcp"))
+    torn.write_bytes(torn.read_bytes()[:-1] + bytes([torn.read_bytes()[-1] ^ 1]))
+    said = steerlm("export", "checkpoint=ap", "output=copy", cwd=work, code=2).stderr
+    assert "SHA-256 differs" in said and "Traceback" not in said
+    assert not (work / "copy").exists()
+
+
+def test_an_export_replaces_nothing_unasked(tmp_path: Path) -> None:
+    source, empty, full = (tmp_path / name for name in ("source", "empty", "full"))
+    for folder in (source, empty, full):
+        folder.mkdir()
+    (source / "meta.json").write_text("{}")
+    (full / "thesis.tex").write_text("years of work")
+    check_target(tmp_path / "new" / "deep", source, overwrite=False)
+    check_target(empty, source, overwrite=False)
+    for target, overwrite, words in (
+        (source, True, "in the checkpoint itself"),
+        (source / "in", True, "in the checkpoint itself"),
+        (full, True, "not a checkpoint"),
+        (full / "thesis.tex", True, "not a checkpoint"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check_target(target, source, overwrite)
+    other = shutil.copytree(source, tmp_path / "other")
+    with pytest.raises(UserError, match="overwrite=true"):
+        check_target(other, source, overwrite=False)
+    check_target(other, source, overwrite=True)
+    assert (full / "thesis.tex").exists()
 
 
 def test_generate_answers_every_prompt(work: Path) -> None:

@@ -1,0 +1,74 @@
+"""``export``: the model of a checkpoint alone, as a checkpoint: weights, tokenizer, schema and template, without the
+optimizer, generators and loader position.
+
+Owns: what is left out, where the result may be put. Does not own: reading and writing (``session.py``,
+``train/checkpoint.py``). Invariant: every command that takes a checkpoint takes an export; only a training run cannot
+be resumed from one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from steerlm_megatron.config.schema import Config
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.observe.runfolder import versions
+from steerlm_megatron.runtime.collectives import on_main
+from steerlm_megatron.stages.session import load_model, session
+from steerlm_megatron.train.checkpoint import read_meta, resolve, write_checkpoint
+from steerlm_megatron.train.sharded import ShardedWriter, stored_dtype
+
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def run(config: Config) -> None:
+    """``checkpoint`` → ``output``, a checkpoint folder. Collective over the world."""
+    for key in ("checkpoint", "output"):
+        if getattr(config, key) is None:
+            raise UserError(f"{key} is not set; export needs checkpoint and output")
+    source = resolve(str(config.checkpoint), "checkpoint")
+    read_meta(source)
+    target = Path(str(config.output))
+    with session(config) as here:
+        on_main(lambda: check_target(target, source, config.overwrite))
+        stored = _PRECISIONS[stored_dtype(source, "decoder.")]
+        precision = stored if config.export.precision == "stored" else config.export.precision
+        config.engine.precision = precision
+        loaded = load_model(str(source), config, "checkpoint")
+        meta = dataclasses.replace(
+            loaded.meta,
+            training_state=False,
+            loader={},
+            parallel=dataclasses.asdict(config.parallel),
+            versions=versions(),
+            files={},
+        )
+        writer, state = ShardedWriter(), {"model": loaded.model.sharded_state_dict()}
+        write_checkpoint(target, meta, lambda folder: writer.begin(state, folder), loaded.tokenizer.save)
+        here.run.update(outputs={"checkpoint": str(target)})
+        if here.layout.is_main:
+            size = sum(entry["bytes"] for entry in read_meta(target).files.values())
+            before = sum(entry["bytes"] for entry in read_meta(source).files.values())
+            get_logger(__name__).info(
+                "%s: %s model of step %d in %s, %s MB (the checkpoint: %s MB)",
+                target, "attribute-prediction" if meta.head == "regression" else "language", meta.step, precision,
+                f"{size / 1e6:,.1f}", f"{before / 1e6:,.1f}",
+            )  # fmt: skip
+
+
+def check_target(target: Path, source: Path, overwrite: bool) -> None:
+    """Nothing but an earlier export or checkpoint is ever replaced, and that only when asked for."""
+    if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
+        raise UserError(f"output={target} lies in the checkpoint itself; choose another folder")
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+    if not target.exists():
+        return
+    if not (target / "meta.json").exists():
+        raise UserError(f"output={target} exists and is not a checkpoint; choose a new folder")
+    if not overwrite:
+        raise UserError(f"output={target} holds a checkpoint; choose another folder, or overwrite=true to replace it")
