@@ -7,8 +7,9 @@ nothing, positions restart, and padding is documents of its own with no loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,13 @@ PAD_DOCUMENT_TOKENS = 64  # padding is cut into documents this short, as attenti
 
 @dataclass
 class RowBatch:
-    """One micro-batch of packed rows, as CPU tensors. T = rows · row_tokens, P pooled positions, A attributes.
+    """One micro-batch of packed rows. T = rows · row_tokens, K tokens with loss, P pooled positions, A attributes.
 
     Args:
         tokens_T: int64 [T].
         labels_T: int64 [T]: the next token of the same document; 0 elsewhere.
         loss_mask_T: float32 [T]: weight of predicting ``labels_T``.
+        target_K: int64 [K]: where that weight is not 0.
         positions_T: int64 [T]: position within the document.
         cu_seqlens: int32 [documents + 1]: where documents begin and end; covers all T, padding included.
         pool_P: int64 [P]: positions in T whose hidden state is regressed.
@@ -39,6 +41,7 @@ class RowBatch:
     tokens_T: torch.Tensor
     labels_T: torch.Tensor
     loss_mask_T: torch.Tensor
+    target_K: torch.Tensor
     positions_T: torch.Tensor
     cu_seqlens: torch.Tensor
     pool_P: torch.Tensor
@@ -46,6 +49,21 @@ class RowBatch:
     sample_ids: list[str]
     useful_tokens: int
     target_tokens: int
+
+    def pin(self) -> RowBatch:
+        """The same in page-locked memory, from which a GPU copies while the host goes on."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def to(self, where: torch.device) -> RowBatch:
+        """The same on ``where``; the host does not wait for copies from pinned memory."""
+        return self._each(lambda tensor: tensor.to(where, non_blocking=True))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RowBatch:
+        values: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = change(value) if isinstance(value, torch.Tensor) else value
+        return RowBatch(**values)
 
 
 def collate(rows: Sequence[Sequence[Sample]], row_tokens: int, num_attributes: int = 0) -> RowBatch:
@@ -87,6 +105,7 @@ def collate(rows: Sequence[Sequence[Sample]], row_tokens: int, num_attributes: i
         tokens_T=torch.from_numpy(tokens),
         labels_T=torch.from_numpy(labels),
         loss_mask_T=torch.from_numpy(mask),
+        target_K=torch.from_numpy(mask.nonzero()[0]),
         positions_T=torch.from_numpy(np.arange(total) - np.repeat(bounds[:-1], np.diff(bounds))),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
         pool_P=torch.from_numpy(np.concatenate(pool)),

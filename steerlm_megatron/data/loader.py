@@ -21,6 +21,7 @@ from steerlm_megatron.config.schema import TrainConfig
 from steerlm_megatron.data.blend import Rows
 from steerlm_megatron.data.collate import RowBatch, collate
 from steerlm_megatron.data.views import Sample
+from steerlm_megatron.runtime.device import has_cuda
 
 _POLL_SEC = 0.1  # how soon a waiting prefetch thread notices that it is to end
 
@@ -200,7 +201,8 @@ class StepLoader:
             chosen = mine[number * self._micro_rows : (number + 1) * self._micro_rows]
             content: list[Sequence[Sample]] = [self.rows.samples_of(row) for row in chosen]
             content += [()] * (self._micro_rows - len(content))
-            batches.append(collate(content, self.rows.row_tokens, self._num_attributes))
+            batch = collate(content, self.rows.row_tokens, self._num_attributes)
+            batches.append(batch.pin() if has_cuda() else batch)
         return batches
 
 

@@ -19,6 +19,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -71,21 +72,12 @@ class PackedTokens(PackedSeqParams):
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, positions_T: torch.Tensor) -> PackedTokens:
-        """From int32 [docs + 1] boundaries on the host and the positions they imply, both moved with the row."""
-        lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).tolist()
+        """From int32 [docs + 1] boundaries on the host and the positions they imply."""
+        lengths = np.diff(cu_seqlens.numpy()).tolist()  # numpy: a tensor on a GPU would be waited for
         longest = max(lengths)
         return cls(
             positions_T=positions_T, cu_seqlens=cu_seqlens, lengths=lengths, max_seqlen_q=longest, max_seqlen_kv=longest
         )
-
-    def to(self, device: torch.device) -> PackedTokens:
-        """Move what kernels read to ``device``."""
-        assert self.positions_T is not None and self.cu_seqlens is not None
-        self.positions_T = self.positions_T.to(device, non_blocking=True)
-        self.cu_seqlens = self.cu_seqlens.to(device, non_blocking=True)
-        if self.output_index_K is not None:
-            self.output_index_K = self.output_index_K.to(device, non_blocking=True)
-        return self
 
     def buckets(self) -> Buckets:
         """The batched calls that cover all documents; made once, used by every layer."""
@@ -133,22 +125,22 @@ def _make_buckets(lengths: list[int], device: torch.device) -> Buckets:
     for document, length in enumerate(lengths):
         key = _bucket_ceiling(length) if length < _ALONE_FROM_TOKENS else -1 - document
         groups.setdefault(key, []).append(document)
-    length_D = torch.tensor(lengths)
-    start_D = length_D.cumsum(0) - length_D
-    order_T = torch.empty(sum(lengths), dtype=torch.int64)
+    length_D = np.array(lengths, np.int64)
+    start_D = length_D.cumsum() - length_D
+    order_T = np.empty(length_D.sum(), np.int64)
     shapes, indices, offset = [], [], 0
     for documents in groups.values():
-        chosen = torch.tensor(documents)
-        longest = int(length_D[chosen].max())
-        step_L = torch.arange(longest)
-        real_DL = step_L < length_D[chosen, None]
-        index_DL = start_D[chosen, None] + torch.minimum(step_L, length_D[chosen, None] - 1)
-        slot_DL = offset + torch.arange(index_DL.numel()).view_as(index_DL)
+        size_D1 = length_D[documents, None]
+        longest = int(size_D1.max())
+        step_L = np.arange(longest)
+        real_DL = step_L < size_D1
+        index_DL = start_D[documents, None] + np.minimum(step_L, size_D1 - 1)
+        slot_DL = offset + np.arange(index_DL.size).reshape(index_DL.shape)
         order_T[index_DL[real_DL]] = slot_DL[real_DL]
-        offset += index_DL.numel()
+        offset += index_DL.size
         shapes.append((len(documents), longest))
-        indices.append(index_DL.flatten())
-    return Buckets(shapes, torch.cat(indices).to(device), order_T.to(device))
+        indices.append(index_DL.ravel())
+    return Buckets(shapes, torch.from_numpy(np.concatenate(indices)).to(device), torch.from_numpy(order_T).to(device))
 
 
 class _ToSlots(torch.autograd.Function):
@@ -272,6 +264,7 @@ class PackedAttention(MegatronModule):
         backend: str = "auto",
         rotary_percent: float = 1.0,
         rotary_base: float = 10000.0,
+        compiled: bool = False,
     ) -> None:
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
@@ -281,7 +274,7 @@ class PackedAttention(MegatronModule):
         assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.rotary_dim, self.rotary_base = int(config.kv_channels * rotary_percent), rotary_base
-        self.attend = attention_backend(backend, config)
+        self.attend, self.compiled = attention_backend(backend, config), compiled
 
     def forward(
         self,
@@ -298,7 +291,8 @@ class PackedAttention(MegatronModule):
         """[T, 1, N, H], [T, 1, G, H] twice → [T, 1, N * H]."""
         assert isinstance(packed_seq_params, PackedTokens) and attention_bias is None
         tables = packed_seq_params.rotary(self.rotary_dim, self.rotary_base, query.dtype)
-        q_TNH, k_TGH, v_TGH = rotate(query.squeeze(1), *tables), rotate(key.squeeze(1), *tables), value.squeeze(1)
+        q_TNH, k_TGH = (rotate(x.squeeze(1), *tables, self.compiled) for x in (query, key))
+        v_TGH = value.squeeze(1)
         if packed_seq_params.kv is not None:
             out_TNH = packed_seq_params.kv.attend(self.layer_number, q_TNH, k_TGH, v_TGH, self.scale)
         elif self.training and self.dropout > 0.0:

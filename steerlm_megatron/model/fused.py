@@ -2,12 +2,15 @@
 
 Composed of torch's elementary operations these three take more time on a CPU than half the matrix products they
 surround; Megatron-Core's fused kernels need Transformer Engine or Apex. Each is one autograd function that keeps only
-its inputs (and one number per token) and recomputes the rest. Invariant: the same values and gradients as the formula,
-to rounding; tests compare both in float64.
+its inputs (and one number per token) and recomputes the rest. With ``engine.compile``, torch.compile makes one kernel
+of the formula instead (Triton on a GPU, C++ on a CPU), at the price of compiling it once. Invariant: the same values
+and gradients as the formula, to rounding; tests compare both in float64.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,12 +39,26 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x_TD, product_TD.flatten(0, -2).sum(0), None
 
 
-def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm of x [..., D]; both of one floating dtype. CUDA has a kernel of torch's own."""
+def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, compiled: bool = False) -> torch.Tensor:
+    """RMSNorm of x [..., D] in x's dtype, computed in float32 at least. CUDA has a kernel of torch's own."""
+    if compiled:
+        return _compiled(_rms_norm_formula)(x, weight_D, eps)
     if x.is_cuda:
-        return F.rms_norm(x, weight_D.shape, weight_D, eps)
-    out: torch.Tensor = _RMSNorm.apply(x, weight_D, eps)
-    return out
+        return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out: torch.Tensor = _RMSNorm.apply(x.to(wide), weight_D.to(wide), eps)
+    return out.to(x.dtype)
+
+
+def _rms_norm_formula(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_D.to(wide.dtype)).to(x.dtype)
+
+
+@functools.cache
+def _compiled(formula: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """One kernel for any number of tokens: rows differ in it."""
+    return torch.compile(formula, dynamic=True)
 
 
 class _Rotate(torch.autograd.Function):
@@ -67,10 +84,18 @@ def _rotated(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor, 
     return out_TNH
 
 
-def rotate(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -> torch.Tensor:
+def _rotate_formula(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -> torch.Tensor:
+    half = cos_T1R.shape[-1]
+    first, second, rest = x_TNH.split((half, half, x_TNH.shape[-1] - 2 * half), -1)
+    return torch.cat([first * cos_T1R - second * sin_T1R, second * cos_T1R + first * sin_T1R, rest], -1)
+
+
+def rotate(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor, compiled: bool = False) -> torch.Tensor:
     """RoPE (Su et al. 2021, eq. 34) in the half-split layout of Llama and Megatron: the first R dimensions are paired
     with the next R, the rest pass unchanged. Tables [T, 1, R] in x's dtype. Returns [T, N, H].
     """
+    if compiled:
+        return _compiled(_rotate_formula)(x_TNH, cos_T1R, sin_T1R)
     out: torch.Tensor = _Rotate.apply(x_TNH, cos_T1R, sin_T1R)
     return out
 
@@ -93,17 +118,32 @@ class _SwiGLU(torch.autograd.Function):
         return out
 
 
+def _swiglu_formula(both: torch.Tensor) -> torch.Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class SwiGLU(torch.nn.Module):
     """silu(gate) · up of [..., gate; up] (Shazeer 2020), as Megatron-Core's MLP builds an activation module."""
+
+    compiled = False
 
     def __init__(self, config: object = None) -> None:
         super().__init__()
 
     def forward(self, both: torch.Tensor) -> torch.Tensor:
         """[..., 2F] → [..., F]."""
+        if self.compiled:
+            return _compiled(_swiglu_formula)(both)
         out: torch.Tensor = _SwiGLU.apply(both)
         return out
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         """Nothing to save; Megatron-Core's MLP asks every child."""
         return {}
+
+
+class CompiledSwiGLU(SwiGLU):
+    """The same with ``engine.compile``: Megatron-Core's specs take classes."""
+
+    compiled = True

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from steerlm_megatron.model.attention import PackedAttention
-from steerlm_megatron.model.fused import SwiGLU
-from steerlm_megatron.model.norm import PackedNorm
+from steerlm_megatron.model.attention import PackedAttention, PackedTokens
+from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
+from steerlm_megatron.model.fused import CompiledSwiGLU, SwiGLU
+from steerlm_megatron.model.norm import CompiledNorm, PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
 
@@ -49,18 +51,18 @@ class PackedGPTModel(GPTModel):
     post_process: bool
 
     def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        if self.post_process:
-            if self.config.sequence_parallel:
-                # The output layer is built for whole sequences (see build_model): what follows is the same on every
-                # rank up to
-                # its own all-reduce, so here the gradient is split, not summed.
-                hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
-                    hidden_states, tensor_parallel_output_grad=False
-                )
-            index_K = kwargs["packed_seq_params"].output_index_K
-            if index_K is not None:
-                hidden_states = hidden_states.index_select(0, index_K)
+        if self.post_process and self.config.sequence_parallel:
+            # The output layer is built for whole sequences (see build_model): what follows is the same on every rank
+            # up to its own all-reduce, so here the gradient is split, not summed.
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False
+            )
+            hidden_states = _wanted(hidden_states, kwargs["packed_seq_params"])  # LastLayer does it otherwise
         return super()._postprocess(hidden_states=hidden_states, **kwargs)
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Labels [1, K] and this rank's logits [K, 1, V / tensor] → losses [1, K] in float32."""
+        return vocab_parallel_cross_entropy(logits.squeeze(1), labels.squeeze(0)).unsqueeze(0)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -74,6 +76,22 @@ class PackedGPTModel(GPTModel):
             return super().sharded_state_dict(prefix, sharded_offsets, metadata)
         finally:
             self.post_process = last
+
+
+def _wanted(hidden_TBD: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
+    index_K = packed.output_index_K
+    return hidden_TBD if index_K is None else hidden_TBD.index_select(0, index_K)
+
+
+class LastLayer(TransformerLayer):
+    """The model's last layer: after its attention, nothing is computed for positions whose output nobody wants.
+
+    For K of T tokens it saves 1 - K/T of that layer's MLP, forward and backward; the outputs are the same.
+    """
+
+    def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        hidden_TBD, context = super()._forward_attention(*args, **kwargs)
+        return _wanted(hidden_TBD, kwargs["packed_seq_params"]), context
 
 
 def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
@@ -144,39 +162,47 @@ def transformer_config(
     )
 
 
-def layer_spec(model: ModelConfig, attention: str) -> ModuleSpec:
+def layer_spec(
+    model: ModelConfig, engine: EngineConfig, layer: type[TransformerLayer] = TransformerLayer
+) -> ModuleSpec:
     """One transformer layer: Megatron-Core's modules with our core attention (and RoPE in it), norms and SwiGLU."""
+    norm, compiled = _norm(engine), _compiles(engine)
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if model.activation == "swiglu":
-        mlp.activation_func = SwiGLU
+        mlp.activation_func = CompiledSwiGLU if compiled else SwiGLU
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=PackedNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
-                    core_attention=_core_attention(model, attention),
+                    core_attention=partial(
+                        PackedAttention,
+                        backend=engine.attention,
+                        rotary_percent=model.rotary_percent,
+                        rotary_base=model.rotary_base,
+                        compiled=compiled,
+                    ),
                     linear_proj=RowParallelLinear,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=PackedNorm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(module=MLP, submodules=mlp),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _core_attention(model: ModelConfig, backend: str) -> Any:
-    def build(**kwargs: Any) -> PackedAttention:
-        return PackedAttention(
-            **kwargs, backend=backend, rotary_percent=model.rotary_percent, rotary_base=model.rotary_base
-        )
+def _compiles(engine: EngineConfig) -> bool:
+    return has_cuda() if engine.compile is None else engine.compile
 
-    return build
+
+def _norm(engine: EngineConfig) -> type[PackedNorm]:
+    return CompiledNorm if _compiles(engine) else PackedNorm
 
 
 def build_model(
@@ -203,7 +229,10 @@ def build_model(
     first = stage == 0 and (vp_stage or 0) == 0
     last = stage == parallel.pipeline - 1 and (vp_stage or 0) == chunks - 1
     layers = get_num_layers_to_build(config, vp_stage)
-    spec = TransformerBlockSubmodules(layer_specs=[layer_spec(model, engine.attention)] * layers, layer_norm=PackedNorm)
+    layer_specs = [layer_spec(model, engine)] * layers
+    if last and not config.sequence_parallel:  # under it a rank has a part of the sequence only
+        layer_specs[-1] = layer_spec(model, engine, LastLayer)
+    spec = TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=_norm(engine))
     gpt = PackedGPTModel(
         config=config,
         transformer_layer_spec=spec,  # mcore takes either

@@ -19,6 +19,8 @@ class PackedNorm(torch.nn.Module):
     say which.
     """
 
+    compiled = False
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
         self.rms = config.normalization == "RMSNorm"
@@ -35,5 +37,13 @@ class PackedNorm(torch.nn.Module):
         """[..., D] → [..., D], same dtype."""
         weight = self.weight + 1 if self.one_plus else self.weight
         if self.rms:
-            return rms_norm(x.float(), weight.float(), self.eps).to(x.dtype)
+            return rms_norm(x, weight, self.eps, self.compiled)
+        if x.is_cuda:  # its kernel accumulates in float32
+            return F.layer_norm(x, self.shape, weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return F.layer_norm(x.float(), self.shape, weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+
+class CompiledNorm(PackedNorm):
+    """The same with ``engine.compile``: Megatron-Core's specs take classes."""
+
+    compiled = True

@@ -9,9 +9,8 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from steerlm_megatron.data.collate import RowBatch
-from steerlm_megatron.model.attention import PackedTokens
 from steerlm_megatron.model.gpt import PackedGPTModel
-from steerlm_megatron.runtime.device import device
+from steerlm_megatron.model.inputs import on_device
 
 
 @torch.no_grad()
@@ -19,14 +18,11 @@ def predict_values(model: PackedGPTModel, batch: RowBatch) -> torch.Tensor | Non
     """float32 [P, A] on the CPU for ``batch.pool_P``; None except on the last pipeline stage. Collective over the
     replica.
     """
-    here = device()
 
     def step(_: object, stage: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
-        packed = PackedTokens.from_cu_seqlens(batch.cu_seqlens, batch.positions_T)
-        packed.output_index_K = batch.pool_P
-        output = stage(
-            batch.tokens_T[None].to(here), batch.positions_T[None].to(here), None, packed_seq_params=packed.to(here)
-        )
+        here, packed = on_device(batch)
+        packed.output_index_K = here.pool_P
+        output = stage(here.tokens_T[None], here.positions_T[None], None, packed_seq_params=packed)
         return output, lambda values, non_loss_data=False: values
 
     outputs = get_forward_backward_func()(

@@ -27,8 +27,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from steerlm_megatron.config.schema import EngineConfig, OptimConfig
 from steerlm_megatron.data.collate import RowBatch
-from steerlm_megatron.model.attention import PackedTokens
 from steerlm_megatron.model.gpt import PackedGPTModel
+from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.runtime.collectives import sum_from_last_stage, sum_over_data_parallel
 from steerlm_megatron.runtime.device import Stopwatch, device, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
@@ -125,18 +125,11 @@ class DeepSpeedEngine(Engine):
 
     def _forward(self, batch: RowBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """(sum of losses, float64 sums [M]) of one micro-batch."""
-        packed = PackedTokens.from_cu_seqlens(batch.cu_seqlens, batch.positions_T)
-        packed.output_index_K = self.objective.output_index(batch)
-        labels = self.objective.labels(batch)
-        here = device()
-        output = self.ds(
-            batch.tokens_T[None].to(here, non_blocking=True),
-            batch.positions_T[None].to(here, non_blocking=True),
-            None,
-            labels=None if labels is None else labels.to(here, non_blocking=True),
-            packed_seq_params=packed.to(here),
-        )
-        return self.objective.loss(output, batch)
+        here, packed = on_device(batch)
+        packed.output_index_K = self.objective.output_index(here)
+        labels = self.objective.labels(here)
+        output = self.ds(here.tokens_T[None], here.positions_T[None], None, labels=labels, packed_seq_params=packed)
+        return self.objective.loss(output, here)
 
     def train_step(self, batches: Sequence[RowBatch]) -> StepResult:
         start = time.perf_counter()

@@ -25,10 +25,10 @@ from megatron.core.transformer.module import Float16Module
 
 from steerlm_megatron.config.schema import EngineConfig, OptimConfig
 from steerlm_megatron.data.collate import RowBatch
-from steerlm_megatron.model.attention import PackedTokens
 from steerlm_megatron.model.gpt import PackedGPTModel
+from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.runtime.collectives import sum_from_last_stage
-from steerlm_megatron.runtime.device import Stopwatch, device, dtype_of, has_cuda
+from steerlm_megatron.runtime.device import Stopwatch, dtype_of, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
 from steerlm_megatron.train.adam import ADAM_STEP, adam_step, allocate_adam, set_adam_step
 from steerlm_megatron.train.engine import Engine, StepResult
@@ -169,25 +169,17 @@ class MegatronEngine(Engine):
 
     def _forward(self, batches: Iterator[RowBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(batches)
-        packed = PackedTokens.from_cu_seqlens(batch.cu_seqlens, batch.positions_T)
-        packed.output_index_K = self.objective.output_index(batch)
-        labels = self.objective.labels(batch)
-        here = device()
-        output = model(
-            batch.tokens_T[None].to(here, non_blocking=True),
-            batch.positions_T[None].to(here, non_blocking=True),
-            None,
-            labels=None if labels is None else labels.to(here, non_blocking=True),
-            packed_seq_params=packed.to(here),
-        )
-        return output, partial(self._loss, batch)
+        here, packed = on_device(batch)
+        packed.output_index_K = self.objective.output_index(here)
+        labels = self.objective.labels(here)
+        output = model(here.tokens_T[None], here.positions_T[None], None, labels=labels, packed_seq_params=packed)
+        return output, partial(self._loss, here, self.objective.terms(batch))
 
     def _loss(
-        self, batch: RowBatch, output: torch.Tensor
+        self, batch: RowBatch, terms: int, output: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         total, sums_M = self.objective.loss(output, batch)
-        terms = torch.tensor(self.objective.terms(batch), dtype=torch.int, device=total.device)
-        return total, terms, {"sums": sums_M}
+        return total, torch.full((), terms, dtype=torch.int, device=total.device), {"sums": sums_M}
 
     def _run(self, batches: Sequence[RowBatch], forward_only: bool) -> torch.Tensor:
         """Sums of metrics of each of this data-parallel rank's micro-batches, float64 [B, M]; B = 0 but on the last

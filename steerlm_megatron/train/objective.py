@@ -1,8 +1,8 @@
 """What is minimised: language modelling on masked tokens, or regression of attribute values.
 
 Owns: which positions of a row produce output, the sums of losses over them, and their counts. Does not own: scaling;
-an objective
-returns sums and only engines divide, once, by the count of the whole global batch (DESIGN invariant 2).
+an objective returns sums and only engines divide, once, by the count of the whole global batch (DESIGN invariant 2).
+Batches are taken where they are, and nothing but :meth:`Objective.terms` reads a value on the host.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 
 from steerlm_megatron.data.collate import RowBatch
@@ -32,7 +33,7 @@ class Objective(ABC):
 
     @abstractmethod
     def terms(self, batch: RowBatch) -> int:
-        """How many terms the sum has: what the global batch's sum is divided by."""
+        """How many terms the sum has: what the global batch's sum is divided by. Of a batch on the host."""
 
     @abstractmethod
     def loss(self, output: torch.Tensor, batch: RowBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,17 +58,17 @@ class TokenObjective(Objective):
     metric_names = ("loss", "tokens")
 
     def output_index(self, batch: RowBatch) -> torch.Tensor:
-        return _at_least_one(batch.loss_mask_T.nonzero().squeeze(1))
+        return _at_least_one(batch.target_K)
 
     def labels(self, batch: RowBatch) -> torch.Tensor | None:
-        return batch.labels_T[self.output_index(batch)][None]
+        return batch.labels_T.index_select(0, self.output_index(batch))[None]
 
     def terms(self, batch: RowBatch) -> int:
         return int(batch.target_tokens)
 
     def loss(self, output: torch.Tensor, batch: RowBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        total = output.float().sum() if self.terms(batch) else output.float().sum() * 0.0
-        count = torch.full((), float(self.terms(batch)), dtype=torch.float64, device=total.device)
+        total = output.float().sum() if batch.target_tokens else output.float().sum() * 0.0
+        count = torch.full((), float(batch.target_tokens), dtype=torch.float64, device=total.device)
         return total, torch.stack([total.detach().double(), count])
 
     def means(self, sums_M: Sequence[float]) -> dict[str, float]:
@@ -96,19 +97,19 @@ class RegressionObjective(Objective):
         return None
 
     def terms(self, batch: RowBatch) -> int:
-        return int((~batch.values_PA.isnan()).sum())
+        return int(np.count_nonzero(~np.isnan(batch.values_PA.numpy())))
 
     def loss(self, output: torch.Tensor, batch: RowBatch) -> tuple[torch.Tensor, torch.Tensor]:
         predicted_PA = output.float().squeeze(0)
         if batch.pool_P.numel() == 0:
             empty_M = torch.zeros(len(self.metric_names), dtype=torch.float64, device=predicted_PA.device)
             return predicted_PA.sum() * 0.0, empty_M
-        values_PA = batch.values_PA.to(predicted_PA.device)
-        present_PA = ~values_PA.isnan()
-        error_PA = torch.where(present_PA, predicted_PA - values_PA.nan_to_num(), 0.0)
-        total = (error_PA.square() * self.weights_A.to(error_PA.device)).sum()
+        self.weights_A = self.weights_A.to(predicted_PA.device)  # once: it stays there
+        present_PA = ~batch.values_PA.isnan()
+        error_PA = torch.where(present_PA, predicted_PA - batch.values_PA.nan_to_num(), 0.0)
+        total = (error_PA.square() * self.weights_A).sum()
         detached = error_PA.detach().double()
-        count_A = present_PA.sum(0).double()
+        count_A = present_PA.sum(0, dtype=torch.float64)
         head = torch.stack([total.detach().double(), count_A.sum()])
         return total, torch.cat([head, detached.square().sum(0), detached.abs().sum(0), count_A])
 

@@ -83,6 +83,7 @@ def row(step: int, number: int) -> RowBatch:
         tokens_T=tokens,
         labels_T=torch.where(mask > 0, tokens.roll(-1), 0),
         loss_mask_T=mask,
+        target_K=mask.nonzero().squeeze(1),
         positions_T=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=cu.to(torch.int32),
         pool_P=pool,
@@ -99,6 +100,7 @@ def joined(rows: Sequence[RowBatch]) -> RowBatch:
     ends = [r.cu_seqlens[1:] + at for r, at in zip(rows, starts, strict=True)]
     return RowBatch(
         *(torch.cat([getattr(r, name) for r in rows]) for name in ("tokens_T", "labels_T", "loss_mask_T")),
+        torch.cat([r.target_K + at for r, at in zip(rows, starts, strict=True)]),
         torch.cat([r.positions_T for r in rows]),
         torch.cat([torch.zeros(1, dtype=torch.int32), *ends]),
         torch.cat([r.pool_P + at for r, at in zip(rows, starts, strict=True)]),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from helpers.engines import Case, bare, make, step_batches
 from megatron.core.tensor_parallel import layers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def test_weight_gradients_are_accumulated_by_the_matrix_product_where_apex_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,3 +42,37 @@ def test_one_data_parallel_rank_has_nothing_to_overlap() -> None:
     """Whatever was asked for."""
     engine = make(Case("sft", overlap=True))
     assert not engine.overlap_param_gather and engine.config.no_sync_func is None
+
+
+class _NoHostReads(TorchDispatchMode):
+    """Fails on operations whose result the host needs before it can go on: on a GPU each is a wait for the device.
+
+    What the host knows by itself is NumPy's here and passes by.
+    """
+
+    READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "repeat_interleave.Tensor")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        assert not any(name == read or name.startswith(f"{read}.") for read in self.READS), name
+        if name.startswith(("index.", "index_put")):
+            assert all(i is None or i.dtype is not torch.bool for i in args[1]), f"{name} by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", ["sft", "ap"])
+def test_a_micro_batch_reads_nothing_back_from_the_device(objective: str) -> None:
+    batches = step_batches(0)
+    expected = make(Case(objective)).train_step(batches).loss
+    engine = make(Case(objective))
+    (chunk,) = engine.chunks
+    sums = []
+    for batch in batches:
+        with _NoHostReads():
+            output, loss = engine._forward(iter([batch]), chunk)
+            total, _, found = loss(output)
+            total.backward()
+        sums.append(found["sums"])
+    assert engine.objective.means(torch.stack(sums).sum(0).tolist())["loss"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), _NoHostReads():
+        float(torch.ones(1) + 1)

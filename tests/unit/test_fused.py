@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from steerlm_megatron.model.attention import PackedTokens
-from steerlm_megatron.model.fused import SwiGLU, rms_norm, rotate
+from steerlm_megatron.model.fused import CompiledSwiGLU, SwiGLU, rms_norm, rotate
 
 
 def grown(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -53,3 +53,27 @@ def test_rope_turns_pairs_by_their_positions_angle(rotary_dim: int) -> None:
 def test_rope_tables_are_made_once_a_row() -> None:
     packed = PackedTokens.from_cu_seqlens(torch.tensor([0, 3], dtype=torch.int32), torch.arange(3))
     assert packed.rotary(8, 1e4, torch.float32)[0] is packed.rotary(8, 1e4, torch.float32)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_are_the_same_functions(dtype: torch.dtype) -> None:
+    """engine.compile: values and gradients, for a first and another number of tokens."""
+    for tokens in (6, 11):
+        x, both, heads = (grown(tokens, 1, 8), grown(tokens, 1, 12), grown(tokens, 2, 8))
+        angle = grown(tokens, 1, 3).detach()
+        cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+        for function, argument in (
+            (lambda a, compiled: rms_norm(a, torch.linspace(1, 2, 8).to(dtype), 1e-5, compiled), x),
+            (lambda a, compiled: (CompiledSwiGLU() if compiled else SwiGLU())(a), both),
+            (lambda a, compiled, c=cos, s=sin: rotate(a, c, s, compiled), heads),
+        ):
+            found = []
+            for compiled in (False, True):
+                leaf = argument.detach().to(dtype).requires_grad_()
+                out = function(leaf, compiled)
+                (out.float() * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+                assert leaf.grad is not None and out.dtype is dtype
+                found.append((out.detach(), leaf.grad))
+            tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+            for plain, kernel in zip(*found, strict=True):
+                torch.testing.assert_close(kernel, plain, rtol=tolerance, atol=tolerance)

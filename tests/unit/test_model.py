@@ -11,11 +11,14 @@ import torch
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.tensor_parallel import random as mcore_random
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.model import cross_entropy
 from steerlm_megatron.model.attention import PackedTokens, attend_sdpa, attention_backend
-from steerlm_megatron.model.gpt import build_model, global_names, padded_vocab_size, transformer_config
+from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
+from steerlm_megatron.model.gpt import LastLayer, build_model, global_names, padded_vocab_size, transformer_config
 from steerlm_megatron.model.norm import PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.observe.metrics import model_flops
@@ -200,6 +203,73 @@ def test_flops_count_the_parameters_that_tokens_meet(change: dict[str, Any], vie
     # 2 multiply-adds forward and 4 backward per parameter and token; causal attention sees half of each square.
     assert model_flops(expected, 2, 32, tokens=10, sum_squared_lengths=58.0) == 6 * expected * 10 + 6 * 2 * 32 * 58
     assert model_flops(expected, 2, 32, 10, 58.0, training=False) * 3 == model_flops(expected, 2, 32, 10, 58.0)
+
+
+def _packed(lengths: list[int], wanted: list[int] | None) -> PackedTokens:
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    packed = PackedTokens.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), positions)
+    packed.output_index_K = None if wanted is None else torch.tensor(wanted)
+    return packed
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_the_last_layer_computes_what_is_wanted_and_nothing_else(recompute: str, cpu: None) -> None:
+    """Outputs and gradients are those of a layer that computes everything."""
+    gpt = build_model(SMALL, ParallelConfig(), EngineConfig(recompute=recompute), 300, seed=2).train()
+    lengths, wanted = [5, 1, 9], [0, 4, 5, 13]
+    tokens, weight = torch.arange(15) * 7 % 300, torch.randn(4, 384, generator=torch.Generator().manual_seed(0))
+    layer = gpt.decoder.layers[-1]
+    assert isinstance(layer, LastLayer) and not isinstance(gpt.decoder.layers[0], LastLayer)
+    seen: list[int] = []
+    layer.mlp.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    found = {}
+    for name, index in {"part": wanted, "all": None}.items():
+        gpt.zero_grad()
+        packed = _packed(lengths, index)
+        out = gpt(tokens[None], packed.positions_T[None], None, packed_seq_params=packed)[0]
+        out = out if index else out[wanted]
+        (out * weight).sum().backward()
+        found[name] = [out.detach(), *(p.grad.clone() for p in gpt.parameters() if p.grad is not None)]
+    assert set(seen) == {4, 15} and len(found["part"]) == len(list(gpt.parameters())) + 1
+    for part, whole in zip(found["part"], found["all"], strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_is_torchs_without_a_float32_copy(
+    dtype: torch.dtype, cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "_CPU_BYTES", 4 * 50 * 3)  # three rows at a time, and the last ones two
+    g = torch.Generator().manual_seed(0)
+    weight_KV = (torch.randn(17, 50, generator=g) * 5).to(dtype)
+    weight_KV[3] = torch.tensor([-1e4] * 49 + [1e4])  # exp of neither is finite without taking out the largest
+    labels_K, scale_K = torch.randint(0, 50, (17,), generator=g), torch.rand(17, generator=g)
+    wide = weight_KV.clone().float().requires_grad_()
+    expected_K = F.cross_entropy(wide, labels_K, reduction="none")
+    (expected_K * scale_K).sum().backward()
+    leaf = weight_KV.clone().requires_grad_()
+    with _Largest() as largest:
+        losses_K = vocab_parallel_cross_entropy(leaf * 1, labels_K)
+        (losses_K * scale_K).sum().backward()
+    assert losses_K.dtype is torch.float32
+    torch.testing.assert_close(losses_K, expected_K, rtol=1e-6, atol=1e-5)
+    assert wide.grad is not None and leaf.grad is not None
+    close = {"rtol": 1e-5, "atol": 1e-7} if dtype is torch.float32 else {"rtol": 2**-8, "atol": 1e-7}
+    torch.testing.assert_close(leaf.grad.float(), wide.grad, **close)
+    if dtype is torch.bfloat16:
+        assert largest.float32 <= 3 * 50
+
+
+class _Largest(TorchDispatchMode):
+    """The elements of the largest float32 tensor that an operation gives."""
+
+    float32 = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype is torch.float32:
+            self.float32 = max(self.float32, out.numel())
+        return out
 
 
 def test_the_attention_backend_is_chosen_or_refused(cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
