@@ -29,6 +29,7 @@ from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.model.predict import predict_values
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.device import device, dtype_of
+from steerlm_megatron.stages.scoring import default_batch_tokens
 
 OURS = "steerlm_megatron"
 
@@ -62,9 +63,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of all documents, about")
     parser.add_argument("--longest", type=int, default=2048, help="longest document, in tokens")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="ours: annotate.batch_tokens")
+    parser.add_argument("--batch-tokens", type=int, default=default_batch_tokens(), help="ours: annotate.batch_tokens")
     parser.add_argument(
-        "--slots", type=int, nargs="+", default=[2048, 8192, 32768], help="the peer's batch sizes, in tokens"
+        "--slots", type=int, nargs="+", default=[1024, 2048, 8192], help="the peer's batch sizes, in tokens"
     )
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--shards", help="shard folder whose documents are taken; without it, log-normal lengths")

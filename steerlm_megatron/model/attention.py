@@ -217,6 +217,8 @@ def _varlen_function() -> Callable[..., torch.Tensor] | None:
     ) -> torch.Tensor:
         assert dropout == 0.0, "refused by attention_backend()"
         extra: dict[str, Any] = {"scale": scale} if has_scale else {}
+        if not has_scale:  # it scales by H^-1/2
+            q_TNH = q_TNH * (scale * q_TNH.shape[-1] ** 0.5)
         if q_TNH.shape[1] != k_TGH.shape[1]:
             if has_gqa:
                 extra["enable_gqa"] = True

@@ -97,7 +97,9 @@ def evaluate(here: Session) -> dict[str, Any]:
     return results
 
 
-def prediction_quality(ap: LoadedModel, records: list[Conversation], batch_tokens: int) -> dict[str, dict[str, float]]:
+def prediction_quality(
+    ap: LoadedModel, records: list[Conversation], batch_tokens: int | None
+) -> dict[str, dict[str, float]]:
     """MSE, MAE, Pearson, Spearman per attribute against human labels, beside the constant predictor's MSE.
 
     The constant is the training labels' mean, kept in the checkpoint. Turns of weight 0 are repeats and do not count.

@@ -19,6 +19,7 @@ from steerlm_megatron.data.packing import pack
 from steerlm_megatron.data.views import Sample, build_documents, make_sample
 from steerlm_megatron.model.predict import predict_values
 from steerlm_megatron.runtime.collectives import broadcast_in_replica, gather_objects
+from steerlm_megatron.runtime.device import has_cuda
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages.session import LoadedModel
 from steerlm_megatron.steer.records import Conversation
@@ -34,14 +35,21 @@ class _Piece:
     owners: list[tuple[int, int]]
 
 
-class Scorer:
-    """Values of every assistant turn. ``batch_tokens``: packed tokens of one forward pass."""
+def default_batch_tokens() -> int:
+    """On a CPU the activations of 2,048 tokens stay in its caches, and matrix products gain nothing from more
+    (benchmarks/annotate.md); a GPU is filled by more.
+    """
+    return 16384 if has_cuda() else 2048
 
-    def __init__(self, loaded: LoadedModel, batch_tokens: int) -> None:
+
+class Scorer:
+    """Values of every assistant turn. ``batch_tokens``: packed tokens of a forward pass; None: as suits the device."""
+
+    def __init__(self, loaded: LoadedModel, batch_tokens: int | None = None) -> None:
         assert loaded.schema is not None
         self.loaded, self.schema = loaded, loaded.schema
         self.max_tokens = loaded.model_config.max_position
-        self.batch_tokens = max(batch_tokens, 8)
+        self.batch_tokens = max(batch_tokens or default_batch_tokens(), 8)
         self.marker_id = loaded.tokenizer.control_id(loaded.template.label_marker)
         self.truncated_turns = 0
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 import torch.nn.functional as F
 from megatron.core.activations import squared_relu
 from megatron.core.tensor_parallel import random as mcore_random
@@ -279,6 +280,69 @@ def test_the_attention_backend_is_chosen_or_refused(cpu: None, monkeypatch: pyte
     assert attention_backend("sdpa", config) is attend_sdpa
     with pytest.raises(UserError, match="engine.attention=varlen.*use engine.attention=sdpa"):
         attention_backend("varlen", config)
+
+
+def _varlen(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, **kwargs: Any) -> Any:
+    """What torch documents of ``varlen_attn``, by its definition: one dense product, masked by document and order."""
+    assert q.dtype is torch.bfloat16 and cu_seq_q.dtype is torch.int32 and cu_seq_q is cu_seq_k
+    assert max_q == max_k == int((cu_seq_q[1:] - cu_seq_q[:-1]).max()) and type(max_q) is int
+    if kwargs.pop("enable_gqa", False):
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    assert q.shape == k.shape == v.shape, "heads of keys that differ need enable_gqa"
+    causal = kwargs.pop("is_causal", False) or kwargs.pop("window_size", (-1, -1)) == (-1, 0)
+    scale = kwargs.pop("scale", None) or q.shape[-1] ** -0.5
+    assert not kwargs
+    document = torch.repeat_interleave(torch.arange(len(cu_seq_q) - 1), (cu_seq_q[1:] - cu_seq_q[:-1]).long())
+    seen = document[:, None] == document
+    seen = seen & torch.ones_like(seen).tril() if causal else seen
+    scores = torch.einsum("qnh,knh->nqk", q.float(), k.float()) * scale
+    return torch.einsum("nqk,knh->qnh", scores.masked_fill(~seen, -torch.inf).softmax(-1), v.float()).to(q.dtype)
+
+
+def _varlen_2_10(
+    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, is_causal: bool = False
+) -> Any:
+    return _varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=is_causal)
+
+
+def _varlen_2_11(
+    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
+    scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+) -> Any:  # fmt: skip
+    return _varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+def _varlen_2_13(
+    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
+    scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+) -> Any:  # fmt: skip
+    return _varlen(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=enable_gqa
+    )
+
+
+@pytest.mark.parametrize("version", [_varlen_2_10, _varlen_2_11, _varlen_2_13])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_the_varlen_backend_asks_for_what_sdpa_computes(
+    version: Any, groups: int, cpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's kernel has no CPU form; its documented interface, in the three forms it had, stands in for it here."""
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", version)
+    config = transformer_config(SMALL, ParallelConfig(), EngineConfig(precision="bf16"))
+    with monkeypatch.context() as on_a_gpu:
+        on_a_gpu.setattr(torch.cuda, "is_available", lambda: True)
+        varlen = attention_backend("auto", config)
+    packed, g = _packed([5, 1, 700, 9], None), torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(715, heads, 8, generator=g).bfloat16() for heads in (4, groups, groups))
+    weight, found = torch.randn(715, 4, 8, generator=g), []
+    for attend in (varlen, attend_sdpa):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves, packed, 0.3)
+        (out.float() * weight).sum().backward()
+        found.append([out.detach().float(), *(leaf.grad.float() for leaf in leaves if leaf.grad is not None)])
+    assert varlen is not attend_sdpa and len(found[0]) == len(found[1]) == 4
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.02  # bf16
 
 
 def test_megatron_core_is_patched_once(cpu: None) -> None:
