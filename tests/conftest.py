@@ -31,12 +31,19 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)  # said aloud: a forked child may still hold the file open
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """All tests but those marked ``gpu`` are of the CPU path, on a machine with GPUs too; these run with ``-m gpu``."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skips ``gpu`` tests where there is no GPU. Torch is imported only if there are any."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items:
         import torch
 
         if not torch.cuda.is_available():
+            reason = "torch finds none" if config.option.markexpr == "gpu" else "run them with: pytest -m gpu"
             for item in gpu_items:
-                item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch finds none"))
+                item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU; {reason}"))

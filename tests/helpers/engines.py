@@ -162,7 +162,8 @@ def build(case: Case, seed: int = 5) -> list[PackedGPTModel]:
 def fill_head(chunk: PackedGPTModel, scale: float = 0.1, bias: float = 2.0) -> None:
     """Weights and a bias that are the same at every layout."""
     head = chunk.output_layer.regression
-    head.weight.data.normal_(0.0, scale, generator=torch.Generator().manual_seed(9))
+    drawn = torch.empty(head.weight.shape).normal_(0.0, scale, generator=torch.Generator().manual_seed(9))
+    head.weight.data.copy_(drawn)
     head.bias.data.fill_(bias)
 
 

@@ -1,0 +1,78 @@
+"""What the CPU cannot show of the GPU path: torch's varlen kernel, the same mathematics, nothing waited for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers.engines import MODEL, OPTIM, Case, build, documents, make, row, shards, step_batches, unsplit
+from helpers.reference import Trainer
+
+from steerlm_megatron.config.schema import EngineConfig, ParallelConfig
+from steerlm_megatron.model.attention import PackedTokens, attend_sdpa, attention_backend
+from steerlm_megatron.model.gpt import transformer_config
+from steerlm_megatron.runtime import parallel
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_the_varlen_kernel_keeps_documents_apart(groups: int) -> None:
+    """Outputs and gradients of the kernel are those of SDPA over each document, to bf16's rounding."""
+    lengths, g = [5, 1, 700, 64, 9, 300], torch.Generator().manual_seed(0)
+    positions = torch.cat([torch.arange(length) for length in lengths]).cuda()
+    packed = PackedTokens.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), positions)
+    assert packed.cu_seqlens is not None
+    packed.cu_seqlens = packed.cu_seqlens.cuda()
+    varlen = attention_backend("varlen", transformer_config(MODEL, ParallelConfig(), EngineConfig(precision="bf16")))
+    total = sum(lengths)
+    q, k, v = (torch.randn(total, heads, 64, generator=g).cuda().bfloat16() for heads in (4, groups, groups))
+    weight, found = torch.randn(total, 4, 64, generator=g).cuda(), []
+    for attend in (varlen, attend_sdpa):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*leaves, packed, 0.125)
+        (out.float() * weight).sum().backward()
+        found.append([out.detach().float(), *(leaf.grad.float() for leaf in leaves if leaf.grad is not None)])
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.02
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """float32 products, not TF32 ones."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("objective", ["sft", "ap"])
+def test_training_on_the_gpu_is_the_references(objective: str, exact: None) -> None:
+    """As tests/parity asks of every layout on the CPU: fp32, five steps, 1e-5 (kernels compiled, as is the default)."""
+    case = Case(objective)
+    parallel.initialize(case.layout, 5)
+    start = {name: p.cpu().double() for name, p in unsplit([shards(build(case))]).items()}
+    weights_A = torch.tensor([1.0, 2.0, 1.0])
+    reference = Trainer(dict(start), case.model, OPTIM[objective], 8, weights_A)
+    expected = [reference.train_step(documents([row(step, i) for i in range(4)])) for step in range(5)]
+    engine = make(case)
+    found = [engine.train_step(step_batches(step)) for step in range(5)]
+    assert [r.loss for r in found] == pytest.approx([loss for loss, _ in expected], abs=1e-5)
+    params = unsplit([shards([chunk.module for chunk in engine.chunks])])
+    assert max(float((p.cpu() - reference.params[name]).abs().max()) for name, p in params.items()) <= 1e-5
+
+
+@pytest.mark.parametrize("objective", ["sft", "ap"])
+def test_a_micro_batch_never_waits_for_the_device(objective: str) -> None:
+    engine = make(Case(objective))
+    (chunk,) = engine.chunks
+    batches = [batch.pin() for batch in step_batches(0)]
+    engine.train_step(batches)  # compiles, and fills caches
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            output, loss = engine._forward(iter([batch]), chunk)
+            loss(output)[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
