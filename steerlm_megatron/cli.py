@@ -9,6 +9,7 @@ a fault.
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import importlib
 import os
@@ -221,6 +222,23 @@ def _launch_again(ranks: int, arguments: list[str], max_restarts: int) -> int:
     raise AssertionError("the loop returns")
 
 
+_LAUNCHER = "STEERLM_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def _end_with_launcher() -> None:
+    """A rank that steerlm started gets SIGTERM when its launcher is gone (kill -9): it saves and stops, as when asked.
+
+    Without it, ranks would go on unseen, and hold what a new start needs.
+    """
+    launcher = os.environ.get(_LAUNCHER)
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(launcher):  # gone before that
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _launch(ranks: int, arguments: list[str]) -> int:
     """Start ``ranks`` processes of this command on this host with torchrun's agent. Returns the first failing rank's
     exit code.
@@ -236,6 +254,7 @@ def _launch(ranks: int, arguments: list[str]) -> int:
             child.send_signal(number)
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ[_LAUNCHER] = str(os.getpid())
     signal.signal(signal.SIGUSR1, pass_on)  # SIGTERM and SIGINT are passed on by the agent itself
     config = LaunchConfig(
         min_nodes=1,
@@ -298,6 +317,7 @@ def _hydra(command: str, arguments: list[str], conf: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``steerlm`` script and of ``python -m steerlm_megatron``. Ends through ``SystemExit``."""
+    _end_with_launcher()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())

@@ -2,12 +2,13 @@
 
 Owns: ``config.yaml command.txt env.json summary.json`` and the rule that a complete run is not overwritten. Does not
 own: ``metrics.jsonl`` (``metrics.py``), ``log/`` (``log.py``), ``checkpoints/`` (``train``).
-Invariant: each of these files is whole or absent, and ``summary.json`` says ``complete`` only after everything else
-is written.
+Invariants: each of these files is whole or absent, and ``summary.json`` says ``complete`` only after everything else
+is written; one run at a time works in a folder.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
@@ -25,7 +26,7 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from steerlm_megatron.errors import UserError
 
@@ -213,6 +214,42 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+LOCK = ".lock"  # in the folder while a run works there: who it is, and the lock that goes with its process
+_held: dict[Path, IO[str]] = {}  # of this process, which may open a folder again
+
+
+def _lock(folder: Path) -> None:
+    """Take the folder for this process, until :func:`_unlock` or its end, however that comes. ``UserError``: another
+    process has it.
+    """
+    if folder.resolve() in _held:
+        return
+    file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise UserError(
+            f"run_dir={folder} is in use by {owner}; wait for its end or stop it, or choose another run_dir"
+        ) from None
+    except OSError:  # a file system without locks
+        file.close()
+        return
+    file.truncate(0)
+    file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    _held[folder.resolve()] = file
+
+
+def _unlock(folder: Path) -> None:
+    file = _held.pop(folder.resolve(), None)
+    if file is not None:
+        file.truncate(0)  # the file stays: were it removed, two that have it open could lock one each
+        file.close()
+
+
 class RunFolder:
     """One run's folder. Every rank may hold one; only rank 0 writes.
 
@@ -240,6 +277,11 @@ class RunFolder:
             return
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir={self.path} is a file; give a folder, existing or new")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _lock(self.path)
+        except OSError as error:
+            raise UserError(f"run_dir={self.path} cannot be written: {error.strerror}") from error
         earlier = read_summary(self.path)
         if earlier is not None and earlier.get("status") == "complete":
             if not overwrite:
@@ -251,10 +293,6 @@ class RunFolder:
             earlier = None
         self.resumed = earlier is not None
         self._attempts = int((earlier or {}).get("attempts", 0)) + 1
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run_dir={self.path} cannot be created: {error.strerror}") from error
 
     def _remove_own_entries(self) -> None:
         # The summary goes first: whatever interrupts the removal, the folder no longer claims to be complete.
@@ -309,6 +347,8 @@ class RunFolder:
         if error is not None:
             self._summary["error"] = error
         self._write()
+        if self.rank == 0:
+            _unlock(self.path)
 
     def _write(self) -> None:
         if self.rank == 0:

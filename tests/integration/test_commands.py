@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -217,6 +218,31 @@ def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> Non
     finally:
         kill(server)
     assert not any("Traceback" in line for line in lines), "".join(lines)
+
+
+def test_one_run_works_in_a_folder_and_ranks_end_with_their_launcher(work: Path) -> None:
+    """A launcher killed with 9 leaves no ranks behind: they save and stop. Meanwhile nobody else writes there."""
+    command = ("train_sft", *ONE_STEP, "train.steps=100000", "run_dir=shared", "parallel.data=2")
+    launcher = start(*command, cwd=work)
+    try:
+        _wait_for(lambda: (work / "shared/metrics.jsonl").exists() and len(losses(work / "shared")) > 2, 60)
+        refused = steerlm(*command[:-1], cwd=work, code=2).stderr
+        assert "run_dir=shared is in use by pid" in refused and "Traceback" not in refused
+        ranks = psutil.Process(launcher.pid).children(recursive=True)
+        launcher.kill()
+        launcher.wait()
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert not alive
+        assert summary(work / "shared")["status"] == "interrupted" and list(work.glob("shared/checkpoints/step_*"))
+    finally:
+        kill(launcher)
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
 def test_a_rank_killed_with_9_is_started_again(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,20 @@ from steerlm_megatron.observe.runfolder import (
     read_summary,
     write_json_atomic,
 )
+
+
+def test_a_folder_belongs_to_one_process_until_its_run_ends(tmp_path: Path) -> None:
+    code = f"from steerlm_megatron.observe.runfolder import RunFolder; RunFolder({str(tmp_path)!r}, 'x').start()"
+
+    def other() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False)
+
+    with RunFolder(tmp_path, "train_sft").start():
+        RunFolder(tmp_path, "train_sft")  # of this process: it may
+        assert f"is in use by pid {os.getpid()} on " in other().stderr
+    (tmp_path / "summary.json").unlink()
+    assert other().returncode == 0, "which ended without a word, and holds nothing"
+    assert RunFolder(tmp_path, "train_sft").resumed
 
 
 def test_a_run_from_start_to_end(tmp_path: Path) -> None:
