@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import difflib
 import importlib
+import logging
 import os
 import re
 import signal
@@ -253,6 +254,8 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         for child in psutil.Process().children():
             child.send_signal(number)
 
+    # How a rank ended is told by its own lines, the exit code and, after a fault, below.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ[_LAUNCHER] = str(os.getpid())
     signal.signal(signal.SIGUSR1, pass_on)  # SIGTERM and SIGINT are passed on by the agent itself
