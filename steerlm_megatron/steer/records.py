@@ -3,7 +3,8 @@
 ``{"id": "…", "messages": [{"role": "system|user|assistant", "content": "…", "attributes": {"quality": 6.75},
 "weight": 1}], "source": "…"}``. ``attributes`` are floats on the schema's scale, on assistant messages only; absent or
 partial is fine, and a null value is an absent one. ``weight`` is 0 or 1 on assistant messages, as in OpenAI's
-fine-tuning format: 0 is context only. Unknown keys of a record and of a message are kept and written back.
+fine-tuning format: 0 is context only. Of OpenAI's variants, ``developer`` is ``system`` and content in parts of text is
+their text; tools are refused. Unknown keys of a record and of a message are kept and written back.
 
 Owns: the record's shape and its checks, reading line by line, writing. Does not own: prompt text (``templates.py``).
 
@@ -306,6 +307,9 @@ def from_json(
         UserError: naming ``where``, the value, the rule.
     """
     raw = data.get("messages")
+    if raw is None:
+        keys = " ".join(data) or "none"
+        raise UserError(f"{where}: the row has no list 'messages' (its keys: {keys}); set data.source or data.map")
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{where}: messages={_brief(raw)} must be a list of at least one message")
     messages = tuple([_message(item, where, index, schema) for index, item in enumerate(raw)])
@@ -338,9 +342,9 @@ def _message(item: Any, where: str, index: int, schema: AttributeSchema | None) 
         raise UserError(f"{where}: messages[{index}]={_brief(item)} must be an object with role and content")
     role, content = item.get("role"), item.get("content")
     if role not in _ROLES:
-        raise UserError(f"{where}: messages[{index}].role={_brief(role)}; legal: {' '.join(_ROLES)}")
+        role = _other_role(role, f"{where}: messages[{index}]")
     if not isinstance(content, str):
-        raise UserError(f"{where}: messages[{index}].content={_brief(content)} must be a string of text")
+        content = _joined_parts(item, f"{where}: messages[{index}]")
     if not content.isascii():
         try:
             content.encode()
@@ -350,6 +354,8 @@ def _message(item: Any, where: str, index: int, schema: AttributeSchema | None) 
             ) from error
     attributes, weight = item.get("attributes"), item.get("weight")
     extra = {} if item.keys() <= _MESSAGE_KEYS else {k: v for k, v in item.items() if k not in _MESSAGE_KEYS}
+    if extra and extra.get("tool_calls"):
+        raise UserError(f"{where}: messages[{index}] {_TOOL}")
     if role != "assistant":
         if attributes or weight is not None:
             key = "attributes" if attributes else "weight"
@@ -362,6 +368,30 @@ def _message(item: Any, where: str, index: int, schema: AttributeSchema | None) 
     if attributes is not None:
         attributes = _attributes(attributes, f"{where}: messages[{index}].attributes", schema)
     return Message(role, content, attributes, int(weight), extra)
+
+
+_TOOL = "calls or is a tool; only system, user and assistant text can be trained on"
+
+
+def _other_role(role: Any, where: str) -> str:
+    """OpenAI's other roles: ``developer`` is ``system``; tools are not text."""
+    if role == "developer":
+        return "system"
+    if role in ("tool", "function"):
+        raise UserError(f"{where} {_TOOL}")
+    raise UserError(f"{where}.role={_brief(role)}; legal: {' '.join(_ROLES)}")
+
+
+def _joined_parts(item: Mapping[str, Any], where: str) -> str:
+    """The text of OpenAI's content in parts (``[{"type": "text", "text": "…"}]``)."""
+    parts = item.get("content")
+    if parts is None and item.get("tool_calls"):
+        raise UserError(f"{where} {_TOOL}")
+    if not isinstance(parts, list) or not parts:
+        raise UserError(f"{where}.content={_brief(parts)} must be a string of text")
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise UserError(f"{where}.content={_brief(parts)} has a part that is no text; only text can be trained on")
+    return "".join(part["text"] for part in parts)
 
 
 def _attributes(data: Any, where: str, schema: AttributeSchema | None) -> dict[str, float] | None:

@@ -108,6 +108,12 @@ def test_lenient_where_nothing_is_lost(tmp_path: Path) -> None:
     assert from_json(reply(attributes={"other": 500}), "f:1", AttributeSchema("none", (), 9)).messages[1].attributes
 
 
+def test_openais_variants_are_read_as_they_are() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    read = from_json(record(("developer", "S"), ("user", parts), ("assistant", parts[:1])), "f:1")
+    assert [(m.role, m.content) for m in read.messages] == [("system", "S"), ("user", "ab"), ("assistant", "a")]
+
+
 def test_several_files_and_globs(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl.gz"):
         write_records(tmp_path / name, [Conversation(name, (Message("user", "q"), Message("assistant", "r")))])
@@ -123,12 +129,16 @@ def test_several_files_and_globs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        ({"id": "x"}, "messages=None must be a list"),
+        ({"id": "x"}, r"no list 'messages' \(its keys: id\); set data.source or data.map"),
         ({"messages": []}, "at least one message"),
         ({"messages": ["hi"]}, r"messages\[0\]='hi' must be an object"),
         (record(("human", "q")), "role='human'; legal: system user assistant"),
         (record(("user", None)), r"messages\[0\].content=None must be a string"),
-        (record(("user", [{"type": "text"}])), "must be a string"),
+        (record(("user", [{"type": "text"}])), "has a part that is no text"),
+        (record(("user", [])), "must be a string"),
+        (record(("user", "q"), ("tool", "4")), r"messages\[1\] calls or is a tool"),
+        (reply(tool_calls=[{"id": "1"}]), r"messages\[1\] calls or is a tool"),
+        (reply(content=None, tool_calls=[{"id": "1"}]), r"messages\[1\] calls or is a tool"),
         (record(("user", "q")), "no response"),
         (record(("user", "q"), ("assistant", " \n")), "no response"),
         (record(("assistant", "r")), "begins with an assistant"),

@@ -226,7 +226,7 @@ def test_openai_messages(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=rf"rows\.jsonl:1: messages\[0\].*{message}"):
             run(tmp_path, "messages", [{"messages": [wrong]}])
-    with pytest.raises(UserError, match="no list 'messages' .its keys: a b.; set data.map"):
+    with pytest.raises(UserError, match="no list 'messages' .its keys: a b.; set data.source or data.map"):
         run(tmp_path, "messages", [{"a": 1, "b": 2}])
 
 
