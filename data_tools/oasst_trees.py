@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_tools.rows import read_file
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, is_number
-from steerlm_megatron.steer.records import OnError, Rejected, expand_paths, read_json_lines, reject
+from steerlm_megatron.steer.records import OnError, Rejected, expand_paths, reject
 
 _ROLES = {"prompter": "user", "user": "user", "assistant": "assistant"}
 
@@ -43,7 +44,7 @@ def read_trees(
     flat: dict[str, Node] = {}
     for path in expand_paths(inputs):
         nested: bool | None = None
-        for where, row in read_json_lines(path, on_error, rejected):
+        for where, row in read_file(path, on_error, rejected):
             try:
                 if nested is None:
                     nested = _is_nested(row, where)

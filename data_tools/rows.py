@@ -27,8 +27,13 @@ def read_files(inputs: Sequence[str], on_error: OnError, rejected: Rejected | No
         UserError: as ``read_json_lines``; in an array also a torn end and what stands between the elements.
     """
     for path in expand_paths(inputs):
-        read = _read_array if is_array(path) else read_json_lines
-        yield from read(path, on_error, rejected)
+        yield from read_file(path, on_error, rejected)
+
+
+def read_file(path: str, on_error: OnError, rejected: Rejected | None) -> Iterator[tuple[str, Row]]:
+    """As ``read_files``, of one."""
+    read = _read_array if is_array(path) else read_json_lines
+    yield from read(path, on_error, rejected)
 
 
 def is_array(path: str) -> bool:

@@ -117,6 +117,12 @@ def test_flat_in_any_order_equals_nested(tmp_path: Path) -> None:
     assert {c.id for c in run(halves)[0]} == {c.id for c in nested}  # a parent may stand in another file
 
 
+def test_json_arrays_equal_lines(tmp_path: Path) -> None:
+    for rows in ([tree("u1", FORK)], flatten(FORK)):
+        (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
+        assert run(str(tmp_path / "array.json")) == run(save(tmp_path / "lines.jsonl", rows))
+
+
 def test_flat_orphans_and_cycles(tmp_path: Path) -> None:
     rows = flatten(node("u1", node("a1")))
     rows += flatten(node("a2", node("u3", node("a3"))), parent="nowhere")
