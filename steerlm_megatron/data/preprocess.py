@@ -51,6 +51,7 @@ def preprocess(
     data: DataConfig,
     progress: Progress | None = None,
     overwrite: bool = True,
+    converted: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write ``output_dir/<split>`` for every split of ``inputs`` (split name → record files), and sum up.
 
@@ -62,6 +63,7 @@ def preprocess(
     What the same inputs and settings gave is left as it is; what others gave is replaced, or refused without
     ``overwrite``.
 
+    ``converted``: of what, and how, the record files were made; the manifests keep it.
     ``progress(done, total)``: records read, and an estimate of all (lines of the files).
     Returns ``{"in", "out", "skipped": {reason: n}, "splits": {split: counts}}`` with in = out + skipped; reasons are
     ``rejected`` (malformed, or of an id that occurred before in its split, under ``data.on_error=skip``; see
@@ -69,7 +71,7 @@ def preprocess(
     ``no_target`` (no trained token and no labelled response). Errors: ``UserError`` as from ``read_records``; an id
     that occurred before; nothing left in a split (all tokens are masked); the folder cannot be written.
     """
-    run = _Run(inputs, Path(output_dir), tokenizer, schema, template, data, progress, overwrite)
+    run = _Run(inputs, Path(output_dir), tokenizer, schema, template, data, progress, overwrite, converted)
     try:
         return run.run()
     except OSError as error:
@@ -99,6 +101,7 @@ class _Run:
         data: DataConfig,
         progress: Progress | None,
         overwrite: bool,
+        converted: Mapping[str, Any] | None,
     ) -> None:
         if not inputs:
             raise UserError("data.input is empty; name at least one record file")
@@ -110,6 +113,7 @@ class _Run:
         self.deal = set(self.files) == {"train"} and data.valid_fraction > 0
         self.splits = ["train", "valid"] if self.deal else list(self.files)
         self.output_dir, self.data, self.progress, self.overwrite = output_dir, data, progress, overwrite
+        self.converted = json.loads(json.dumps(converted))  # as a manifest gives it back
         fraction = data.valid_fraction if self.deal else 0.0
         self.job = Job(
             tokenizer, schema, template, data.on_error, fraction, data.split_seed, data.control_strings
@@ -146,7 +150,9 @@ class _Run:
             for split, writer in writers.items():
                 if writer.documents:
                     described = sources.get(split) or sources["train"]
-                    manifests[split] = writer.finish(counted[split], described, self._policies(split), run)
+                    manifests[split] = writer.finish(
+                        counted[split], described, self._policies(split), run, self.converted
+                    )
             # Train comes last: where it stands, all else stands too.
             self._keep_rejected(rejected_file, rejected_path)
             for split in sorted(self.splits, key=lambda split: split == "train"):
@@ -208,7 +214,9 @@ class _Run:
         for before, now in zip(manifest["sources"], sources, strict=False):
             if before != now:
                 return f"from {before['name']}, whose contents have changed since (or another file is in its place)"
-        return "" if len(manifest["sources"]) == len(sources) else "from another number of files"
+        if len(manifest["sources"]) != len(sources):
+            return "from another number of files"
+        return "" if manifest.get("converted") == self.converted else "of records that were converted from other files"
 
     # -- the work -----------------------------------------------------------------------------------------------------
 

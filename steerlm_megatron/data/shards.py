@@ -156,12 +156,13 @@ class ShardWriter:
         sources: list[dict[str, Any]],
         policies: Mapping[str, Any] | None = None,
         run: Mapping[str, Any] | None = None,
+        converted: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Finish the last shard and write the manifest, which is returned; the folder is not in its place yet.
 
         ``counts``: what became of the input (``in``, ``out``, ``skipped`` by reason). ``sources``: name and hash each.
         ``policies``: what was decided about doubtful input, and how often it was met. ``run``: by what a later run
-        knows that it would write the same.
+        knows that it would write the same. ``converted``: what the sources were converted from, and its counts.
         """
         if self._bin is not None:
             self._close_shard()
@@ -182,6 +183,7 @@ class ShardWriter:
             "run": dict(run or {}),
             "labels": {"sum": self._label_sum.tolist(), "count": self._label_count.tolist()},
             "sources": sources,
+            "converted": dict(converted) if converted else None,
             "files": {name: _describe(self._work / name) for name in self._tokenizer.files},
             "shards": self._shards,
         }
