@@ -108,7 +108,7 @@ def convert(
     """Convert files of one source into ``train.jsonl.zst`` and ``valid.jsonl.zst`` in ``output_dir``.
 
     Without a validation set there is no ``valid.jsonl.zst`` (one of an earlier run is removed). Under ``on_error=skip``
-    all rejected lines are written to ``rejected.jsonl`` (``where``, ``reason``).
+    all rejected lines are written to ``rejected.jsonl`` (``where``, ``reason``, ``line``).
 
     Args:
         source: a key of ``SOURCES``.

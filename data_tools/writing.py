@@ -9,10 +9,22 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from steerlm_megatron.steer.records import Conversation, Rejected, from_json, to_json, write_records
+from data_tools.rows import is_array
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.records import (
+    Conversation,
+    Rejected,
+    from_json,
+    raw_lines,
+    rejected_json,
+    to_json,
+    write_records,
+)
 
 REJECTED_FILE = "rejected.jsonl"
 _PROGRESS_EVERY = 200
@@ -68,14 +80,24 @@ def write_splits(output_dir: str, stream: Iterable[tuple[str, Conversation]]) ->
 
 
 def keep_rejected(output_dir: str, rejected: Rejected) -> None:
+    """Write ``rejected.jsonl``: where, why, and the line itself, for which the files are read again."""
     target = Path(output_dir, REJECTED_FILE)
     if not rejected:
         target.unlink(missing_ok=True)
         return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        for where, reason in rejected:
-            file.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
+        for path, entries in groupby(rejected, key=lambda entry: entry[0].rpartition(":")[0]):
+            lines = _lines(path)
+            for where, reason in entries:
+                file.write(rejected_json(where, reason, next((line for here, line in lines if here == where), None)))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, target)
+
+
+def _lines(path: str) -> Iterator[tuple[str, bytes]]:
+    """The lines of a file, to its end or where it is damaged; none of what has no lines: an array, a hub's data set."""
+    if os.path.isfile(path) and not is_array(path):
+        with suppress(UserError):
+            yield from raw_lines(path)

@@ -293,6 +293,9 @@ def make_shards(
     """
     data = config.data if splits.get("valid", True) else dataclasses.replace(config.data, valid_fraction=0.0)
     splits = {split: files for split, files in splits.items() if files}
+    before = None  # what the converter rejected, beside its records
+    if converted and converted.get("rejected_lines"):
+        before = Path(splits["train"][0]).with_name(REJECTED_FILE)
     tokenizer = make_tokenizer(config, list(splits["train"]))
     with Progress(None, "preprocess", unit="record") as bar, StopRequest() as stop:
 
@@ -313,6 +316,7 @@ def make_shards(
                 progress=show,
                 overwrite=overwrite,
                 converted=_converted(converted or {}),
+                rejected_before=before,
             )
         except UserError as error:
             if stop.requested:  # the signal went to the processes that tokenise, too

@@ -200,6 +200,14 @@ def reject(error: UserError, on_error: OnError, rejected: Rejected | None) -> No
         rejected.append((match[1], match[2]))
 
 
+def rejected_json(where: str, reason: str, line: bytes | None) -> str:
+    """A line of ``rejected.jsonl``; ``line``: what was rejected, None where it cannot be told (what is no UTF-8: �)."""
+    entry = {"where": where, "reason": reason}
+    if line is not None:
+        entry["line"] = line.decode("utf-8", "replace").rstrip("\r\n")
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
 class _ZstdReader(io.RawIOBase):
     """Decompresses a ``.zst`` file of one or more frames; refuses a cut-off one, unlike zstandard's own reader."""
 

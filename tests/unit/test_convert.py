@@ -85,6 +85,7 @@ def test_on_error_skip_collects_every_bad_line(tmp_path: Path) -> None:
     for line, words in zip(lines, ("malformed", "object", "NaN", "begins with", "no response", "outside 0..4", "UTF-8",
                                    "torn last line"), strict=True):  # fmt: skip
         assert words in line["reason"]
+    assert [line["line"] for line in lines] == [*bad, '{"id": "\ufffd"}', '{"messages": [{"ro']
     assert (
         report["rejected_lines"] == 8 and report["skipped"]["conversations"] == {"rejected": 8} and report["out"] == 2
     )

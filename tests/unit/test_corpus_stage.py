@@ -222,3 +222,16 @@ def test_what_a_killed_conversion_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "out" / ".train.jsonl.zst.4711.tmp").write_bytes(b"torn")
     collect_records(cfg, tmp_path / "out")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["source.json", "train.jsonl.zst"]
+
+
+def test_all_rejected_lines_stand_beside_the_shards(tmp_path: Path) -> None:
+    good = {"chosen": "\n\nHuman: q\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    held = {"chosen": "\n\nHuman: <extra_id_1>\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    path = write(tmp_path / "pairs.jsonl", good, {"chosen": 5}, held)
+    cfg = config(source="hh_rlhf", input=path, valid_fraction=0, on_error="skip", control_strings="reject")
+    cfg.tokenizer.path = "bytes"
+    for _ in range(2):  # the second time nothing is done
+        made(cfg, tmp_path / "out")
+        lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+        assert [line["where"] for line in lines][0] == f"{path}:2" and lines[0]["line"] == '{"chosen": 5}'
+        assert len(lines) == 2 and "control string" in lines[1]["reason"]
