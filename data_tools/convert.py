@@ -261,10 +261,7 @@ def _convert_oasst(
     def kept(
         report: dict[str, Any], sieve: Sieve, rejected: Rejected | None = None
     ) -> Iterator[tuple[str, Conversation]]:
-        for tree, conversation in oasst.read(inputs, schema, options.paths, languages, report, mode, rejected):
-            taken = sieve.take(conversation)
-            if taken is not None:
-                yield tree, taken
+        yield from oasst.read(inputs, schema, options.paths, languages, report, mode, rejected, sieve.take)
 
     report, sieve = oasst.new_report(), Sieve(filters, schema, once=False)
     first = counted(kept(report, sieve, rejected), progress, lambda: report["paths"])

@@ -29,7 +29,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def read(
     report: dict[str, Any],
     on_error: OnError = "error",
     rejected: Rejected | None = None,
+    take: Callable[[Conversation], Conversation | None] = lambda conversation: conversation,
 ) -> Iterator[tuple[str, Conversation]]:
     """``(tree id, conversation)``, streamed: nested files in the order given, then the trees of the flat files.
 
@@ -82,6 +83,7 @@ def read(
         report: from ``new_report``; filled on the way.
         on_error: ``skip`` puts a malformed line into ``rejected`` and goes on.
         rejected: receives ``("file:line", reason)``.
+        take: what becomes of a path; None leaves it out, and its replies are trained in the next one that has them.
 
     Raises:
         UserError: a malformed line, naming ``file:line``; a file of neither kind.
@@ -99,7 +101,13 @@ def read(
         found = False
         for path in _conversation_paths(kept, paths == "leaf", report):
             found = True
-            yield tree_id, _conversation(path, tree_id, paths == "leaf", report)
+            new = [node for node in path if not node.done]
+            taken = take(_conversation(path, tree_id, paths == "leaf", report))
+            if taken is not None:
+                yield tree_id, taken
+                continue
+            for node in new:
+                node.done = False
         if found:
             report["trees_used"] += 1
         else:
@@ -183,14 +191,15 @@ def _conversation(path: list[Node], tree_id: str, every_leaf: bool, report: dict
     messages: list[Message] = []
     for node in path:
         weight = 1
-        if not node.done:
-            node.done = True
+        if not node.used:
+            node.used = True
             report["messages_used"] += 1
             if node.is_reply:
                 report["replies"] += 1
                 report["labelled_replies"] += node.attributes is not None
-        elif node.is_reply and not every_leaf:
+        if node.done and node.is_reply and not every_leaf:
             weight = 0
+        node.done = True
         if node.is_reply:
             report["trained_replies" if weight else "repeated_replies_avoided"] += 1
         messages.append(Message("assistant" if node.is_reply else "user", node.text, node.attributes, weight))

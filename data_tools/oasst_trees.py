@@ -34,7 +34,8 @@ class Node:
     parent: Node | None = None
     children: list[Node] = field(default_factory=list)
     answered: bool = False  # an assistant message stands below it
-    done: bool = False  # it stands in an earlier path
+    used: bool = False  # it stands in an earlier path
+    done: bool = False  # in one that was taken
 
 
 def read_trees(

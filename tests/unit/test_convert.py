@@ -205,6 +205,23 @@ def test_oasst_with_filters(tmp_path: Path) -> None:
             assert kept and all(m.attributes is not None and m.attributes["quality"] >= 6 for m in kept)
 
 
+def test_a_reply_of_a_filtered_path_is_trained_in_the_next_one(tmp_path: Path) -> None:
+    def said(name: str, role: str, *replies: Any, text: str = "") -> dict[str, Any]:
+        return {"message_id": name, "role": role, "text": text or name, "replies": list(replies)}
+
+    long = said("u2", "prompter", said("a2", "assistant", text="long " * 50))
+    short = said("u3", "prompter", said("a3", "assistant"), said("a4", "assistant"))
+    prompt = said("u1", "prompter", said("a1", "assistant", long, short))
+    path = save(tmp_path / "trees.jsonl", [{"message_tree_id": "u1", "prompt": prompt}])
+    options = Options(filters=Filters(max_chars=100), valid_fraction=0.0)
+    report = convert("oasst", [path], str(tmp_path / "out"), oasst.OASST, options)
+    check_sums(report)
+    found = [[m.content for m in c.messages if m.weight] for c in read_records(report["train"]["file"])]
+    assert found == [["u1", "a1", "u3", "a3"], ["u1", "u3", "a4"]]
+    assert report["skipped"]["conversations"] == {"too_long": 1} and report["replies"] == 4
+    assert report["trained_replies"] == 3 and report["filtered_replies"] == 2
+
+
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save(tmp_path / "in.jsonl", [rated("Hi?", "Hello.", 3, 4, 4, 0, 1, lang="en")])
     arguments = ["helpsteer", path, "--output", str(tmp_path / "out"), "--valid-fraction", "0"]
