@@ -280,7 +280,7 @@ def _convert_oasst(
         "context_replies": 0,
         "filtered_replies": report["trained_replies"] - counts["trained_replies"],
         "languages": dict(report["languages"].most_common()),
-        "notes": {},
+        "notes": dict(sorted(report["notes"].items())),
         "skipped": {unit: dict(reasons.most_common()) for unit, reasons in skipped.items()},
     }
     report["skipped"]["conversations"] = report["skipped"]["paths"]

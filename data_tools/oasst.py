@@ -7,6 +7,9 @@ Pruning: a message that is deleted, without text, or in a language not asked for
 too. So does a message of a flat file whose parent is nowhere (an orphan). Of a tree or message that occurs again, the
 first occurrence counts.
 
+A message with a negative review (``review_result`` false) is kept, for its labels say how bad it is, and counted (note
+``review_result_false``), as are labels outside the schema.
+
 Paths: every way from the root to a leaf of what is left, cut after its last assistant message, siblings in file order.
 ``reply`` emits only the paths that no other one continues, and a reply that an earlier path already had gets weight 0
 (context only): every reply is trained exactly once. ``leaf`` emits every path in full, all of weight 1, as the released
@@ -58,7 +61,7 @@ def new_report() -> dict[str, Any]:
     counts = ("lines", "rejected_lines", "trees", "trees_used", "messages", "messages_used", "paths", "conversations")
     more = ("replies", "labelled_replies", "trained_replies", "reply_occurrences", "repeated_replies_avoided")
     report: dict[str, Any] = dict.fromkeys(counts + more, 0)
-    report["languages"] = Counter()
+    report["languages"], report["notes"] = Counter(), Counter()
     report["skipped"] = {"trees": Counter(), "messages": Counter(), "paths": Counter()}
     return report
 
@@ -280,6 +283,7 @@ def convert(
         valid_file.unlink(missing_ok=True)
         report["valid"] = {"file": None, "trees": 0, "conversations": 0}
     report["languages"] = dict(report["languages"].most_common())
+    report["notes"] = dict(sorted(report["notes"].items()))
     report["skipped"] = {unit: dict(reasons.most_common()) for unit, reasons in report["skipped"].items()}
     return report
 

@@ -36,6 +36,7 @@ class Node:
     answered: bool = False  # an assistant message stands below it
     used: bool = False  # it stands in an earlier path
     done: bool = False  # in one that was taken
+    notes: tuple[str, ...] = ()  # what was met in it and is only counted
 
 
 def read_trees(
@@ -72,6 +73,7 @@ def read_trees(
 def _count(nodes: list[Node], report: dict[str, Any]) -> None:
     report["messages"] += len(nodes)
     report["languages"].update([node.lang for node in nodes])
+    report["notes"].update([note for node in nodes for note in node.notes])
 
 
 def _is_nested(row: dict[str, Any], where: str) -> bool:
@@ -165,26 +167,32 @@ def _node(raw: dict[str, Any], where: str, schema: AttributeSchema) -> Node:
         except UnicodeEncodeError as error:
             raise UserError(f"{where}: message {name}: half a surrogate pair at character {error.start}") from error
     is_reply = role == "assistant"
+    attributes, others = _labels(raw.get("labels"), f"{where}: message {name}", schema) if is_reply else (None, [])
+    notes = [f"label_not_in_schema:{other}" for other in others]
+    if raw.get("review_result") is False:
+        notes.append("review_result_false")
     return Node(
         id=name,
         is_reply=is_reply,
         text=text,
         lang=str(raw.get("lang") or "unknown"),
         deleted=bool(raw.get("deleted")),
-        attributes=_labels(raw.get("labels"), f"{where}: message {name}", schema) if is_reply else None,
+        attributes=attributes,
         parent_id=parent_id or None,
         tree_id=raw.get("message_tree_id") or None,
+        notes=tuple(notes),
     )
 
 
-def _labels(labels: Any, where: str, schema: AttributeSchema) -> dict[str, float] | None:
-    """Labels in [0, 1] of any published shape → values on the schema's scale, in its order; None if there are none.
+def _labels(labels: Any, where: str, schema: AttributeSchema) -> tuple[dict[str, float] | None, list[str]]:
+    """Labels in [0, 1] of any published shape → values on the schema's scale, in its order, None if there are none; and
+    the names that are not in it.
 
     Shapes: ``{"name": [..], "value": [..]}``, ``{"quality": {"value": .5}}``, ``{"quality": .5}``,
     ``[{"name": "quality", "value": .5}]``; null is absent.
     """
     if not labels:
-        return None
+        return None, []
     if isinstance(labels, Mapping) and isinstance(labels.get("name"), list):
         names, values = labels["name"], labels.get("value")
         if not isinstance(values, list) or len(values) != len(names):
@@ -206,4 +214,4 @@ def _labels(labels: Any, where: str, schema: AttributeSchema) -> dict[str, float
         if not is_number(value) or not 0 <= value <= 1:
             raise UserError(f"{where}: label {name}={value!r} must be a number in [0, 1]")
         kept[name] = value * schema.max_level
-    return kept or None
+    return kept or None, [str(name) for name in found if name not in schema.names]

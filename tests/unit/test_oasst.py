@@ -156,8 +156,15 @@ def test_label_shapes(tmp_path: Path, labels: Any) -> None:
     assert found[0].messages[1].attributes == {"quality": 6.75}
     assert found[0].messages[0].attributes is None and found[1].messages[1].attributes is None
     assert report["labelled_replies"] == 1 and report["replies"] == 2
+    assert report["notes"] == {"label_not_in_schema:spam": 1}
     found, report = run(path, schema=AttributeSchema("none", (), 9))
     assert found[0].messages[1].attributes is None and report["labelled_replies"] == 0
+
+
+def test_negative_reviews_are_kept_and_counted(tmp_path: Path) -> None:
+    rows = [tree("u1", node("u1", node("a1", review_result=False), node("a2", review_result=None)))]
+    found, report = run(save(tmp_path / "t.jsonl", rows))
+    assert len(found) == 2 and report["notes"] == {"review_result_false": 1}
 
 
 def test_languages(tmp_path: Path) -> None:
