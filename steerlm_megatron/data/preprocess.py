@@ -79,9 +79,13 @@ def preprocess(
     try:
         return run.run()
     except OSError as error:
-        kept = f"; make room and run the same command again: it goes on from {run.work}" if run.work.is_dir() else ""
+        kept = (
+            f"make room and run the same command again: it goes on from {run.work}"
+            if run.work.is_dir()
+            else "name a folder that can be written"
+        )
         where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"data.output_dir={output_dir}: {error.strerror or error}{where}{kept}") from error
+        raise UserError(f"data.output_dir={output_dir}: {error.strerror or error}{where}; {kept}") from error
 
 
 def training_texts(paths: Paths, schema: AttributeSchema | None, template: Template, data: DataConfig) -> Iterator[str]:

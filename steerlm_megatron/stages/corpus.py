@@ -253,7 +253,7 @@ def check_tokenizer(config: Config) -> None:
     """Refuse a tokenizer that cannot be opened or cannot write labels, before a corpus is read for it."""
     if not config.tokenizer.train or config.tokenizer.path:
         template = Template.from_config(config.template)
-        strings = (*template.control_strings, template.label_marker)
+        strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
         _check_labels(Tokenizer.from_config(config.tokenizer, strings), config)
 
 

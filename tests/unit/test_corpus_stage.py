@@ -235,3 +235,10 @@ def test_all_rejected_lines_stand_beside_the_shards(tmp_path: Path) -> None:
         lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
         assert [line["where"] for line in lines][0] == f"{path}:2" and lines[0]["line"] == '{"chosen": 5}'
         assert len(lines) == 2 and "control string" in lines[1]["reason"]
+
+
+def test_missing_control_tokens_are_named_once() -> None:
+    cfg = config()
+    cfg.tokenizer.path, cfg.tokenizer.extend = "bytes", False
+    with pytest.raises(UserError, match="no token for '<extra_id_0>' '<extra_id_1>' '<extra_id_2>', which"):
+        check_tokenizer(cfg)
