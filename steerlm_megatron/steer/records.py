@@ -246,9 +246,12 @@ class _ZstdReader(io.RawIOBase):
         return count
 
 
-def raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
-    """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged."""
-    number, blank = 0, True
+def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
+    """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged.
+
+    ``most_bytes``: longer lines come in pieces of that size, so that memory does not depend on what a line holds.
+    """
+    number, blank, begins = 0, True, True
     try:
         with ExitStack() as stack:
             stream: Any = stack.enter_context(open(path, "rb"))
@@ -256,9 +259,9 @@ def raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
                 stream = stack.enter_context(gzip.open(stream))
             elif path.endswith(".zst"):
                 stream = io.BufferedReader(_ZstdReader(stream), _READ_BYTES)
-            for number, line in enumerate(stream, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
+            for number, line in enumerate(stream, 1) if most_bytes is None else _pieces(stream, most_bytes):
+                if begins:
+                    line, begins = line.removeprefix(b"\xef\xbb\xbf"), False
                 blank = blank and (not line or line.isspace())
                 yield f"{path}:{number}", line
     except FileNotFoundError as error:
@@ -268,6 +271,14 @@ def raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
         raise UserError(f"{path}{line_number}: cannot be read ({error}); fetch or write the file again") from error
     if blank:
         raise UserError(f"{path}: the file is empty; it needs one JSON object per line")
+
+
+def _pieces(stream: IO[bytes], most_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """``(line number, piece)``."""
+    number = 1
+    while piece := stream.readline(most_bytes):
+        yield number, piece
+        number += piece.endswith(b"\n")
 
 
 def _decode(line: bytes, where: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conversion import DOLLY, HELPSTEER, TOPICAL, chat, check_sums, rated, roles, run, texts
 
+from data_tools import rows
 from data_tools.convert import Options, convert, main
 from data_tools.sources import nemo
 from data_tools.sources.base import HELPSTEER_NAMES, Context
@@ -165,6 +166,22 @@ def test_json_arrays(tmp_path: Path, source: str, indent: int | None) -> None:
     found = list(read_records(report["train"]["file"]))
     assert [c.id for c in found] == ["identity_0", "identity_1"] and found[0].source == source
     assert texts(found[0]) == ["Who are [you]?", 'I am "V}".'] and found[1].extra == {"model": "x"}
+
+
+@pytest.mark.parametrize("piece_bytes", [3, 4, 7, 1 << 20])
+def test_a_long_line_of_an_array_comes_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(rows, "_PIECE_BYTES", piece_bytes)
+    elements = [{"a": 'quoted "]}" \\', "b": ["é日", {"c": '\\"'}]}, {}, {"日": "\n", "deep": [[{}]]}, {"n": 1.5}]
+    path = tmp_path / "a.json"
+    for ascii_, indent in ((True, None), (False, None), (False, 1)):
+        text = json.dumps(elements, ensure_ascii=ascii_, indent=indent)
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert [row for _, row in rows.read_files([str(path)], "error", None)] == elements
+    path.write_bytes('[{"a": "é'.encode() + b'\xff"}]')
+    with pytest.raises(UserError, match=r"a\.json:1: invalid UTF-8 at byte 10"):
+        list(rows.read_files([str(path)], "error", None))
 
 
 def test_json_array_errors_name_lines(tmp_path: Path) -> None:
