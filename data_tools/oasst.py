@@ -32,11 +32,12 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.oasst_trees import Node, preorder, read_trees
+from data_tools.rows import Row, read_file
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import (
@@ -44,6 +45,7 @@ from steerlm_megatron.steer.records import (
     Message,
     OnError,
     Rejected,
+    expand_paths,
     write_records,
 )
 
@@ -75,6 +77,7 @@ def read(
     on_error: OnError = "error",
     rejected: Rejected | None = None,
     take: Callable[[Conversation], Conversation | None] = lambda conversation: conversation,
+    files: Iterable[Iterable[tuple[str, Row]]] | None = None,
 ) -> Iterator[tuple[str, Conversation]]:
     """``(tree id, conversation)``, streamed: nested files in the order given, then the trees of the flat files.
 
@@ -87,13 +90,16 @@ def read(
         on_error: ``skip`` puts a malformed line into ``rejected`` and goes on.
         rejected: receives ``("file:line", reason)``.
         take: what becomes of a path; None leaves it out, and its replies are trained in the next one that has them.
+        files: rows to read instead of ``inputs``, with where each stands.
 
     Raises:
         UserError: a malformed line, naming ``file:line``; a file of neither kind.
     """
     wanted = frozenset(language.lower() for language in languages)
     seen_trees: set[str] = set()
-    for tree_id, root, size in read_trees(inputs, schema, report, on_error, rejected):
+    if files is None:
+        files = (read_file(path, on_error, rejected) for path in expand_paths(inputs))
+    for tree_id, root, size in read_trees(files, schema, report, on_error, rejected):
         report["trees"] += 1
         if tree_id in seen_trees:
             report["skipped"]["trees"]["repeated"] += 1

@@ -7,14 +7,14 @@ messages of all flat files together are held in memory, since a parent may stand
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from data_tools.rows import read_file
+from data_tools.rows import Row
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, is_number
-from steerlm_megatron.steer.records import OnError, Rejected, expand_paths, reject
+from steerlm_megatron.steer.records import OnError, Rejected, reject
 
 _ROLES = {"prompter": "user", "user": "user", "assistant": "assistant"}
 
@@ -40,13 +40,20 @@ class Node:
 
 
 def read_trees(
-    inputs: Sequence[str], schema: AttributeSchema, report: dict[str, Any], on_error: OnError, rejected: Rejected | None
+    files: Iterable[Iterable[tuple[str, Row]]],
+    schema: AttributeSchema,
+    report: dict[str, Any],
+    on_error: OnError,
+    rejected: Rejected | None,
 ) -> Iterator[tuple[str, Node, int]]:
-    """``(tree id, root, number of messages)`` of every tree, unpruned. Orphans are counted here."""
+    """``(tree id, root, number of messages)`` of every tree, unpruned, from each file's ``("file:line", row)``.
+
+    Orphans are counted here.
+    """
     flat: dict[str, Node] = {}
-    for path in expand_paths(inputs):
+    for rows in files:
         nested: bool | None = None
-        for where, row in read_file(path, on_error, rejected):
+        for where, row in rows:
             try:
                 if nested is None:
                     nested = _is_nested(row, where)

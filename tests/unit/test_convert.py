@@ -115,7 +115,7 @@ def test_nothing_left_writes_nothing(tmp_path: Path) -> None:
      ("messages", {"paths": "all"}, "data.paths"),
      ("hh_rlhf", {"map": "turns=a"}, "data.map is set, but data.source=hh_rlhf does not read it"),
      ("messages", {"label_max": 4}, "data.label_max is set"), ("messages", {"split": "x"}, "data.hf_split is set"),
-     ("hf", {"valid_inputs": ["x"]}, "data.valid_input is set"), ("hf", {"rows": "oasst"}, "data.hf_rows='oasst'"),
+     ("hf", {"valid_inputs": ["x"]}, "data.valid_input is set"), ("hf", {"rows": "hf"}, "data.hf_rows='hf'"),
      ("messages", {"valid_fraction": 1}, "valid_fraction"), ("messages", {"on_error": "x"}, "on_error"),
      ("messages", {}, "no such file")],
 )  # fmt: skip

@@ -132,8 +132,8 @@ def test_every_key_is_documented() -> None:
 def test_choices_and_ranges() -> None:
     with pytest.raises(UserError, match=r"(?s)data\.source=hh-rlhf is not one of: .*hh_rlhf.*data\.max_turns=0"):
         config(source="hh-rlhf", max_turns=0)
-    with pytest.raises(UserError, match=r"data\.hf_rows=oasst"):
-        config(hf_rows="oasst")
+    with pytest.raises(UserError, match=r"data\.hf_rows=demo"):
+        config(hf_rows="demo")
 
 
 def test_asked_to_stop_it_exits_to_be_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

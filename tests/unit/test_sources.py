@@ -13,6 +13,7 @@ from conversion import DOLLY, HELPSTEER, TOPICAL, chat, check_sums, rated, roles
 
 from data_tools import rows
 from data_tools.convert import Options, convert, main
+from data_tools.oasst import OASST
 from data_tools.sources import nemo
 from data_tools.sources.base import HELPSTEER_NAMES, Context
 from data_tools.sources.chat import look_up, parse_map
@@ -420,6 +421,26 @@ def test_hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_datasets(monkeypatch, {"a": rows})
     with pytest.raises(UserError, match="has no split 'train'; name one with data.hf_split: a"):
         convert("hf", ["x/y"], str(tmp_path), None)
+
+
+def test_hf_has_openassistants_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def message(name: str, parent: str | None, **keys: Any) -> dict[str, Any]:
+        role = "assistant" if parent else "prompter"
+        return {"message_id": name, "parent_id": parent, "role": role, "text": name, "lang": "en", **keys}
+
+    labels = {"name": ["spam", "quality"], "value": [0.0, 0.75], "count": [3, 3]}
+    split = [message("a", "u", labels=labels), message("u", None)]
+    fake_datasets(monkeypatch, {"train": split, "validation": [message("v", None), message("b", "v")]})
+    report = convert("hf", ["OpenAssistant/oasst1"], str(tmp_path), OASST, Options(rows="oasst", valid_fraction=0.5))
+    assert report["in"] == report["out"] == 2 and report["notes"] == {"label_not_in_schema:spam": 1}
+    assert report["train"]["conversations"] == report["valid"]["conversations"] == 1
+    found = {c.id: c for name in ("train", "valid") for c in read_records(report[name]["file"])}
+    assert found["a"].messages[1].attributes == {"quality": 6.75} and found["b"].source == "oasst"
+    fake_datasets(monkeypatch, {"train": [*split, {**split[0], "message_id": 3}]})
+    with pytest.raises(UserError, match=r"x/y:train:3: message_id=3 must be a string"):
+        convert("hf", ["x/y"], str(tmp_path), OASST, Options(rows="oasst"))
+    report = convert("hf", ["x/y"], str(tmp_path), OASST, Options(rows="oasst", on_error="skip", valid_fraction=0.0))
+    assert report["out"] == 1 and report["rejected_lines"] == 1
 
 
 def test_hf_folder_offline_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
