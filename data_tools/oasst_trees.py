@@ -163,11 +163,12 @@ def _node(raw: dict[str, Any], where: str, schema: AttributeSchema) -> Node:
         raise UserError(f"{where}: message_id={name!r} must be a string")
     if not isinstance(text, str):
         raise UserError(f"{where}: message {name}: text={text!r} must be a string")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise UserError(f"{where}: message {name}: role={role!r}; legal: {' '.join(_ROLES)}")
-    parent_id = raw.get("parent_id")
-    if parent_id is not None and not isinstance(parent_id, str):
-        raise UserError(f"{where}: message {name}: parent_id={parent_id!r} must be a string or null")
+    parent_id, tree_id = raw.get("parent_id"), raw.get("message_tree_id")
+    for key, value in (("parent_id", parent_id), ("message_tree_id", tree_id)):
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where}: message {name}: {key}={value!r} must be a string or null")
     if not text.isascii():
         try:
             text.encode()
@@ -186,7 +187,7 @@ def _node(raw: dict[str, Any], where: str, schema: AttributeSchema) -> Node:
         deleted=bool(raw.get("deleted")),
         attributes=attributes,
         parent_id=parent_id or None,
-        tree_id=raw.get("message_tree_id") or None,
+        tree_id=tree_id or None,
         notes=tuple(notes),
     )
 
@@ -202,10 +203,10 @@ def _labels(labels: Any, where: str, schema: AttributeSchema) -> tuple[dict[str,
         return None, []
     if isinstance(labels, Mapping) and isinstance(labels.get("name"), list):
         names, values = labels["name"], labels.get("value")
-        if not isinstance(values, list) or len(values) != len(names):
-            raise UserError(f"{where}: labels.name and labels.value must be lists of the same length")
+        if not isinstance(values, list) or len(values) != len(names) or not all(isinstance(n, str) for n in names):
+            raise UserError(f"{where}: labels.name must be a list of names, and labels.value one as long of values")
         found: dict[Any, Any] = dict(zip(names, values, strict=True))
-    elif isinstance(labels, list) and all(isinstance(item, Mapping) and "name" in item for item in labels):
+    elif isinstance(labels, list) and all(isinstance(m, Mapping) and isinstance(m.get("name"), str) for m in labels):
         found = {item["name"]: item for item in labels}
     elif isinstance(labels, Mapping):
         found = dict(labels)

@@ -20,6 +20,7 @@ from steerlm_megatron.steer.records import (
     Conversation,
     Rejected,
     from_json,
+    json_line,
     raw_lines,
     rejected_json,
     to_json,
@@ -52,7 +53,7 @@ def write_splits(output_dir: str, stream: Iterable[tuple[str, Conversation]]) ->
     """Write both files; the validation set, the smaller part, waits in a nameless file meanwhile."""
     train_file, valid_file = Path(output_dir, "train.jsonl.zst"), Path(output_dir, "valid.jsonl.zst")
     valid_count = 0
-    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=output_dir) as waiting:
+    with tempfile.TemporaryFile(dir=output_dir) as waiting:
 
         def training() -> Iterator[Conversation]:
             nonlocal valid_count
@@ -62,7 +63,7 @@ def write_splits(output_dir: str, stream: Iterable[tuple[str, Conversation]]) ->
                     found = True
                     yield conversation
                 else:
-                    waiting.write(json.dumps(to_json(conversation), ensure_ascii=False) + "\n")
+                    waiting.write(json_line(to_json(conversation)))
                     valid_count += 1
             if not found:  # before write_records puts an empty file in its place
                 raise NothingLeftError

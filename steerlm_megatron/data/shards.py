@@ -187,7 +187,7 @@ class ShardWriter:
             "files": {name: _describe(self._work / name) for name in self._tokenizer.files},
             "shards": self._shards,
         }
-        with open(self._work / MANIFEST, "w", encoding="utf-8") as file:
+        with open(self._work / MANIFEST, "w", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(manifest, file, indent=1, ensure_ascii=False)
             file.write("\n")
             file.flush()

@@ -197,7 +197,7 @@ def reject(error: UserError, on_error: OnError, rejected: Rejected | None) -> No
     if on_error != "skip" or match is None:  # an error of the whole file is never skipped
         raise error
     if rejected is not None:
-        rejected.append((match[1], match[2]))
+        rejected.append((match[1], match[2].encode("utf-8", "backslashreplace").decode()))
 
 
 def rejected_json(where: str, reason: str, line: bytes | None) -> str:
@@ -205,7 +205,7 @@ def rejected_json(where: str, reason: str, line: bytes | None) -> str:
     entry = {"where": where, "reason": reason}
     if line is not None:
         entry["line"] = line.decode("utf-8", "replace").rstrip("\r\n")
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+    return json_line(entry).decode()
 
 
 class _ZstdReader(io.RawIOBase):
@@ -466,6 +466,11 @@ def content_hash(conversation: Conversation) -> str:
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
+def json_line(data: Mapping[str, Any]) -> bytes:
+    """One line of JSON in UTF-8. Half a surrogate pair (in an id or an unknown key) stays the escape that it was."""
+    return (_encode(data) + "\n").encode("utf-8", "backslashreplace")
+
+
 def write_records(path: str | os.PathLike[str], conversations: Iterable[Conversation]) -> int:
     """Write a record file, compressed by its suffix; returns the number of records.
 
@@ -488,7 +493,7 @@ def write_records(path: str | os.PathLike[str], conversations: Iterable[Conversa
                     compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
                     stream = stack.enter_context(compressor.stream_writer(raw, closefd=False))
                 for conversation in conversations:
-                    stream.write((_encode(to_json(conversation)) + "\n").encode("utf-8"))
+                    stream.write(json_line(to_json(conversation)))
                     count += 1
             raw.flush()
             os.fsync(raw.fileno())

@@ -19,6 +19,7 @@ from data_tools.sources.base import HELPSTEER_NAMES, Context
 from data_tools.sources.chat import look_up, parse_map
 from data_tools.sources.hh_rlhf import parse_transcript
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.runfolder import write_json_atomic
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message, read_records, write_records
 
@@ -38,6 +39,26 @@ def test_helpsteer_ratings(tmp_path: Path) -> None:
     assert found[1].messages[1].attributes == {"helpfulness": 0, "correctness": 1, "complexity": 2, "verbosity": 0}
     assert found[0].id == "rows.jsonl:1" and found[0].source == "helpsteer"
     assert report["skipped"]["conversations"] == {"empty_response": 1} and report["labelled_replies"] == 2
+
+
+def test_helpsteer_splits_and_huge_labels(tmp_path: Path) -> None:
+    for row, match in (
+        (rated("a", "b", 1, 1, 1, 1, 1, split=["train"]), r"split=\['train'\]; legal: train val"),
+        (rated("a", "b", 10**400, 1, 1, 1, 1), "label helpfulness=1000.* must be a number"),
+    ):
+        with pytest.raises(UserError, match=rf"rows\.jsonl:1: {match}"):
+            run(tmp_path, "helpsteer", [row], None if "split" in row else HELPSTEER)
+
+
+def test_half_a_surrogate_pair_outside_of_texts_is_kept(tmp_path: Path) -> None:
+    rows = [chat("a", "b", id="\ud800", lang="\ud801", tags=["\udc00"]), chat("c", "d", id="日本"), {"\ud800": 1}]
+    found, report = run(tmp_path, "messages", rows, on_error="skip", valid_fraction=0.5, seed=3)
+    assert {c.id for c in found} == {"\ud800", "日本"} and report["languages"] == {"\ud801": 1, "unknown": 1}
+    assert {json.dumps(c.extra) for c in found} == {'{"lang": "\\ud801", "tags": ["\\udc00"]}', "{}"}
+    (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert "no list 'messages' (its keys: \\ud800)" in json.loads(line)["reason"]
+    write_json_atomic(tmp_path / "report.json", report)
+    assert json.loads((tmp_path / "report.json").read_text())["languages"] == report["languages"]
 
 
 def test_helpsteer_scale_schema_and_disagreements(tmp_path: Path) -> None:
