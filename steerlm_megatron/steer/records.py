@@ -74,10 +74,10 @@ class Conversation:
 
 
 def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Files for paths and globs, in the order given, those of one glob sorted, each once.
+    """Files for paths and globs, in the order given, those of one glob sorted, each once. A glob takes no folders.
 
     Raises:
-        UserError: no path at all, a missing file, a folder, or a glob that matches nothing.
+        UserError: no path at all, a missing file, a folder, a file that may not be read, a glob that matches nothing.
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
@@ -87,8 +87,12 @@ def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
         if os.path.isdir(item):
             raise UserError(f"{item}: is a folder; name its files, for example {os.path.join(item, '*.jsonl*')!r}")
         matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+        matches = [match for match in matches if not os.path.isdir(match)]
         if not matches:
             raise UserError(f"{item}: no such file; check the path (relative paths start at {os.getcwd()})")
+        for match in matches:
+            if not os.access(match, os.R_OK):
+                raise UserError(f"{match}: may not be read by this user; mend its permissions")
         found += matches
     return list(dict.fromkeys(found))
 

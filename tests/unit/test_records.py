@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,11 +115,16 @@ def test_openais_variants_are_read_as_they_are() -> None:
     assert [(m.role, m.content) for m in read.messages] == [("system", "S"), ("user", "ab"), ("assistant", "a")]
 
 
-def test_several_files_and_globs(tmp_path: Path) -> None:
+def test_several_files_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.jsonl", "a.jsonl.gz"):
         write_records(tmp_path / name, [Conversation(name, (Message("user", "q"), Message("assistant", "r")))])
     paths = [str(tmp_path / "*.jsonl*"), str(tmp_path / "b.jsonl")]
     assert [c.id for c in read_records(paths)] == ["a.jsonl.gz", "b.jsonl"]
+    (tmp_path / "b.jsonl.d").mkdir()
+    assert expand_paths(str(tmp_path / "b*")) == [str(tmp_path / "b.jsonl")]  # a glob takes no folders
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"b\.jsonl: may not be read by this user"):
+        expand_paths(tmp_path / "b.jsonl")
     for bad, match in (([], "no input file"), (tmp_path, "is a folder"), (tmp_path / "c*.jsonl", "no such file")):
         with pytest.raises(UserError, match=match):
             expand_paths(bad)
