@@ -49,6 +49,7 @@ def is_array(path: str) -> bool:
 
 def _read_array(path: str, on_error: OnError, rejected: Rejected | None) -> Iterator[tuple[str, Row]]:
     depth, first, where = 0, "", path
+    elements, before = 0, ""  # where the last element began
     in_string = escaped = False
     parts: list[str] = []  # of the open element
     for where, text in _text_pieces(path):
@@ -72,7 +73,9 @@ def _read_array(path: str, on_error: OnError, rejected: Rejected | None) -> Iter
             if token in "[{":
                 depth += 1
                 if depth == 2:
-                    begin, first, parts = match.start(), where, []
+                    begin, parts, elements = match.start(), [], elements + 1
+                    # Where several elements stand in one line, the line alone would say nothing.
+                    first, before = where if where != before else f"{where}: element {elements}", where
             else:
                 depth -= 1
                 if depth == 1:

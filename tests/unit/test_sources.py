@@ -220,6 +220,11 @@ def test_json_array_errors_name_lines(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"a\.json:3: malformed JSON: NaN"):
         attempt(f'[\n{good},\n{{"x": NaN}},\n{good}]')
+    with pytest.raises(UserError, match=r"a\.json:1: element 3: the conversation begins with an assistant"):
+        attempt(f"[{good}, {good}, {json.dumps(share('a')).replace('human', 'gpt')}]")
+    report = attempt(f'[{good},{{"x": NaN}},{good}]', "skip")
+    assert report["rejected"][0]["line"] == f"{path}:1" and report["rejected"][0]["reason"].startswith("element 2: mal")
+    assert report["out"] == 2 and report["ids_made_unique"] == 0
     report = attempt(f'[\n{good},\n{{"x": NaN}},\n{good}]', "skip")
     assert report["out"] == 2 and report["rejected"][0]["line"] == f"{path}:3"
     with pytest.raises(UserError, match=r"a\.json:2: '7,' stands in the JSON array"):
