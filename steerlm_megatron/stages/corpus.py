@@ -295,7 +295,8 @@ def make_shards(
     splits = {split: files for split, files in splits.items() if files}
     before = None  # what the converter rejected, beside its records
     if converted and converted.get("rejected_lines"):
-        before = Path(splits["train"][0]).with_name(REJECTED_FILE)
+        listed = Path(splits["train"][0]).with_name(REJECTED_FILE)
+        before = listed if listed.is_file() else None
     tokenizer = make_tokenizer(config, list(splits["train"]))
     with Progress(None, "preprocess", unit="record") as bar, StopRequest() as stop:
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -235,6 +236,10 @@ def test_all_rejected_lines_stand_beside_the_shards(tmp_path: Path) -> None:
         lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
         assert [line["where"] for line in lines][0] == f"{path}:2" and lines[0]["line"] == '{"chosen": 5}'
         assert len(lines) == 2 and "control string" in lines[1]["reason"]
+    shutil.rmtree(tmp_path / "out" / "train")
+    (tmp_path / "out" / "records" / "rejected.jsonl").unlink()  # nothing that is needed
+    made(cfg, tmp_path / "out")
+    assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 1
 
 
 def test_missing_control_tokens_are_named_once() -> None:
