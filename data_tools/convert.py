@@ -67,7 +67,7 @@ SOURCES: dict[str, Converter] = {
         Converter("hf", "Hugging Face datasets by hub name or folder; see --rows", _by_other_source, hf.read),
     )
 }
-ROWS = tuple(name for name in SOURCES if name not in ("oasst", "hf"))
+ROWS = tuple(name for name in SOURCES if name != "hf")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def convert(
     """Convert files of one source into ``train.jsonl.zst`` and ``valid.jsonl.zst`` in ``output_dir``.
 
     Without a validation set there is no ``valid.jsonl.zst`` (one of an earlier run is removed). Under ``on_error=skip``
-    all rejected lines are written to ``rejected.jsonl`` (``where``, ``reason``).
+    all rejected lines are written to ``rejected.jsonl`` (``where``, ``reason``, ``line``).
 
     Args:
         source: a key of ``SOURCES``.
@@ -127,9 +127,9 @@ def convert(
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         rejected: Rejected = []
-        if source == "oasst":
+        if source == "oasst" or (source == "hf" and options.rows == "oasst"):
             assert schema is not None
-            report = _convert_oasst(list(inputs), output_dir, schema, options, rejected, progress)
+            report = _convert_oasst(source, list(inputs), output_dir, schema, options, rejected, progress)
         else:
             report = _convert_rows(source, inputs, output_dir, schema, options, rejected, progress)
         keep_rejected(output_dir, rejected)
@@ -146,7 +146,7 @@ def _check(source: str, inputs: Sequence[str], schema: AttributeSchema | None, o
         raise UserError(f"data.source={source!r}{nearest(source, tuple(SOURCES))}; legal: {' '.join(SOURCES)}")
     if not inputs:
         raise UserError(f"data.input is empty; name the files of data.source={source}")
-    if source == "oasst" and schema is None:
+    if "oasst" in (source, options.rows if source == "hf" else "") and schema is None:
         raise UserError("data.source=oasst needs a schema for its labels; choose attributes=oasst")
     if options.paths not in oasst.PATHS:
         raise UserError(f"data.paths={options.paths!r}; legal: {' '.join(oasst.PATHS)}")
@@ -246,6 +246,7 @@ def deal(conversation: Conversation, valid_fraction: float, seed: int) -> str:
 
 
 def _convert_oasst(
+    source: str,
     inputs: list[str],
     output_dir: str,
     schema: AttributeSchema,
@@ -261,10 +262,11 @@ def _convert_oasst(
     def kept(
         report: dict[str, Any], sieve: Sieve, rejected: Rejected | None = None
     ) -> Iterator[tuple[str, Conversation]]:
-        for tree, conversation in oasst.read(inputs, schema, options.paths, languages, report, mode, rejected):
-            taken = sieve.take(conversation)
-            if taken is not None:
-                yield tree, taken
+        files, context = None, Context("oasst", schema, subset=options.subset, split=options.split)
+        if source == "hf":
+            files = [((where, row) for where, row, _ in hf.read(inputs, context, mode, rejected))]
+        yield from oasst.read(inputs, schema, options.paths, languages, report, mode, rejected, sieve.take, files)
+        report["notes"].update(context.notes)
 
     report, sieve = oasst.new_report(), Sieve(filters, schema, once=False)
     first = counted(kept(report, sieve, rejected), progress, lambda: report["paths"])
@@ -276,14 +278,14 @@ def _convert_oasst(
     report |= {
         **counts,
         "labelled_replies": report["labelled_replies"],
-        "source": "oasst",
+        "source": source,
         "in": report["paths"],
         "reply_occurrences": report["reply_occurrences"],
         "repeated_replies_avoided": report["repeated_replies_avoided"],
         "context_replies": 0,
         "filtered_replies": report["trained_replies"] - counts["trained_replies"],
         "languages": dict(report["languages"].most_common()),
-        "notes": {},
+        "notes": dict(sorted(report["notes"].items())),
         "skipped": {unit: dict(reasons.most_common()) for unit, reasons in skipped.items()},
     }
     report["skipped"]["conversations"] = report["skipped"]["paths"]

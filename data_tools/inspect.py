@@ -149,6 +149,15 @@ def summary_lines(dataset: ShardDataset) -> list[str]:
         lines.append(f"policy    {name}={policy['policy']}: {', '.join(said)}")
     for source in manifest["sources"]:
         lines.append("source    " + " ".join(f"{key}={str(value)[:64]}" for key, value in source.items()))
+    converted = manifest.get("converted")
+    if converted:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in converted["skipped"]["conversations"].items())
+        lines.append(
+            f"converted by {converted['source']}: in {converted['in']}, out {converted['out']}, skipped "
+            f"{reasons or 'none'}; repeated replies avoided {converted['repeated_replies_avoided']}"
+        )
+        for source in converted["sources"]:
+            lines.append("  from    " + " ".join(f"{key}={value}" for key, value in source.items()))
     return lines
 
 

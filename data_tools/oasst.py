@@ -7,6 +7,9 @@ Pruning: a message that is deleted, without text, or in a language not asked for
 too. So does a message of a flat file whose parent is nowhere (an orphan). Of a tree or message that occurs again, the
 first occurrence counts.
 
+A message with a negative review (``review_result`` false) is kept, for its labels say how bad it is, and counted (note
+``review_result_false``), as are labels outside the schema.
+
 Paths: every way from the root to a leaf of what is left, cut after its last assistant message, siblings in file order.
 ``reply`` emits only the paths that no other one continues, and a reply that an earlier path already had gets weight 0
 (context only): every reply is trained exactly once. ``leaf`` emits every path in full, all of weight 1, as the released
@@ -29,11 +32,12 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_tools.oasst_trees import Node, preorder, read_trees
+from data_tools.rows import Row, read_file
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import (
@@ -41,6 +45,7 @@ from steerlm_megatron.steer.records import (
     Message,
     OnError,
     Rejected,
+    expand_paths,
     write_records,
 )
 
@@ -58,7 +63,7 @@ def new_report() -> dict[str, Any]:
     counts = ("lines", "rejected_lines", "trees", "trees_used", "messages", "messages_used", "paths", "conversations")
     more = ("replies", "labelled_replies", "trained_replies", "reply_occurrences", "repeated_replies_avoided")
     report: dict[str, Any] = dict.fromkeys(counts + more, 0)
-    report["languages"] = Counter()
+    report["languages"], report["notes"] = Counter(), Counter()
     report["skipped"] = {"trees": Counter(), "messages": Counter(), "paths": Counter()}
     return report
 
@@ -71,6 +76,8 @@ def read(
     report: dict[str, Any],
     on_error: OnError = "error",
     rejected: Rejected | None = None,
+    take: Callable[[Conversation], Conversation | None] = lambda conversation: conversation,
+    files: Iterable[Iterable[tuple[str, Row]]] | None = None,
 ) -> Iterator[tuple[str, Conversation]]:
     """``(tree id, conversation)``, streamed: nested files in the order given, then the trees of the flat files.
 
@@ -82,13 +89,17 @@ def read(
         report: from ``new_report``; filled on the way.
         on_error: ``skip`` puts a malformed line into ``rejected`` and goes on.
         rejected: receives ``("file:line", reason)``.
+        take: what becomes of a path; None leaves it out, and its replies are trained in the next one that has them.
+        files: rows to read instead of ``inputs``, with where each stands.
 
     Raises:
         UserError: a malformed line, naming ``file:line``; a file of neither kind.
     """
     wanted = frozenset(language.lower() for language in languages)
     seen_trees: set[str] = set()
-    for tree_id, root, size in read_trees(inputs, schema, report, on_error, rejected):
+    if files is None:
+        files = (read_file(path, on_error, rejected) for path in expand_paths(inputs))
+    for tree_id, root, size in read_trees(files, schema, report, on_error, rejected):
         report["trees"] += 1
         if tree_id in seen_trees:
             report["skipped"]["trees"]["repeated"] += 1
@@ -99,7 +110,13 @@ def read(
         found = False
         for path in _conversation_paths(kept, paths == "leaf", report):
             found = True
-            yield tree_id, _conversation(path, tree_id, paths == "leaf", report)
+            new = [node for node in path if not node.done]
+            taken = take(_conversation(path, tree_id, paths == "leaf", report))
+            if taken is not None:
+                yield tree_id, taken
+                continue
+            for node in new:
+                node.done = False
         if found:
             report["trees_used"] += 1
         else:
@@ -183,14 +200,15 @@ def _conversation(path: list[Node], tree_id: str, every_leaf: bool, report: dict
     messages: list[Message] = []
     for node in path:
         weight = 1
-        if not node.done:
-            node.done = True
+        if not node.used:
+            node.used = True
             report["messages_used"] += 1
             if node.is_reply:
                 report["replies"] += 1
                 report["labelled_replies"] += node.attributes is not None
-        elif node.is_reply and not every_leaf:
+        if node.done and node.is_reply and not every_leaf:
             weight = 0
+        node.done = True
         if node.is_reply:
             report["trained_replies" if weight else "repeated_replies_avoided"] += 1
         messages.append(Message("assistant" if node.is_reply else "user", node.text, node.attributes, weight))
@@ -271,6 +289,7 @@ def convert(
         valid_file.unlink(missing_ok=True)
         report["valid"] = {"file": None, "trees": 0, "conversations": 0}
     report["languages"] = dict(report["languages"].most_common())
+    report["notes"] = dict(sorted(report["notes"].items()))
     report["skipped"] = {unit: dict(reasons.most_common()) for unit, reasons in report["skipped"].items()}
     return report
 

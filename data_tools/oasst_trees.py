@@ -7,13 +7,14 @@ messages of all flat files together are held in memory, since a parent may stand
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_tools.rows import Row
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, is_number
-from steerlm_megatron.steer.records import OnError, Rejected, expand_paths, read_json_lines, reject
+from steerlm_megatron.steer.records import OnError, Rejected, reject
 
 _ROLES = {"prompter": "user", "user": "user", "assistant": "assistant"}
 
@@ -33,17 +34,26 @@ class Node:
     parent: Node | None = None
     children: list[Node] = field(default_factory=list)
     answered: bool = False  # an assistant message stands below it
-    done: bool = False  # it stands in an earlier path
+    used: bool = False  # it stands in an earlier path
+    done: bool = False  # in one that was taken
+    notes: tuple[str, ...] = ()  # what was met in it and is only counted
 
 
 def read_trees(
-    inputs: Sequence[str], schema: AttributeSchema, report: dict[str, Any], on_error: OnError, rejected: Rejected | None
+    files: Iterable[Iterable[tuple[str, Row]]],
+    schema: AttributeSchema,
+    report: dict[str, Any],
+    on_error: OnError,
+    rejected: Rejected | None,
 ) -> Iterator[tuple[str, Node, int]]:
-    """``(tree id, root, number of messages)`` of every tree, unpruned. Orphans are counted here."""
+    """``(tree id, root, number of messages)`` of every tree, unpruned, from each file's ``("file:line", row)``.
+
+    Orphans are counted here.
+    """
     flat: dict[str, Node] = {}
-    for path in expand_paths(inputs):
+    for rows in files:
         nested: bool | None = None
-        for where, row in read_json_lines(path, on_error, rejected):
+        for where, row in rows:
             try:
                 if nested is None:
                     nested = _is_nested(row, where)
@@ -70,6 +80,7 @@ def read_trees(
 def _count(nodes: list[Node], report: dict[str, Any]) -> None:
     report["messages"] += len(nodes)
     report["languages"].update([node.lang for node in nodes])
+    report["notes"].update([note for node in nodes for note in node.notes])
 
 
 def _is_nested(row: dict[str, Any], where: str) -> bool:
@@ -152,43 +163,50 @@ def _node(raw: dict[str, Any], where: str, schema: AttributeSchema) -> Node:
         raise UserError(f"{where}: message_id={name!r} must be a string")
     if not isinstance(text, str):
         raise UserError(f"{where}: message {name}: text={text!r} must be a string")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise UserError(f"{where}: message {name}: role={role!r}; legal: {' '.join(_ROLES)}")
-    parent_id = raw.get("parent_id")
-    if parent_id is not None and not isinstance(parent_id, str):
-        raise UserError(f"{where}: message {name}: parent_id={parent_id!r} must be a string or null")
+    parent_id, tree_id = raw.get("parent_id"), raw.get("message_tree_id")
+    for key, value in (("parent_id", parent_id), ("message_tree_id", tree_id)):
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where}: message {name}: {key}={value!r} must be a string or null")
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"{where}: message {name}: half a surrogate pair at character {error.start}") from error
     is_reply = role == "assistant"
+    attributes, others = _labels(raw.get("labels"), f"{where}: message {name}", schema) if is_reply else (None, [])
+    notes = [f"label_not_in_schema:{other}" for other in others]
+    if raw.get("review_result") is False:
+        notes.append("review_result_false")
     return Node(
         id=name,
         is_reply=is_reply,
         text=text,
         lang=str(raw.get("lang") or "unknown"),
         deleted=bool(raw.get("deleted")),
-        attributes=_labels(raw.get("labels"), f"{where}: message {name}", schema) if is_reply else None,
+        attributes=attributes,
         parent_id=parent_id or None,
-        tree_id=raw.get("message_tree_id") or None,
+        tree_id=tree_id or None,
+        notes=tuple(notes),
     )
 
 
-def _labels(labels: Any, where: str, schema: AttributeSchema) -> dict[str, float] | None:
-    """Labels in [0, 1] of any published shape → values on the schema's scale, in its order; None if there are none.
+def _labels(labels: Any, where: str, schema: AttributeSchema) -> tuple[dict[str, float] | None, list[str]]:
+    """Labels in [0, 1] of any published shape → values on the schema's scale, in its order, None if there are none; and
+    the names that are not in it.
 
     Shapes: ``{"name": [..], "value": [..]}``, ``{"quality": {"value": .5}}``, ``{"quality": .5}``,
     ``[{"name": "quality", "value": .5}]``; null is absent.
     """
     if not labels:
-        return None
+        return None, []
     if isinstance(labels, Mapping) and isinstance(labels.get("name"), list):
         names, values = labels["name"], labels.get("value")
-        if not isinstance(values, list) or len(values) != len(names):
-            raise UserError(f"{where}: labels.name and labels.value must be lists of the same length")
+        if not isinstance(values, list) or len(values) != len(names) or not all(isinstance(n, str) for n in names):
+            raise UserError(f"{where}: labels.name must be a list of names, and labels.value one as long of values")
         found: dict[Any, Any] = dict(zip(names, values, strict=True))
-    elif isinstance(labels, list) and all(isinstance(item, Mapping) and "name" in item for item in labels):
+    elif isinstance(labels, list) and all(isinstance(m, Mapping) and isinstance(m.get("name"), str) for m in labels):
         found = {item["name"]: item for item in labels}
     elif isinstance(labels, Mapping):
         found = dict(labels)
@@ -204,4 +222,4 @@ def _labels(labels: Any, where: str, schema: AttributeSchema) -> dict[str, float
         if not is_number(value) or not 0 <= value <= 1:
             raise UserError(f"{where}: label {name}={value!r} must be a number in [0, 1]")
         kept[name] = value * schema.max_level
-    return kept or None
+    return kept or None, [str(name) for name in found if name not in schema.names]

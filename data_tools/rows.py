@@ -1,23 +1,26 @@
 """Files → rows (JSON objects with their ``file:line``): JSON Lines, or one JSON array as FastChat and ShareGPT publish.
 
 Owns: telling the two apart, streaming an array element by element. Does not own: what a row means (``sources/``).
-Invariant: every element is yielded, rejected with its line, or ends the run; memory holds one element (and one line).
+Invariant: every element is yielded, rejected with its line, or ends the run; memory holds one element (in an array of
+one line too), or one line.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer.records import OnError, Rejected, expand_paths, open_text, read_json_lines, reject
+from steerlm_megatron.steer.records import OnError, Rejected, expand_paths, raw_lines, read_json_lines, reject
 
 Row = dict[str, Any]
 
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')  # strings as a whole, so that brackets inside them do not count
+_OUTSIDE, _INSIDE = re.compile(r'["\[\]{}]'), re.compile(r'["\\]')  # what counts outside of strings, and inside
 _BETWEEN = re.compile(r"[\s,]*")
+_PIECE_BYTES = 1 << 20  # of a line; many arrays are one line
 
 
 def read_files(inputs: Sequence[str], on_error: OnError, rejected: Rejected | None) -> Iterator[tuple[str, Row]]:
@@ -27,58 +30,92 @@ def read_files(inputs: Sequence[str], on_error: OnError, rejected: Rejected | No
         UserError: as ``read_json_lines``; in an array also a torn end and what stands between the elements.
     """
     for path in expand_paths(inputs):
-        read = _read_array if is_array(path) else read_json_lines
-        yield from read(path, on_error, rejected)
+        yield from read_file(path, on_error, rejected)
+
+
+def read_file(path: str, on_error: OnError, rejected: Rejected | None) -> Iterator[tuple[str, Row]]:
+    """As ``read_files``, of one."""
+    read = _read_array if is_array(path) else read_json_lines
+    yield from read(path, on_error, rejected)
 
 
 def is_array(path: str) -> bool:
     """Whether the file's first character is ``[``. A file that cannot be read so far is left to ``read_json_lines``."""
     try:
-        return next((line.lstrip()[0] == "[" for line in open_text(path) if line.strip()), False)
+        return next((piece.lstrip()[:1] == b"[" for _, piece in raw_lines(path, 4096) if piece.strip()), False)
     except UserError:
         return False
 
 
 def _read_array(path: str, on_error: OnError, rejected: Rejected | None) -> Iterator[tuple[str, Row]]:
-    depth, first_line, number = 0, 0, 0
+    depth, first, where = 0, "", path
+    elements, before = 0, ""  # where the last element began
+    in_string = escaped = False
     parts: list[str] = []  # of the open element
-    for number, line in enumerate(open_text(path), 1):
-        begin = end = 0
-        for match in _TOKEN.finditer(line):
-            token = match[0]
-            if depth == 1:
-                _check_between(line[end : match.start()], token, f"{path}:{number}")
-            end = match.end()
+    for where, text in _text_pieces(path):
+        at = begin = end = 0  # where to look on, where the open element begins, where the last bracket ends
+        while True:
+            if escaped and at < len(text):
+                at, escaped = at + 1, False
+            match = (_INSIDE if in_string else _OUTSIDE).search(text, at)
+            if match is None:
+                break
+            token, at = match[0], match.end()
+            if token == "\\":
+                escaped = True
+                continue
+            if depth == 1 and not in_string:
+                _check_between(text[end : match.start()], text[match.start() : match.start() + 40], where)
+            if token == '"':
+                in_string = not in_string
+                continue
+            end = at
             if token in "[{":
                 depth += 1
                 if depth == 2:
-                    begin, first_line, parts = match.start(), number, []
-            elif token in "]}":
+                    begin, parts, elements = match.start(), [], elements + 1
+                    # Where several elements stand in one line, the line alone would say nothing.
+                    first, before = where if where != before else f"{where}: element {elements}", where
+            else:
                 depth -= 1
                 if depth == 1:
-                    parts.append(line[begin:end])
-                    where = f"{path}:{first_line}"
+                    parts.append(text[begin:at])
                     try:
-                        row = parse_row("\n".join(parts), where)
+                        row = parse_row("".join(parts), first)
                     except UserError as error:
                         reject(error, on_error, rejected)
                         continue
-                    yield where, row
+                    yield first, row
         if depth >= 2:
-            parts.append(line[begin:])
+            parts.append(text[begin:])
         elif depth == 1:
-            _check_between(line[end:], "", f"{path}:{number}")
-        elif line[end:].strip():
-            raise UserError(f"{path}:{number}: {line[end:].strip()[:40]!r} stands after the end of the JSON array")
+            _check_between(text[end:], "", where)
+        elif text[end:].strip():
+            raise UserError(f"{where}: {text[end:].strip()[:40]!r} stands after the end of the JSON array")
     if depth:
-        torn = UserError(f"{path}:{number}: torn end, the JSON array was cut off while it was written; mend the file")
+        torn = UserError(f"{where}: torn end, the JSON array was cut off while it was written; mend the file")
         reject(torn, on_error, rejected)
 
 
-def _check_between(text: str, token: str, where: str) -> None:
-    if not _BETWEEN.fullmatch(text) or token.startswith('"'):
+def _text_pieces(path: str) -> Iterator[tuple[str, str]]:
+    """``("file:line", text)``: the file in pieces, none of more than a line nor of more than ``_PIECE_BYTES``."""
+    decoder, before, offset = codecs.getincrementaldecoder("utf-8")(), "", 0
+    for where, piece in raw_lines(path, _PIECE_BYTES):
+        offset = offset if where == before else 0  # of the piece in its line
+        before, held = where, len(decoder.getstate()[0])
+        try:
+            yield where, decoder.decode(piece)
+        except UnicodeDecodeError as error:
+            at = offset - held + error.start
+            raise UserError(f"{where}: invalid UTF-8 at byte {at}; save the file as UTF-8") from error
+        offset += len(piece)
+
+
+def _check_between(text: str, after: str, where: str) -> None:
+    """Of what stands between two elements, and the text ``after`` it, which begins the next one or ends the array."""
+    if not _BETWEEN.fullmatch(text) or after.startswith('"'):
         raise UserError(
-            f"{where}: {(text + token).strip()[:40]!r} stands in the JSON array; its elements must be objects"
+            f"{where}: {(text + after).strip()[:40]!r} stands in the JSON array; its elements must be objects"
         )
 
 

@@ -9,10 +9,23 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from steerlm_megatron.steer.records import Conversation, Rejected, from_json, to_json, write_records
+from data_tools.rows import is_array
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.records import (
+    Conversation,
+    Rejected,
+    from_json,
+    json_line,
+    raw_lines,
+    rejected_json,
+    to_json,
+    write_records,
+)
 
 REJECTED_FILE = "rejected.jsonl"
 _PROGRESS_EVERY = 200
@@ -40,7 +53,7 @@ def write_splits(output_dir: str, stream: Iterable[tuple[str, Conversation]]) ->
     """Write both files; the validation set, the smaller part, waits in a nameless file meanwhile."""
     train_file, valid_file = Path(output_dir, "train.jsonl.zst"), Path(output_dir, "valid.jsonl.zst")
     valid_count = 0
-    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=output_dir) as waiting:
+    with tempfile.TemporaryFile(dir=output_dir) as waiting:
 
         def training() -> Iterator[Conversation]:
             nonlocal valid_count
@@ -50,7 +63,7 @@ def write_splits(output_dir: str, stream: Iterable[tuple[str, Conversation]]) ->
                     found = True
                     yield conversation
                 else:
-                    waiting.write(json.dumps(to_json(conversation), ensure_ascii=False) + "\n")
+                    waiting.write(json_line(to_json(conversation)))
                     valid_count += 1
             if not found:  # before write_records puts an empty file in its place
                 raise NothingLeftError
@@ -68,14 +81,24 @@ def write_splits(output_dir: str, stream: Iterable[tuple[str, Conversation]]) ->
 
 
 def keep_rejected(output_dir: str, rejected: Rejected) -> None:
+    """Write ``rejected.jsonl``: where, why, and the line itself, for which the files are read again."""
     target = Path(output_dir, REJECTED_FILE)
     if not rejected:
         target.unlink(missing_ok=True)
         return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        for where, reason in rejected:
-            file.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
+        for path, entries in groupby(rejected, key=lambda entry: entry[0].rpartition(":")[0]):
+            lines = _lines(path)
+            for where, reason in entries:
+                file.write(rejected_json(where, reason, next((line for here, line in lines if here == where), None)))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, target)
+
+
+def _lines(path: str) -> Iterator[tuple[str, bytes]]:
+    """The lines of a file, to its end or where it is damaged; none of what has no lines: an array, a hub's data set."""
+    if os.path.isfile(path) and not is_array(path):
+        with suppress(UserError):
+            yield from raw_lines(path)

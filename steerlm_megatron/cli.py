@@ -151,6 +151,19 @@ def _check_overrides(command: str, overrides: list[str], conf: Path, sweep: bool
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    for override in overrides:
+        key, _, value = override.partition("=")
+        try:
+            (one,) = OverridesParser.create().parse_overrides([override])
+        except HydraException as error:
+            reason = str(error).splitlines()[0].partition(": ")[0]
+            in_list = value.startswith("[") and value.endswith("]")
+            quoted = "[" + ",".join(f'"{item}"' for item in value[1:-1].split(",")) + "]" if in_list else f'"{value}"'
+            raise UserError(
+                f"{override}: Hydra cannot read the value ({reason}); quote it, in the shell's quotes: '{key}={quoted}'"
+            ) from None
+        if one.is_sweep_override() and not sweep:
+            raise UserError(f"{override}: several values; write a list in brackets: '{key}=[{value}]'")
     with initialize_config_dir(str(conf), version_base="1.3"):
         try:
             if sweep:  # values are lists to choose from: check the keys with the first of each

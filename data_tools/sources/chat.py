@@ -81,28 +81,15 @@ def convert_messages(row: Row, where: str, context: Context) -> list[Found]:
     if context.map:
         return [Found(_turns(row, where, context) if "turns" in context.map else _single(row, where, context))]
     data: dict[str, Any] = {key: value for key, value in row.items() if value is not None}
-    if not isinstance(row.get("messages"), list):
-        keys = " ".join(row) or "none"
-        raise UserError(f"{where}: the row has no list 'messages' (its keys: {keys}); set data.map for other shapes")
-    data["messages"] = [_openai(item, f"{where}: messages[{i}]") for i, item in enumerate(row["messages"])]
+    if isinstance(row.get("messages"), list):
+        data["messages"] = [_without_nulls(item) for item in row["messages"]]
     return [Found(from_json(data, where, context.schema))]
 
 
-def _openai(item: Any, where: str) -> Any:
-    """OpenAI's variants → a record's message: ``developer`` is ``system``, a list of text parts is their text."""
+def _without_nulls(item: Any) -> Any:
     if not isinstance(item, dict):
         return item  # from_json says what is wrong
-    message = {key: value for key, value in item.items() if value is not None or key in ("role", "content")}
-    if message.get("role") == "developer":
-        message["role"] = "system"
-    if message.get("role") in ("tool", "function") or message.get("tool_calls"):
-        raise UserError(f"{where} calls or is a tool; only system, user and assistant text can be trained on")
-    if isinstance(message.get("content"), list):
-        parts = message["content"]
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-            raise UserError(f"{where}.content={brief(parts)} has a part that is no text; only text can be trained on")
-        message["content"] = "".join(part["text"] for part in parts)
-    return message
+    return {key: value for key, value in item.items() if value is not None or key in ("role", "content")}
 
 
 def convert_sharegpt(row: Row, where: str, context: Context) -> list[Found]:

@@ -92,7 +92,7 @@ def _found(
     suffix: str,
 ) -> Found:
     split = row.get("split")
-    if split is not None and split not in _SPLITS:
+    if split is not None and (not isinstance(split, str) or split not in _SPLITS):
         raise UserError(f"{where}: split={brief(split)}; legal: {' '.join(_SPLITS)}")
     own = _SPLITS[split] if split is not None else None
     if not messages[-1]["content"].strip():

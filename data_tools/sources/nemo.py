@@ -13,7 +13,6 @@ every reply) and our reader takes back. ``from_nemo(to_nemo(c))`` is ``c`` with 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +34,7 @@ from data_tools.sources.base import (
 )
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import Conversation, OnError, Rejected, expand_paths, read_records
+from steerlm_megatron.steer.records import Conversation, OnError, Rejected, expand_paths, json_line, read_records
 
 _USERS = ("user", "human", "prompter")
 _MISSING = -100  # NeMo's sign for "no label"
@@ -171,11 +170,11 @@ def export(
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with open(temporary, "w", encoding="utf-8") as file:
+            with open(temporary, "wb") as file:
                 for conversation in read_records([path], schema, on_error, rejected):
                     replies = [m for m in conversation.messages if m.role == "assistant"]
                     report["context_only_replies"] += sum(m.weight == 0 for m in replies)
-                    file.write(json.dumps(to_nemo(conversation, schema), ensure_ascii=False) + "\n")
+                    file.write(json_line(to_nemo(conversation, schema)))
                     count += 1
                 file.flush()
                 os.fsync(file.fileno())

@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "engine.attention": ("auto", "varlen", "sdpa"),
     "optim.schedule": ("constant", "linear", "cosine"),
     "data.source": SOURCES,
-    "data.hf_rows": tuple(name for name in SOURCES if name not in ("oasst", "hf", "demo")),
+    "data.hf_rows": tuple(name for name in SOURCES if name not in ("hf", "demo")),
     "data.paths": ("reply", "leaf"),
     "data.on_error": ("error", "skip"),
     "data.control_strings": ("escape", "reject"),

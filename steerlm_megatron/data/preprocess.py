@@ -29,7 +29,7 @@ from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter
 from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import OnError, expand_paths, read_records
+from steerlm_megatron.steer.records import OnError, expand_paths, read_records, rejected_json
 from steerlm_megatron.steer.templates import Template
 
 REJECTED_FILE = "rejected.jsonl"
@@ -51,6 +51,8 @@ def preprocess(
     data: DataConfig,
     progress: Progress | None = None,
     overwrite: bool = True,
+    converted: Mapping[str, Any] | None = None,
+    rejected_before: Path | None = None,
 ) -> dict[str, Any]:
     """Write ``output_dir/<split>`` for every split of ``inputs`` (split name → record files), and sum up.
 
@@ -62,6 +64,8 @@ def preprocess(
     What the same inputs and settings gave is left as it is; what others gave is replaced, or refused without
     ``overwrite``.
 
+    ``converted``: of what, and how, the record files were made; the manifests keep it. ``rejected_before``: the lines
+    that this rejected, which then stand in ``rejected.jsonl`` before those of the records.
     ``progress(done, total)``: records read, and an estimate of all (lines of the files).
     Returns ``{"in", "out", "skipped": {reason: n}, "splits": {split: counts}}`` with in = out + skipped; reasons are
     ``rejected`` (malformed, or of an id that occurred before in its split, under ``data.on_error=skip``; see
@@ -69,13 +73,19 @@ def preprocess(
     ``no_target`` (no trained token and no labelled response). Errors: ``UserError`` as from ``read_records``; an id
     that occurred before; nothing left in a split (all tokens are masked); the folder cannot be written.
     """
-    run = _Run(inputs, Path(output_dir), tokenizer, schema, template, data, progress, overwrite)
+    run = _Run(
+        inputs, Path(output_dir), tokenizer, schema, template, data, progress, overwrite, converted, rejected_before
+    )
     try:
         return run.run()
     except OSError as error:
-        kept = f"; make room and run the same command again: it goes on from {run.work}" if run.work.is_dir() else ""
+        kept = (
+            f"make room and run the same command again: it goes on from {run.work}"
+            if run.work.is_dir()
+            else "name a folder that can be written"
+        )
         where = f" ({error.filename})" if error.filename else ""
-        raise UserError(f"data.output_dir={output_dir}: {error.strerror or error}{where}{kept}") from error
+        raise UserError(f"data.output_dir={output_dir}: {error.strerror or error}{where}; {kept}") from error
 
 
 def training_texts(paths: Paths, schema: AttributeSchema | None, template: Template, data: DataConfig) -> Iterator[str]:
@@ -99,6 +109,8 @@ class _Run:
         data: DataConfig,
         progress: Progress | None,
         overwrite: bool,
+        converted: Mapping[str, Any] | None,
+        rejected_before: Path | None,
     ) -> None:
         if not inputs:
             raise UserError("data.input is empty; name at least one record file")
@@ -110,6 +122,8 @@ class _Run:
         self.deal = set(self.files) == {"train"} and data.valid_fraction > 0
         self.splits = ["train", "valid"] if self.deal else list(self.files)
         self.output_dir, self.data, self.progress, self.overwrite = output_dir, data, progress, overwrite
+        self.converted = json.loads(json.dumps(converted))  # as a manifest gives it back
+        self.rejected_before, self.first_rejected = rejected_before, ""
         fraction = data.valid_fraction if self.deal else 0.0
         self.job = Job(
             tokenizer, schema, template, data.on_error, fraction, data.split_seed, data.control_strings
@@ -133,6 +147,8 @@ class _Run:
         with ExitStack() as stack:
             rejected_file = stack.enter_context(open(rejected_path, "w", encoding="utf-8"))
             stack.callback(rejected_path.unlink, missing_ok=True)
+            if self.rejected_before:
+                rejected_file.write(self.rejected_before.read_text(encoding="utf-8"))
             writers = {split: stack.enter_context(self._writer(split)) for split in self.splits}
             self._fill(writers, rejected_file)
             for path, stamp in stamps.items():
@@ -146,7 +162,9 @@ class _Run:
             for split, writer in writers.items():
                 if writer.documents:
                     described = sources.get(split) or sources["train"]
-                    manifests[split] = writer.finish(counted[split], described, self._policies(split), run)
+                    manifests[split] = writer.finish(
+                        counted[split], described, self._policies(split), run, self.converted
+                    )
             # Train comes last: where it stands, all else stands too.
             self._keep_rejected(rejected_file, rejected_path)
             for split in sorted(self.splits, key=lambda split: split == "train"):
@@ -208,7 +226,9 @@ class _Run:
         for before, now in zip(manifest["sources"], sources, strict=False):
             if before != now:
                 return f"from {before['name']}, whose contents have changed since (or another file is in its place)"
-        return "" if len(manifest["sources"]) == len(sources) else "from another number of files"
+        if len(manifest["sources"]) != len(sources):
+            return "from another number of files"
+        return "" if manifest.get("converted") == self.converted else "of records that were converted from other files"
 
     # -- the work -----------------------------------------------------------------------------------------------------
 
@@ -237,8 +257,10 @@ class _Run:
             for chunk, found in results:
                 repeated = seen[chunk.split].repeated(found.hashes)
                 rejected = [*found.rejected, *self._repeats(chunk, found.lines[repeated].tolist())]
-                for _, where, reason in sorted(rejected):
-                    rejected_file.write(json.dumps({"where": where, "reason": reason}, ensure_ascii=False) + "\n")
+                for line, where, reason in sorted(rejected):
+                    self.first_rejected = self.first_rejected or f"{where}: {reason}"
+                    text = chunk.lines[line - chunk.first_line] if line < chunk.first_line + len(chunk.lines) else None
+                    rejected_file.write(rejected_json(where, reason, text))
                 self._count(chunk, found, repeated)
                 for side, block in enumerate(found.blocks):
                     if repeated.any():
@@ -290,14 +312,17 @@ class _Run:
     def _nothing_left(self, split: str) -> str:
         counts, files = self.counts[split], ", ".join(self.files.get(split, ()))
         held = f", {counts['control_string']} hold control strings" if counts["control_string"] else ""
+        first = f"; the first: {self.first_rejected}" if self.first_rejected else ""
         return (
             f"{files} (split {split!r}): all tokens are masked: of {counts['in']} conversations "
-            f"{counts['rejected']} are malformed{held} and {counts['no_target']} have no response of weight 1"
+            f"{counts['rejected']} are malformed{held} and {counts['no_target']} have no response of weight 1{first}"
         )
 
     def _keep_rejected(self, file: IO[str], path: Path) -> None:
         target = self.output_dir / REJECTED_FILE
-        if any(counts["rejected"] or counts["control_string"] for counts in self.counts.values()):
+        if self.rejected_before or any(
+            counts["rejected"] or counts["control_string"] for counts in self.counts.values()
+        ):
             file.flush()
             os.fsync(file.fileno())
             os.replace(path, target)

@@ -156,12 +156,13 @@ class ShardWriter:
         sources: list[dict[str, Any]],
         policies: Mapping[str, Any] | None = None,
         run: Mapping[str, Any] | None = None,
+        converted: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Finish the last shard and write the manifest, which is returned; the folder is not in its place yet.
 
         ``counts``: what became of the input (``in``, ``out``, ``skipped`` by reason). ``sources``: name and hash each.
         ``policies``: what was decided about doubtful input, and how often it was met. ``run``: by what a later run
-        knows that it would write the same.
+        knows that it would write the same. ``converted``: what the sources were converted from, and its counts.
         """
         if self._bin is not None:
             self._close_shard()
@@ -182,10 +183,11 @@ class ShardWriter:
             "run": dict(run or {}),
             "labels": {"sum": self._label_sum.tolist(), "count": self._label_count.tolist()},
             "sources": sources,
+            "converted": dict(converted) if converted else None,
             "files": {name: _describe(self._work / name) for name in self._tokenizer.files},
             "shards": self._shards,
         }
-        with open(self._work / MANIFEST, "w", encoding="utf-8") as file:
+        with open(self._work / MANIFEST, "w", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(manifest, file, indent=1, ensure_ascii=False)
             file.write("\n")
             file.flush()
@@ -338,10 +340,13 @@ class Shard:
     def _check_index(self) -> np.dtype[Any]:
         """The token type, from the head of the index file; ``UserError`` if it is torn or not ours."""
         path = self._path("idx")
-        with open(path, "rb") as file:
-            head = file.read(_IDX_HEAD.size)
-        size = path.stat().st_size
         remedy = "run `steerlm preprocess` again"
+        try:
+            with open(path, "rb") as file:
+                head = file.read(_IDX_HEAD.size)
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}; {remedy}") from None
         if len(head) < _IDX_HEAD.size:
             raise UserError(f"{path} is truncated at byte {size}: an index header has {_IDX_HEAD.size}; {remedy}")
         magic, version, code, sequences, boundaries = _IDX_HEAD.unpack(head)
@@ -368,9 +373,10 @@ class ShardReader:
         """``verify``: also compare all checksums (reads every byte). ``UserError`` names what is missing or damaged."""
         self.folder = Path(folder)
         self.manifest, self.hash = _read_manifest(self.folder)
+        # The heads of the indexes first: of a foreign one its size would say nothing.
+        self.shards = [Shard(self.folder, entry) for entry in self.manifest["shards"]]
         for name, entry in self._files().items():
             self._check_file(self.folder / name, entry, verify)
-        self.shards = [Shard(self.folder, entry) for entry in self.manifest["shards"]]
         self._first = np.concatenate(([0], np.cumsum([shard.documents for shard in self.shards]))).astype(np.int64)
 
     def __len__(self) -> int:
@@ -445,6 +451,9 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else None
         raise UserError(f"{path}: format={found!r}, this version reads {FORMAT}; run `steerlm preprocess` again")
+    lacking = [key for key in ("schema", "template", "tokenizer", "counts", "files", "shards") if key not in manifest]
+    if lacking:
+        raise UserError(f"{path} is damaged: it lacks {' '.join(lacking)}; run `steerlm preprocess` again")
     return manifest, hashlib.sha256(data).hexdigest()
 
 

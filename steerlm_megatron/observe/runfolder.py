@@ -74,7 +74,8 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 def write_json_atomic(path: str | Path, obj: Any) -> None:
     """Writes ``obj`` as strict JSON (NaN and infinities become null), indented, by temporary file, fsync and rename."""
-    write_text_atomic(path, json.dumps(to_strict_json(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(to_strict_json(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text_atomic(path, text.encode("utf-8", "backslashreplace").decode())  # half a surrogate pair: its escape
 
 
 def to_strict_json(obj: Any) -> Any:

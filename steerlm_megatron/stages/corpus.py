@@ -34,7 +34,7 @@ from steerlm_megatron.steer.templates import Template
 from steerlm_megatron.train.loop import Interrupted
 from steerlm_megatron.train.signals import StopRequest
 
-_CONVERSION_FORMAT = 1  # raise when a converter gives other records for the same files
+_CONVERSION_FORMAT = 2  # raise when a converter gives other records for the same files
 _SPLITS = ("train", "valid")
 
 # What conf/attributes/demo.yaml says; a test keeps the two equal.
@@ -52,8 +52,13 @@ def schema_of(config: Config) -> AttributeSchema | None:
     return AttributeSchema.from_config(config.attributes) if config.attributes.names else None
 
 
-def collect_records(config: Config, output_dir: Path) -> tuple[dict[str, list[str]], dict[str, Any]]:
+def collect_records(
+    config: Config, output_dir: Path, shards: Path | None = None
+) -> tuple[dict[str, list[str]], dict[str, Any]]:
     """Record files per split for ``data.source``, and the converter's report. Converters write into ``output_dir``.
+
+    ``shards``: the folder that shards of these records are in or come to; what other inputs or settings gave is then
+    refused without ``config.overwrite``, before its records are replaced.
 
     A source that was converted says which conversations are for validation: its ``valid`` is then an empty list if
     there are none. Records (``messages`` without ``map`` and filters) are read as they are: no report, and ``valid``
@@ -69,7 +74,7 @@ def collect_records(config: Config, output_dir: Path) -> tuple[dict[str, list[st
     options = _conversion_options(data)
     if data.source == "messages" and options.filters == Filters() and not options.map and not _has_array(data):
         return {"train": data.input, **({"valid": data.valid_input} if data.valid_input else {})}, {}
-    report = _convert_once(config, options, output_dir)
+    report = _convert_once(config, options, output_dir, shards)
     return {split: [report[split]["file"]] if report[split]["file"] else [] for split in ("train", "valid")}, report
 
 
@@ -105,19 +110,26 @@ def _has_array(data: DataConfig) -> bool:
     return any(is_array(path) for path in expand_paths([*data.input, *(data.valid_input or ())]))
 
 
-def _convert_once(config: Config, options: Options, output_dir: Path) -> dict[str, Any]:
+def _convert_once(config: Config, options: Options, output_dir: Path, shards: Path | None) -> dict[str, Any]:
     """Convert, unless ``output_dir`` holds what the same files and options gave (``source.json``, written last)."""
     data, schema, journal = config.data, schema_of(config), output_dir / "source.json"
     key = None
-    if data.source != "hf":  # a name on the hub says nothing about what is there
-        files = [*expand_paths(data.input), "", *(expand_paths(list(options.valid_inputs)) if data.valid_input else ())]
-        hashes = [(os.path.basename(path), file_hash(path)) if path else None for path in files]
-        parts = [_CONVERSION_FORMAT, data.source, dataclasses.asdict(options), schema and schema.to_dict(), hashes]
+    if data.source == "hf":  # a name on the hub says nothing about what is there
+        sources: list[dict[str, Any]] = [{"name": name} for name in data.input]
+    else:
+        files = [expand_paths(data.input), expand_paths(list(options.valid_inputs)) if data.valid_input else []]
+        described = [[_describe(path) for path in paths] for paths in files]
+        sources = [source for each in described for source in each]
+        parts = [_CONVERSION_FORMAT, data.source, dataclasses.asdict(options), schema and schema.to_dict(), described]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
         known = _stored_report(journal, key)
         if known is not None:
             get_logger(__name__).info("%s was converted before; its records are in %s", data.source, output_dir)
             return known
+        if shards is not None and not config.overwrite:
+            _refuse_other(shards, key, sources)
+    for stale in output_dir.glob(".*.tmp"):  # of a conversion that was killed
+        stale.unlink()
     journal.unlink(missing_ok=True)
     title = f"convert {data.source}" + (" (in two passes)" if data.source == "oasst" else "")
     with Progress(None, title, unit="conversation") as bar:
@@ -136,20 +148,61 @@ def _convert_once(config: Config, options: Options, output_dir: Path) -> dict[st
             "%d lines rejected, listed in %s; the first: %s", report["rejected_lines"], output_dir / REJECTED_FILE,
             ": ".join(report["rejected"][0].values()),
         )  # fmt: skip
-    written = [report[split]["file"] for split in _SPLITS if report[split]["file"]]
-    sizes = {path: os.path.getsize(path) for path in written}
-    write_json_atomic(journal, {"key": key, "sizes": sizes, "report": report})
+    report |= {"key": key, "sources": sources}
+    # Names without their folder: the same input gives the same bytes wherever it is put.
+    names = {split: os.path.basename(report[split]["file"] or "") or None for split in _SPLITS}
+    sizes = {name: os.path.getsize(output_dir / name) for name in names.values() if name}
+    stored = report | {split: report[split] | {"file": name} for split, name in names.items()}
+    write_json_atomic(journal, {"key": key, "sizes": sizes, "report": stored})
     return report
+
+
+def _describe(path: str) -> dict[str, Any]:
+    return {"name": os.path.basename(path), "bytes": os.path.getsize(path), "sha256": file_hash(path)}
+
+
+def _refuse_other(shards: Path, key: str, sources: Sequence[Mapping[str, Any]]) -> None:
+    """``UserError`` if the shards that stand there were made of other files, or by other settings of the conversion."""
+    try:
+        made = json.loads((shards / "train" / MANIFEST).read_text(encoding="utf-8"))["converted"]
+        before = made["sources"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # none, or not of a converter: ``preprocess`` compares the records
+    if made["key"] in (key, None):
+        return
+    changed = next((old["name"] for old, new in zip(before, sources, strict=False) if old != new), None)
+    if changed is not None:
+        how = f"from {changed}, whose contents have changed since (or another file is in its place)"
+    else:
+        how = "from another number of files" if len(before) != len(sources) else "with other data.* settings"
+    raise UserError(
+        f"data.output_dir={shards}: {shards / 'train'} was made {how}; name another folder, or set overwrite=true to "
+        "replace it"
+    )
 
 
 def _stored_report(journal: Path, key: str) -> dict[str, Any] | None:
     """The report of an earlier conversion with this key whose files are still there."""
     try:
         stored = json.loads(journal.read_text(encoding="utf-8"))
-        whole = stored["key"] == key and all(os.path.getsize(path) == size for path, size in stored["sizes"].items())
+        folder, report = journal.parent, stored["report"]
+        sizes = stored["sizes"].items()
+        whole = stored["key"] == key and all(os.path.getsize(folder / name) == size for name, size in sizes)
+        for split in _SPLITS:
+            name = report[split]["file"]
+            report[split]["file"] = str(folder / name) if name else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None  # none, or not what we write: convert again
-    return stored["report"] if whole else None
+    return report if whole else None
+
+
+def _converted(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a manifest keeps of a converter's report; None if nothing was converted."""
+    if "sources" not in report:
+        return None
+    kept = ("source", "key", "sources", "in", "out", "skipped", "rejected_lines", "trained_replies", "context_replies",
+            "repeated_replies_avoided", "filtered_replies", "notes")  # fmt: skip
+    return {name: report[name] for name in kept}
 
 
 def split_records(config: Config, files: Sequence[str], output_dir: Path) -> dict[str, list[str]]:
@@ -200,7 +253,7 @@ def check_tokenizer(config: Config) -> None:
     """Refuse a tokenizer that cannot be opened or cannot write labels, before a corpus is read for it."""
     if not config.tokenizer.train or config.tokenizer.path:
         template = Template.from_config(config.template)
-        strings = (*template.control_strings, template.label_marker)
+        strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
         _check_labels(Tokenizer.from_config(config.tokenizer, strings), config)
 
 
@@ -225,15 +278,25 @@ def _check_labels(tokenizer: Tokenizer, config: Config) -> None:
 
 
 def make_shards(
-    config: Config, splits: Mapping[str, Sequence[str]], output_dir: Path, overwrite: bool = True
+    config: Config,
+    splits: Mapping[str, Sequence[str]],
+    output_dir: Path,
+    overwrite: bool = True,
+    converted: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Tokenize ``splits`` into ``output_dir/<split>`` with a progress bar. Returns the summary of ``preprocess``.
+
+    ``converted``: the report of the converter that made them, if one did.
 
     A ``valid`` without files: there is no validation set, and none is dealt. ``overwrite``: replace shards that other
     inputs or settings gave. Asked to stop, it exits with 75; run again, it goes on from there.
     """
     data = config.data if splits.get("valid", True) else dataclasses.replace(config.data, valid_fraction=0.0)
     splits = {split: files for split, files in splits.items() if files}
+    before = None  # what the converter rejected, beside its records
+    if converted and converted.get("rejected_lines"):
+        listed = Path(splits["train"][0]).with_name(REJECTED_FILE)
+        before = listed if listed.is_file() else None
     tokenizer = make_tokenizer(config, list(splits["train"]))
     with Progress(None, "preprocess", unit="record") as bar, StopRequest() as stop:
 
@@ -253,6 +316,8 @@ def make_shards(
                 data,
                 progress=show,
                 overwrite=overwrite,
+                converted=_converted(converted or {}),
+                rejected_before=before,
             )
         except UserError as error:
             if stop.requested:  # the signal went to the processes that tokenise, too

@@ -249,7 +249,7 @@ def _data(state: _Run, here: Session) -> None:
         splits, converted = corpus.collect_records(here.config, here.folder / "records")
         if "valid" not in splits and here.config.data.valid_fraction > 0 and here.config.data.source == "messages":
             splits = corpus.split_records(here.config, splits["train"], here.folder / "records")
-        summary = corpus.make_shards(here.config, splits, here.folder / "shards")
+        summary = corpus.make_shards(here.config, splits, here.folder / "shards", converted=converted)
         files = {split: [str(p) for p in paths] for split, paths in splits.items()}
         (here.folder / "splits.json").write_text(json.dumps(files), encoding="utf-8")
         here.run.update(counts={k: summary[k] for k in ("in", "out", "skipped")} | {"source": converted})

@@ -20,8 +20,8 @@ def run(config: Config) -> None:
     check_tokenizer(config)
     with session(config) as here:
         output = Path(config.data.output_dir)
-        splits, converted = collect_records(config, output / "records")
-        summary = make_shards(config, splits, output, overwrite=config.overwrite)
+        splits, converted = collect_records(config, output / "records", shards=output)
+        summary = make_shards(config, splits, output, config.overwrite, converted)
         counts = total_counts(converted, summary)
         here.run.update(
             counts=counts | {"source": converted},

@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +25,10 @@ _FIELDS = ("name", "names", "max_level", "quality", "best")
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is an int or float and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether ``value`` is a float, or an int that a float can hold, and not a bool."""
+    return isinstance(value, float) or (
+        isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 ``{"id": "…", "messages": [{"role": "system|user|assistant", "content": "…", "attributes": {"quality": 6.75},
 "weight": 1}], "source": "…"}``. ``attributes`` are floats on the schema's scale, on assistant messages only; absent or
 partial is fine, and a null value is an absent one. ``weight`` is 0 or 1 on assistant messages, as in OpenAI's
-fine-tuning format: 0 is context only. Unknown keys of a record and of a message are kept and written back.
+fine-tuning format: 0 is context only. Of OpenAI's variants, ``developer`` is ``system`` and content in parts of text is
+their text; tools are refused. Unknown keys of a record and of a message are kept and written back.
 
 Owns: the record's shape and its checks, reading line by line, writing. Does not own: prompt text (``templates.py``).
 
@@ -73,10 +74,10 @@ class Conversation:
 
 
 def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Files for paths and globs, in the order given, those of one glob sorted, each once.
+    """Files for paths and globs, in the order given, those of one glob sorted, each once. A glob takes no folders.
 
     Raises:
-        UserError: no path at all, a missing file, a folder, or a glob that matches nothing.
+        UserError: no path at all, a missing file, a folder, a file that may not be read, a glob that matches nothing.
     """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
@@ -86,8 +87,12 @@ def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
         if os.path.isdir(item):
             raise UserError(f"{item}: is a folder; name its files, for example {os.path.join(item, '*.jsonl*')!r}")
         matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+        matches = [match for match in matches if not os.path.isdir(match)]
         if not matches:
             raise UserError(f"{item}: no such file; check the path (relative paths start at {os.getcwd()})")
+        for match in matches:
+            if not os.access(match, os.R_OK):
+                raise UserError(f"{match}: may not be read by this user; mend its permissions")
         found += matches
     return list(dict.fromkeys(found))
 
@@ -196,7 +201,15 @@ def reject(error: UserError, on_error: OnError, rejected: Rejected | None) -> No
     if on_error != "skip" or match is None:  # an error of the whole file is never skipped
         raise error
     if rejected is not None:
-        rejected.append((match[1], match[2]))
+        rejected.append((match[1], match[2].encode("utf-8", "backslashreplace").decode()))
+
+
+def rejected_json(where: str, reason: str, line: bytes | None) -> str:
+    """A line of ``rejected.jsonl``; ``line``: what was rejected, None where it cannot be told (what is no UTF-8: �)."""
+    entry = {"where": where, "reason": reason}
+    if line is not None:
+        entry["line"] = line.decode("utf-8", "replace").rstrip("\r\n")
+    return json_line(entry).decode()
 
 
 class _ZstdReader(io.RawIOBase):
@@ -237,9 +250,12 @@ class _ZstdReader(io.RawIOBase):
         return count
 
 
-def raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
-    """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged."""
-    number, blank = 0, True
+def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
+    """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged.
+
+    ``most_bytes``: longer lines come in pieces of that size, so that memory does not depend on what a line holds.
+    """
+    number, blank, begins = 0, True, True
     try:
         with ExitStack() as stack:
             stream: Any = stack.enter_context(open(path, "rb"))
@@ -247,9 +263,9 @@ def raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
                 stream = stack.enter_context(gzip.open(stream))
             elif path.endswith(".zst"):
                 stream = io.BufferedReader(_ZstdReader(stream), _READ_BYTES)
-            for number, line in enumerate(stream, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
+            for number, line in enumerate(stream, 1) if most_bytes is None else _pieces(stream, most_bytes):
+                if begins:
+                    line, begins = line.removeprefix(b"\xef\xbb\xbf"), False
                 blank = blank and (not line or line.isspace())
                 yield f"{path}:{number}", line
     except FileNotFoundError as error:
@@ -259,6 +275,14 @@ def raw_lines(path: str) -> Iterator[tuple[str, bytes]]:
         raise UserError(f"{path}{line_number}: cannot be read ({error}); fetch or write the file again") from error
     if blank:
         raise UserError(f"{path}: the file is empty; it needs one JSON object per line")
+
+
+def _pieces(stream: IO[bytes], most_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """``(line number, piece)``."""
+    number = 1
+    while piece := stream.readline(most_bytes):
+        yield number, piece
+        number += piece.endswith(b"\n")
 
 
 def _decode(line: bytes, where: str) -> str:
@@ -306,6 +330,9 @@ def from_json(
         UserError: naming ``where``, the value, the rule.
     """
     raw = data.get("messages")
+    if raw is None:
+        keys = " ".join(data) or "none"
+        raise UserError(f"{where}: the row has no list 'messages' (its keys: {keys}); set data.source or data.map")
     if not isinstance(raw, list) or not raw:
         raise UserError(f"{where}: messages={_brief(raw)} must be a list of at least one message")
     messages = tuple([_message(item, where, index, schema) for index, item in enumerate(raw)])
@@ -338,9 +365,9 @@ def _message(item: Any, where: str, index: int, schema: AttributeSchema | None) 
         raise UserError(f"{where}: messages[{index}]={_brief(item)} must be an object with role and content")
     role, content = item.get("role"), item.get("content")
     if role not in _ROLES:
-        raise UserError(f"{where}: messages[{index}].role={_brief(role)}; legal: {' '.join(_ROLES)}")
+        role = _other_role(role, f"{where}: messages[{index}]")
     if not isinstance(content, str):
-        raise UserError(f"{where}: messages[{index}].content={_brief(content)} must be a string of text")
+        content = _joined_parts(item, f"{where}: messages[{index}]")
     if not content.isascii():
         try:
             content.encode()
@@ -350,6 +377,8 @@ def _message(item: Any, where: str, index: int, schema: AttributeSchema | None) 
             ) from error
     attributes, weight = item.get("attributes"), item.get("weight")
     extra = {} if item.keys() <= _MESSAGE_KEYS else {k: v for k, v in item.items() if k not in _MESSAGE_KEYS}
+    if extra and extra.get("tool_calls"):
+        raise UserError(f"{where}: messages[{index}] {_TOOL}")
     if role != "assistant":
         if attributes or weight is not None:
             key = "attributes" if attributes else "weight"
@@ -362,6 +391,30 @@ def _message(item: Any, where: str, index: int, schema: AttributeSchema | None) 
     if attributes is not None:
         attributes = _attributes(attributes, f"{where}: messages[{index}].attributes", schema)
     return Message(role, content, attributes, int(weight), extra)
+
+
+_TOOL = "calls or is a tool; only system, user and assistant text can be trained on"
+
+
+def _other_role(role: Any, where: str) -> str:
+    """OpenAI's other roles: ``developer`` is ``system``; tools are not text."""
+    if role == "developer":
+        return "system"
+    if role in ("tool", "function"):
+        raise UserError(f"{where} {_TOOL}")
+    raise UserError(f"{where}.role={_brief(role)}; legal: {' '.join(_ROLES)}")
+
+
+def _joined_parts(item: Mapping[str, Any], where: str) -> str:
+    """The text of OpenAI's content in parts (``[{"type": "text", "text": "…"}]``)."""
+    parts = item.get("content")
+    if parts is None and item.get("tool_calls"):
+        raise UserError(f"{where} {_TOOL}")
+    if not isinstance(parts, list) or not parts:
+        raise UserError(f"{where}.content={_brief(parts)} must be a string of text")
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise UserError(f"{where}.content={_brief(parts)} has a part that is no text; only text can be trained on")
+    return "".join(part["text"] for part in parts)
 
 
 def _attributes(data: Any, where: str, schema: AttributeSchema | None) -> dict[str, float] | None:
@@ -417,6 +470,11 @@ def content_hash(conversation: Conversation) -> str:
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
+def json_line(data: Mapping[str, Any]) -> bytes:
+    """One line of JSON in UTF-8. Half a surrogate pair (in an id or an unknown key) stays the escape that it was."""
+    return (_encode(data) + "\n").encode("utf-8", "backslashreplace")
+
+
 def write_records(path: str | os.PathLike[str], conversations: Iterable[Conversation]) -> int:
     """Write a record file, compressed by its suffix; returns the number of records.
 
@@ -439,7 +497,7 @@ def write_records(path: str | os.PathLike[str], conversations: Iterable[Conversa
                     compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
                     stream = stack.enter_context(compressor.stream_writer(raw, closefd=False))
                 for conversation in conversations:
-                    stream.write((_encode(to_json(conversation)) + "\n").encode("utf-8"))
+                    stream.write(json_line(to_json(conversation)))
                     count += 1
             raw.flush()
             os.fsync(raw.fileno())

@@ -72,6 +72,15 @@ COMMAND_LINES = {
         ["train_sft", "experiment=quickstart", "parallel.pipeline=3"],
         ["parallel.pipeline=3", "model.num_layers=4", "1 2 4"],
     ),
+    "a list without brackets": (
+        ["preprocess", "data.input=a.jsonl,b.jsonl"], ["data.input=a.jsonl,b.jsonl: several", "'data.input=[a.jsonl,b"],
+    ),
+    "a value that needs quotes": (
+        ["preprocess", "data.map=prompt=q,response=a"], ["cannot read the value", "'data.map=\"prompt=q,response=a\"'"],
+    ),
+    "a list of values that need quotes": (
+        ["preprocess", "data.labels=[quality>=6,humor<3]"], ["""'data.labels=["quality>=6","humor<3"]'"""],
+    ),
     "no data": (["train_sft"], ["data.train is not set"]),
     "no input": (["preprocess", "data.output_dir=x", *TOKENIZER], ["data.input is empty"]),
     "an input that is not there": (

@@ -137,6 +137,7 @@ def test_check_values() -> None:
         ({"quality": -0.1}, r"outside 0\.\.9"),
         ({"quality": math.inf}, r"outside 0\.\.9"),
         ({"quality": "6"}, "not a number"),
+        ({"quality": 10**400}, "not a number"),
     ):
         with pytest.raises(UserError, match=match):
             oasst().check_values(values)

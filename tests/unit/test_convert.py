@@ -85,6 +85,7 @@ def test_on_error_skip_collects_every_bad_line(tmp_path: Path) -> None:
     for line, words in zip(lines, ("malformed", "object", "NaN", "begins with", "no response", "outside 0..4", "UTF-8",
                                    "torn last line"), strict=True):  # fmt: skip
         assert words in line["reason"]
+    assert [line["line"] for line in lines] == [*bad, '{"id": "\ufffd"}', '{"messages": [{"ro']
     assert (
         report["rejected_lines"] == 8 and report["skipped"]["conversations"] == {"rejected": 8} and report["out"] == 2
     )
@@ -114,7 +115,7 @@ def test_nothing_left_writes_nothing(tmp_path: Path) -> None:
      ("messages", {"paths": "all"}, "data.paths"),
      ("hh_rlhf", {"map": "turns=a"}, "data.map is set, but data.source=hh_rlhf does not read it"),
      ("messages", {"label_max": 4}, "data.label_max is set"), ("messages", {"split": "x"}, "data.hf_split is set"),
-     ("hf", {"valid_inputs": ["x"]}, "data.valid_input is set"), ("hf", {"rows": "oasst"}, "data.hf_rows='oasst'"),
+     ("hf", {"valid_inputs": ["x"]}, "data.valid_input is set"), ("hf", {"rows": "hf"}, "data.hf_rows='hf'"),
      ("messages", {"valid_fraction": 1}, "valid_fraction"), ("messages", {"on_error": "x"}, "on_error"),
      ("messages", {}, "no such file")],
 )  # fmt: skip
@@ -202,6 +203,23 @@ def test_oasst_with_filters(tmp_path: Path) -> None:
         for conversation in read_records(report[split]["file"], oasst.OASST):
             kept = [m for m in conversation.messages if m.role == "assistant" and m.weight]
             assert kept and all(m.attributes is not None and m.attributes["quality"] >= 6 for m in kept)
+
+
+def test_a_reply_of_a_filtered_path_is_trained_in_the_next_one(tmp_path: Path) -> None:
+    def said(name: str, role: str, *replies: Any, text: str = "") -> dict[str, Any]:
+        return {"message_id": name, "role": role, "text": text or name, "replies": list(replies)}
+
+    long = said("u2", "prompter", said("a2", "assistant", text="long " * 50))
+    short = said("u3", "prompter", said("a3", "assistant"), said("a4", "assistant"))
+    prompt = said("u1", "prompter", said("a1", "assistant", long, short))
+    path = save(tmp_path / "trees.jsonl", [{"message_tree_id": "u1", "prompt": prompt}])
+    options = Options(filters=Filters(max_chars=100), valid_fraction=0.0)
+    report = convert("oasst", [path], str(tmp_path / "out"), oasst.OASST, options)
+    check_sums(report)
+    found = [[m.content for m in c.messages if m.weight] for c in read_records(report["train"]["file"])]
+    assert found == [["u1", "a1", "u3", "a3"], ["u1", "u3", "a4"]]
+    assert report["skipped"]["conversations"] == {"too_long": 1} and report["replies"] == 4
+    assert report["trained_replies"] == 3 and report["filtered_replies"] == 2
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -131,8 +133,8 @@ def test_every_key_is_documented() -> None:
 def test_choices_and_ranges() -> None:
     with pytest.raises(UserError, match=r"(?s)data\.source=hh-rlhf is not one of: .*hh_rlhf.*data\.max_turns=0"):
         config(source="hh-rlhf", max_turns=0)
-    with pytest.raises(UserError, match=r"data\.hf_rows=oasst"):
-        config(hf_rows="oasst")
+    with pytest.raises(UserError, match=r"data\.hf_rows=demo"):
+        config(hf_rows="demo")
 
 
 def test_asked_to_stop_it_exits_to_be_requeued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,11 +145,11 @@ def test_asked_to_stop_it_exits_to_be_requeued(tmp_path: Path, monkeypatch: pyte
     cfg = config({"name": "t", "names": ["quality", "toxicity", "humor"], "max_level": 9}, input=str(path), workers=1)
     cfg.tokenizer.path = str(tmp_path / "tokenizer")
     real = chunks.tokenize
-    made: list[int] = []
+    done: list[int] = []
 
     def signalled(chunk: Any, job: Any) -> Any:
-        made.append(chunk.first_line)
-        if len(made) == 3:
+        done.append(chunk.first_line)
+        if len(done) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(chunk, job)
 
@@ -156,7 +158,7 @@ def test_asked_to_stop_it_exits_to_be_requeued(tmp_path: Path, monkeypatch: pyte
         make_shards(cfg, {"train": [str(path)]}, tmp_path / "out")
     assert stopped.value.code == 75 and not (tmp_path / "out" / "train").exists()
     assert make_shards(cfg, {"train": [str(path)]}, tmp_path / "out")["in"] == 60
-    assert made == [1, 9, 17, 25, 33, 41, 49, 57]
+    assert done == [1, 9, 17, 25, 33, 41, 49, 57]
 
 
 def test_training_verifies_checksums_on_request(tmp_path: Path) -> None:
@@ -172,3 +174,76 @@ def test_training_verifies_checksums_on_request(tmp_path: Path) -> None:
     assert len(_open_data(cfg)[0]) > 0
     with pytest.raises(UserError, match=r"shard-00000\.bin is damaged"):
         _open_data(cfg, verify=True)
+
+
+def made(cfg: Config, out: Path) -> dict[str, Any]:
+    """The manifest of the training shards that ``preprocess`` makes of ``cfg`` in ``out``."""
+    splits, report = collect_records(cfg, out / "records", shards=out)
+    make_shards(cfg, splits, out, cfg.overwrite, report)
+    manifest: dict[str, Any] = json.loads((out / "train" / "manifest.json").read_text())
+    return manifest
+
+
+def test_a_manifest_names_the_files_that_were_converted(tmp_path: Path) -> None:
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant:"}
+    path = Path(write(tmp_path / "pairs.jsonl", row))
+    cfg = config(source="hh_rlhf", input=str(path), valid_fraction=0)
+    cfg.tokenizer.path = "bytes"
+    converted = made(cfg, tmp_path / "out")["converted"]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert converted["sources"] == [{"name": "pairs.jsonl", "bytes": path.stat().st_size, "sha256": digest}]
+    assert converted["in"] == 2 and converted["skipped"]["conversations"] == {"empty_response": 1}
+    made(cfg, tmp_path / "other")  # not one byte tells where it lies
+    for file in (f for f in (tmp_path / "out").rglob("*") if f.is_file()):
+        assert file.read_bytes() == (tmp_path / "other" / file.relative_to(tmp_path / "out")).read_bytes(), file
+
+
+def test_shards_of_a_changed_corpus_keep_their_records(tmp_path: Path) -> None:
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    cfg = config(source="hh_rlhf", input=write(tmp_path / "pairs.jsonl", row), valid_fraction=0)
+    cfg.tokenizer.path = "bytes"
+    made(cfg, tmp_path / "out")
+    records = (tmp_path / "out" / "records" / "train.jsonl.zst").read_bytes()
+    cfg.data.paths = "leaf"
+    with pytest.raises(UserError, match=r"out/train was made with other data\.\* settings; .*overwrite=true"):
+        made(cfg, tmp_path / "out")
+    cfg.data.paths = "reply"
+    write(tmp_path / "pairs.jsonl", row, row)
+    with pytest.raises(UserError, match=r"out/train was made from pairs\.jsonl, whose contents have changed"):
+        made(cfg, tmp_path / "out")
+    assert (tmp_path / "out" / "records" / "train.jsonl.zst").read_bytes() == records
+    cfg.overwrite = True
+    assert made(cfg, tmp_path / "out")["converted"]["in"] == 4
+
+
+def test_what_a_killed_conversion_left_is_removed(tmp_path: Path) -> None:
+    row = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    cfg = config(source="hh_rlhf", input=write(tmp_path / "pairs.jsonl", row), valid_fraction=0)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".train.jsonl.zst.4711.tmp").write_bytes(b"torn")
+    collect_records(cfg, tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["source.json", "train.jsonl.zst"]
+
+
+def test_all_rejected_lines_stand_beside_the_shards(tmp_path: Path) -> None:
+    good = {"chosen": "\n\nHuman: q\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    held = {"chosen": "\n\nHuman: <extra_id_1>\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
+    path = write(tmp_path / "pairs.jsonl", good, {"chosen": 5}, held)
+    cfg = config(source="hh_rlhf", input=path, valid_fraction=0, on_error="skip", control_strings="reject")
+    cfg.tokenizer.path = "bytes"
+    for _ in range(2):  # the second time nothing is done
+        made(cfg, tmp_path / "out")
+        lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+        assert [line["where"] for line in lines][0] == f"{path}:2" and lines[0]["line"] == '{"chosen": 5}'
+        assert len(lines) == 2 and "control string" in lines[1]["reason"]
+    shutil.rmtree(tmp_path / "out" / "train")
+    (tmp_path / "out" / "records" / "rejected.jsonl").unlink()  # nothing that is needed
+    made(cfg, tmp_path / "out")
+    assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 1
+
+
+def test_missing_control_tokens_are_named_once() -> None:
+    cfg = config()
+    cfg.tokenizer.path, cfg.tokenizer.extend = "bytes", False
+    with pytest.raises(UserError, match="no token for '<extra_id_0>' '<extra_id_1>' '<extra_id_2>', which"):
+        check_tokenizer(cfg)

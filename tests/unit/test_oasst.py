@@ -117,6 +117,12 @@ def test_flat_in_any_order_equals_nested(tmp_path: Path) -> None:
     assert {c.id for c in run(halves)[0]} == {c.id for c in nested}  # a parent may stand in another file
 
 
+def test_json_arrays_equal_lines(tmp_path: Path) -> None:
+    for rows in ([tree("u1", FORK)], flatten(FORK)):
+        (tmp_path / "array.json").write_text(json.dumps(rows, indent=1))
+        assert run(str(tmp_path / "array.json")) == run(save(tmp_path / "lines.jsonl", rows))
+
+
 def test_flat_orphans_and_cycles(tmp_path: Path) -> None:
     rows = flatten(node("u1", node("a1")))
     rows += flatten(node("a2", node("u3", node("a3"))), parent="nowhere")
@@ -150,8 +156,15 @@ def test_label_shapes(tmp_path: Path, labels: Any) -> None:
     assert found[0].messages[1].attributes == {"quality": 6.75}
     assert found[0].messages[0].attributes is None and found[1].messages[1].attributes is None
     assert report["labelled_replies"] == 1 and report["replies"] == 2
+    assert report["notes"] == {"label_not_in_schema:spam": 1}
     found, report = run(path, schema=AttributeSchema("none", (), 9))
     assert found[0].messages[1].attributes is None and report["labelled_replies"] == 0
+
+
+def test_negative_reviews_are_kept_and_counted(tmp_path: Path) -> None:
+    rows = [tree("u1", node("u1", node("a1", review_result=False), node("a2", review_result=None)))]
+    found, report = run(save(tmp_path / "t.jsonl", rows))
+    assert len(found) == 2 and report["notes"] == {"review_result_false": 1}
 
 
 def test_languages(tmp_path: Path) -> None:
@@ -182,7 +195,11 @@ def test_languages(tmp_path: Path) -> None:
         (json.dumps(tree("t", node("u1", replies="a1"))), "replies of message u1"),
         (json.dumps(tree("t", node("u1", node("a1"), node("a1")))), "a1 occurs twice"),
         (json.dumps(tree("t", node("u1", node("a1", labels={"quality": 1.2})))), r"quality=1.2 must be .* \[0, 1\]"),
-        (json.dumps(tree("t", node("u1", node("a1", labels={"name": ["quality"], "value": []})))), "the same length"),
+        (json.dumps(tree("t", node("u1", node("a1", labels={"name": ["quality"], "value": []})))), "one as long"),
+        (json.dumps(tree("t", node("u1", node("a1", labels={"name": [[]], "value": [1]})))), "must be a list of names"),
+        (json.dumps(tree("t", node("u1", node("a1", labels=[{"name": []}])))), "must be a mapping"),
+        (json.dumps(tree("t", node("u1", role=["bot"]))), r"role=\['bot'\]; legal"),
+        (json.dumps(tree("t", node("u1", message_tree_id={}))), "message_tree_id={} must be a string"),
         (json.dumps(tree("t", node("u1", node("a1", labels="good")))), "labels=good must be a mapping"),
         (json.dumps(tree("t", node("u1", text="\ud800"))), "surrogate"),
     ],

@@ -121,6 +121,11 @@ def test_conversations_without_target_are_counted(tmp_path) -> None:
     write_records(path, [conversation("a", 0)])
     with pytest.raises(UserError, match=r"r\.jsonl.*all tokens are masked"):
         run({"train": [path]}, tmp_path / "out")
+    path.write_text("[1]\n")
+    with pytest.raises(
+        UserError, match=r"all tokens are masked.* 1 are malformed.*; the first: .*r\.jsonl:1: expected"
+    ):
+        run({"train": [path]}, tmp_path / "out", on_error="skip")
     assert len(ShardDataset.open(tmp_path / "out" / "train")) == 1
 
 
@@ -138,7 +143,7 @@ def test_errors(records: Path, tmp_path) -> None:
     with pytest.raises(UserError, match=r"data\.valid_fraction=1"):
         run({"train": [records]}, tmp_path / "out", valid_fraction=1.0)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"data\.output_dir"):
+    with pytest.raises(UserError, match=r"data\.output_dir=.*; name a folder that can be written"):
         run({"train": [records]}, tmp_path / "file" / "out")
     records.write_text("")
     with pytest.raises(UserError, match="empty"):
@@ -211,5 +216,7 @@ def test_every_kind_of_bad_line_is_named(tmp_path) -> None:
     rejected = [json.loads(line) for line in open_text(tmp_path / "out" / REJECTED_FILE)]
     assert [entry["where"] for entry in rejected] == [f"{path}:{n}" for n in range(2, len(BAD_LINES) + 2)]
     assert all(reason in entry["reason"] for reason, entry in zip(BAD_LINES, rejected, strict=True))
+    shown = [line.decode("utf-8", "replace").rstrip("\n") for line in BAD_LINES.values()]
+    assert [entry["line"] for entry in rejected] == shown
     manifest = ShardDataset.open(tmp_path / "out" / "train").manifest
     assert manifest["policies"]["on_error"] == {"policy": "skip", "records": len(BAD_LINES)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,22 @@ def test_lenient_where_nothing_is_lost(tmp_path: Path) -> None:
     assert from_json(reply(attributes={"other": 500}), "f:1", AttributeSchema("none", (), 9)).messages[1].attributes
 
 
-def test_several_files_and_globs(tmp_path: Path) -> None:
+def test_openais_variants_are_read_as_they_are() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    read = from_json(record(("developer", "S"), ("user", parts), ("assistant", parts[:1])), "f:1")
+    assert [(m.role, m.content) for m in read.messages] == [("system", "S"), ("user", "ab"), ("assistant", "a")]
+
+
+def test_several_files_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.jsonl", "a.jsonl.gz"):
         write_records(tmp_path / name, [Conversation(name, (Message("user", "q"), Message("assistant", "r")))])
     paths = [str(tmp_path / "*.jsonl*"), str(tmp_path / "b.jsonl")]
     assert [c.id for c in read_records(paths)] == ["a.jsonl.gz", "b.jsonl"]
+    (tmp_path / "b.jsonl.d").mkdir()
+    assert expand_paths(str(tmp_path / "b*")) == [str(tmp_path / "b.jsonl")]  # a glob takes no folders
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"b\.jsonl: may not be read by this user"):
+        expand_paths(tmp_path / "b.jsonl")
     for bad, match in (([], "no input file"), (tmp_path, "is a folder"), (tmp_path / "c*.jsonl", "no such file")):
         with pytest.raises(UserError, match=match):
             expand_paths(bad)
@@ -123,12 +135,16 @@ def test_several_files_and_globs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        ({"id": "x"}, "messages=None must be a list"),
+        ({"id": "x"}, r"no list 'messages' \(its keys: id\); set data.source or data.map"),
         ({"messages": []}, "at least one message"),
         ({"messages": ["hi"]}, r"messages\[0\]='hi' must be an object"),
         (record(("human", "q")), "role='human'; legal: system user assistant"),
         (record(("user", None)), r"messages\[0\].content=None must be a string"),
-        (record(("user", [{"type": "text"}])), "must be a string"),
+        (record(("user", [{"type": "text"}])), "has a part that is no text"),
+        (record(("user", [])), "must be a string"),
+        (record(("user", "q"), ("tool", "4")), r"messages\[1\] calls or is a tool"),
+        (reply(tool_calls=[{"id": "1"}]), r"messages\[1\] calls or is a tool"),
+        (reply(content=None, tool_calls=[{"id": "1"}]), r"messages\[1\] calls or is a tool"),
         (record(("user", "q")), "no response"),
         (record(("user", "q"), ("assistant", " \n")), "no response"),
         (record(("assistant", "r")), "begins with an assistant"),

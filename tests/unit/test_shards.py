@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter
+from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter, _write_index
 from steerlm_megatron.data.views import VIEWS, Document, build_documents, make_sample
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -118,7 +118,8 @@ def test_torn_files_are_named(shards: Path, tmp_path, suffix: str) -> None:
     path = copy(shards, tmp_path) / f"shard-00001.{suffix}"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
-    wanted = rf"shard-00001\.{suffix} is truncated: it ends at byte {size - 1}, by manifest\.json at {size}"
+    source = "its header" if suffix == "idx" else r"manifest\.json"
+    wanted = rf"shard-00001\.{suffix} is truncated: it ends at byte {size - 1}, by {source} at {size}"
     with pytest.raises(UserError, match=wanted):
         ShardDataset.open(path.parent)
     path.unlink()
@@ -135,6 +136,12 @@ def test_a_foreign_index_is_named(shards: Path, tmp_path) -> None:
             ShardDataset.open(path.parent)
     path.write_bytes(data[:18] + bytes([data[18] ^ 1]) + data[19:])  # the number of sequences
     with pytest.raises(UserError, match=rf"shard-00000\.idx is t.*: it ends at byte {len(data)}, by its header at \d+"):
+        ShardDataset.open(path.parent)
+    path.write_bytes(b"TNTIDX\x00\x00" + data)  # fairseq's, and of another size
+    with pytest.raises(UserError, match=r"shard-00000\.idx is not a Megatron-Core index.*: byte 0 is 0x54"):
+        ShardDataset.open(path.parent)
+    _write_index(path, np.array([3, 4], np.int32), np.dtype("<u2"))
+    with pytest.raises(UserError, match=r"shard-00000\.idx is of another corpus: 2 documents, manifest\.json has \d+"):
         ShardDataset.open(path.parent)
 
 
@@ -155,6 +162,9 @@ def test_not_a_shard_folder(shards: Path, tmp_path) -> None:
         ShardDataset.open(shards.parent)
     (tmp_path / MANIFEST).write_text('{"format": 99}')
     with pytest.raises(UserError, match="format=99"):
+        ShardDataset.open(tmp_path)
+    (tmp_path / MANIFEST).write_text('{"format": 2, "files": {}, "shards": []}')
+    with pytest.raises(UserError, match=r"manifest\.json is damaged: it lacks schema template tokenizer counts"):
         ShardDataset.open(tmp_path)
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):

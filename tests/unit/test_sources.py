@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from conversion import DOLLY, HELPSTEER, TOPICAL, chat, check_sums, rated, roles, run, texts
 
+from data_tools import rows
 from data_tools.convert import Options, convert, main
+from data_tools.oasst import OASST
 from data_tools.sources import nemo
 from data_tools.sources.base import HELPSTEER_NAMES, Context
 from data_tools.sources.chat import look_up, parse_map
 from data_tools.sources.hh_rlhf import parse_transcript
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.runfolder import write_json_atomic
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message, read_records, write_records
 
@@ -36,6 +39,26 @@ def test_helpsteer_ratings(tmp_path: Path) -> None:
     assert found[1].messages[1].attributes == {"helpfulness": 0, "correctness": 1, "complexity": 2, "verbosity": 0}
     assert found[0].id == "rows.jsonl:1" and found[0].source == "helpsteer"
     assert report["skipped"]["conversations"] == {"empty_response": 1} and report["labelled_replies"] == 2
+
+
+def test_helpsteer_splits_and_huge_labels(tmp_path: Path) -> None:
+    for row, match in (
+        (rated("a", "b", 1, 1, 1, 1, 1, split=["train"]), r"split=\['train'\]; legal: train val"),
+        (rated("a", "b", 10**400, 1, 1, 1, 1), "label helpfulness=1000.* must be a number"),
+    ):
+        with pytest.raises(UserError, match=rf"rows\.jsonl:1: {match}"):
+            run(tmp_path, "helpsteer", [row], None if "split" in row else HELPSTEER)
+
+
+def test_half_a_surrogate_pair_outside_of_texts_is_kept(tmp_path: Path) -> None:
+    rows = [chat("a", "b", id="\ud800", lang="\ud801", tags=["\udc00"]), chat("c", "d", id="日本"), {"\ud800": 1}]
+    found, report = run(tmp_path, "messages", rows, on_error="skip", valid_fraction=0.5, seed=3)
+    assert {c.id for c in found} == {"\ud800", "日本"} and report["languages"] == {"\ud801": 1, "unknown": 1}
+    assert {json.dumps(c.extra) for c in found} == {'{"lang": "\\ud801", "tags": ["\\udc00"]}', "{}"}
+    (line,) = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert "no list 'messages' (its keys: \\ud800)" in json.loads(line)["reason"]
+    write_json_atomic(tmp_path / "report.json", report)
+    assert json.loads((tmp_path / "report.json").read_text())["languages"] == report["languages"]
 
 
 def test_helpsteer_scale_schema_and_disagreements(tmp_path: Path) -> None:
@@ -167,6 +190,22 @@ def test_json_arrays(tmp_path: Path, source: str, indent: int | None) -> None:
     assert texts(found[0]) == ["Who are [you]?", 'I am "V}".'] and found[1].extra == {"model": "x"}
 
 
+@pytest.mark.parametrize("piece_bytes", [3, 4, 7, 1 << 20])
+def test_a_long_line_of_an_array_comes_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr(rows, "_PIECE_BYTES", piece_bytes)
+    elements = [{"a": 'quoted "]}" \\', "b": ["é日", {"c": '\\"'}]}, {}, {"日": "\n", "deep": [[{}]]}, {"n": 1.5}]
+    path = tmp_path / "a.json"
+    for ascii_, indent in ((True, None), (False, None), (False, 1)):
+        text = json.dumps(elements, ensure_ascii=ascii_, indent=indent)
+        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert [row for _, row in rows.read_files([str(path)], "error", None)] == elements
+    path.write_bytes('[{"a": "é'.encode() + b'\xff"}]')
+    with pytest.raises(UserError, match=r"a\.json:1: invalid UTF-8 at byte 10"):
+        list(rows.read_files([str(path)], "error", None))
+
+
 def test_json_array_errors_name_lines(tmp_path: Path) -> None:
     good = json.dumps(share("a", "b"))
     path = tmp_path / "a.json"
@@ -181,6 +220,11 @@ def test_json_array_errors_name_lines(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"a\.json:3: malformed JSON: NaN"):
         attempt(f'[\n{good},\n{{"x": NaN}},\n{good}]')
+    with pytest.raises(UserError, match=r"a\.json:1: element 3: the conversation begins with an assistant"):
+        attempt(f"[{good}, {good}, {json.dumps(share('a')).replace('human', 'gpt')}]")
+    report = attempt(f'[{good},{{"x": NaN}},{good}]', "skip")
+    assert report["rejected"][0]["line"] == f"{path}:1" and report["rejected"][0]["reason"].startswith("element 2: mal")
+    assert report["out"] == 2 and report["ids_made_unique"] == 0
     report = attempt(f'[\n{good},\n{{"x": NaN}},\n{good}]', "skip")
     assert report["out"] == 2 and report["rejected"][0]["line"] == f"{path}:3"
     with pytest.raises(UserError, match=r"a\.json:2: '7,' stands in the JSON array"):
@@ -226,7 +270,7 @@ def test_openai_messages(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=rf"rows\.jsonl:1: messages\[0\].*{message}"):
             run(tmp_path, "messages", [{"messages": [wrong]}])
-    with pytest.raises(UserError, match="no list 'messages' .its keys: a b.; set data.map"):
+    with pytest.raises(UserError, match="no list 'messages' .its keys: a b.; set data.source or data.map"):
         run(tmp_path, "messages", [{"a": 1, "b": 2}])
 
 
@@ -403,6 +447,26 @@ def test_hf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_datasets(monkeypatch, {"a": rows})
     with pytest.raises(UserError, match="has no split 'train'; name one with data.hf_split: a"):
         convert("hf", ["x/y"], str(tmp_path), None)
+
+
+def test_hf_has_openassistants_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def message(name: str, parent: str | None, **keys: Any) -> dict[str, Any]:
+        role = "assistant" if parent else "prompter"
+        return {"message_id": name, "parent_id": parent, "role": role, "text": name, "lang": "en", **keys}
+
+    labels = {"name": ["spam", "quality"], "value": [0.0, 0.75], "count": [3, 3]}
+    split = [message("a", "u", labels=labels), message("u", None)]
+    fake_datasets(monkeypatch, {"train": split, "validation": [message("v", None), message("b", "v")]})
+    report = convert("hf", ["OpenAssistant/oasst1"], str(tmp_path), OASST, Options(rows="oasst", valid_fraction=0.5))
+    assert report["in"] == report["out"] == 2 and report["notes"] == {"label_not_in_schema:spam": 1}
+    assert report["train"]["conversations"] == report["valid"]["conversations"] == 1
+    found = {c.id: c for name in ("train", "valid") for c in read_records(report[name]["file"])}
+    assert found["a"].messages[1].attributes == {"quality": 6.75} and found["b"].source == "oasst"
+    fake_datasets(monkeypatch, {"train": [*split, {**split[0], "message_id": 3}]})
+    with pytest.raises(UserError, match=r"x/y:train:3: message_id=3 must be a string"):
+        convert("hf", ["x/y"], str(tmp_path), OASST, Options(rows="oasst"))
+    report = convert("hf", ["x/y"], str(tmp_path), OASST, Options(rows="oasst", on_error="skip", valid_fraction=0.0))
+    assert report["out"] == 1 and report["rejected_lines"] == 1
 
 
 def test_hf_folder_offline_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
