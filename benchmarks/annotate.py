@@ -24,12 +24,11 @@ from benchmarks.peers import Doc
 from benchmarks.train_packed import ATTRIBUTES, SHAPES, documents, our_samples
 from steerlm_megatron.config.schema import EngineConfig, ParallelConfig
 from steerlm_megatron.data.collate import collate
-from steerlm_megatron.data.packing import pack
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.model.predict import predict_values
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.device import device, dtype_of
-from steerlm_megatron.stages.scoring import default_batch_tokens
+from steerlm_megatron.stages.scoring import default_batch_tokens, rows_by_length
 
 OURS = "steerlm_megatron"
 
@@ -93,15 +92,12 @@ def contestants(args: argparse.Namespace, docs: Sequence[Doc]) -> dict[str, Call
 @torch.inference_mode()
 def _ours(model: PackedGPTModel, docs: Sequence[Doc], batch_tokens: int) -> np.ndarray:
     samples = our_samples(docs, regression=True)
-    lengths = np.array([len(doc.tokens) for doc in docs])
-    offsets, order = pack(lengths, max(batch_tokens, int(lengths.max())), seed=0)
+    lengths = [len(doc.tokens) for doc in docs]
     firsts = np.cumsum([0, *(len(doc.ends) for doc in docs)])
     out = np.empty((firsts[-1], len(ATTRIBUTES)), np.float32)
-    for a, b in zip(offsets, offsets[1:], strict=False):
-        members = order[a:b]
-        values = predict_values(
-            model, collate([[samples[i] for i in members]], int(lengths[members].sum()), len(ATTRIBUTES))
-        )
+    for members in rows_by_length(lengths, batch_tokens):
+        total = sum(lengths[i] for i in members)
+        values = predict_values(model, collate([[samples[i] for i in members]], total, len(ATTRIBUTES)))
         assert values is not None
         out[np.concatenate([np.arange(firsts[i], firsts[i + 1]) for i in members])] = values.numpy()
     return out

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from steerlm_megatron.data.collate import collate
-from steerlm_megatron.data.packing import pack
 from steerlm_megatron.data.views import Sample, build_documents, make_sample
 from steerlm_megatron.model.predict import predict_values
 from steerlm_megatron.runtime.collectives import broadcast_in_replica, gather_objects
@@ -42,6 +41,23 @@ def default_batch_tokens() -> int:
     return 16384 if has_cuda() else 2048
 
 
+def rows_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Documents of like length together, in rows of up to ``batch_tokens`` tokens (or one longer document).
+
+    A row that is scored has no fixed length to fill, so there is nothing to fit; and documents of like length share
+    attention calls.
+    """
+    rows: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not rows or lengths[index] > room:
+            rows.append([])
+            room = batch_tokens
+        rows[-1].append(index)
+        room -= lengths[index]
+    return rows
+
+
 class Scorer:
     """Values of every assistant turn. ``batch_tokens``: packed tokens of a forward pass; None: as suits the device."""
 
@@ -62,13 +78,8 @@ class Scorer:
         """
         pieces = self._pieces(conversations)
         out: list[dict[int, Values]] = [{} for _ in conversations]
-        if not pieces:
-            return out
-        lengths = np.array([len(piece.sample.tokens_T) for piece in pieces], dtype=np.int64)
-        width = max(self.batch_tokens, int(lengths.max()))
-        offsets, order = pack(lengths, width, seed=0)
-        for row in range(len(offsets) - 1):
-            members = [pieces[i] for i in order[offsets[row] : offsets[row + 1]]]
+        for row in rows_by_length([len(piece.sample.tokens_T) for piece in pieces], self.batch_tokens):
+            members = [pieces[i] for i in row]
             values_PA = self._forward([piece.sample for piece in members])
             at = 0
             for piece in members:
