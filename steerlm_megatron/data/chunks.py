@@ -19,14 +19,16 @@ import os
 import re
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
-from steerlm_megatron.data.blocks import Array, Block, build, concatenate, join
+from steerlm_megatron.data.blocks import Array, Block, concatenate, join
+from steerlm_megatron.data.build import Builder
 from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -57,6 +59,14 @@ class Job:
     valid_fraction: float
     split_seed: int
     control_strings: str
+
+    @cached_property
+    def builder(self) -> Builder:
+        """What makes documents, one per process."""
+        return Builder(self.tokenizer, self.template, self.schema)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def key(self) -> str:
@@ -227,7 +237,7 @@ class _Tokenizing:
         job = self.job
         batch = self._without_control_strings(batch)
         conversations, lines = [conversation for _, conversation in batch], [_line(where) for where, _ in batch]
-        block, has_target = build(conversations, lines, job.tokenizer, job.template, job.schema)
+        block, has_target = job.builder.build(conversations, lines)
         sides = np.array([self._side(conversation) for conversation in conversations], np.uint8)
         hashes = [
             bytes(16) if conversation.id == os.path.basename(where) else _id_hash(conversation.id)

@@ -6,8 +6,8 @@ of a text are the ids of what stands between such places, its *words*, end to en
 models these are a word with the space before it, a run of punctuation, a digit.) Words repeat, and looking one up is
 many times faster than encoding it.
 
-All is done for many texts at once, in numpy: places by a table of pairs of bytes, words of up to ``_SHORT`` bytes as two
-64-bit numbers in a hash table that holds them whole (there are no false matches), longer ones in a dictionary.
+All is done for many texts at once, in numpy: places by a table of pairs of bytes, words of up to ``_SHORT`` bytes as
+two 64-bit numbers in a hash table that holds them whole (there are no false matches), longer ones in a dictionary.
 
 Owns: for which models that holds, where words begin, the memory of words. Does not own: the model (``text_models.py``).
 Invariants: ``encode`` gives what the model gives; memory is bounded.
@@ -93,7 +93,8 @@ class WordCache:
     def encode(self, texts: list[str]) -> tuple[Array, Array]:
         """Ids of all texts end to end (int32), and how many each has (int64 [texts]).
 
-        No text may hold U+2581, which is SentencePiece's own sign for a space. ``UnicodeEncodeError``: a lone surrogate.
+        No text may hold U+2581, which is SentencePiece's own sign for a space. Errors: ``UnicodeEncodeError`` for a lone
+        surrogate.
         """
         encoded = [text.encode() for text in texts]
         ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), dtype=np.int64)
