@@ -28,11 +28,12 @@ from typing import Any, cast
 import numpy as np
 
 from steerlm_megatron.data.blocks import Array, Block, concatenate, join
-from steerlm_megatron.data.build import Builder
+from steerlm_megatron.data.build import Builder, Spoke
+from steerlm_megatron.data.quick_records import QuickRecords
 from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import Conversation, OnError, Rejected, parse_records, raw_lines
+from steerlm_megatron.steer.records import OnError, Rejected, parse_records, raw_lines, reject
 from steerlm_megatron.steer.templates import Template
 
 FORMAT = 1  # raise when the same chunk gives other documents
@@ -97,13 +98,6 @@ class Chunk:
         for line in self.lines:
             digest.update(line)
         return f"{digest.hexdigest()}.npz"
-
-    def numbered(self) -> Iterator[tuple[str, bytes]]:
-        """As ``raw_lines``."""
-        for number, line in enumerate(self.lines, self.first_line):
-            yield f"{self.path}:{number}", line
-        if self.damage:
-            raise UserError(self.damage)
 
 
 def read_chunks(split: str, paths: Sequence[str]) -> Iterator[Chunk]:
@@ -213,8 +207,8 @@ class _Tokenizing:
         self.rejected: list[tuple[int, str, str]] = []
 
     def run(self) -> Tokenized:
-        job, rejected = self.job, cast(Rejected, [])
-        records = parse_records(self.chunk.numbered(), job.schema, cast(OnError, job.on_error), rejected)
+        rejected: Rejected = []
+        records = self._records(rejected)
         while batch := list(islice(records, _BATCH)):
             self._take(batch)
         self.malformed = len(rejected)
@@ -233,27 +227,42 @@ class _Tokenizing:
             self.malformed,
         )
 
-    def _take(self, batch: list[tuple[str, Conversation]]) -> None:
-        job = self.job
+    def _records(self, rejected: Rejected) -> Iterator[tuple[int, Spoke]]:
+        """Line and conversation of every record; the rest as in ``read_records``."""
+        job, chunk = self.job, self.chunk
+        parse = QuickRecords(chunk.path, job.schema).parse
+        for number, line in enumerate(chunk.lines, chunk.first_line):
+            record = parse(line, number)
+            if record is not None:
+                yield number, record
+                continue
+            one = iter([(f"{chunk.path}:{number}", line)])
+            for _, conversation in parse_records(one, job.schema, cast(OnError, job.on_error), rejected):
+                yield number, conversation
+        if chunk.damage:
+            reject(UserError(chunk.damage), cast(OnError, job.on_error), rejected)
+
+    def _take(self, batch: list[tuple[int, Spoke]]) -> None:
         batch = self._without_control_strings(batch)
-        conversations, lines = [conversation for _, conversation in batch], [_line(where) for where, _ in batch]
-        block, has_target = job.builder.build(conversations, lines)
+        conversations, lines = [conversation for _, conversation in batch], [line for line, _ in batch]
+        block, has_target = self.job.builder.build(conversations, lines)
         sides = np.array([self._side(conversation) for conversation in conversations], np.uint8)
+        name = os.path.basename(self.chunk.path)
         hashes = [
-            bytes(16) if conversation.id == os.path.basename(where) else _id_hash(conversation.id)
-            for where, conversation in batch
+            bytes(16) if conversation.id == f"{name}:{line}" else _id_hash(conversation.id)
+            for line, conversation in batch
         ]
         self.records.append((block.lines, sides, _hash_array(hashes), has_target))
         for side in (TRAIN, VALID):
             if (chosen := has_target & (sides == side)).any():
                 self.parts[side].append(block.select(chosen))
 
-    def _without_control_strings(self, batch: list[tuple[str, Conversation]]) -> list[tuple[str, Conversation]]:
+    def _without_control_strings(self, batch: list[tuple[int, Spoke]]) -> list[tuple[int, Spoke]]:
         """Count what looks like control strings; under ``reject``, without the records that hold one."""
         if not self.control_like.anywhere([m.content for _, conversation in batch for m in conversation.messages]):
             return batch
         kept = []
-        for where, conversation in batch:
+        for line, conversation in batch:
             looks = [self.control_like.first(message.content) for message in conversation.messages]
             if any(looks):
                 side = self._side(conversation)
@@ -262,12 +271,12 @@ class _Tokenizing:
                     index, text = next((index, text) for index, text in enumerate(looks) if text)
                     reason = f"messages[{index}].content has the control string {text!r} (data.control_strings=reject)"
                     self.refused[side] += 1
-                    self.rejected.append((_line(where), where, reason))
+                    self.rejected.append((line, f"{self.chunk.path}:{line}", reason))
                     continue
-            kept.append((where, conversation))
+            kept.append((line, conversation))
         return kept
 
-    def _side(self, conversation: Conversation) -> int:
+    def _side(self, conversation: Spoke) -> int:
         job = self.job
         if not job.valid_fraction:
             return TRAIN

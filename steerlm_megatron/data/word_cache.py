@@ -93,8 +93,8 @@ class WordCache:
     def encode(self, texts: list[str]) -> tuple[Array, Array]:
         """Ids of all texts end to end (int32), and how many each has (int64 [texts]).
 
-        No text may hold U+2581, which is SentencePiece's own sign for a space. Errors: ``UnicodeEncodeError`` for a lone
-        surrogate.
+        No text may hold U+2581, which is SentencePiece's own sign for a space. A lone surrogate is a
+        ``UnicodeEncodeError``.
         """
         encoded = [text.encode() for text in texts]
         ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)), dtype=np.int64)
