@@ -15,9 +15,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 import re
-import zipfile
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -31,6 +33,7 @@ from steerlm_megatron.data.blocks import Array, Block, concatenate, join
 from steerlm_megatron.data.build import Builder, Spoke
 from steerlm_megatron.data.quick_records import QuickRecords
 from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.views import TURN
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import OnError, Rejected, parse_records, raw_lines, reject
@@ -39,6 +42,8 @@ from steerlm_megatron.steer.templates import Template
 FORMAT = 1  # raise when the same chunk gives other documents
 CHUNK_LINES = 4096
 CHUNK_BYTES = 2 << 20  # a chunk is closed with the line that reaches this
+SUFFIX = ".chunk"  # of its file
+_MAGIC, _HEAD = b"SLMCHUNK", struct.Struct("<8sIQ")  # then a CRC-32 of all that follows, and the size of its JSON part
 _BATCH = 512  # conversations encoded in one call
 
 TRAIN, VALID = 0, 1
@@ -97,7 +102,7 @@ class Chunk:
             digest.update(f"{len(part)}:{part}".encode())
         for line in self.lines:
             digest.update(line)
-        return f"{digest.hexdigest()}.npz"
+        return f"{digest.hexdigest()}{SUFFIX}"
 
 
 def read_chunks(split: str, paths: Sequence[str]) -> Iterator[Chunk]:
@@ -147,12 +152,20 @@ class Tokenized:
         arrays: dict[str, Array] = {name: getattr(self, name) for name in ("lines", "sides", "hashes", "has_target")}
         for side, block in enumerate(self.blocks):
             arrays |= {f"{side}.{name}": array for name, array in block.arrays().items()}
+            arrays[f"{side}.turns"] = block.turns.view(np.uint8)
         said = [self.refused, self.control_like, self.rejected, self.malformed]
-        arrays["said"] = np.frombuffer(json.dumps(said).encode(), np.uint8)
+        about = {name: [array.dtype.str, array.shape] for name, array in arrays.items()}
+        data = [np.ascontiguousarray(array).view(np.uint8).data for array in arrays.values()]
+        head = json.dumps([about, said]).encode()
+        checksum = zlib.crc32(head)
+        for part in data:
+            checksum = zlib.crc32(part, checksum)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+                file.write(_HEAD.pack(_MAGIC, checksum, len(head)))
+                file.write(head)
+                file.writelines(data)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -161,11 +174,21 @@ class Tokenized:
     def load(path: Path) -> Tokenized | None:
         """What ``save`` wrote; None if it is not there whole."""
         try:
-            with np.load(path) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-        except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError, KeyError):
+            stored = path.read_bytes()
+        except FileNotFoundError:
             return None
-        refused, control_like, rejected, malformed = json.loads(arrays.pop("said").tobytes())
+        rest = memoryview(stored)[_HEAD.size :]
+        if len(stored) < _HEAD.size or _HEAD.unpack_from(stored)[:2] != (_MAGIC, zlib.crc32(rest)):
+            return None
+        at = _HEAD.unpack_from(stored)[2]
+        about, (refused, control_like, rejected, malformed) = json.loads(bytes(rest[:at]))
+        arrays: dict[str, Array] = {}
+        for name, (code, shape) in about.items():
+            dtype, count = np.dtype(code), math.prod(shape)
+            arrays[name] = np.frombuffer(rest, dtype, count, at).reshape(shape)
+            at += count * dtype.itemsize
+        for side in (TRAIN, VALID):
+            arrays[f"{side}.turns"] = arrays[f"{side}.turns"].view(TURN)
         blocks = [
             Block(**{name[2:]: array for name, array in arrays.items() if name.startswith(f"{side}.")})
             for side in (TRAIN, VALID)

@@ -12,7 +12,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from functools import reduce
+from operator import or_
+from types import GenericAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import from_json
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 try:
     import msgspec
 except ImportError:  # an environment from before it was required: slower, and the same
-    msgspec = None  # type: ignore[assignment]
+    msgspec = None
 
 # json refuses an integer of more than 4,300 digits, msgspec does not: such a one has two neighbours of these samples.
 _MOST_DIGITS = 4300
@@ -32,34 +35,25 @@ _SAMPLE_BYTES = 2048
 _DIGITS = re.compile(rb"[0-9][0-9]")
 _MOST_KINDS = 4096
 
+
+def _kind(role: str, fields: list[Any], **fixed: Any) -> Any:
+    """The type of messages of a role: ``views.Spoken``."""
+    given = {"role": role, **fixed}
+    return msgspec.defstruct(role, [("content", str), *fields], tag_field="role", tag=role, gc=False, namespace=given)
+
+
 if msgspec is not None:
-
-    class _System(msgspec.Struct, tag_field="role", tag="system", gc=False):
-        role: ClassVar[str] = "system"
-        attributes: ClassVar[None] = None
-        weight: ClassVar[int] = 1
-        content: str
-        no_attributes: None = msgspec.field(name="attributes", default=None)
-        no_weight: None = msgspec.field(name="weight", default=None)
-
-    class _User(msgspec.Struct, tag_field="role", tag="user", gc=False):
-        role: ClassVar[str] = "user"
-        attributes: ClassVar[None] = None
-        weight: ClassVar[int] = 1
-        content: str
-        no_attributes: None = msgspec.field(name="attributes", default=None)
-        no_weight: None = msgspec.field(name="weight", default=None)
-
-    class _Assistant(msgspec.Struct, tag_field="role", tag="assistant", gc=False):
-        role: ClassVar[str] = "assistant"
-        content: str
-        attributes: dict[str, int | float | None] | None = None
-        weight: Literal[0, 1] = 1
-
-    class _Record(msgspec.Struct, gc=False):
-        messages: list[_System | _User | _Assistant]
-        id: str | int | None = None
-        source: str | None = None
+    _NONE = [(f"no_{key}", None, msgspec.field(name=key, default=None)) for key in ("attributes", "weight")]
+    _ASSISTANT = _kind(
+        "assistant", [("attributes", dict[str, int | float | None] | None, None), ("weight", Literal[0, 1], 1)]
+    )
+    _OTHERS = [_kind(role, _NONE, attributes=None, weight=1) for role in ("system", "user")]
+    _MESSAGES = GenericAlias(list, (reduce(or_, _OTHERS, _ASSISTANT),))
+    _RECORD = msgspec.defstruct(
+        "record",
+        [("messages", _MESSAGES), ("id", str | int | None, None), ("source", str | None, None)],
+        gc=False,
+    )
 
 
 class QuickRecords:
@@ -69,7 +63,7 @@ class QuickRecords:
         self._name = os.path.basename(path)
         self._names = frozenset(schema.names) if schema else frozenset()
         self._most = schema.max_level if schema else 0
-        self._decode: Any = None if msgspec is None else msgspec.json.Decoder(_Record).decode
+        self._decode: Any = None if msgspec is None else msgspec.json.Decoder(_RECORD).decode
         self._orders: dict[tuple[type, ...], bool] = {}  # kinds of messages → whether they may stand in this order
 
     def parse(self, line: bytes, number: int) -> Spoke | None:
@@ -88,7 +82,7 @@ class QuickRecords:
         if not self._in_order(tuple(map(type, messages))):
             return None
         for message in messages:
-            if type(message) is _Assistant and message.content and not message.content.isspace():
+            if type(message) is _ASSISTANT and message.content and not message.content.isspace():
                 break
         else:
             return None
