@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from steerlm_megatron.steer.attributes import AttributeSchema
 
 try:
-    import msgspec
+    import msgspec as _msgspec
+
+    msgspec: Any = _msgspec
 except ImportError:  # an environment from before it was required: slower, and the same
     msgspec = None
 
