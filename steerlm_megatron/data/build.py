@@ -81,7 +81,7 @@ class Builder:
         counts = np.concatenate((known_counts, counts))
         sizes = counts[units]
         pool = np.concatenate((known_ids, ids)).astype(token_dtype(self._tokenizer.vocab_size))
-        return pool[ragged((np.cumsum(counts) - counts)[units], sizes)], sizes
+        return pool.take(ragged((np.cumsum(counts) - counts)[units], sizes)), sizes
 
     def _values(self, conversations: Sequence[Spoke], turn_counts: Array) -> tuple[Array, Array]:
         """Values of all turns, and whether each conversation has some on a trained turn."""

@@ -27,6 +27,7 @@ Array = npt.NDArray[Any]
 _BPE = 2  # TrainerSpec.ModelType
 _SPACE = "\u2581"  # how a model writes a space
 _SHORT = 15  # bytes of a word that fit into 128 bits beside its length
+_MOST_BYTES_PER_WORD = 32
 _SLICE = 1 << 17  # words looked up at a time
 _MOST_WORDS = 1 << 19  # remembered; then all are forgotten
 _MOST_IDS = 1 << 22  # of all words remembered, likewise
@@ -78,6 +79,16 @@ def ragged(starts_N: Array, counts_N: Array) -> Array:
     return out
 
 
+def _eights(buffer: bytes, starts_N: Array) -> tuple[Array, Array]:
+    """The 8 bytes from each start on and the 8 after those, as numbers. ``buffer`` has 16 more bytes than text."""
+    eights = np.ndarray((len(buffer) - 8,), "<u8", buffer, strides=(1,))  # from every byte on
+    begin, end = int(starts_N[0]), int(starts_N[-1]) + 9
+    if end - begin > _MOST_BYTES_PER_WORD * len(starts_N):
+        return eights[starts_N], eights[starts_N + 8]
+    copy, starts_N = np.ascontiguousarray(eights[begin:end]), starts_N - begin  # gathering is faster from aligned ones
+    return copy.take(starts_N), copy.take(starts_N + 8)
+
+
 class WordCache:
     """Word → ids, filled as words are met. Threads take turns."""
 
@@ -102,7 +113,7 @@ class WordCache:
         buffer = b"".join([*encoded, bytes(16)])
         offsets = np.concatenate((_ZERO, ends))
         begins = np.empty(size, np.bool_)
-        begins[1:] = self._places[_pairs(np.frombuffer(buffer, np.uint8, size))] if size else False
+        begins[1:] = self._places.take(_pairs(np.frombuffer(buffer, np.uint8, size))) if size else False
         begins[offsets[offsets < size]] = True
         starts = np.flatnonzero(begins)
         sizes = np.diff(starts, append=size)
@@ -128,8 +139,8 @@ class WordCache:
         except BaseException:
             self._table = None  # it has words without ids
             raise
-        counts = table.counts[entries]
-        return table.ids[ragged(table.starts[entries], counts)], counts
+        counts = table.counts.take(entries)
+        return table.ids.take(ragged(table.starts.take(entries), counts)), counts
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_processor": self._processor, "_places": self._places}
@@ -161,16 +172,11 @@ class _Table:
 
     def find(self, buffer: bytes, starts_N: Array, sizes_N: Array) -> tuple[Array, list[tuple[int, int]]]:
         """The numbers of words, and (start, size) of those that are new, of each once."""
-        # Eight bytes from every byte on; 16 more than there is text.
-        eights = np.ndarray((len(buffer) - 8,), "<u8", buffer, strides=(1,))
-        if not len(starts_N):
-            return starts_N, []
-        begin, end = int(starts_N[0]), int(starts_N[-1]) + 9
-        eights, places_N = eights[begin:end], starts_N - begin
+        first, second = _eights(buffer, starts_N)
         lengths = np.minimum(sizes_N, _SHORT)
-        first, second = eights.take(places_N) & _FIRST[lengths], eights.take(places_N + 8)
-        second &= _SECOND[lengths]
-        second |= _LENGTH[lengths]
+        first &= _FIRST.take(lengths)
+        second &= _SECOND.take(lengths)
+        second |= _LENGTH.take(lengths)
         long = np.flatnonzero(sizes_N > _SHORT)
         first[long] = second[long] = 0  # as entry 0, which no short word is
         numbers, new = self._number(first, second)
@@ -194,9 +200,9 @@ class _Table:
         mixed ^= mixed >> _FOLD
         mixed *= _MIX[2]
         slot = (mixed >> _TOP).astype(np.int64)
-        numbers = slots[slot]
+        numbers = slots.take(slot)
         new = [np.zeros(0, np.int64)]
-        open_ = self._differ(np.arange(len(first_N)), numbers, first_N, second_N)
+        open_ = np.flatnonzero(self._differ(numbers, first_N, second_N))
         while len(open_):
             empty = numbers[open_] == 0
             absent, taken = open_[empty], open_[~empty]
@@ -210,16 +216,15 @@ class _Table:
             self._first[given], self._second[given] = first_N[won], second_N[won]
             new.append(won)
             slot[taken] = (slot[taken] + 1) & (len(slots) - 1)
-            numbers[open_] = slots[slot[open_]]
-            open_ = self._differ(open_, numbers, first_N, second_N)
+            numbers[open_] = again = slots[slot[open_]]
+            open_ = open_[self._differ(again, first_N[open_], second_N[open_])]
         return numbers, np.concatenate(new)
 
-    def _differ(self, indices: Array, numbers_N: Array, first_N: Array, second_N: Array) -> Array:
-        """Those of ``indices`` whose number is another word's (or none)."""
-        numbers = numbers_N[indices]
-        same = self._first[numbers] == first_N[indices]
-        same &= self._second[numbers] == second_N[indices]
-        return indices[~same]
+    def _differ(self, numbers_N: Array, first_N: Array, second_N: Array) -> Array:
+        """bool [N]: whether a number is another word's (or none)."""
+        differ = self._first.take(numbers_N) != first_N
+        differ |= self._second.take(numbers_N) != second_N
+        return differ
 
     def fill(self, ids: list[list[int]]) -> None:
         """Ids of the new words."""

@@ -106,10 +106,12 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     assert len(set(map(id, tables))) > 1
 
 
+@pytest.mark.parametrize("bytes_per_word", [0, word_cache._MOST_BYTES_PER_WORD])
 @settings(deadline=None)
 @given(texts=st.lists(TEXTS, max_size=30))
-def test_few_slots_do_not_mix_words(texts: list[str]) -> None:
+def test_few_slots_do_not_mix_words(bytes_per_word: int, texts: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(word_cache, "_MOST_BYTES_PER_WORD", bytes_per_word)
         patch.setattr(word_cache, "_TOP", np.uint64(62))  # all words begin to look at four slots of a million
         tok = corpora.tokenizer("trained")
         cache = WordCache(tok._model.processor, PIECES)
