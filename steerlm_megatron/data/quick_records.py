@@ -78,7 +78,7 @@ class QuickRecords:
             if not line.isascii():
                 line.decode()  # msgspec skips what it does not need without looking at its encoding
             record = self._decode(line)
-        except (ValueError, RecursionError):  # msgspec's own errors are ValueErrors
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
         messages = record.messages
         if not self._in_order(tuple(map(type, messages))):
