@@ -198,8 +198,10 @@ def ratio(slow: Sequence[tuple[float, float]], fast: Sequence[tuple[float, float
 
 
 def workers(folder: Path, repeats: int) -> None:
-    path = grown(folder, 4)
-    print(f"\n### Workers ({os.cpu_count()} cores, shared): wall seconds, median [range] of {repeats} interleaved\n")
+    path = grown(folder, 16)
+    print(
+        f"\n### Workers ({os.cpu_count()} cores, shared), {path.stat().st_size / 1e6:.0f} MB of records: wall seconds, median [range] of {repeats} interleaved\n"
+    )
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(repeats):
         for count, found in seconds.items():
@@ -227,7 +229,7 @@ def grown(folder: Path, times: int) -> Path:
 
 def memory(folder: Path, repeats: int) -> None:
     print("\n### Memory: peak of a whole process, one worker\n")
-    for times in (2, 8):
+    for times in (2, 8, 24, 48):
         path = grown(folder, times)
         command = [sys.executable, __file__, "--peak-of", str(path), str(folder / f"peak{times}")]
         peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]

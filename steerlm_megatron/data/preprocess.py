@@ -36,7 +36,7 @@ REJECTED_FILE = "rejected.jsonl"
 WORK = ".work"  # in the output folder while a job is under way: finished chunks
 SKIPPED = ("rejected", "control_string", "no_target")
 _READ_BYTES = 1 << 20
-_WORKER_BYTES = 8 * CHUNK_BYTES  # half a second's work; a process needs a quarter of that to be there
+_WORKER_BYTES = 16 * CHUNK_BYTES  # a second's work; two processes break even at 22 MB each (benchmarks/preprocess.md)
 _COMPRESSION = 4  # what text gains at least, roughly
 
 Paths = Sequence[str | os.PathLike[str]]
