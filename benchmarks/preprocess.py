@@ -199,9 +199,8 @@ def ratio(slow: Sequence[tuple[float, float]], fast: Sequence[tuple[float, float
 
 def workers(folder: Path, repeats: int) -> None:
     path = grown(folder, 16)
-    print(
-        f"\n### Workers ({os.cpu_count()} cores, shared), {path.stat().st_size / 1e6:.0f} MB of records: wall seconds, median [range] of {repeats} interleaved\n"
-    )
+    megabytes, cores = path.stat().st_size / 1e6, os.cpu_count()
+    print(f"\n### Workers ({cores} cores, shared), {megabytes:.0f} MB of records: wall seconds, median [range]\n")
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(repeats):
         for count, found in seconds.items():
