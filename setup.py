@@ -33,6 +33,7 @@ INSTALL_REQUIRES = [
     "transformers>=4.45",
     "safetensors>=0.4",
     "zstandard>=0.22",
+    "msgspec>=0.18",  # data/quick_records.py
     "fastapi>=0.110",
     "uvicorn>=0.30",
     "httpx>=0.27",

@@ -2,9 +2,10 @@
 
 * ``speed``: ``preprocess`` with one worker (A), bare SentencePiece ``encode`` over the same messages (B), and the way
   of Megatron-LM's ``preprocess_data.py`` (C): one line, one document: parse the line, encode its text, hand it to
-  ``IndexedDatasetBuilder``. Run in turns A B C A B C …; the figures are medians over CPU seconds of the process (wall
-  clock in brackets), which a busy machine disturbs less, and ratios are taken turn by turn. All rates count the tokens
-  of A: B encodes less than that (no roles, no label lines).
+  ``IndexedDatasetBuilder``. D is C in the shape that the script has: a pool of one process encodes (``imap``, 32 lines
+  at a time), the main process writes. Run in turns A B C D A B C D …; the figures are medians over CPU seconds of the
+  process and its children (wall clock in brackets), which a busy machine disturbs less, and ratios are taken turn by
+  turn. All rates count the tokens of A: B encodes less than that (no roles, no label lines).
 * ``workers``: wall clock with 1, 2, … workers.
 * ``memory``: the peak of a process that preprocesses a corpus and one four times its size.
 * ``packing``: 1,000,000 lengths. ``open``: a corpus of 10,000,000 documents. ``fill``: OASST paths at 4,096.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import resource
 import statistics
@@ -99,10 +101,15 @@ def records_of(name: str, folder: Path) -> Path:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """CPU and wall seconds of ``work``."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """CPU seconds of ``work``, its ended children's included, and wall seconds."""
+    wall, cpu = time.perf_counter(), cpu_seconds()
     work()
-    return time.process_time() - cpu, time.perf_counter() - wall
+    return cpu_seconds() - cpu, time.perf_counter() - wall
+
+
+def cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def ours(path: Path, output: Path, workers: int = 1) -> dict[str, Any]:
@@ -123,12 +130,41 @@ def megatron_way(path: Path, prefix: Path) -> None:
     builder.finalize(f"{prefix}.idx")
 
 
+class PooledEncoder:
+    """``Encoder`` of ``tools/preprocess_data.py``: lives in the process of a pool."""
+
+    processor: Any = None
+
+    def start(self) -> None:
+        PooledEncoder.processor = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
+
+    def encode(self, line: str) -> tuple[list[int], list[int], int]:
+        ids = PooledEncoder.processor.encode(json.loads(line)["text"])
+        return ids, [len(ids)], len(line)
+
+
+def megatron_pool(path: Path, prefix: Path) -> None:
+    """``megatron_way`` with the pool that ``tools/preprocess_data.py --workers 1`` makes."""
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    encoder = PooledEncoder()
+    size = len(sentencepiece.SentencePieceProcessor(model_file=str(MODEL)))
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(size))
+    with multiprocessing.get_context("fork").Pool(1, initializer=encoder.start) as pool:
+        with open(path, encoding="utf-8") as file:
+            for ids, lengths, _ in pool.imap(encoder.encode, file, 32):
+                builder.add_document(ids, lengths)
+        pool.close()
+        pool.join()
+    builder.finalize(f"{prefix}.idx")
+
+
 def speed(folder: Path, repeats: int) -> None:
     import megatron.core.datasets.indexed_dataset  # noqa: F401  (seconds, which are not to be measured)
 
     print(f"\n### Speed, one worker: medians of {repeats} interleaved runs\n")
-    print("| corpus | conversations | tokens | A ours, tokens/s | B bare encode | C Megatron-LM's way | A/B | A/C |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = "A ours, tokens/s", "B bare encode", "C Megatron-LM's way", "D in its pool", "A/B", "A/C", "A/D"
+    print(f"| corpus | conversations | tokens | {' | '.join(heads)} |\n|{'---|' * 10}")
     for name in (*CORPORA, "all"):
         path = records_of(name, folder)
         conversations = list(read_records(path))
@@ -138,15 +174,16 @@ def speed(folder: Path, repeats: int) -> None:
             for conversation in conversations:
                 file.write(json.dumps({"text": join(TEMPLATE.render(conversation, SCHEMA))}) + "\n")
         bare = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
-        runs: dict[str, list[tuple[float, float]]] = {"A": [], "B": [], "C": []}
+        runs: dict[str, list[tuple[float, float]]] = {"A": [], "B": [], "C": [], "D": []}
         for turn in range(repeats):
             output = folder / f"{name}.out{turn}"
             runs["A"].append(timed(partial(ours, path, output)))
             runs["B"].append(timed(partial(bare.encode, texts, num_threads=1)))
             runs["C"].append(timed(partial(megatron_way, lines, folder / "c")))
+            runs["D"].append(timed(partial(megatron_pool, lines, folder / "d")))
         tokens = ShardDataset.open(folder / f"{name}.out0" / "train").manifest["counts"]["tokens"]
-        cells = [rate(tokens, runs[key]) for key in "ABC"]
-        ratios = [ratio(runs[key], runs["A"]) for key in "BC"]
+        cells = [rate(tokens, runs[key]) for key in "ABCD"]
+        ratios = [ratio(runs[key], runs["A"]) for key in "BCD"]
         print(f"| {name} | {len(conversations):,} | {tokens:,} | {' | '.join([*cells, *ratios])} |", flush=True)
 
 
@@ -161,8 +198,9 @@ def ratio(slow: Sequence[tuple[float, float]], fast: Sequence[tuple[float, float
 
 
 def workers(folder: Path, repeats: int) -> None:
-    path = grown(folder, 4)
-    print(f"\n### Workers ({os.cpu_count()} cores, shared): wall seconds, median [range] of {repeats} interleaved\n")
+    path = grown(folder, 16)
+    megabytes, cores = path.stat().st_size / 1e6, os.cpu_count()
+    print(f"\n### Workers ({cores} cores, shared), {megabytes:.0f} MB of records: wall seconds, median [range]\n")
     seconds: dict[int, list[float]] = {1: [], 2: []}
     for turn in range(repeats):
         for count, found in seconds.items():
@@ -190,7 +228,7 @@ def grown(folder: Path, times: int) -> Path:
 
 def memory(folder: Path, repeats: int) -> None:
     print("\n### Memory: peak of a whole process, one worker\n")
-    for times in (2, 8):
+    for times in (2, 8, 24, 48):
         path = grown(folder, times)
         command = [sys.executable, __file__, "--peak-of", str(path), str(folder / f"peak{times}")]
         peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]

@@ -1,27 +1,20 @@
 """Documents end to end: what travels from tokenising to shards.
 
-Owns: ``Block``, making one of conversations or documents, choosing documents of one. Does not own: its files
-(``chunks.py`` for work in progress, ``shards.py`` for good). Invariants: ``build`` gives the documents that
-``views.build_documents`` gives; a block chosen from and cut anywhere has the documents it had.
+Owns: ``Block``, choosing documents of one, putting some together. Does not own: making one of conversations
+(``build.py``), its files (``chunks.py`` for work in progress, ``shards.py`` for good). Invariant: a block chosen from
+and cut anywhere has the documents it had.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from math import nan
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from steerlm_megatron.data.views import TURN, Document, places, spoken
-
-if TYPE_CHECKING:
-    from steerlm_megatron.data.tokenizer import Tokenizer
-    from steerlm_megatron.steer.attributes import AttributeSchema
-    from steerlm_megatron.steer.records import Conversation
-    from steerlm_megatron.steer.templates import Template
+from steerlm_megatron.data.views import TURN, Document
 
 Array = npt.NDArray[Any]
 
@@ -106,66 +99,6 @@ class Block:
     def arrays(self) -> dict[str, Array]:
         """Its arrays by name; ``Block(**arrays)`` is the inverse."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
-
-
-def build(
-    conversations: Sequence[Conversation],
-    lines: Sequence[int],
-    tokenizer: Tokenizer,
-    template: Template,
-    schema: AttributeSchema | None,
-) -> tuple[Block, Array]:
-    """A block of conversations, rendered and encoded in one batch, and whether each has a target (bool [N]).
-
-    A target is a trained token or a value of a trained response. No array is made for a single document.
-    """
-    rendered = [template.render(conversation, schema) for conversation in conversations]
-    names = schema.names if schema else ()
-    missing = (nan,) * len(names)
-    tokens, lengths, turns, turn_counts, values, spans, span_counts, headers, has_target = (
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-        [],
-    )
-    for conversation, segments, (ids, sizes) in zip(
-        conversations, rendered, tokenizer.encode_documents(rendered), strict=True
-    ):
-        own_turns, own_spans, header = places(conversation.messages, segments, sizes)
-        tokens.append(ids)
-        lengths.append(len(ids))
-        turns += own_turns
-        turn_counts.append(len(own_turns))
-        spans += own_spans
-        span_counts.append(len(own_spans))
-        headers.append(header)
-        labelled = False
-        if names:
-            assert schema is not None
-            for message in spoken(conversation):
-                values.append(schema.vector(message.attributes) if message.attributes else missing)
-                labelled = labelled or bool(message.attributes and message.weight)
-        has_target.append(labelled or bool(own_spans))
-    written = [conversation.id.encode("utf-8", "replace") for conversation in conversations]
-    block = Block(
-        np.concatenate([_NO_TOKENS, *tokens]).astype(token_dtype(tokenizer.vocab_size)),
-        np.array(lengths, np.int32),
-        np.array(turns, TURN),
-        np.array(turn_counts, np.int32),
-        np.array(values, np.float32).reshape(len(turns), len(names)),
-        np.array(spans, np.int32).reshape(-1, 2),
-        np.array(span_counts, np.int32),
-        np.array(headers, np.int32).reshape(-1, 2),
-        np.frombuffer(b"".join(written), np.uint8),
-        np.array([len(name) for name in written], np.int32),
-        np.array(lines, np.int64),
-    )
-    return block, np.array(has_target, np.bool_)
 
 
 def concatenate(blocks: Sequence[Block]) -> Block:

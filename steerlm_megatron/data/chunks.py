@@ -15,27 +15,35 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 import re
-import zipfile
+import struct
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
-from steerlm_megatron.data.blocks import Array, Block, build, concatenate, join
+from steerlm_megatron.data.blocks import Array, Block, concatenate, join
+from steerlm_megatron.data.build import Builder, Spoke
+from steerlm_megatron.data.quick_records import QuickRecords
 from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.views import TURN
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import Conversation, OnError, Rejected, parse_records, raw_lines
+from steerlm_megatron.steer.records import OnError, Rejected, parse_records, raw_lines, reject
 from steerlm_megatron.steer.templates import Template
 
 FORMAT = 1  # raise when the same chunk gives other documents
 CHUNK_LINES = 4096
 CHUNK_BYTES = 2 << 20  # a chunk is closed with the line that reaches this
+SUFFIX = ".chunk"  # of its file
+_MAGIC, _HEAD = b"SLMCHUNK", struct.Struct("<8sIQ")  # then a CRC-32 of all that follows, and the size of its JSON part
 _BATCH = 512  # conversations encoded in one call
 
 TRAIN, VALID = 0, 1
@@ -57,6 +65,14 @@ class Job:
     valid_fraction: float
     split_seed: int
     control_strings: str
+
+    @cached_property
+    def builder(self) -> Builder:
+        """What makes documents, one per process."""
+        return Builder(self.tokenizer, self.template, self.schema)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def key(self) -> str:
@@ -86,14 +102,7 @@ class Chunk:
             digest.update(f"{len(part)}:{part}".encode())
         for line in self.lines:
             digest.update(line)
-        return f"{digest.hexdigest()}.npz"
-
-    def numbered(self) -> Iterator[tuple[str, bytes]]:
-        """As ``raw_lines``."""
-        for number, line in enumerate(self.lines, self.first_line):
-            yield f"{self.path}:{number}", line
-        if self.damage:
-            raise UserError(self.damage)
+        return f"{digest.hexdigest()}{SUFFIX}"
 
 
 def read_chunks(split: str, paths: Sequence[str]) -> Iterator[Chunk]:
@@ -143,12 +152,20 @@ class Tokenized:
         arrays: dict[str, Array] = {name: getattr(self, name) for name in ("lines", "sides", "hashes", "has_target")}
         for side, block in enumerate(self.blocks):
             arrays |= {f"{side}.{name}": array for name, array in block.arrays().items()}
+            arrays[f"{side}.turns"] = block.turns.view(np.uint8)
         said = [self.refused, self.control_like, self.rejected, self.malformed]
-        arrays["said"] = np.frombuffer(json.dumps(said).encode(), np.uint8)
+        about = {name: [array.dtype.str, array.shape] for name, array in arrays.items()}
+        data = [np.ascontiguousarray(array).view(np.uint8).data for array in arrays.values()]
+        head = json.dumps([about, said]).encode()
+        checksum = zlib.crc32(head)
+        for part in data:
+            checksum = zlib.crc32(part, checksum)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
+                file.write(_HEAD.pack(_MAGIC, checksum, len(head)))
+                file.write(head)
+                file.writelines(data)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -157,11 +174,21 @@ class Tokenized:
     def load(path: Path) -> Tokenized | None:
         """What ``save`` wrote; None if it is not there whole."""
         try:
-            with np.load(path) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-        except (FileNotFoundError, zipfile.BadZipFile, ValueError, EOFError, KeyError):
+            stored = path.read_bytes()
+        except FileNotFoundError:
             return None
-        refused, control_like, rejected, malformed = json.loads(arrays.pop("said").tobytes())
+        rest = memoryview(stored)[_HEAD.size :]
+        if len(stored) < _HEAD.size or _HEAD.unpack_from(stored)[:2] != (_MAGIC, zlib.crc32(rest)):
+            return None
+        at = _HEAD.unpack_from(stored)[2]
+        about, (refused, control_like, rejected, malformed) = json.loads(bytes(rest[:at]))
+        arrays: dict[str, Array] = {}
+        for name, (code, shape) in about.items():
+            dtype, count = np.dtype(code), math.prod(shape)
+            arrays[name] = np.frombuffer(rest, dtype, count, at).reshape(shape)
+            at += count * dtype.itemsize
+        for side in (TRAIN, VALID):
+            arrays[f"{side}.turns"] = arrays[f"{side}.turns"].view(TURN)
         blocks = [
             Block(**{name[2:]: array for name, array in arrays.items() if name.startswith(f"{side}.")})
             for side in (TRAIN, VALID)
@@ -203,8 +230,8 @@ class _Tokenizing:
         self.rejected: list[tuple[int, str, str]] = []
 
     def run(self) -> Tokenized:
-        job, rejected = self.job, cast(Rejected, [])
-        records = parse_records(self.chunk.numbered(), job.schema, cast(OnError, job.on_error), rejected)
+        rejected: Rejected = []
+        records = self._records(rejected)
         while batch := list(islice(records, _BATCH)):
             self._take(batch)
         self.malformed = len(rejected)
@@ -223,27 +250,42 @@ class _Tokenizing:
             self.malformed,
         )
 
-    def _take(self, batch: list[tuple[str, Conversation]]) -> None:
-        job = self.job
+    def _records(self, rejected: Rejected) -> Iterator[tuple[int, Spoke]]:
+        """Line and conversation of every record; the rest as in ``read_records``."""
+        job, chunk = self.job, self.chunk
+        parse = QuickRecords(chunk.path, job.schema).parse
+        for number, line in enumerate(chunk.lines, chunk.first_line):
+            record = parse(line, number)
+            if record is not None:
+                yield number, record
+                continue
+            one = iter([(f"{chunk.path}:{number}", line)])
+            for _, conversation in parse_records(one, job.schema, cast(OnError, job.on_error), rejected):
+                yield number, conversation
+        if chunk.damage:
+            reject(UserError(chunk.damage), cast(OnError, job.on_error), rejected)
+
+    def _take(self, batch: list[tuple[int, Spoke]]) -> None:
         batch = self._without_control_strings(batch)
-        conversations, lines = [conversation for _, conversation in batch], [_line(where) for where, _ in batch]
-        block, has_target = build(conversations, lines, job.tokenizer, job.template, job.schema)
+        conversations, lines = [conversation for _, conversation in batch], [line for line, _ in batch]
+        block, has_target = self.job.builder.build(conversations, lines)
         sides = np.array([self._side(conversation) for conversation in conversations], np.uint8)
+        name = os.path.basename(self.chunk.path)
         hashes = [
-            bytes(16) if conversation.id == os.path.basename(where) else _id_hash(conversation.id)
-            for where, conversation in batch
+            bytes(16) if conversation.id == f"{name}:{line}" else _id_hash(conversation.id)
+            for line, conversation in batch
         ]
         self.records.append((block.lines, sides, _hash_array(hashes), has_target))
         for side in (TRAIN, VALID):
             if (chosen := has_target & (sides == side)).any():
                 self.parts[side].append(block.select(chosen))
 
-    def _without_control_strings(self, batch: list[tuple[str, Conversation]]) -> list[tuple[str, Conversation]]:
+    def _without_control_strings(self, batch: list[tuple[int, Spoke]]) -> list[tuple[int, Spoke]]:
         """Count what looks like control strings; under ``reject``, without the records that hold one."""
         if not self.control_like.anywhere([m.content for _, conversation in batch for m in conversation.messages]):
             return batch
         kept = []
-        for where, conversation in batch:
+        for line, conversation in batch:
             looks = [self.control_like.first(message.content) for message in conversation.messages]
             if any(looks):
                 side = self._side(conversation)
@@ -252,12 +294,12 @@ class _Tokenizing:
                     index, text = next((index, text) for index, text in enumerate(looks) if text)
                     reason = f"messages[{index}].content has the control string {text!r} (data.control_strings=reject)"
                     self.refused[side] += 1
-                    self.rejected.append((_line(where), where, reason))
+                    self.rejected.append((line, f"{self.chunk.path}:{line}", reason))
                     continue
-            kept.append((where, conversation))
+            kept.append((line, conversation))
         return kept
 
-    def _side(self, conversation: Conversation) -> int:
+    def _side(self, conversation: Spoke) -> int:
         job = self.job
         if not job.valid_fraction:
             return TRAIN

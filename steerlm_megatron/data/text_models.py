@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -72,19 +71,22 @@ class SentencePieceModel:
         self.words = self._word_cache()
 
     def _word_cache(self) -> WordCache | None:
-        pieces = [self.processor.id_to_piece(i) for i in range(self.size)]
+        pieces, rest = _split_pieces(self.data)
         spec: dict[int, dict[int, int | bytes]] = {2: {}, 3: {}}  # the trainer's and the normaliser's
-        for number, value in _fields(self.data):
-            if number in spec and isinstance(value, bytes):
+        for number, value in _fields(rest):
+            if number == 1 and isinstance(value, bytes):
+                pieces += [text for field, text in _fields(value) if field == 1 and isinstance(text, bytes)]
+            elif number in spec and isinstance(value, bytes):
                 spec[number] |= dict(_fields(value))
         model_type = spec[2].get(3, 1)
         assert isinstance(model_type, int)
         identity = not spec[3].get(2) and spec[3].get(5, 1) == 1  # no character map; spaces become U+2581
-        return WordCache(self.processor) if applies(model_type, identity, pieces, bool(self.byte_ids)) else None
+        if not applies(model_type, identity, bool(self.byte_ids)):
+            return None
+        assert len(pieces) == self.size
+        return WordCache(self.processor, b"\0".join(pieces))
 
     def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        if self.words is not None and num_threads == 1:
-            return [array("i", ids).tolist() for ids in self.words.encode(texts)]
         return self.processor.encode(texts, num_threads=num_threads) if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -308,6 +310,22 @@ def _piece_type(model: bytes, index: int) -> int:
                 return next((v for f, v in _fields(value) if f == 3 and isinstance(v, int)), 1)
             seen += 1
     return 1
+
+
+def _split_pieces(model: bytes) -> tuple[list[bytes], bytes]:
+    """The texts of the pieces at the start of a serialised ModelProto, and what follows them (perhaps more pieces).
+
+    What ``_fields`` gives, ten times faster: reading 32,000 pieces with it takes longer than loading the model.
+    """
+    pieces, at = [], 0
+    try:
+        # A piece is field 1, its text field 1 of that; both are nearly always of less than 128 bytes.
+        while model[at] == model[at + 2] == 0x0A and (size := model[at + 1]) < 0x80 and model[at + 3] < 0x80:
+            pieces.append(model[at + 4 : at + 4 + model[at + 3]])
+            at += 2 + size
+    except IndexError:
+        pass
+    return pieces, model[at:]
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

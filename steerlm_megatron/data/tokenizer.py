@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 import re
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -271,28 +271,36 @@ class Tokenizer:
         return out
 
     def encode_documents(self, documents: Sequence[Sequence[Segment]]) -> list[tuple[npt.NDArray[np.int32], list[int]]]:
-        """``encode_segments_batch`` with arrays for lists of ids: what a corpus takes."""
+        """``encode_segments_batch`` with arrays for lists of ids."""
         texts = list(dict.fromkeys([s.text for segments in documents for s in segments if not s.control]))
-        ids_of = dict(zip(texts, self._encode_to_bytes(texts), strict=True))
-        control = {text: array("i", [i]).tobytes() for text, i in self._controls.items()}
+        ids, counts = self.encode_flat(texts)
+        part_of = dict(zip(texts, np.split(ids, np.cumsum(counts)[:-1]), strict=True)) if texts else {}
+        control = {text: np.array([i], np.int32) for text, i in self._controls.items()}
         out = []
         for segments in documents:
-            parts = [control[text] if is_control else ids_of[text] for text, is_control, _, _, _ in segments]
-            out.append((np.frombuffer(b"".join(parts), np.int32), [len(part) >> 2 for part in parts]))
+            parts = [control[segment.text] if segment.control else part_of[segment.text] for segment in segments]
+            out.append((np.concatenate([_NO_IDS, *parts]), list(map(len, parts))))
         return out
 
-    def _encode_to_bytes(self, texts: list[str]) -> list[bytes]:
-        """``encode_batch`` as int32 numbers."""
-        if self._model.words is None or self._matchable_ids:
-            return [array("i", ids).tobytes() for ids in self.encode_batch(texts)]
-        literals = tuple(self._literals)
-        plain = [text for text in texts if not any(literal in text for literal in literals)]
+    def encode_flat(self, texts: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        """``encode_batch`` as one array of ids, end to end, and how many each text has: what a corpus takes."""
+        words = self._model.words
+        if words is None or self._matchable_ids:
+            return _flat(self.encode_batch(texts))
+        together = "".join(texts)
+        literals = [literal for literal in self._literals if literal in together]
+        odd = [i for i, text in enumerate(texts) if any(literal in text for literal in literals)] if literals else []
         try:
-            ids_of = dict(zip(plain, self._model.words.encode(plain), strict=True))
+            ids, counts = words.encode(_with(texts, dict.fromkeys(odd, "")))
         except (TypeError, UnicodeEncodeError):
-            self._encode_plain(plain, num_threads=1)  # which says what is wrong
+            self._encode_plain(texts, num_threads=1)  # which says what is wrong
             raise
-        return [ids_of[text] if text in ids_of else array("i", self.encode(text)).tobytes() for text in texts]
+        if odd:
+            parts = np.split(ids, np.cumsum(counts)[:-1])
+            for i in odd:
+                parts[i] = np.array(self.encode(texts[i]), np.int32)
+            ids, counts = np.concatenate(parts), np.fromiter(map(len, parts), np.int64, len(parts))
+        return ids, counts
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``. Control ids give their strings, bytes that are not UTF-8 (and ids we lack) give U+FFFD."""
@@ -365,6 +373,19 @@ class Tokenizer:
         for text in self._matchable:
             literals[text] = [i for char in text for i in (literals.get(char) or self._encode_character(char))]
         return literals
+
+
+_NO_IDS = np.zeros(0, np.int32)
+
+
+def _flat(ids: list[list[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    counts = np.fromiter(map(len, ids), np.int64, len(ids))
+    return np.fromiter(chain.from_iterable(ids), np.int32, int(counts.sum())), counts
+
+
+def _with(texts: list[str], others: Mapping[int, str]) -> list[str]:
+    """``texts``, with others at some places."""
+    return [others.get(i, text) for i, text in enumerate(texts)] if others else texts
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -27,9 +27,9 @@ A sample left without any target is left out. Who calls counts all of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,20 @@ VIEWS: tuple[str, ...] = get_args(View)
 OVERLONG: tuple[str, ...] = get_args(Overlong)
 
 Array = npt.NDArray[Any]
+
+
+class Spoken(Protocol):
+    """What a message must have (``steer.records.Message`` has it)."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def content(self) -> str: ...
+    @property
+    def attributes(self) -> Mapping[str, float] | None: ...
+    @property
+    def weight(self) -> int: ...
+
 
 USER, ASSISTANT = 0, 1
 _HEADER, _USER, _LABEL, _RESPONSE, _END = Part.HEADER, Part.USER, Part.LABEL, Part.RESPONSE, Part.END
@@ -150,7 +164,7 @@ def spoken(conversation: Conversation) -> Sequence[Message]:
 
 
 def places(
-    messages: Sequence[Message], segments: Sequence[Segment], lengths: Sequence[int]
+    messages: Sequence[Spoken], segments: Sequence[Segment], lengths: Sequence[int]
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, int]], tuple[int, int]]:
     """``TURN`` rows, trained spans and header of a rendered conversation, as plain numbers."""
     turns: list[list[int]] = []

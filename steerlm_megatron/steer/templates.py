@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, nearest
@@ -54,6 +54,13 @@ class Segment(NamedTuple):
     trained: bool
     part: Part
     turn: int
+
+
+class Scored(Protocol):
+    """What may have values: a message."""
+
+    @property
+    def attributes(self) -> Mapping[str, float] | None: ...
 
 
 @dataclass(frozen=True)
@@ -104,6 +111,10 @@ class Template(ABC):
         Each assistant message with attributes has its label line, unless ``schema`` is None or nameless (plain SFT).
         Trained are the responses of weight 1 and what ends them; label lines never are.
 
+        Texts do not decide what surrounds them, but for being empty: conversations without empty texts, of the same
+        roles, weights and presence of label lines, have the same segments but for the contents and label strings, each
+        of which stands in one segment as it is. (``data/forms.py`` builds on that.)
+
         Raises:
             UserError: an attribute that the schema lacks, or NaN.
         """
@@ -132,6 +143,17 @@ class Template(ABC):
             segments += self._label(schema.format(levels), turn)
         return segments
 
+    @staticmethod
+    def label(message: Scored, schema: AttributeSchema | None) -> str:
+        """The label string of an assistant message, as in its label line; empty: it has no label line.
+
+        Raises:
+            UserError: an attribute that the schema lacks, or NaN.
+        """
+        if schema is None or not message.attributes:
+            return ""
+        return schema.format(schema.levels(message.attributes))
+
     def _label(self, text: str, turn: int) -> list[Segment]:
         """The label line; none for an empty label."""
         if not text:
@@ -145,10 +167,7 @@ class Template(ABC):
         self, message: Message, schema: AttributeSchema | None, turn: int, follows: bool
     ) -> list[Segment]:
         """An assistant turn from its start up to where its response starts; ``follows``: see ``_open_response``."""
-        segments = self._open_response(turn, follows)
-        if schema is not None and message.attributes:
-            segments += self._label(schema.format(schema.levels(message.attributes)), turn)
-        return segments
+        return self._open_response(turn, follows) + self._label(self.label(message, schema), turn)
 
     @abstractmethod
     def _segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:

@@ -226,7 +226,7 @@ def test_kill_9_and_another_number_of_processes(files: list[str], reference: dic
         assert line, "the job ended before it could be killed"
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        finished.append(len(list((output / WORK).rglob("*.npz"))))
+        finished.append(len(list((output / WORK).rglob("*.chunk"))))
         assert finished[-1] >= lines and not (output / "train").exists()
     assert finished == sorted(finished), "it went on from where it was"
     run(files, output, workers=2)
@@ -260,7 +260,7 @@ def test_a_dead_process_is_named_and_the_work_kept(files: list[str], tmp_path: P
 
     with pytest.raises(UserError, match=r"was killed, perhaps for want of memory; lower data\.workers"):
         run(files, tmp_path / "out", workers=2, progress=kill_one)
-    assert list((tmp_path / "out" / WORK).rglob("*.npz")) and not (tmp_path / "out" / "train").exists()
+    assert list((tmp_path / "out" / WORK).rglob("*.chunk")) and not (tmp_path / "out" / "train").exists()
 
 
 @pytest.mark.integration
@@ -283,7 +283,7 @@ def test_a_torn_chunk_is_made_again(files: list[str], reference: dict[str, bytes
 
     with pytest.raises(KeyboardInterrupt):
         run(files, tmp_path / "out", progress=stop)
-    made = sorted((tmp_path / "out" / WORK).rglob("*.npz"))
+    made = sorted((tmp_path / "out" / WORK).rglob("*.chunk"))
     assert len(made) > 10
     for number, path in enumerate(made):
         data = bytearray(path.read_bytes())

@@ -1,0 +1,176 @@
+"""Conversations → a block of documents, many at a time.
+
+Owns: ``Builder``. Does not own: a conversation's form (``forms.py``), ids of texts (``tokenizer.py``), what a block is
+(``blocks.py``). Invariant: the documents are those that ``views.build_documents`` gives. No object is made per segment
+or token, no array per document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from steerlm_megatron.data.blocks import Array, Block, token_dtype
+from steerlm_megatron.data.forms import GAP, Form, Forms
+from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.views import TURN, Spoken, places
+from steerlm_megatron.data.word_cache import ragged
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.templates import Template
+
+_PLACES = ("start", "label_start", "label_end", "text_start", "text_end", "mark", "end")  # of TURN, as in Form.turns
+
+
+class Spoke(Protocol):
+    """What a conversation must have (``steer.records.Conversation`` has it)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def messages(self) -> Sequence[Spoken]: ...
+
+
+class Builder:
+    """Builds blocks, and remembers what conversations have in common."""
+
+    def __init__(self, tokenizer: Tokenizer, template: Template, schema: AttributeSchema | None) -> None:
+        self._tokenizer, self._schema = tokenizer, schema
+        self._names = schema.names if schema else ()
+        self._forms = Forms(template, schema)
+        self._constants = _Constants(tokenizer)
+
+    def build(self, conversations: Sequence[Spoke], lines: Sequence[int]) -> tuple[Block, Array]:
+        """A block of conversations, encoded in one batch, and whether each has a target (bool [N]).
+
+        A target is a trained token or a value of a trained response.
+        """
+        forms: list[Form] = []
+        numbers: dict[str, int] = {}  # of the texts, each encoded once
+        fillings: list[int] = []
+        for conversation in conversations:
+            form, texts = self._forms.of(conversation.messages)
+            forms.append(form)
+            fillings += [numbers.setdefault(text, len(numbers)) for text in texts]
+        tokens, sizes = self._tokens(forms, list(numbers), fillings)
+        laid = _Laid(forms, conversations, sizes)
+        values, labelled = self._values(conversations, laid.turn_counts)
+        written = [conversation.id.encode("utf-8", "replace") for conversation in conversations]
+        block = Block(
+            tokens,
+            laid.lengths,
+            laid.turns,
+            laid.turn_counts,
+            values,
+            laid.spans,
+            laid.span_counts,
+            laid.headers,
+            np.frombuffer(b"".join(written), np.uint8),
+            np.array(list(map(len, written)), np.int32),
+            np.array(lines, np.int64),
+        )
+        return block, labelled | (laid.span_counts > 0)
+
+    def _tokens(self, forms: list[Form], texts: list[str], fillings: list[int]) -> tuple[Array, Array]:
+        """All tokens, and the number of every segment's."""
+        ids, counts = self._tokenizer.encode_flat(texts)
+        units = np.concatenate([_NOTHING, *(form.units for form in forms)])
+        known_ids, known_counts = self._constants.of(self._forms.constants)
+        units[units == GAP] = np.array(fillings, np.int64) + len(known_counts)
+        counts = np.concatenate((known_counts, counts))
+        sizes = counts[units]
+        pool = np.concatenate((known_ids, ids)).astype(token_dtype(self._tokenizer.vocab_size))
+        return pool.take(ragged((np.cumsum(counts) - counts)[units], sizes)), sizes
+
+    def _values(self, conversations: Sequence[Spoke], turn_counts: Array) -> tuple[Array, Array]:
+        """Values of all turns, and whether each conversation has some on a trained turn."""
+        schema, labelled = self._schema, np.zeros(len(conversations), np.bool_)
+        values = np.full((int(turn_counts.sum()), len(self._names)), np.nan, np.float32)
+        if schema is None or not self._names:
+            return values, labelled
+        rows, vectors = [], []
+        firsts = (np.cumsum(turn_counts) - turn_counts).tolist()
+        for index, (conversation, first) in enumerate(zip(conversations, firsts, strict=True)):
+            messages = conversation.messages
+            given = [message.attributes for message in messages]
+            if not any(given):
+                continue
+            system = messages[0].role == "system"  # which is no turn
+            for number, attributes in enumerate(given):
+                if attributes:
+                    rows.append(first + number - system)
+                    vectors.append(schema.vector(attributes))
+                    labelled[index] |= bool(messages[number].weight)
+        if rows:
+            values[rows] = vectors
+        return values, labelled
+
+
+class _Constants:
+    """Ids of texts that are part of forms."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._counts: list[int] = []
+        self._arrays = (np.zeros(0, np.int32), _NOTHING)
+
+    def of(self, constants: dict[tuple[str, bool], int]) -> tuple[Array, Array]:
+        """Ids of them all, end to end in the order of their numbers, and how many each has."""
+        if len(constants) > len(self._counts):
+            for text, control in list(constants)[len(self._counts) :]:
+                ids = [self._tokenizer.control_id(text)] if control else self._tokenizer.encode(text)
+                self._ids += ids
+                self._counts.append(len(ids))
+            self._arrays = np.array(self._ids, np.int32), np.array(self._counts, np.int64)
+        return self._arrays
+
+
+class _Laid:
+    """Where everything lies in documents of known forms and sizes of segments."""
+
+    def __init__(self, forms: list[Form], conversations: Sequence[Spoke], sizes: Array) -> None:
+        segments = np.array([len(form.units) for form in forms], np.int64)
+        edges = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes)))
+        first = np.cumsum(segments) - segments
+        origin = edges[first]
+        self.lengths = (edges[first + segments] - origin).astype(np.int32)
+        self.turn_counts = np.array([len(form.turns) for form in forms], np.int32)
+        self.span_counts = np.array([len(form.spans) for form in forms], np.int32)
+
+        def positions(places: list[Array], counts: Array | int, width: int) -> Array:
+            """Edges of forms as positions in documents, int32 [all of them, width]."""
+            edge = np.concatenate([np.zeros((0, width), np.int64), *places])
+            edge += np.repeat(first, counts)[:, None]
+            return (edges[edge] - np.repeat(origin, counts)[:, None]).astype(np.int32)
+
+        turns = positions([form.turns for form in forms], self.turn_counts, len(_PLACES))
+        marks = np.concatenate([np.zeros((0, 2), np.uint8), *(form.marks for form in forms)])
+        self.turns = np.empty(len(turns), TURN)
+        for column, name in enumerate(_PLACES):
+            self.turns[name] = turns[:, column]
+        self.turns["role"], self.turns["weight"] = marks[:, 0], marks[:, 1]
+        self.spans = positions([form.spans for form in forms], self.span_counts, 2)
+        self.headers = positions([form.header[None] for form in forms], 1, 2)
+        empty = np.flatnonzero(sizes == 0)
+        if len(empty):
+            odd = np.unique(np.searchsorted(first, empty, side="right") - 1)
+            self._place_again(odd.tolist(), forms, conversations, np.split(sizes, first[1:]))
+
+    def _place_again(
+        self, odd: list[int], forms: list[Form], conversations: Sequence[Spoke], sizes: list[Array]
+    ) -> None:
+        """Of documents with a segment without tokens, in which edges fall together: an empty span is none."""
+        spans = np.split(self.spans, np.cumsum(self.span_counts)[:-1])
+        ends = np.cumsum(self.turn_counts)
+        for index in odd:
+            turns, own, header = places(conversations[index].messages, forms[index].segments, sizes[index].tolist())
+            spans[index] = np.array(own, np.int32).reshape(-1, 2)
+            self.span_counts[index] = len(own)
+            self.turns[ends[index] - len(turns) : ends[index]] = np.array(turns, TURN)
+            self.headers[index] = header
+        self.spans = np.concatenate(spans)
+
+
+_NOTHING = np.zeros(0, np.int64)
