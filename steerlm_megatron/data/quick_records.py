@@ -41,7 +41,8 @@ _MOST_KINDS = 4096
 def _kind(role: str, fields: list[Any], **fixed: Any) -> Any:
     """The type of messages of a role: ``views.Spoken``."""
     given = {"role": role, **fixed}
-    return msgspec.defstruct(role, [("content", str), *fields], tag_field="role", tag=role, gc=False, namespace=given)
+    fields = [("content", str), *fields, ("tool_calls", None, None)]
+    return msgspec.defstruct(role, fields, tag_field="role", tag=role, gc=False, namespace=given)
 
 
 if msgspec is not None:

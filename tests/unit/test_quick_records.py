@@ -102,7 +102,9 @@ TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).map(json.du
 def objects(members: dict[str, st.SearchStrategy[str]], always: tuple[str, ...]) -> st.SearchStrategy[str]:
     """Objects of such members in any order; few of them again, few with any value, few unknown."""
     named = {name: st.tuples(st.just(json.dumps(name)), value) for name, value in members.items()}
-    wild = st.tuples(st.sampled_from([*named, "other", "r\\u006fle"]).map(lambda name: f'"{name}"'), LITERAL)
+    wild = st.tuples(
+        st.sampled_from([*named, "other", "tool_calls", "r\\u006fle"]).map(lambda name: f'"{name}"'), LITERAL
+    )
     some = st.just([]) | st.just([]) | st.lists(st.one_of(*named.values()) | wild, max_size=2)
     base = st.tuples(*(named[name] for name in always)).map(list)
     return st.builds(lambda a, b: a + b, base, some).flatmap(st.permutations).map(written)
@@ -205,6 +207,7 @@ def test_what_is_common_is_taken(tmp_path: Path) -> None:
         TALK % (', "attributes": {"quality": 9.5}', ""),
         TALK % (', "attributes": {"kindness": 9}', ""),
         TALK % (', "weight": true', ""),
+        TALK % (', "tool_calls": [{}]', ""),
         TALK % ("", ', "id": true'),
         TALK % ("", ', "id": ["x"]'),
     ],
