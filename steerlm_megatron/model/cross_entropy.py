@@ -53,9 +53,13 @@ class _CrossEntropy(torch.autograd.Function):
         logits_KV, local_K1, own_K, log_sum_K = ctx.saved_tensors
         minus_K1 = -own_K.float().unsqueeze(1)
         for part in _parts(logits_KV):
-            soft_KV = (logits_KV[part] - log_sum_K[part].unsqueeze(1)).exp_()  # float32: log_sum_K is
+            # In float32, as log_sum_K is; in place where the logits are as well.
+            out = logits_KV[part] if logits_KV.dtype is torch.float32 else None
+            soft_KV = torch.sub(logits_KV[part], log_sum_K[part].unsqueeze(1), out=out).exp_()
             soft_KV.scatter_add_(1, local_K1[part], minus_K1[part])
-            logits_KV[part] = soft_KV.mul_(grad_K[part].float().unsqueeze(1))
+            soft_KV.mul_(grad_K[part].float().unsqueeze(1))
+            if out is None:
+                logits_KV[part] = soft_KV
         return logits_KV, None, None, None
 
 

@@ -144,6 +144,26 @@ def _patch_generators() -> None:
     logging.getLogger(mcore_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.msg)
 
 
+def _patch_groups_of_one() -> None:
+    """A lone data-parallel rank has its reduced gradients and gathered weights in place already; gloo would copy all
+    of them onto themselves, twice a step (3 % of it). NCCL sees that they are in place.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def needed(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(output: torch.Tensor, inputs: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            same = output.data_ptr() == inputs.data_ptr() and output.numel() == inputs.numel()
+            if same and torch.distributed.get_world_size(kwargs.get("group")) == 1 and not kwargs.get("async_op"):
+                return None
+            return function(output, inputs, *args, **kwargs)
+
+        return wrapped
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        setattr(param_and_grad_buffer, name, needed(getattr(param_and_grad_buffer, name)))
+
+
 def _patch_checkpoint_writer() -> None:
     """A rank writes its part of a checkpoint from threads of its own.
 
@@ -190,3 +210,4 @@ def apply() -> None:
     _patch_literals()
     _patch_type_checks()
     _patch_generators()
+    _patch_groups_of_one()
