@@ -162,9 +162,14 @@ def _unwanted(node: Node, languages: frozenset[str]) -> str:
 
 
 def _conversation_paths(kept: list[Node], every_leaf: bool, report: dict[str, Any]) -> Iterator[list[Node]]:
-    """Root-to-leaf paths, each cut after its last assistant message; those that add nothing are only counted."""
+    """Root-to-leaf paths, each cut after its last assistant message; those that add nothing are only counted.
+
+    One that another path continues comes last, and only if a reply in it is not ``done`` by then: the other one may
+    have been left out.
+    """
     skipped = report["skipped"]["paths"]
     ends: set[str] = set()  # where the emitted paths end; in a tree the end tells the path
+    continued: list[list[Node]] = []
     for leaf in kept:
         if leaf.children:
             continue
@@ -179,12 +184,22 @@ def _conversation_paths(kept: list[Node], every_leaf: bool, report: dict[str, An
         replies = sum(node.is_reply for node in path)
         report["reply_occurrences"] += replies
         end = path[-1]
-        if end.id in ends or (end.answered and not every_leaf):  # another path is the same, or continues it
+        if end.id in ends:
             skipped["repeated"] += 1
             report["repeated_replies_avoided"] += replies
             continue
+        if end.answered and not every_leaf:
+            continued.append(path)
+            continue
         ends.add(end.id)
         yield path
+    for path in continued:
+        if path[-1].id not in ends and any(node.is_reply and not node.done for node in path):
+            ends.add(path[-1].id)
+            yield path
+        else:
+            skipped["repeated"] += 1
+            report["repeated_replies_avoided"] += sum(node.is_reply for node in path)
 
 
 def _ancestors(node: Node | None) -> list[Node]:

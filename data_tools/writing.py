@@ -81,7 +81,10 @@ def write_splits(output_dir: str, stream: Iterable[tuple[str, Conversation]]) ->
 
 
 def keep_rejected(output_dir: str, rejected: Rejected) -> None:
-    """Write ``rejected.jsonl``: where, why, and the line itself, for which the files are read again."""
+    """Write ``rejected.jsonl``: where, why, and the line itself, for which the files are read again.
+
+    Entries are in the order of their lines; where one is not after the one before, its file was read once more.
+    """
     target = Path(output_dir, REJECTED_FILE)
     if not rejected:
         target.unlink(missing_ok=True)
@@ -89,8 +92,13 @@ def keep_rejected(output_dir: str, rejected: Rejected) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         for path, entries in groupby(rejected, key=lambda entry: entry[0].rpartition(":")[0]):
-            lines = _lines(path)
+            lines, last = _lines(path), 0
             for where, reason in entries:
+                number = where.rpartition(":")[2]
+                if number.isdigit():
+                    if int(number) <= last:
+                        lines = _lines(path)
+                    last = int(number)
                 file.write(rejected_json(where, reason, next((line for here, line in lines if here == where), None)))
         file.flush()
         os.fsync(file.fileno())

@@ -245,7 +245,7 @@ def _end_with_launcher() -> None:
 
     Without it, ranks would go on unseen, and hold what a new start needs.
     """
-    launcher = os.environ.get(_LAUNCHER)
+    launcher = os.environ.pop(_LAUNCHER, None)  # what this rank starts is not its launcher's
     if launcher is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -296,6 +296,8 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         return 1 if first.exitcode <= 0 else first.exitcode
     except SignalException as error:
         return EXIT_REQUEUE if error.sigval == signal.SIGTERM else 128 + int(error.sigval)
+    finally:
+        del os.environ[_LAUNCHER]
     return 0
 
 
@@ -323,7 +325,7 @@ def _hydra(command: str, arguments: list[str], conf: Path) -> None:
             inner(cfg)
         except UserError as error:
             _print_error(error)
-            raise SystemExit(EXIT_USER_ERROR) from None
+            raise SystemExit(error.code) from None
         except Exception:
             traceback.print_exc()
             raise SystemExit(1) from None

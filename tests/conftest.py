@@ -31,9 +31,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_UN)  # said aloud: a forked child may still hold the file open
 
 
+def _gpu_tests_asked_for(config: pytest.Config) -> bool:
+    expression = config.option.markexpr
+    return "gpu" in expression and "not gpu" not in expression
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """All tests but those marked ``gpu`` are of the CPU path, on a machine with GPUs too; these run with ``-m gpu``."""
-    if config.option.markexpr != "gpu":
+    if not _gpu_tests_asked_for(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
@@ -44,6 +49,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         import torch
 
         if not torch.cuda.is_available():
-            reason = "torch finds none" if config.option.markexpr == "gpu" else "run them with: pytest -m gpu"
+            reason = "torch finds none" if _gpu_tests_asked_for(config) else "run them with: pytest -m gpu"
             for item in gpu_items:
                 item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU; {reason}"))

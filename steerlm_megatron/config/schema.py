@@ -59,8 +59,8 @@ class EngineConfig:
     precision: str = "fp32"  # fp32 | bf16
     recompute: str = "none"  # none | selective | full
     attention: str = "auto"  # auto | varlen | sdpa
-    # norms, activations and RoPE as one compiled kernel each (torch.compile); null: on GPUs. On a CPU it needs a C++
-    # compiler and takes 20 s at the first step, which long runs gain back
+    # norms, activations and RoPE as one compiled kernel each (torch.compile); null: on GPUs with Triton and a C
+    # compiler. On a CPU it needs a C++ compiler and takes 20 s at the first step, which long runs gain back
     compile: bool | None = None
     timeout_sec: int = 600  # a collective that takes longer ends the run
     # mc: gradients are reduced over data-parallel ranks while the backward pass goes on; null: on GPUs

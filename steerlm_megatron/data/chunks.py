@@ -43,7 +43,7 @@ FORMAT = 1  # raise when the same chunk gives other documents
 CHUNK_LINES = 4096
 CHUNK_BYTES = 2 << 20  # a chunk is closed with the line that reaches this
 SUFFIX = ".chunk"  # of its file
-_MAGIC, _HEAD = b"SLMCHUNK", struct.Struct("<8sIQ")  # then a CRC-32 of all that follows, and the size of its JSON part
+_MAGIC, _HEAD = b"SLMCHUNK", struct.Struct("<8sII")  # then a CRC-32 of all that follows, and the size of its JSON part
 _BATCH = 512  # conversations encoded in one call
 
 TRAIN, VALID = 0, 1
@@ -157,7 +157,7 @@ class Tokenized:
         about = {name: [array.dtype.str, array.shape] for name, array in arrays.items()}
         data = [np.ascontiguousarray(array).view(np.uint8).data for array in arrays.values()]
         head = json.dumps([about, said]).encode()
-        checksum = zlib.crc32(head)
+        checksum = zlib.crc32(head, len(head))  # of the size as well
         for part in data:
             checksum = zlib.crc32(part, checksum)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -177,10 +177,11 @@ class Tokenized:
             stored = path.read_bytes()
         except FileNotFoundError:
             return None
-        rest = memoryview(stored)[_HEAD.size :]
-        if len(stored) < _HEAD.size or _HEAD.unpack_from(stored)[:2] != (_MAGIC, zlib.crc32(rest)):
+        if len(stored) < _HEAD.size:
             return None
-        at = _HEAD.unpack_from(stored)[2]
+        (magic, checksum, at), rest = _HEAD.unpack_from(stored), memoryview(stored)[_HEAD.size :]
+        if magic != _MAGIC or checksum != zlib.crc32(rest, at):
+            return None
         about, (refused, control_like, rejected, malformed) = json.loads(bytes(rest[:at]))
         arrays: dict[str, Array] = {}
         for name, (code, shape) in about.items():

@@ -99,7 +99,7 @@ class Forms:
                 gaps.append((int(found[0]), before, after))
             elif not found and label and text.startswith(label):
                 gaps.append((len(messages) + turn, "", text[len(label) :]))
-            elif found:
+            elif found or label:  # what of it is this conversation's own cannot be told
                 return None
             filled.append(bool(found or label))
         form = self._form(messages, marked, gaps, filled)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from functools import reduce
 from operator import or_
@@ -36,12 +37,13 @@ _MOST_DIGITS = 4300
 _SAMPLE_BYTES = 2048
 _DIGITS = re.compile(rb"[0-9][0-9]")
 _MOST_KINDS = 4096
+_LARGEST = sys.float_info.max
 
 
 def _kind(role: str, fields: list[Any], **fixed: Any) -> Any:
     """The type of messages of a role: ``views.Spoken``."""
     given = {"role": role, **fixed}
-    fields = [("content", str), *fields, ("tool_calls", None, None)]
+    fields = [("content", str), *fields, ("tool_calls", None, None), ("function_call", None, None)]
     return msgspec.defstruct(role, fields, tag_field="role", tag=role, gc=False, namespace=given)
 
 
@@ -116,4 +118,6 @@ class QuickRecords:
         if None in attributes.values():
             attributes = message.attributes = {k: v for k, v in attributes.items() if v is not None}
         names, most = self._names, self._most
-        return not names or all(n in names and v is not None and 0 <= v <= most for n, v in attributes.items())
+        if not names:
+            return all(v is not None and -_LARGEST <= v <= _LARGEST for v in attributes.values())
+        return all(n in names and v is not None and 0 <= v <= most for n, v in attributes.items())

@@ -72,7 +72,7 @@ class StepRunner:
             ends.append(len(tokens) - 1 if twin == i else ends[twin])
         last.extend(ends)
         positions_T = self.cache.begin(plan.lengths, prefill)
-        every_token = len(last) == len(tokens)
+        every_token = last == list(range(len(tokens)))
         packed = PackedTokens(
             positions_T=positions_T,
             kv=self.cache,

@@ -10,7 +10,10 @@ same model.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -198,7 +201,11 @@ def layer_spec(
 
 
 def _compiles(engine: EngineConfig) -> bool:
-    return has_cuda() if engine.compile is None else engine.compile
+    """By itself only where torch.compile has all that it needs on a GPU: Triton, and a C compiler for its stubs."""
+    if engine.compile is not None:
+        return engine.compile
+    compiler = any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
+    return has_cuda() and importlib.util.find_spec("triton") is not None and compiler
 
 
 def _norm(engine: EngineConfig) -> type[PackedNorm]:

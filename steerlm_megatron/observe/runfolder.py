@@ -28,7 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from steerlm_megatron.errors import UserError
+from steerlm_megatron.errors import TryLater, UserError
+from steerlm_megatron.observe.log import get_logger
 
 STATUSES = ("running", "complete", "failed", "interrupted")
 REQUEUE_EXIT_CODE = 75  # stopped by a signal after saving: the scheduler should start the same command again
@@ -127,7 +128,7 @@ def fingerprint(values: Mapping[str, Any], paths: Iterable[str | Path] = ()) -> 
 
 def _folder_listing(path: Path) -> str:
     lines = []
-    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+    for file in sorted(entry for entry in path.rglob("*") if entry.is_file() and entry.name != LOCK):
         stat = file.stat()
         lines.append(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}")
     return "\n".join(lines)
@@ -215,29 +216,39 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+_LOCK_WAIT_SEC = 5.0
 LOCK = ".lock"  # in the folder while a run works there: who it is, and the lock that goes with its process
 _held: dict[Path, IO[str]] = {}  # of this process, which may open a folder again
 
 
 def _lock(folder: Path) -> None:
-    """Take the folder for this process, until :func:`_unlock` or its end, however that comes. ``UserError``: another
-    process has it.
+    """Take the folder for this process, until :func:`_unlock` or its end, however that comes. ``TryLater``: another
+    process has it, and still has after ``_LOCK_WAIT_SEC``: the ranks of a killed launcher take a moment to stop.
     """
     if folder.resolve() in _held:
         return
     file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115 (it stays open)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read().strip() or "another process"
-        file.close()
-        raise UserError(
-            f"run_dir={folder} is in use by {owner}; wait for its end or stop it, or choose another run_dir"
-        ) from None
-    except OSError:  # a file system without locks
-        file.close()
-        return
+    end = time.monotonic() + _LOCK_WAIT_SEC
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < end:
+                time.sleep(0.1)
+                continue
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise TryLater(
+                f"run_dir={folder} is in use by {owner}; wait for its end or stop it, or choose another run_dir"
+            ) from None
+        except OSError as error:
+            get_logger(__name__).warning(
+                "run_dir=%s: no lock on this file system (%s): see to it that no other run works there", folder, error
+            )
+            file.close()
+            return
     file.truncate(0)
     file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -267,6 +278,7 @@ class RunFolder:
 
         Raises:
             UserError: the run in it is complete and ``overwrite`` is false.
+            TryLater: another process works in it.
         """
         self.path = Path(path)
         self.command = command
@@ -278,6 +290,8 @@ class RunFolder:
             return
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir={self.path} is a file; give a folder, existing or new")
+        if not overwrite:
+            self._refuse_complete()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _lock(self.path)
@@ -285,15 +299,21 @@ class RunFolder:
             raise UserError(f"run_dir={self.path} cannot be written: {error.strerror}") from error
         earlier = read_summary(self.path)
         if earlier is not None and earlier.get("status") == "complete":
-            if not overwrite:
-                raise UserError(
-                    f"run_dir={self.path} holds a complete run of '{earlier.get('command', '?')}'; "
-                    "choose another run_dir, or set overwrite=true to replace it"
-                )
+            if not overwrite:  # by whoever had the lock until now
+                _unlock(self.path)
+                self._refuse_complete()
             self._remove_own_entries()
             earlier = None
         self.resumed = earlier is not None
         self._attempts = int((earlier or {}).get("attempts", 0)) + 1
+
+    def _refuse_complete(self) -> None:
+        earlier = read_summary(self.path)
+        if earlier is not None and earlier.get("status") == "complete":
+            raise UserError(
+                f"run_dir={self.path} holds a complete run of '{earlier.get('command', '?')}'; "
+                "choose another run_dir, or set overwrite=true to replace it"
+            )
 
     def _remove_own_entries(self) -> None:
         # The summary goes first: whatever interrupts the removal, the folder no longer claims to be complete.

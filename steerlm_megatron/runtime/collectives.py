@@ -68,7 +68,9 @@ def on_main(action: Callable[[], T]) -> T | None:
         if outcome is None:
             return None
         if outcome["kind"] == "UserError":
-            raise ReportedElsewhere(outcome["text"])
+            error = ReportedElsewhere(outcome["text"])
+            error.code = outcome["code"]
+            raise error
         if outcome["kind"] == "SystemExit":
             raise SystemExit(outcome["code"])
         raise RuntimeError(f"rank 0 failed: {outcome['text']}")

@@ -43,7 +43,7 @@ def run(config: Config) -> None:
             loaded.meta,
             training_state=False,
             loader={},
-            parallel=dataclasses.asdict(config.parallel),
+            parallel=dataclasses.asdict(loaded.parallel),
             versions=versions(),
             files={},
         )

@@ -22,7 +22,7 @@ from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.observe.log import get_logger, setup_logging
 from steerlm_megatron.observe.runfolder import RunFolder, default_run_dir
 from steerlm_megatron.runtime import parallel
-from steerlm_megatron.runtime.collectives import broadcast_object
+from steerlm_megatron.runtime.collectives import broadcast_object, on_main
 from steerlm_megatron.runtime.device import dtype_of
 from steerlm_megatron.runtime.parallel import Layout
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -53,7 +53,11 @@ def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
     """
     layout = parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
     path = broadcast_object(config.run_dir or str(default_run_dir(config.command)))
-    run = RunFolder(path, config.command, overwrite=config.overwrite, rank=layout.rank)
+
+    def folder() -> RunFolder:
+        return RunFolder(path, config.command, overwrite=config.overwrite, rank=layout.rank)
+
+    run = on_main(folder) or folder()  # the others' after the main one's, which may refuse
     setup_logging(run.path, layout.rank)
     run.start(to_yaml(config), inputs=inputs)
     with run:

@@ -377,7 +377,7 @@ def _message(item: Any, where: str, index: int, schema: AttributeSchema | None) 
             ) from error
     attributes, weight = item.get("attributes"), item.get("weight")
     extra = {} if item.keys() <= _MESSAGE_KEYS else {k: v for k, v in item.items() if k not in _MESSAGE_KEYS}
-    if extra and extra.get("tool_calls"):
+    if extra and _calls(extra):
         raise UserError(f"{where}: messages[{index}] {_TOOL}")
     if role != "assistant":
         if attributes or weight is not None:
@@ -396,6 +396,10 @@ def _message(item: Any, where: str, index: int, schema: AttributeSchema | None) 
 _TOOL = "calls or is a tool; only system, user and assistant text can be trained on"
 
 
+def _calls(item: Mapping[str, Any]) -> bool:
+    return bool(item.get("tool_calls") or item.get("function_call"))  # the second: OpenAI's older name
+
+
 def _other_role(role: Any, where: str) -> str:
     """OpenAI's other roles: ``developer`` is ``system``; tools are not text."""
     if role == "developer":
@@ -408,7 +412,7 @@ def _other_role(role: Any, where: str) -> str:
 def _joined_parts(item: Mapping[str, Any], where: str) -> str:
     """The text of OpenAI's content in parts (``[{"type": "text", "text": "…"}]``)."""
     parts = item.get("content")
-    if parts is None and item.get("tool_calls"):
+    if parts is None and _calls(item):
         raise UserError(f"{where} {_TOOL}")
     if not isinstance(parts, list) or not parts:
         raise UserError(f"{where}.content={_brief(parts)} must be a string of text")

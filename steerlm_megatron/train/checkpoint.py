@@ -30,7 +30,7 @@ from steerlm_megatron.config.schema import ModelConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import write_json_atomic
-from steerlm_megatron.runtime.collectives import any_rank, barrier, broadcast_object, gather_objects
+from steerlm_megatron.runtime.collectives import any_rank, barrier, broadcast_object, gather_objects, on_main
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.train.sharded import Write
 
@@ -164,11 +164,13 @@ class _Saving(threading.Thread):
         write: Write,
         temporary: Path,
         final: Path,
+        aside: Path,
         save_tokenizer: Callable[[Path], None] | None,
         best: bool,
     ) -> None:
+        """``aside``: where a folder goes that has the name ``final`` already."""
         super().__init__(name=f"save {final.name}")
-        self.meta, self.write, self.temporary, self.final = meta, write, temporary, final
+        self.meta, self.write, self.temporary, self.final, self.aside = meta, write, temporary, final, aside
         self.save_tokenizer, self.best = save_tokenizer, best
         self.digests: dict[str, str] = {}
         self.error: str | None = None
@@ -187,23 +189,21 @@ class _Saving(threading.Thread):
 
 def _begin(
     final: Path,
+    temporary: Path,
+    aside: Path,
     meta: CheckpointMeta,
     begin: Callable[[Path], Write],
     save_tokenizer: Callable[[Path], None],
     best: bool = False,
 ) -> _Saving:
-    """Plan the save of one checkpoint folder; what an earlier, killed one left is removed. Collective over the
-    world.
-    """
-    temporary = final.with_name(f"{final.name}.tmp")
+    """Plan the save of one checkpoint folder, in ``temporary``, which is not there. Collective over the world."""
     is_main = layout().is_main
     if is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     barrier()
     write = begin(temporary)
     barrier()  # Megatron-Core looks for leftovers in the folder: nobody writes before that
-    return _Saving(meta, write, temporary, final, save_tokenizer if is_main else None, best)
+    return _Saving(meta, write, temporary, final, aside, save_tokenizer if is_main else None, best)
 
 
 def _finish(saving: _Saving) -> list[Path]:
@@ -223,7 +223,10 @@ def _finish(saving: _Saving) -> list[Path]:
     digests |= _hashes(saving.temporary, sorted(sizes.keys() - digests.keys()), sync=True)
     saving.meta.files = {name: {"bytes": size, "sha256": digests[name]} for name, size in sizes.items()}
     write_json_atomic(saving.temporary / "meta.json", dataclasses.asdict(saving.meta))
-    doomed = [_set_aside(saving.final)] if saving.final.exists() else []
+    doomed = []
+    if saving.final.exists():
+        os.rename(saving.final, saving.aside)
+        doomed = [saving.aside]
     os.rename(saving.temporary, saving.final)
     _fsync_folder(saving.final.parent)
     return doomed
@@ -238,11 +241,13 @@ def write_checkpoint(
     Args:
         begin: plans the writing of the tensors in the folder that it is given. Collective over the world.
     """
-    saving = _begin(folder, meta, begin, save_tokenizer)
+    # A folder beside it whose name nobody else gives: what a killed call left there goes with the next one.
+    work = folder.with_name(f".{folder.name}.steerlm")
+    on_main(lambda: shutil.rmtree(work, ignore_errors=True))
+    saving = _begin(folder, work / "new", work / "old", meta, begin, save_tokenizer)
     saving.run()
-    for doomed in _finish(saving):
-        shutil.rmtree(doomed)
-    barrier()
+    _finish(saving)
+    on_main(lambda: shutil.rmtree(work))
 
 
 class CheckpointStore:
@@ -298,7 +303,8 @@ class CheckpointStore:
         if self.is_main:
             for stale in self.root.glob("step_*.tmp"):
                 shutil.rmtree(stale)
-        self._saving = _begin(final, meta, begin, save_tokenizer, best)
+        temporary = final.with_name(f"{final.name}.tmp")
+        self._saving = _begin(final, temporary, _aside(final), meta, begin, save_tokenizer, best)
         if background:
             self._saving.start()
         else:
@@ -358,9 +364,12 @@ class CheckpointStore:
 
 def _set_aside(folder: Path) -> Path:
     """Rename a committed checkpoint that is to be removed: killed half-way through that, only a ``.tmp`` is left."""
-    doomed = folder.with_name(f"{folder.name}.old.tmp")
-    os.rename(folder, doomed)
-    return doomed
+    os.rename(folder, _aside(folder))
+    return _aside(folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.old.tmp")
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -116,7 +116,11 @@ def test_a_killed_annotation_goes_on_and_loses_nothing(work: Path) -> None:
 
 def test_an_export_is_the_model_alone(work: Path) -> None:
     """Issue 4: model-only export. It scores as its checkpoint does, starts a run, and is never taken for one."""
+    (work / "ap.tmp").mkdir()
+    (work / "ap.tmp/mine").touch()
+    (work / ".ap.steerlm/old").mkdir(parents=True)  # of one that was killed
     steerlm("export", "checkpoint=run/03-train_ap", "output=ap", "parallel.tensor=2", cwd=work)
+    assert (work / "ap.tmp/mine").exists() and not (work / ".ap.steerlm").exists()
     steerlm("export", "checkpoint=run/07-acsft", "output=lm", "export.precision=bf16", cwd=work)
     checkpoint = next((work / "run/07-acsft/checkpoints").glob("step_*"))
 
@@ -226,7 +230,7 @@ def test_one_run_works_in_a_folder_and_ranks_end_with_their_launcher(work: Path)
     launcher = start(*command, cwd=work)
     try:
         _wait_for(lambda: (work / "shared/metrics.jsonl").exists() and len(losses(work / "shared")) > 2, 60)
-        refused = steerlm(*command[:-1], cwd=work, code=2).stderr
+        refused = steerlm(*command, cwd=work, code=75).stderr  # two ranks, so that no data is read meanwhile
         assert "run_dir=shared is in use by pid" in refused and "Traceback" not in refused
         ranks = psutil.Process(launcher.pid).children(recursive=True)
         launcher.kill()

@@ -19,7 +19,7 @@ from steerlm_megatron.data.forms import Forms
 from steerlm_megatron.data.views import build_documents
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message
-from steerlm_megatron.steer.templates import Segment, SteerLMTemplate, Template
+from steerlm_megatron.steer.templates import Part, Segment, SteerLMTemplate, Template
 
 ODD = ["", " ", "\n", "\0", "\x000\0", "\x001\0", "\u2581", "<extra_id_1>", "<extra_id_2>quality:4\n", "[INST]", "</s>"]
 ODD += ["<<SYS>>", "quality:4,toxicity:0", "\u200b", "é", "日本語", "🙂", "a\u0301", "User\n", "x" * 40, "０"]
@@ -113,6 +113,23 @@ class Doubling(SteerLMTemplate):
     def _segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
         segments = super()._segments(messages, schema, training)
         return [s._replace(text=s.text * 2) if s.part == 1 else s for s in segments]
+
+
+@dataclass(frozen=True)
+class Bracketing(SteerLMTemplate):
+    """A template that writes something before a label line: such a form cannot be told either."""
+
+    def _segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
+        segments = super()._segments(messages, schema, training)
+        return [s._replace(text=f"[{s.text}") if s.part is Part.LABEL and not s.control else s for s in segments]
+
+
+def test_labels_that_cannot_be_told_are_rendered() -> None:
+    tok, template = corpora.tokenizer("trained"), Bracketing()
+    given_ = corpora.conversations(20)
+    builder = Builder(tok, template, corpora.SCHEMA)
+    assert_same(builder.build(given_, range(1, 21))[0], expected(given_, tok, template, corpora.SCHEMA))
+    assert None in builder._forms._forms.values()
 
 
 def test_what_cannot_be_told_is_rendered() -> None:

@@ -96,6 +96,15 @@ def test_on_error_skip_collects_every_bad_line(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "rejected.jsonl").exists()
 
 
+def test_rejected_lines_of_a_file_that_is_read_twice(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join([json.dumps(chat("q", "a")), "one", "two", ""]))
+    options = Options(on_error="skip", valid_inputs=[str(path)])
+    convert("messages", [str(path)], str(tmp_path / "out"), None, options)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
+    assert [line["line"] for line in lines] == ["one", "two", "one", "two"]
+
+
 def test_ids_are_made_unique(tmp_path: Path) -> None:
     rows = [chat("a", "b", id="x"), chat("c", "d", id="x#2"), chat("e", "f", id="x"), chat("g", "h", id="x")]
     found, report = run(tmp_path, "messages", rows)
@@ -220,6 +229,23 @@ def test_a_reply_of_a_filtered_path_is_trained_in_the_next_one(tmp_path: Path) -
     assert found == [["u1", "a1", "u3", "a3"], ["u1", "u3", "a4"]]
     assert report["skipped"]["conversations"] == {"too_long": 1} and report["replies"] == 4
     assert report["trained_replies"] == 3 and report["filtered_replies"] == 2
+
+
+def test_a_reply_is_trained_where_no_path_that_goes_on_is_left(tmp_path: Path) -> None:
+    """The path that ends with it, which another one continues, counts as repeated only if that one was kept."""
+
+    def said(name: str, role: str, *replies: Any, text: str = "") -> dict[str, Any]:
+        return {"message_id": name, "role": role, "text": text or name, "replies": list(replies)}
+
+    long = said("u2", "prompter", said("a2", "assistant", text="long " * 50))
+    prompt = said("u1", "prompter", said("a1", "assistant", said("u0", "prompter"), long))
+    path = save(tmp_path / "trees.jsonl", [{"message_tree_id": "u1", "prompt": prompt}])
+    for most, expected in ((100, [["u1", "a1"]]), (None, [["u1", "a1", "u2", "long " * 50]])):
+        options = Options(filters=Filters(max_chars=most), valid_fraction=0.0)
+        report = convert("oasst", [path], str(tmp_path / f"out{most}"), oasst.OASST, options)
+        check_sums(report)
+        found = [[m.content for m in c.messages] for c in read_records(report["train"]["file"])]
+        assert [[t.strip() for t in each] for each in found] == [[t.strip() for t in each] for each in expected]
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

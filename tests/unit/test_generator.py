@@ -99,6 +99,14 @@ def test_equal_prompts_are_computed_once() -> None:
     assert len({r.token_ids for r in shared}) > 1
 
 
+def test_as_many_samples_as_the_prompt_has_tokens() -> None:
+    """Each is drawn after the whole prompt: rows and tokens being equal in number says nothing of what they are."""
+    prompt = tuple(range(3, 15))
+    asked = [Request(str(i), prompt, SamplingParams(max_tokens=5, seed=i)) for i in range(12)]
+    together = make(max_batch=12).generate(asked)
+    assert [r.token_ids for r in together] == [make().generate([request])[0].token_ids for request in asked]
+
+
 def test_cache_budget_is_respected_and_all_finish() -> None:
     generator = make(max_batch=16, max_cache_tokens=256)
     scheduler = generator.scheduler

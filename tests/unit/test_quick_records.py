@@ -76,6 +76,8 @@ LITERALS += [
     "18446744073709551615",
     "18446744073709551616",
     "9" * 30,
+    "9" * 400,
+    "-" + "9" * 400,
     "1" * 5000,
     "1.",
     "+1",
@@ -103,7 +105,8 @@ def objects(members: dict[str, st.SearchStrategy[str]], always: tuple[str, ...])
     """Objects of such members in any order; few of them again, few with any value, few unknown."""
     named = {name: st.tuples(st.just(json.dumps(name)), value) for name, value in members.items()}
     wild = st.tuples(
-        st.sampled_from([*named, "other", "tool_calls", "r\\u006fle"]).map(lambda name: f'"{name}"'), LITERAL
+        st.sampled_from([*named, "other", "tool_calls", "function_call", "r\\u006fle"]).map(lambda name: f'"{name}"'),
+        LITERAL,
     )
     some = st.just([]) | st.just([]) | st.lists(st.one_of(*named.values()) | wild, max_size=2)
     base = st.tuples(*(named[name] for name in always)).map(list)
@@ -208,6 +211,7 @@ def test_what_is_common_is_taken(tmp_path: Path) -> None:
         TALK % (', "attributes": {"kindness": 9}', ""),
         TALK % (', "weight": true', ""),
         TALK % (', "tool_calls": [{}]', ""),
+        TALK % (', "function_call": {"name": "f"}', ""),
         TALK % ("", ', "id": true'),
         TALK % ("", ', "id": ["x"]'),
     ],

@@ -33,7 +33,11 @@ def test_a_folder_belongs_to_one_process_until_its_run_ends(tmp_path: Path) -> N
 
     with RunFolder(tmp_path, "train_sft").start():
         RunFolder(tmp_path, "train_sft")  # of this process: it may
-        assert f"is in use by pid {os.getpid()} on " in other().stderr
+        refused = other().stderr
+        assert f"TryLater: run_dir={tmp_path} is in use by pid {os.getpid()} on " in refused
+    before = fingerprint({}, [tmp_path])
+    assert "holds a complete run" in other().stderr
+    assert fingerprint({}, [tmp_path]) == before, "to what depends on it, a refused start is nothing"
     (tmp_path / "summary.json").unlink()
     assert other().returncode == 0, "which ended without a word, and holds nothing"
     assert RunFolder(tmp_path, "train_sft").resumed
