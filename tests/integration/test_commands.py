@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -33,8 +34,10 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``run``: the whole pipeline on two data-parallel ranks."""
 
     def make() -> str:
-        folder = tmp_path_factory.getbasetemp().parent / "commands"
-        folder.mkdir(exist_ok=True)
+        # Beside the folders of this call's workers; without workers that would be beside those of other calls.
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "commands"
+        folder.mkdir()
         done = steerlm("run", *TINY, "run_dir=run", "parallel.data=2", cwd=folder)
         (folder / "output.txt").write_text(done.stdout + done.stderr)
         return str(folder)
