@@ -157,13 +157,24 @@ def is_complete(run_dir: str | Path, wanted_fingerprint: str | None = None) -> b
 
 
 def default_run_dir(command: str, root: str | Path = "runs") -> Path:
-    """A folder name not taken yet: ``runs/<command>/<date>_<time>``. It is not created."""
+    """A new folder ``runs/<command>/<date>_<time>``, made here: of two commands that start at once, each has its own.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     base = Path(root) / command / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     path, number = base, 1
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return path
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1
+                path = base.with_name(f"{base.name}-{number}")
+    except OSError as error:
+        raise UserError(f"{path} cannot be made: {error.strerror}; name a run_dir") from error
 
 
 def versions() -> dict[str, str]:

@@ -52,7 +52,9 @@ def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
     ``inputs``: a fingerprint of what the run depends on, stored in its summary.
     """
     layout = parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
-    path = broadcast_object(config.run_dir or str(default_run_dir(config.command)))
+    chosen = config.run_dir or on_main(lambda: str(default_run_dir(config.command)))
+    path = broadcast_object(chosen)  # None on others than the main rank until here
+    assert path is not None
 
     def folder() -> RunFolder:
         return RunFolder(path, config.command, overwrite=config.overwrite, rank=layout.rank)

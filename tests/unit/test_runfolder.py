@@ -107,9 +107,12 @@ def test_run_dir_that_is_a_file(tmp_path: Path) -> None:
 
 
 def test_default_run_dir_is_new(tmp_path: Path) -> None:
-    first = default_run_dir("serve", tmp_path)
-    first.mkdir(parents=True)
-    assert default_run_dir("serve", tmp_path) != first and first.parent == tmp_path / "serve"
+    found = [default_run_dir("serve", tmp_path) for _ in range(3)]
+    assert len(set(found)) == 3 and {path.parent for path in found} == {tmp_path / "serve"}
+    assert all(path.is_dir() for path in found)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made: Not a directory; name a run_dir"):
+        default_run_dir("serve", tmp_path / "file")
 
 
 def test_json_is_strict_and_atomic(tmp_path: Path) -> None:
