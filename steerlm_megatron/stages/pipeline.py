@@ -180,7 +180,9 @@ def _without_root(value: Any, root: str) -> Any:
         return {k: _without_root(v, root) for k, v in value.items()}
     if isinstance(value, list):
         return [_without_root(v, root) for v in value]
-    return value.removeprefix(root) if isinstance(value, str) else value
+    if isinstance(value, str) and f"{value}/".startswith(f"{root}/"):  # not "raise" below a run folder "r"
+        return value[len(root) :]
+    return value
 
 
 def _step_config(state: _Run, step: str) -> Config:
