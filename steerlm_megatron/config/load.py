@@ -39,6 +39,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "export.precision": ("stored", "fp32", "bf16"),
 }
 
+# Commands that lay out a training run, or may: "" is a configuration that was built by hand.
+TRAINING = ("train_ap", "train_sft", "run", "")
+
 # Keys that must be at least this.
 _AT_LEAST: dict[str, float] = {
     "model.num_layers": 1,
@@ -49,6 +52,7 @@ _AT_LEAST: dict[str, float] = {
     "model.vocab_multiple": 1,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
+    "parallel.context": 1,
     "engine.timeout_sec": 1,
     "optim.lr": 0,
     "optim.min_lr": 0,
@@ -237,10 +241,12 @@ def _check_model(config: Config) -> list[str]:
 
 def _check_parallel(config: Config, world: int | None) -> list[str]:
     p, problems = config.parallel, []
-    if p.context != 1:
+    unit = math.lcm(2, p.tensor if p.sequence else 1) * p.context
+    if p.context > 1 and config.command in TRAINING and config.train.row_tokens % unit:
         problems.append(
-            f"parallel.context={p.context} needs Transformer Engine, which this version does not use; "
-            "set parallel.context=1"
+            f"train.row_tokens={config.train.row_tokens} must be a multiple of {unit} with "
+            f"parallel.context={p.context}: each of its ranks takes two equal chunks of a row"
+            + (f", each split over parallel.tensor={p.tensor} ranks" if p.sequence else "")
         )
     if p.sequence and p.tensor == 1:
         problems.append(
@@ -264,7 +270,8 @@ def _check_parallel(config: Config, world: int | None) -> list[str]:
             )
         elif world % unit:
             problems.append(
-                f"{world} ranks were started, not a multiple of parallel.tensor x parallel.pipeline = {unit}"
+                f"{world} ranks were started, not a multiple of parallel.tensor x parallel.pipeline x "
+                f"parallel.context = {unit}"
             )
     if p.sequence and config.train.row_tokens * config.train.micro_batch_samples % p.tensor:
         problems.append(

@@ -1,17 +1,18 @@
-"""Rows of samples → one micro-batch of tensors.
+"""Rows of samples → one micro-batch of tensors, or a context-parallel rank's part of it.
 
-Owns: concatenation, the shift of labels, positions, document boundaries, padding. Does not own: which samples share a
-row (``packing.py``) or a step (``loader.py``). Invariant: nothing crosses a document's end: its last token predicts
-nothing, positions restart, and padding is documents of its own with no loss.
+Owns: concatenation, the shift of labels, positions, document boundaries, padding, which tokens are whose. Does not own:
+which samples share a row (``packing.py``) or a step (``loader.py``). Invariant: nothing crosses a document's end: its
+last token predicts nothing, positions restart, and padding is documents of its own with no loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from steerlm_megatron.data.views import Sample
@@ -20,9 +21,31 @@ PAD_ID = 0  # an id every embedding has, and the label where there is none: padd
 PAD_DOCUMENT_TOKENS = 64  # padding is cut into documents this short, as attention's cost grows with their square
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive tokens ``start … stop`` of a packed sequence, which end documents and begin others anywhere.
+
+    ``first_key``: where the document of token ``start`` begins; the chunk's attention needs keys from there on.
+    ``lengths``: how many of the chunk's tokens each of its documents has.
+    """
+
+    start: int
+    stop: int
+    first_key: int
+    lengths: tuple[int, ...]
+
+    @property
+    def carried(self) -> int:
+        """Tokens of the first document that stand before the chunk."""
+        return self.start - self.first_key
+
+
 @dataclass
 class RowBatch:
     """One micro-batch of packed rows. T = rows · row_tokens, K tokens with loss, P pooled positions, A attributes.
+
+    After :meth:`part` T, K and P are those of one context-parallel rank, and indices count its tokens; ``cu_seqlens``,
+    ``sample_ids`` and the counts stay those of all.
 
     Args:
         tokens_T: int64 [T].
@@ -36,6 +59,9 @@ class RowBatch:
         sample_ids: ids of the samples, in the order of their documents.
         useful_tokens: tokens that are not padding.
         target_tokens: tokens with loss.
+        chunks: of a context-parallel rank, which chunks of the whole sequence it holds; else none.
+        cu_queries, cu_keys: int32 [documents in chunks + 1]: their boundaries among the rank's T tokens, and among the
+            keys of all its chunks.
     """
 
     tokens_T: torch.Tensor
@@ -49,6 +75,52 @@ class RowBatch:
     sample_ids: list[str]
     useful_tokens: int
     target_tokens: int
+    chunks: tuple[Chunk, ...] = ()
+    cu_queries: torch.Tensor | None = None
+    cu_keys: torch.Tensor | None = None
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the whole sequence, padding included."""
+        return int(self.cu_seqlens[-1])
+
+    def part(self, rank: int, ranks: int) -> RowBatch:
+        """What context-parallel rank ``rank`` of ``ranks`` computes. ``ranks`` · 2 must divide T.
+
+        The sequence is cut into 2 · ``ranks`` equal chunks, of which it holds one of the first half and its mirror
+        image: causal attention inside a long document is then about the same work for all.
+        """
+        if ranks == 1:
+            return self
+        size, rest = divmod(self.row_tokens, 2 * ranks)
+        assert not rest and not self.chunks, "refused by config.load"
+        bounds = self.cu_seqlens.numpy()
+        chunks = tuple(_chunk(bounds, number * size, size) for number in (rank, 2 * ranks - 1 - rank))
+        index_T = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
+        here = np.full(self.row_tokens, -1, np.int64)  # of a token of the whole sequence, its place in this part
+        here[index_T] = np.arange(len(index_T))
+        pool_P = here[self.pool_P.numpy()]
+        mask_T = self.loss_mask_T.numpy()[index_T]
+        index = torch.from_numpy(index_T)
+        return replace(
+            self,
+            tokens_T=self.tokens_T[index],
+            labels_T=self.labels_T[index],
+            loss_mask_T=torch.from_numpy(mask_T),
+            target_K=torch.from_numpy(mask_T.nonzero()[0]),
+            positions_T=self.positions_T[index],
+            pool_P=torch.from_numpy(pool_P[pool_P >= 0]),
+            values_PA=self.values_PA[torch.from_numpy(pool_P >= 0)],
+            chunks=chunks,
+            cu_queries=_boundaries([length for chunk in chunks for length in chunk.lengths]),
+            cu_keys=_boundaries(
+                [
+                    length + (chunk.carried if i == 0 else 0)
+                    for chunk in chunks
+                    for i, length in enumerate(chunk.lengths)
+                ]
+            ),
+        )
 
     def pin(self) -> RowBatch:
         """The same in page-locked memory, from which a GPU copies while the host goes on."""
@@ -64,6 +136,18 @@ class RowBatch:
             value = getattr(self, field.name)
             values[field.name] = change(value) if isinstance(value, torch.Tensor) else value
         return RowBatch(**values)
+
+
+def _chunk(bounds: npt.NDArray[np.int32], start: int, size: int) -> Chunk:
+    """The chunk of ``size`` tokens from ``start`` of a sequence with documents between ``bounds``."""
+    inner = bounds[(bounds > start) & (bounds < start + size)]
+    lengths = np.diff(np.concatenate([[start], inner, [start + size]]))
+    first_key = int(bounds[bounds <= start][-1])
+    return Chunk(start, start + size, first_key, tuple(lengths.tolist()))
+
+
+def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
 def collate(rows: Sequence[Sequence[Sample]], row_tokens: int, num_attributes: int = 0) -> RowBatch:

@@ -38,6 +38,7 @@ class StepLoader:
         rows: from ``Corpora.rows(view, train.row_tokens, …)``.
         start_row: rows consumed by the run so far (``consumed_rows`` of an earlier loader).
         prefetch_steps: steps prepared ahead; 0: none, and no thread.
+        cp_rank, cp_size: each of ``cp_size`` context-parallel ranks gets its part of the same micro-batches.
     """
 
     def __init__(
@@ -48,11 +49,14 @@ class StepLoader:
         dp_size: int = 1,
         start_row: int = 0,
         prefetch_steps: int = 2,
+        cp_rank: int = 0,
+        cp_size: int = 1,
     ) -> None:
         assert train.row_tokens == rows.row_tokens, "the rows are of another length"
         assert 0 <= dp_rank < dp_size and start_row >= 0 and len(rows) > 0
         self.rows = rows
         self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._cp_rank, self._cp_size = cp_rank, cp_size
         self.rows_per_step = rows_per_step(rows, train.global_batch_samples)
         # Not more than a rank's share: a forward pass over rows that are all padding is work for nothing.
         self._micro_rows = min(train.micro_batch_samples, -(-self.rows_per_step // dp_size))
@@ -201,7 +205,7 @@ class StepLoader:
             chosen = mine[number * self._micro_rows : (number + 1) * self._micro_rows]
             content: list[Sequence[Sample]] = [self.rows.samples_of(row) for row in chosen]
             content += [()] * (self._micro_rows - len(content))
-            batch = collate(content, self.rows.row_tokens, self._num_attributes)
+            batch = collate(content, self.rows.row_tokens, self._num_attributes).part(self._cp_rank, self._cp_size)
             batches.append(batch.pin() if has_cuda() else batch)
         return batches
 

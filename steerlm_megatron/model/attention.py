@@ -28,7 +28,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from steerlm_megatron.data.collate import Chunk
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.context import keys_of_chunks
 from steerlm_megatron.model.fused import rotate
 
 # Documents of up to this many tokens share batched attention calls; longer ones are worth a call of their own.
@@ -67,7 +69,10 @@ class PackedTokens(PackedSeqParams):
     output_index_K: torch.Tensor | None = None  # int64, the tokens whose output is wanted; None: all of them
     max_seqlen_q: int = 0
     max_seqlen_kv: int = 0
+    cu_keys: torch.Tensor | None = None  # int32 [docs + 1], the same of keys; None: as cu_seqlens
+    chunks: tuple[Chunk, ...] = ()  # of a context-parallel rank (model/context.py)
     _buckets: Buckets | None = None
+    _parts: list[tuple[torch.Tensor | None, PackedTokens | None]] | None = None
     _rotary: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -79,12 +84,43 @@ class PackedTokens(PackedSeqParams):
             positions_T=positions_T, cu_seqlens=cu_seqlens, lengths=lengths, max_seqlen_q=longest, max_seqlen_kv=longest
         )
 
+    @classmethod
+    def from_chunks(cls, chunks: tuple[Chunk, ...], positions_T: torch.Tensor) -> PackedTokens:
+        """A context-parallel rank's tokens: those of ``chunks``, one after the other."""
+        lengths = [length for chunk in chunks for length in chunk.lengths]
+        longest_keys = max(max(chunk.carried + chunk.lengths[0], *chunk.lengths) for chunk in chunks)
+        return cls(
+            positions_T=positions_T,
+            lengths=lengths,
+            chunks=chunks,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=longest_keys,
+        )
+
     def buckets(self) -> Buckets:
         """The batched calls that cover all documents; made once, used by every layer."""
         if self._buckets is None:
             assert self.positions_T is not None
             self._buckets = _make_buckets(self.lengths, self.positions_T.device)
         return self._buckets
+
+    def parts(self) -> list[tuple[torch.Tensor | None, PackedTokens | None]]:
+        """Of each of ``chunks``: which keys [Q, K] its first document's queries see if that one began before the chunk,
+        and the documents that begin in it. None where there is none. Made once, used by every layer.
+        """
+        if self._parts is None:
+            assert self.positions_T is not None
+            self._parts, at, where = [], 0, self.positions_T.device
+            for chunk in self.chunks:
+                first, lengths, seen = chunk.lengths[0], chunk.lengths, None
+                if chunk.carried:
+                    keys, lengths = chunk.carried + first, lengths[1:]
+                    seen = torch.ones(first, keys, dtype=torch.bool, device=where).tril(chunk.carried)
+                at += chunk.stop - chunk.start
+                positions_T = self.positions_T[at - sum(lengths) : at]
+                rest = PackedTokens(positions_T=positions_T, lengths=list(lengths)) if lengths else None
+                self._parts.append((seen, rest))
+        return self._parts
 
     def rotary(self, dim: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [T, 1, dim / 2] of position · base^(-2i / dim), in float32 until the last step; made once."""
@@ -182,6 +218,8 @@ def attend_sdpa(
     """Causal attention inside each document through torch's SDPA, in as few calls as lengths allow. Returns [T, N,
     H].
     """
+    if packed.chunks:
+        return _attend_chunks(q_TNH, k_TGH, v_TGH, packed, scale, dropout)
     buckets = packed.buckets()
     grouped = q_TNH.shape[1] != k_TGH.shape[1]
     sizes = [documents * length for documents, length in buckets.shapes]
@@ -194,6 +232,37 @@ def attend_sdpa(
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return _ToTokens.apply(torch.cat(outputs), buckets)
+
+
+def _attend_chunks(
+    q_TNH: torch.Tensor,
+    k_KGH: torch.Tensor,
+    v_KGH: torch.Tensor,
+    packed: PackedTokens,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """The same for a context-parallel rank: each chunk's first document may have more keys than queries, the others'
+    are as many.
+    """
+    grouped = q_TNH.shape[1] != k_KGH.shape[1]
+    sizes = [chunk.stop - chunk.start for chunk in packed.chunks]
+    key_sizes = [chunk.stop - chunk.first_key for chunk in packed.chunks]
+    outputs: list[torch.Tensor] = []
+    for (seen, rest), q, k, v in zip(
+        packed.parts(), q_TNH.split(sizes), k_KGH.split(key_sizes), v_KGH.split(key_sizes), strict=True
+    ):
+        if seen is not None:
+            first, keys = seen.shape
+            q_1NQH, k_1GKH, v_1GKH = (x.transpose(0, 1)[None] for x in (q[:first], k[:keys], v[:keys]))
+            out = F.scaled_dot_product_attention(
+                q_1NQH, k_1GKH, v_1GKH, attn_mask=seen, scale=scale, dropout_p=dropout, enable_gqa=grouped
+            )
+            outputs.append(out[0].transpose(0, 1))
+            q, k, v = q[first:], k[keys:], v[keys:]
+        if rest is not None:
+            outputs.append(attend_sdpa(q, k, v, rest, scale, dropout))
+    return torch.cat(outputs)
 
 
 def _varlen_function() -> Callable[..., torch.Tensor] | None:
@@ -225,9 +294,11 @@ def _varlen_function() -> Callable[..., torch.Tensor] | None:
             else:
                 repeat = q_TNH.shape[1] // k_TGH.shape[1]
                 k_TGH, v_TGH = k_TGH.repeat_interleave(repeat, 1), v_TGH.repeat_interleave(repeat, 1)
-        cu, longest = packed.cu_seqlens, packed.max_seqlen_q
-        assert cu is not None
-        out_TNH = varlen_attn(q_TNH, k_TGH, v_TGH, cu, cu, longest, longest, **causal, **extra)
+        cu, cu_keys = packed.cu_seqlens, packed.cu_keys if packed.cu_keys is not None else packed.cu_seqlens
+        assert cu is not None and cu_keys is not None
+        # Where a document has more keys than queries, flash attention lets its last query see its last key.
+        longest, longest_keys = packed.max_seqlen_q, packed.max_seqlen_kv
+        out_TNH = varlen_attn(q_TNH, k_TGH, v_TGH, cu, cu_keys, longest, longest_keys, **causal, **extra)
         assert isinstance(out_TNH, torch.Tensor), "nothing but the output was asked for"
         return out_TNH
 
@@ -270,7 +341,6 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
-        assert config.context_parallel_size == 1, "refused by config.load"
         self.layer_number = layer_number
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         assert config.kv_channels is not None
@@ -295,6 +365,8 @@ class PackedAttention(MegatronModule):
         tables = packed_seq_params.rotary(self.rotary_dim, self.rotary_base, query.dtype)
         q_TNH, k_TGH = (rotate(x.squeeze(1), *tables, self.compiled) for x in (query, key))
         v_TGH = value.squeeze(1)
+        if packed_seq_params.chunks:
+            k_TGH, v_TGH = keys_of_chunks(k_TGH, v_TGH, packed_seq_params.chunks)
         if packed_seq_params.kv is not None:
             out_TNH = packed_seq_params.kv.attend(self.layer_number, q_TNH, k_TGH, v_TGH, self.scale)
         elif self.training and self.dropout > 0.0:

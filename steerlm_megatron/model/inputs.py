@@ -14,6 +14,10 @@ from steerlm_megatron.runtime.device import device
 def on_device(batch: RowBatch) -> tuple[RowBatch, PackedTokens]:
     """The batch and its document boundaries on this process's device."""
     here = batch.to(device())
-    packed = PackedTokens.from_cu_seqlens(batch.cu_seqlens, here.positions_T)
-    packed.cu_seqlens = here.cu_seqlens
+    if batch.chunks:
+        packed = PackedTokens.from_chunks(batch.chunks, here.positions_T)
+        packed.cu_seqlens, packed.cu_keys = here.cu_queries, here.cu_keys
+    else:
+        packed = PackedTokens.from_cu_seqlens(batch.cu_seqlens, here.positions_T)
+        packed.cu_seqlens = packed.cu_keys = here.cu_seqlens
     return here, packed

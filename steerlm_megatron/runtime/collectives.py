@@ -88,7 +88,7 @@ def on_main(action: Callable[[], T]) -> T | None:
 
 
 def sum_from_last_stage(sums_M: torch.Tensor) -> torch.Tensor:
-    """Add ``sums_M`` over data-parallel ranks and hand the last stage's total to every stage.
+    """Add ``sums_M`` over data- and context-parallel ranks and hand the last stage's total to every stage.
 
     ``sums_M``: float64 [M] on CPU; stages other than the last pass zeros of the same length. Collective over the world.
     """
@@ -101,12 +101,16 @@ def sum_from_last_stage(sums_M: torch.Tensor) -> torch.Tensor:
     return total.cpu()
 
 
-def sum_over_data_parallel(values: list[float]) -> list[float]:
-    """Element-wise sum over data-parallel ranks. Collective over the data-parallel group."""
-    if parallel_state.get_data_parallel_world_size() == 1:
+def sum_over_data_parallel(values: list[float], with_context: bool = False) -> list[float]:
+    """Element-wise sum over data-parallel ranks, or over all ranks that hold the same parameters (``with_context``).
+
+    Collective over that group.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=with_context)
+    if dist.get_world_size(group) == 1:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device())
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(total, group=group)
     return total.tolist()
 
 

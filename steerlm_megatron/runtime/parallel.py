@@ -31,6 +31,25 @@ class Layout:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int = 0
+    cp_size: int = 1
+
+    @property
+    def dp_cp_rank(self) -> int:
+        """Among the ranks that hold the same parameters and add up gradients. Megatron-Core's order: context-parallel
+        ranks of one replica are neighbours.
+        """
+        return self.dp_rank * self.cp_size + self.cp_rank
+
+    @property
+    def dp_cp_size(self) -> int:
+        return self.dp_size * self.cp_size
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What must be the same for a rank's generators to mean the same."""
+        sizes = (self.pp_size, self.tp_size, self.dp_size)
+        return sizes if self.cp_size == 1 else (*sizes, self.cp_size)
 
     @property
     def is_first_stage(self) -> bool:
@@ -48,7 +67,7 @@ class Layout:
     @property
     def is_model_head(self) -> bool:
         """The first rank of this data-parallel replica: it speaks for the replica."""
-        return self.tp_rank == 0 and self.pp_rank == 0
+        return self.tp_rank == 0 and self.pp_rank == 0 and self.cp_rank == 0
 
 
 def world_size() -> int:
@@ -84,6 +103,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> L
     Megatron-Core's order: tensor-parallel ranks are neighbours, then data, then pipeline. Seeds follow its rule too:
     the same
     everywhere outside tensor-parallel regions, different per tensor-parallel rank inside, different per pipeline stage.
+    Context-parallel ranks differ as well: they hold different tokens, and one mask for two would be no dropout of each.
     """
     mcore_compat.apply()
     device.set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -109,6 +129,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> L
 def seed_everything(seed: int) -> None:
     """Seed torch and Megatron-Core's model-parallel generators for this rank."""
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    stage_seed += 100_000 * parallel_state.get_context_parallel_rank()
     torch.manual_seed(stage_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
 
@@ -124,6 +145,8 @@ def layout() -> Layout:
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from steerlm_megatron.config.load import to_yaml
+from steerlm_megatron.config.load import TRAINING, to_yaml
 from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
@@ -51,7 +51,8 @@ def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
 
     ``inputs``: a fingerprint of what the run depends on, stored in its summary.
     """
-    layout = parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
+    ranks = config.parallel if config.command in TRAINING else inference_parallel(config.parallel)
+    layout = parallel.initialize(ranks, config.train.seed, config.engine.timeout_sec)
     chosen = config.run_dir or on_main(lambda: str(default_run_dir(config.command)))
     path = broadcast_object(chosen)  # None on others than the main rank until here
     assert path is not None
@@ -93,8 +94,11 @@ class LoadedModel:
 
 
 def inference_parallel(config: ParallelConfig) -> ParallelConfig:
-    """The same ranks without what only training uses: token counts vary, so sequences are not split."""
-    return ParallelConfig(tensor=config.tensor, pipeline=config.pipeline, data=config.data)
+    """The same ranks without what only training uses: token counts vary, so sequences are not split, and ranks that
+    would share one are replicas.
+    """
+    data = None if config.data is None else config.data * config.context
+    return ParallelConfig(tensor=config.tensor, pipeline=config.pipeline, data=data)
 
 
 def load_model(

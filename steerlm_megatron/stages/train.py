@@ -158,7 +158,10 @@ def _pack(config: Config, data: Corpora, view: View, weights: Sequence[float] = 
 
 
 def _loader(here: Session, rows: Rows, start_row: int) -> StepLoader:
-    return StepLoader(rows, here.config.train, here.layout.dp_rank, here.layout.dp_size, start_row)
+    at = here.layout
+    return StepLoader(
+        rows, here.config.train, at.dp_rank, at.dp_size, start_row, cp_rank=at.cp_rank, cp_size=at.cp_size
+    )
 
 
 def _check_data(config: Config, data: Corpora, view: View) -> None:

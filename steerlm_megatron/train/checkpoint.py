@@ -340,16 +340,21 @@ class CheckpointStore:
         if self.is_main:
             if saving.best:
                 write_json_atomic(self.root / "best.json", {"folder": saving.final.name, "metric": saving.meta.metric})
-            self._remove(doomed + [_set_aside(folder) for folder in self._superfluous()])
+            self._remove(doomed + [_set_aside(folder) for folder in self._superfluous(saving.final)])
         barrier()
 
-    def _superfluous(self) -> list[Path]:
-        """Checkpoints that are neither among the last nor the best."""
-        keep = set(complete_steps(self.root)[-self.keep_last :])
+    def _superfluous(self, saved: Path) -> list[Path]:
+        """Checkpoints that are neither among the last, up to the one just ``saved``, nor the best.
+
+        Later ones were damaged when the run resumed before them: they count for nothing, least of all against ours,
+        and stay until the run replaces them.
+        """
+        folders = [folder for folder in complete_steps(self.root) if folder <= saved]
+        keep = set(folders[-self.keep_last :])
         best = self.root / "best.json"
         if self.keep_best and best.exists():
             keep.add(self.root / json.loads(best.read_text(encoding="utf-8"))["folder"])
-        return [folder for folder in complete_steps(self.root) if folder not in keep]
+        return [folder for folder in folders if folder not in keep]
 
     def _remove(self, folders: list[Path]) -> None:
         """Beside training: gigabytes take seconds. What is left of them, if it fails, the next save removes."""

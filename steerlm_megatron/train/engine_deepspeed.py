@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -56,9 +57,10 @@ class _Mpu:
     get_tensor_model_parallel_world_size = staticmethod(parallel_state.get_tensor_model_parallel_world_size)
     get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
-    get_data_parallel_rank = staticmethod(parallel_state.get_data_parallel_rank)
-    get_data_parallel_world_size = staticmethod(parallel_state.get_data_parallel_world_size)
-    get_data_parallel_group = staticmethod(parallel_state.get_data_parallel_group)
+    # ZeRO partitions over all ranks that hold the same parameters, context-parallel ones among them.
+    get_data_parallel_rank = partial(parallel_state.get_data_parallel_rank, with_context_parallel=True)
+    get_data_parallel_world_size = partial(parallel_state.get_data_parallel_world_size, with_context_parallel=True)
+    get_data_parallel_group = partial(parallel_state.get_data_parallel_group, with_context_parallel=True)
 
 
 class DeepSpeedEngine(Engine):
@@ -135,8 +137,8 @@ class DeepSpeedEngine(Engine):
         start = time.perf_counter()
         self.ds.train()
         terms = float(sum(self.objective.terms(batch) for batch in batches))
-        # ZeRO takes the mean over data-parallel ranks; wanted is the sum over the number of terms of them all.
-        scale = self.layout.dp_size / max(sum_over_data_parallel([terms])[0], 1.0)
+        # ZeRO takes the mean over the ranks it partitions over; wanted is the sum over the number of terms of them all.
+        scale = self.layout.dp_cp_size / max(sum_over_data_parallel([terms], with_context=True)[0], 1.0)
         own = Stopwatch()
         own.start()
         sums = []
@@ -186,7 +188,7 @@ class DeepSpeedEngine(Engine):
                 state[kind] = whole
         state["schedule"] = self.schedule.state_dict()
         state[ADAM_STEP] = adam_step([self.adam])
-        state["layout"] = self._layout_tuple()
+        state["layout"] = self.layout.shape
         state["rng"] = rng_state(self.layout)
         return state
 
@@ -198,15 +200,12 @@ class DeepSpeedEngine(Engine):
             self._take(kind, load_sharded({kind: self._empty(kind)}, folder)[kind])
         set_adam_step([self.adam], common[ADAM_STEP])
         self.schedule.load_state_dict(common["schedule"])
-        if common["layout"] == self._layout_tuple():  # of either engine: generators are one rank's own
+        if common["layout"] == self.layout.shape:  # of either engine: generators are one rank's own
             take_rng_state(load_sharded({"rng": rng_state(self.layout)}, folder)["rng"])
 
     def load_model(self, folder: Path) -> None:
         loaded = load_sharded({"model": self._empty(None)}, folder, missing_ok=("output_layer.",))["model"]
         self._take(_MASTER, {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)})
-
-    def _layout_tuple(self) -> tuple[int, ...]:
-        return (self.layout.pp_size, self.layout.tp_size, self.layout.dp_size)
 
     def _template(self, name: str, kind: str | None, data: torch.Tensor) -> Template:
         """Where ``data``, a whole parameter (``kind`` None) or a state of it, stands in a checkpoint."""
@@ -223,7 +222,7 @@ class DeepSpeedEngine(Engine):
         out = {}
         for name, parameter in self.parameters.items():
             full = self._gather(parameter, kind)
-            if full is not None and self.layout.dp_rank == 0:
+            if full is not None and self.layout.dp_cp_rank == 0:
                 full = full.to(self.dtypes[name]) if kind is None else full
                 out[name] = self._template(name, kind, full.detach().to("cpu", copy=True))
         return out
@@ -289,9 +288,9 @@ class DeepSpeedEngine(Engine):
     def _partition(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> torch.Tensor:
         """This rank's share of ``value`` under ZeRO 3, padded like all shares."""
         size = cast(Any, parameter).ds_tensor.ds_numel
-        padded = value.new_zeros(size * self.layout.dp_size)
+        padded = value.new_zeros(size * self.layout.dp_cp_size)
         padded[: value.numel()] = value.flatten()
-        return padded[size * self.layout.dp_rank : size * (self.layout.dp_rank + 1)]
+        return padded[size * self.layout.dp_cp_rank : size * (self.layout.dp_cp_rank + 1)]
 
     def _partitions(self) -> Iterator[torch.Tensor]:
         """ZeRO's flat fp32 partitions, which are what AdamW updates."""

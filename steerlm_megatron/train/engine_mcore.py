@@ -91,7 +91,7 @@ class MegatronEngine(Engine):
 
     def _data_parallel_config(self, engine: EngineConfig) -> DistributedDataParallelConfig:
         def overlap(wanted: bool | None) -> bool:
-            return (has_cuda() if wanted is None else wanted) and self.layout.dp_size > 1
+            return (has_cuda() if wanted is None else wanted) and self.layout.dp_cp_size > 1
 
         reduce = overlap(engine.overlap_grad_reduce)
         return DistributedDataParallelConfig(
@@ -191,7 +191,7 @@ class MegatronEngine(Engine):
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=len(batches),
-            seq_length=batches[0].tokens_T.numel(),
+            seq_length=batches[0].row_tokens,
             micro_batch_size=1,
             forward_only=forward_only,
         )
@@ -264,7 +264,7 @@ class MegatronEngine(Engine):
             "optimizer": self._optimizer_state(),
             "schedule": self.schedule.state_dict(),
             ADAM_STEP: adam_step(self._inner_optimizers()),
-            "layout": self._layout_tuple(),
+            "layout": self.layout.shape,
             "rng": rng_state(self.layout),
         }
 
@@ -289,7 +289,7 @@ class MegatronEngine(Engine):
 
     def load(self, folder: Path) -> None:
         common = common_state(folder)
-        same_layout = common["layout"] == self._layout_tuple()
+        same_layout = common["layout"] == self.layout.shape
         state = {**self._model_state(), "optimizer": self._optimizer_state()}
         if same_layout:  # of either engine: generators are one rank's own
             state["rng"] = rng_state(self.layout)
@@ -299,9 +299,6 @@ class MegatronEngine(Engine):
         self.schedule.load_state_dict(common["schedule"])
         if same_layout:
             take_rng_state(loaded["rng"])
-
-    def _layout_tuple(self) -> tuple[int, ...]:
-        return (self.layout.pp_size, self.layout.tp_size, self.layout.dp_size)
 
     def _take_model(self, loaded: dict[str, Any], strict: bool = True) -> None:
         for i, chunk in enumerate(self.chunks):

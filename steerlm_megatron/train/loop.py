@@ -140,7 +140,7 @@ class Trainer:
             lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
             self.counts[0] += batch.useful_tokens
             self.counts[1] += batch.target_tokens
-            self.counts[2] += batch.tokens_T.numel()
+            self.counts[2] += batch.row_tokens
             self.counts[3] += float(lengths.square().sum())
 
     def _log(self, result: StepResult) -> dict[str, Any]:

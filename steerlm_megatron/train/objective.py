@@ -64,11 +64,12 @@ class TokenObjective(Objective):
         return batch.labels_T.index_select(0, self.output_index(batch))[None]
 
     def terms(self, batch: RowBatch) -> int:
-        return int(batch.target_tokens)
+        return batch.target_K.numel()
 
     def loss(self, output: torch.Tensor, batch: RowBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        total = output.float().sum() if batch.target_tokens else output.float().sum() * 0.0
-        count = torch.full((), float(batch.target_tokens), dtype=torch.float64, device=total.device)
+        terms = self.terms(batch)
+        total = output.float().sum() if terms else output.float().sum() * 0.0
+        count = torch.full((), float(terms), dtype=torch.float64, device=total.device)
         return total, torch.stack([total.detach().double(), count])
 
     def means(self, sums_M: Sequence[float]) -> dict[str, float]:

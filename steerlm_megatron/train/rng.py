@@ -19,7 +19,7 @@ def rng_state(at: Layout) -> ShardedObject:
         "cuda": torch.cuda.get_rng_state() if has_cuda() else None,
         "tracker": get_cuda_rng_tracker().get_states(),
     }
-    shape, offset = (at.pp_size, at.tp_size, at.dp_size), (at.pp_rank, at.tp_rank, at.dp_rank)
+    shape, offset = (at.pp_size, at.tp_size, at.dp_cp_size), (at.pp_rank, at.tp_rank, at.dp_cp_rank)
     return ShardedObject("rng", state, shape, offset, replica_id=0)
 
 

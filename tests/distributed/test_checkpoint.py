@@ -47,8 +47,10 @@ MOVES = {
     "TP2+SP": P(tensor=2, sequence=True),
     "PP2": P(pipeline=2),
     "VPP2": P(pipeline=2, virtual_pipeline=2),
+    "CP2": P(context=2),
     "DP2": P(),
 }
+_MOVED_TWICE = ("PP2", "VPP2", "CP2")
 OBJECTIVES = ("sft", "ap")
 Found = dict[str, Any]
 
@@ -79,10 +81,10 @@ def two_ranks(root: Path) -> Found:
         for name, layout in MOVES.items():
             engine = make(Case(objective, layout), seed=77)  # other weights than the checkpoint's
             engine.load(folder)
-            if name in ("PP2", "VPP2"):
+            if name in _MOVED_TWICE:
                 saved(engine, root / f"{objective} {name}")
             found[objective, name] = steps(engine, SAVED, TOTAL)
-        for name in ("PP2", "VPP2"):
+        for name in _MOVED_TWICE:
             engine = make(Case(objective, P()), seed=78)
             engine.load(root / f"{objective} {name}")
             found[objective, f"{name}, then DP2"] = steps(engine, SAVED, TOTAL)
@@ -271,7 +273,9 @@ def largest(a: list[float], b: list[float]) -> float:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("name", [*MOVES, "1 rank", "PP2, then DP2", "VPP2, then DP2", "overlap, then DP2", "overlap"])
+@pytest.mark.parametrize(
+    "name", [*MOVES, "1 rank", "PP2, then DP2", "VPP2, then DP2", "CP2, then DP2", "overlap, then DP2", "overlap"]
+)
 def test_a_checkpoint_moves_to_another_layout(objective: str, name: str, measured: Found, record_property: Any) -> None:
     """Saved after three steps at TP2; the losses of the next five are those of the run that went on."""
     expected = measured["two"][0][objective, "not resumed"]
@@ -517,6 +521,22 @@ def test_the_last_ones_and_the_best_are_kept(store: CheckpointStore) -> None:
     assert names == ["step_00000002", "step_00000004", "step_00000005"]
     assert store.best_metric() == 1.0
     assert store.latest() == store.root / "step_00000005"
+
+
+def test_a_damaged_checkpoint_takes_nobodys_place(store: CheckpointStore) -> None:
+    """Resumed before two damaged ones, the run keeps what it saves until it has replaced them."""
+    store.keep_last, store.keep_best = 1, False
+    save(store, 3)
+    for step in (4, 5):
+        shutil.copytree(store.root / "step_00000003", store.root / f"step_{step:08d}")
+        (store.root / f"step_{step:08d}" / "meta.json").write_text("torn")
+    found = []
+    for step in (4, 5, 6):
+        assert store.latest() == store.root / f"step_{step - 1:08d}"
+        save(store, step, background=True)
+        store.wait()
+        found.append(sorted(int(p.name[-1]) for p in store.root.glob("step_*")))
+    assert found == [[4, 5], [5], [6]]
 
 
 def test_what_a_path_means(store: CheckpointStore, tmp_path: Path) -> None:

@@ -19,13 +19,15 @@ from steerlm_megatron.runtime.collectives import barrier
 pytestmark = pytest.mark.distributed
 
 DP2, TP2, PP2 = ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipeline=2)
-TP2_SP = ParallelConfig(tensor=2, sequence=True)
+TP2_SP, CP2 = ParallelConfig(tensor=2, sequence=True), ParallelConfig(context=2)
 # objective, saved at (ZeRO stage, layout), loaded at
 MOVES = {
     "DP2 ZeRO 1": ("sft", (1, DP2), (1, DP2)),
     "DP2 ZeRO 2": ("ap", (2, DP2), (2, DP2)),
     "DP2 ZeRO 3": ("ap", (3, DP2), (3, DP2)),
     "TP2 ZeRO 3": ("sft", (3, TP2), (3, TP2)),
+    "CP2 ZeRO 3": ("sft", (3, CP2), (3, CP2)),
+    "CP2 ZeRO 2 -> TP2 ZeRO 3": ("ap", (2, CP2), (3, TP2)),
     "DP2 ZeRO 3 -> TP2 ZeRO 1": ("sft", (3, DP2), (1, TP2)),
     "TP2 ZeRO 2 -> DP2 ZeRO 3": ("ap", (2, TP2), (3, DP2)),
 }
@@ -62,6 +64,7 @@ def moved(name: str, root: Path) -> dict[str, Any]:
 # Of two ranks: (ZeRO stage, 0 for Megatron-Core; layout), each pair of them different engines.
 CROSSINGS = {
     "ZeRO 3 DP2 -> Megatron-Core PP2": ("sft", (3, DP2), (0, PP2)),
+    "ZeRO 2 DP2 -> Megatron-Core CP2": ("sft", (2, DP2), (0, CP2)),
     "ZeRO 1 TP2 -> Megatron-Core DP2": ("ap", (1, TP2), (0, DP2)),
     "Megatron-Core TP2+SP -> ZeRO 3 DP2": ("sft", (0, TP2_SP), (3, DP2)),
     "Megatron-Core PP2 -> ZeRO 2 TP2+SP": ("ap", (0, PP2), (2, TP2_SP)),

@@ -117,7 +117,7 @@ def step_batches(step: int, micro_batches: int = MICRO_BATCHES) -> list[RowBatch
     size = MICRO_BATCHES // micro_batches
     batches = rows if size == 1 else [joined(rows[i : i + size]) for i in range(0, len(rows), size)]
     at = parallel.layout()
-    return batches[at.dp_rank :: at.dp_size]
+    return [batch.part(at.cp_rank, at.cp_size) for batch in batches[at.dp_rank :: at.dp_size]]
 
 
 def documents(batches: Sequence[RowBatch]) -> list[Document]:

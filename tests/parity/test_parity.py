@@ -45,6 +45,10 @@ MATRIX: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2+SP recompute": (2, {"layout": P(tensor=2, sequence=True), "recompute": "full"}),
     "PP2": (2, {"layout": P(pipeline=2)}),
     "VPP2": (2, {"layout": P(pipeline=2, virtual_pipeline=2)}),
+    "CP2": (2, {"layout": P(context=2)}),
+    "CP2 recompute": (2, {"layout": P(context=2), "recompute": "selective"}),
+    "CP2 ZeRO 1": (2, {"zero": 1, "layout": P(context=2)}),
+    "CP2 ZeRO 3": (2, {"zero": 3, "layout": P(context=2)}),
     "DP2": (2, {}),
     "DP2 overlap": (2, {"overlap": True}),
     "DP2 ZeRO 1": (2, {"zero": 1}),
@@ -64,6 +68,11 @@ MATRIX: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xDP2 ZeRO 3": (4, {"zero": 3, "layout": P(tensor=2)}),
     "TP2xDP2+SP ZeRO 1": (4, {"zero": 1, "layout": P(tensor=2, sequence=True)}),
     "TP2xDP2+SP ZeRO 3": (4, {"zero": 3, "layout": P(tensor=2, sequence=True)}),
+    "CP4": (4, {"layout": P(context=4)}),
+    "TP2xCP2+SP": (4, {"layout": P(tensor=2, context=2, sequence=True)}),
+    "PP2xCP2": (4, {"layout": P(pipeline=2, context=2)}),
+    "CP2xDP2 overlap": (4, {"layout": P(context=2), "overlap": True}),
+    "CP2xDP2 ZeRO 2": (4, {"zero": 2, "layout": P(context=2)}),
     "PP2xDP2": (4, {"layout": P(pipeline=2)}),
     "PP2xDP2 overlap": (4, {"layout": P(pipeline=2), "overlap": True}),
     "VPP2xDP2 overlap": (4, {"layout": P(pipeline=2, virtual_pipeline=2), "overlap": True}),
@@ -222,7 +231,7 @@ class _Probe:
 
 
 def train_with_dropout(ranks: int) -> dict[str, Any]:
-    layout = P(tensor=2, sequence=True) if ranks == 2 else P()
+    layout = {1: P(), 2: P(tensor=2, sequence=True), 4: P(tensor=2, context=2)}[ranks]
     runs = {"first": ("none", 5), "again": ("none", 5), "other seed": ("none", 6)}
     runs |= {kind: (kind, 5) for kind in ("selective", "full")}
     found = {
@@ -242,7 +251,7 @@ def one_rank() -> dict[str, Any]:
 
 
 def several_ranks(ranks: int) -> dict[str, Any]:
-    return {"trained": train_all(ranks), "dropout": train_with_dropout(ranks) if ranks == 2 else None}
+    return {"trained": train_all(ranks), "dropout": train_with_dropout(ranks)}
 
 
 # ---- outside
@@ -332,7 +341,7 @@ def test_packed_rows_equal_documents_alone(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_dropout_follows_the_seed(ranks: int, measured: Callable[[int], list[dict[str, Any]]]) -> None:
     losses = measured(ranks)[0]["dropout"]
     assert losses["again"] == losses["first"]

@@ -37,9 +37,10 @@ def dataset(tmp_path_factory) -> ShardDataset:
 def loader(dataset: ShardDataset, view: str = "acsft", rank: int = 0, size: int = 1, start_row: int = 0, **options):
     defaults = {"row_tokens": ROW_TOKENS, "global_batch_samples": 12, "seed": 7}
     prefetch = options.pop("prefetch_steps", 0)
+    cp_rank, cp_size = options.pop("cp", (0, 1))
     train = TrainConfig(**{**defaults, **options})
     rows = Corpora([dataset]).rows(view, train.row_tokens, train.seed)
-    return StepLoader(rows, train, rank, size, start_row, prefetch)
+    return StepLoader(rows, train, rank, size, start_row, prefetch, cp_rank, cp_size)
 
 
 def ids(batches: list[RowBatch]) -> Counter[str]:
@@ -200,3 +201,40 @@ def test_a_row_too_full_is_our_bug(dataset: ShardDataset) -> None:
     sample = dataset.sample(0, "lm")
     with pytest.raises(ValueError, match="does not fit"):
         collate([[sample]], len(sample.tokens_T) - 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("view", ["acsft", "ap"])
+def test_context_parallel_ranks_share_a_row(dataset: ShardDataset, view: str, ranks: int) -> None:
+    """Every token, target and label is one rank's; a chunk's documents reach back to where they begin."""
+    row_tokens = 168
+    whole = next(loader(dataset, view, row_tokens=row_tokens))
+    assert max(batch.cu_seqlens.diff().max() for batch in whole) > row_tokens // ranks, "one goes through all chunks"
+    for number, batch in enumerate(whole):
+        parts = [next(loader(dataset, view, row_tokens=row_tokens, cp=(rank, ranks)))[number] for rank in range(ranks)]
+        owned = [np.concatenate([np.arange(c.start, c.stop) for c in part.chunks]) for part in parts]
+        assert sorted(np.concatenate(owned)) == list(range(row_tokens))
+        targets, pooled = [], []
+        for part, index in zip(parts, owned, strict=True):
+            for name in ("tokens_T", "labels_T", "loss_mask_T", "positions_T"):
+                assert torch.equal(getattr(part, name), getattr(batch, name)[index])
+            targets += index[part.target_K].tolist()
+            pooled += [(int(index[p]), str(v)) for p, v in zip(part.pool_P, part.values_PA, strict=True)]
+            assert torch.equal(part.cu_seqlens, batch.cu_seqlens) and part.row_tokens == row_tokens
+            assert (part.useful_tokens, part.target_tokens) == (batch.useful_tokens, batch.target_tokens)
+            _check_boundaries(part, batch)
+        assert sorted(targets) == batch.target_K.tolist()
+        assert sorted(pooled) == [(int(p), str(v)) for p, v in zip(batch.pool_P, batch.values_PA, strict=True)]
+
+
+def _check_boundaries(part: RowBatch, batch: RowBatch) -> None:
+    assert part.cu_queries is not None and part.cu_keys is not None
+    queries, keys = part.cu_queries.diff().tolist(), part.cu_keys.diff().tolist()
+    assert len(part.chunks) == 2 and sum(queries) == len(part.tokens_T)
+    document_T = torch.repeat_interleave(torch.arange(len(batch.cu_seqlens) - 1), batch.cu_seqlens.diff().long())
+    for chunk in part.chunks:
+        assert document_T[chunk.first_key] == document_T[chunk.start] and batch.positions_T[chunk.first_key] == 0
+        for i, length in enumerate(chunk.lengths):
+            size, seen = queries.pop(0), keys.pop(0)
+            assert size == length and seen == length + (chunk.carried if i == 0 else 0)
+    assert not queries and not keys

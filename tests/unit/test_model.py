@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.attention.varlen
@@ -15,11 +16,14 @@ from megatron.core.tensor_parallel import random as mcore_random
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from steerlm_megatron.data.collate import RowBatch, collate
+from steerlm_megatron.data.views import Sample
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model import cross_entropy
 from steerlm_megatron.model.attention import PackedTokens, attend_sdpa, attention_backend
 from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
 from steerlm_megatron.model.gpt import LastLayer, build_model, global_names, padded_vocab_size, transformer_config
+from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.model.norm import PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.observe.metrics import model_flops
@@ -284,17 +288,22 @@ def test_the_attention_backend_is_chosen_or_refused(cpu: None, monkeypatch: pyte
 
 def _varlen(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, **kwargs: Any) -> Any:
     """What torch documents of ``varlen_attn``, by its definition: one dense product, masked by document and order."""
-    assert q.dtype is torch.bfloat16 and cu_seq_q.dtype is torch.int32 and cu_seq_q is cu_seq_k
-    assert max_q == max_k == int((cu_seq_q[1:] - cu_seq_q[:-1]).max()) and type(max_q) is int
+    assert q.dtype is torch.bfloat16 and cu_seq_q.dtype is cu_seq_k.dtype is torch.int32
+    lengths_q, lengths_k = (cu.diff().long() for cu in (cu_seq_q, cu_seq_k))
+    assert (max_q, max_k) == (int(lengths_q.max()), int(lengths_k.max())) and type(max_q) is type(max_k) is int
+    assert len(q) == int(cu_seq_q[-1]) and len(k) == len(v) == int(cu_seq_k[-1])
     if kwargs.pop("enable_gqa", False):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    assert q.shape == k.shape == v.shape, "heads of keys that differ need enable_gqa"
+    assert q.shape[1:] == k.shape[1:] == v.shape[1:], "heads of keys that differ need enable_gqa"
     causal = kwargs.pop("is_causal", False) or kwargs.pop("window_size", (-1, -1)) == (-1, 0)
     scale = kwargs.pop("scale", None) or q.shape[-1] ** -0.5
     assert not kwargs
-    document = torch.repeat_interleave(torch.arange(len(cu_seq_q) - 1), (cu_seq_q[1:] - cu_seq_q[:-1]).long())
-    seen = document[:, None] == document
-    seen = seen & torch.ones_like(seen).tril() if causal else seen
+    document_q, document_k = (torch.arange(len(x)).repeat_interleave(x) for x in (lengths_q, lengths_k))
+    seen = document_q[:, None] == document_k
+    # Flash attention aligns the last query with the last key.
+    from_end_q = cu_seq_q[1:][document_q] - torch.arange(len(q))
+    from_end_k = cu_seq_k[1:][document_k] - torch.arange(len(k))
+    seen = seen & (from_end_q[:, None] <= from_end_k) if causal else seen
     scores = torch.einsum("qnh,knh->nqk", q.float(), k.float()) * scale
     return torch.einsum("nqk,knh->qnh", scores.masked_fill(~seen, -torch.inf).softmax(-1), v.float()).to(q.dtype)
 
@@ -321,20 +330,38 @@ def _varlen_2_13(
     )
 
 
+def _batch(lengths: list[int]) -> RowBatch:
+    """Documents of these lengths as one full row."""
+    none = (np.zeros(0, np.int32), np.zeros((0, 0), np.float32), np.zeros(0, np.int32))
+    rows = [Sample(str(i), np.zeros(size, np.int32), np.ones(size, np.bool_), *none) for i, size in enumerate(lengths)]
+    return collate([rows], sum(lengths))
+
+
 @pytest.mark.parametrize("version", [_varlen_2_10, _varlen_2_11, _varlen_2_13])
 @pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("part", [None, 0, 1])
 def test_the_varlen_backend_asks_for_what_sdpa_computes(
-    version: Any, groups: int, cpu: None, monkeypatch: pytest.MonkeyPatch
+    version: Any, groups: int, part: int | None, cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch's kernel has no CPU form; its documented interface, in the three forms it had, stands in for it here."""
+    """torch's kernel has no CPU form; its documented interface, in the three forms it had, stands in for it here.
+
+    ``part``: for the tokens of that context-parallel rank of two, whose documents may have more keys than queries.
+    """
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", version)
     config = transformer_config(SMALL, ParallelConfig(), EngineConfig(precision="bf16"))
     with monkeypatch.context() as on_a_gpu:
         on_a_gpu.setattr(torch.cuda, "is_available", lambda: True)
         varlen = attention_backend("auto", config)
-    packed, g = _packed([5, 1, 700, 9], None), torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(715, heads, 8, generator=g).bfloat16() for heads in (4, groups, groups))
-    weight, found = torch.randn(715, 4, 8, generator=g), []
+    packed, g = _packed([5, 1, 700, 10], None), torch.Generator().manual_seed(0)
+    queries = keys = 716
+    if part is not None:
+        batch = _batch([5, 1, 700, 10]).part(part, 2)
+        packed = on_device(batch)[1]
+        queries, keys = 358, sum(chunk.stop - chunk.first_key for chunk in batch.chunks)
+        assert part or keys > queries
+    sizes = ((queries, 4), (keys, groups), (keys, groups))
+    q, k, v = (torch.randn(*size, 8, generator=g).bfloat16() for size in sizes)
+    weight, found = torch.randn(queries, 4, 8, generator=g), []
     for attend in (varlen, attend_sdpa):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = attend(*leaves, packed, 0.3)
