@@ -21,9 +21,8 @@ def run(config: Config) -> None:
     with session(config) as here:
         if here.layout.dp_size > 1:
             raise UserError(
-                f"parallel.data={here.layout.dp_size}: a server is one replica; start one server per "
-                "replica, each with its own "
-                "server.port, and name them all in server.urls"
+                f"{here.layout.dp_size} replicas (parallel.data x parallel.context): a server is one; start one "
+                "server per replica, each with its own server.port, and name them all in server.urls"
             )
         loaded = load_model(config.checkpoint, config, "checkpoint", head="lm", gather_logits=True)
         generator = open_generator(config, loaded)

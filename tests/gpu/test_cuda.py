@@ -6,29 +6,34 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.engines import MODEL, OPTIM, Case, build, documents, make, row, shards, step_batches, unsplit
+from helpers.engines import MODEL, OPTIM, Case, build, documents, full_row, make, row, shards, step_batches, unsplit
 from helpers.reference import Trainer
 
 from steerlm_megatron.config.schema import EngineConfig, ParallelConfig
-from steerlm_megatron.model.attention import PackedTokens, attend_sdpa, attention_backend
+from steerlm_megatron.model.attention import attend_sdpa, attention_backend
 from steerlm_megatron.model.gpt import transformer_config
+from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.runtime import parallel
 
 pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.parametrize("part", [None, 0, 1])
 @pytest.mark.parametrize("groups", [4, 2])
-def test_the_varlen_kernel_keeps_documents_apart(groups: int) -> None:
-    """Outputs and gradients of the kernel are those of SDPA over each document, to bf16's rounding."""
-    lengths, g = [5, 1, 700, 64, 9, 300], torch.Generator().manual_seed(0)
-    positions = torch.cat([torch.arange(length) for length in lengths]).cuda()
-    packed = PackedTokens.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), positions)
-    assert packed.cu_seqlens is not None
-    packed.cu_seqlens = packed.cu_seqlens.cuda()
+def test_the_varlen_kernel_keeps_documents_apart(groups: int, part: int | None) -> None:
+    """Outputs and gradients of the kernel are those of SDPA over each document, to bf16's rounding.
+
+    ``part``: of that context-parallel rank of two, whose documents may have more keys than queries.
+    """
+    batch, g = full_row([5, 1, 700, 65, 9, 300]), torch.Generator().manual_seed(0)
+    batch = batch if part is None else batch.part(part, 2)
+    _, packed = on_device(batch)
     varlen = attention_backend("varlen", transformer_config(MODEL, ParallelConfig(), EngineConfig(precision="bf16")))
-    total = sum(lengths)
-    q, k, v = (torch.randn(total, heads, 64, generator=g).cuda().bfloat16() for heads in (4, groups, groups))
-    weight, found = torch.randn(total, 4, 64, generator=g).cuda(), []
+    queries = len(batch.tokens_T)
+    keys = sum(chunk.stop - chunk.first_key for chunk in batch.chunks) or queries
+    sizes = ((queries, 4), (keys, groups), (keys, groups))
+    q, k, v = (torch.randn(*size, 64, generator=g).cuda().bfloat16() for size in sizes)
+    weight, found = torch.randn(queries, 4, 64, generator=g).cuda(), []
     for attend in (varlen, attend_sdpa):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         out = attend(*leaves, packed, 0.125)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from helpers.reference import Document, Params
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
-from steerlm_megatron.data.collate import RowBatch
+from steerlm_megatron.data.collate import RowBatch, collate
+from steerlm_megatron.data.views import Sample
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk, global_names
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.stages.train import engine_of
@@ -92,6 +94,13 @@ def row(step: int, number: int) -> RowBatch:
         useful_tokens=ROW_TOKENS,
         target_tokens=int(mask.sum()),
     )
+
+
+def full_row(lengths: Sequence[int]) -> RowBatch:
+    """Documents of these lengths, all targets, as one row without padding."""
+    none = (np.zeros(0, np.int32), np.zeros((0, 0), np.float32), np.zeros(0, np.int32))
+    rows = [Sample(str(i), np.zeros(size, np.int32), np.ones(size, np.bool_), *none) for i, size in enumerate(lengths)]
+    return collate([rows], sum(lengths))
 
 
 def joined(rows: Sequence[RowBatch]) -> RowBatch:

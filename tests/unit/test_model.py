@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.attention.varlen
 import torch.nn.functional as F
+from helpers.engines import full_row
 from megatron.core.activations import squared_relu
 from megatron.core.tensor_parallel import random as mcore_random
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from steerlm_megatron.data.collate import RowBatch, collate
-from steerlm_megatron.data.views import Sample
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model import cross_entropy
 from steerlm_megatron.model.attention import PackedTokens, attend_sdpa, attention_backend
@@ -330,13 +328,6 @@ def _varlen_2_13(
     )
 
 
-def _batch(lengths: list[int]) -> RowBatch:
-    """Documents of these lengths as one full row."""
-    none = (np.zeros(0, np.int32), np.zeros((0, 0), np.float32), np.zeros(0, np.int32))
-    rows = [Sample(str(i), np.zeros(size, np.int32), np.ones(size, np.bool_), *none) for i, size in enumerate(lengths)]
-    return collate([rows], sum(lengths))
-
-
 @pytest.mark.parametrize("version", [_varlen_2_10, _varlen_2_11, _varlen_2_13])
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("part", [None, 0, 1])
@@ -355,7 +346,7 @@ def test_the_varlen_backend_asks_for_what_sdpa_computes(
     packed, g = _packed([5, 1, 700, 10], None), torch.Generator().manual_seed(0)
     queries = keys = 716
     if part is not None:
-        batch = _batch([5, 1, 700, 10]).part(part, 2)
+        batch = full_row([5, 1, 700, 10]).part(part, 2)
         packed = on_device(batch)[1]
         queries, keys = 358, sum(chunk.stop - chunk.first_key for chunk in batch.chunks)
         assert part or keys > queries
