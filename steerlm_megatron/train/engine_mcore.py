@@ -318,7 +318,8 @@ class MegatronEngine(Engine):
 
 def _whole_rounds(batches: Sequence[RowBatch], stages: int) -> Sequence[RowBatch]:
     """Interleaved stages take turns of as many micro-batches as there are stages, and Megatron-Core refuses any other
-    number: batches of padding, whose loss has no terms, make up for what a small step or the last of a validation lacks.
+    number: batches of padding, whose loss has no terms, make up for what a small step, or the end of a validation set,
+    lacks.
     """
     last = batches[-1]
     nothing = replace(
