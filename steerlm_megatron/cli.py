@@ -51,6 +51,7 @@ _FORCED = (
     "hydra/hydra_logging=disabled",
     "hydra.help.app_name=steerlm",
 )
+_FREE_MAPPINGS = ("pipeline.", "train.label_weights=", "train.label_weights.")
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
 
@@ -343,8 +344,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments[0] in ("--version", "-V"):
         print(__version__)
         raise SystemExit(0)
-    # A step's overrides may be new keys (of a free mapping); the pipeline checks them against the step's configuration.
-    command, rest = arguments[0], [f"++{a}" if a.startswith("pipeline.") else a for a in arguments[1:]]
+    # New keys of a free mapping: Hydra wants a sign before them. They are checked by the pipeline, which knows a step's
+    # configuration, and by config.load, which knows the attributes.
+    command, rest = arguments[0], [f"++{a}" if a.startswith(_FREE_MAPPINGS) else a for a in arguments[1:]]
     try:
         if command not in COMMANDS:
             raise UserError(f"{command}: no such command{_nearest(command, COMMANDS)}\nlegal: {' '.join(COMMANDS)}")

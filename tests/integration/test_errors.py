@@ -93,6 +93,29 @@ COMMAND_LINES = {
         ["annotate", "checkpoint=nowhere", "input=ok.jsonl", "output=x.jsonl"], ["checkpoint=nowhere"],
     ),
     "no checkpoint to serve": (["serve"], ["checkpoint is not set"]),
+    "settings of an optimizer that cannot be": (
+        ["train_sft", "optim.beta1=1.5", "optim.eps=-1", "optim.weight_decay=-0.1", "optim.clip_grad=-1",
+         "train.seed=-1"],
+        ["optim.beta1=1.5", "optim.eps=-1", "optim.weight_decay=-0.1", "optim.clip_grad=-1", "train.seed=-1"],
+    ),
+    "half a pair of dimensions": (
+        ["train_sft", "model.rotary_percent=0.3"], ["model.rotary_percent=0.3", "9 dimensions"],
+    ),
+    "keys of the other training command": (
+        ["train_sft", "train.label_weights={quality: 2}"], ["train.label_weights=", "is of train_ap"],
+    ),
+    "an objective of the other training command": (
+        ["train_ap", "train.objective=lm"], ["train.objective=lm", "train_sft"],
+    ),
+    "a weight that is none": (
+        ["train_ap", "train.label_weights={quality: -1}", "train.label_weights.humor=nan"],
+        ["label_weights.quality=-1", "label_weights.humor=nan"],
+    ),
+    "rows that sequence parallelism cannot split": (
+        ["train_sft", "parallel.tensor=2", "parallel.sequence=true", "train.row_tokens=161",
+         "train.micro_batch_samples=2"],
+        ["train.row_tokens=161", "multiple of parallel.tensor=2"],
+    ),
     "several things at once": (
         ["train_sft", "experiment=quickstart", "parallel.tensor=3", "engine.precision=fp8"],
         ["parallel.tensor=3", "engine.precision=fp8"],
