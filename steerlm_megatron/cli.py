@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -52,6 +53,7 @@ _FORCED = (
     "hydra.help.app_name=steerlm",
 )
 _FREE_MAPPINGS = ("pipeline.", "train.label_weights=", "train.label_weights.")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
 
@@ -327,6 +329,13 @@ def _hydra(command: str, arguments: list[str], conf: Path) -> None:
         except UserError as error:
             _print_error(error)
             raise SystemExit(error.code) from None
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                traceback.print_exc()
+                raise SystemExit(1) from None
+            where = f"{error.filename}: " if error.filename else ""
+            _print_error(UserError(f"{where}{error.strerror}; make room there, then start the same command again"))
+            raise SystemExit(EXIT_USER_ERROR) from None
         except Exception:
             traceback.print_exc()
             raise SystemExit(1) from None

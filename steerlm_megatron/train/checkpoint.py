@@ -244,6 +244,8 @@ class _Saving(threading.Thread):
             self.digests = _hashes(self.temporary, names, sync=True)
         except Exception as error:  # raised on every rank by the commit: this may be a thread of one of them
             self.error = f"{type(error).__name__}: {error}"
+            if self.temporary.exists():  # torch says of a full disk that a position is unexpected
+                self.error += f" ({shutil.disk_usage(self.temporary).free / 1e6:,.1f} MB are free there)"
 
 
 def _begin(
@@ -268,11 +270,13 @@ def _begin(
 def _finish(saving: _Saving) -> list[Path]:
     """Once every rank's part is written: Megatron-Core's metadata, ours, the name. Returns (on rank 0) the folder that
     had the name before, set aside to be removed. Collective over the world; ``UserError`` on every rank if one could
-    not write.
+    not write: what there is of it is then removed, so that the run's summary finds room on a full disk.
     """
     by_rank = gather_objects((saving.digests, saving.error))
     for rank, (_, error) in enumerate(by_rank):
         if error is not None:
+            if layout().is_main:
+                shutil.rmtree(saving.temporary, ignore_errors=True)
             raise UserError(f"{saving.final}: not saved, rank {rank} could not write it: {error}")
     saving.write.finalize()
     if not layout().is_main:
