@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -51,6 +52,8 @@ _FORCED = (
     "hydra/hydra_logging=disabled",
     "hydra.help.app_name=steerlm",
 )
+_FREE_MAPPINGS = ("pipeline.", "train.label_weights=", "train.label_weights.")
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
 
@@ -326,6 +329,13 @@ def _hydra(command: str, arguments: list[str], conf: Path) -> None:
         except UserError as error:
             _print_error(error)
             raise SystemExit(error.code) from None
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                traceback.print_exc()
+                raise SystemExit(1) from None
+            where = f"{error.filename}: " if error.filename else ""
+            _print_error(UserError(f"{where}{error.strerror}; make room there, then start the same command again"))
+            raise SystemExit(EXIT_USER_ERROR) from None
         except Exception:
             traceback.print_exc()
             raise SystemExit(1) from None
@@ -343,8 +353,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments[0] in ("--version", "-V"):
         print(__version__)
         raise SystemExit(0)
-    # A step's overrides may be new keys (of a free mapping); the pipeline checks them against the step's configuration.
-    command, rest = arguments[0], [f"++{a}" if a.startswith("pipeline.") else a for a in arguments[1:]]
+    # New keys of a free mapping: Hydra wants a sign before them. They are checked by the pipeline, which knows a step's
+    # configuration, and by config.load, which knows the attributes.
+    command, rest = arguments[0], [f"++{a}" if a.startswith(_FREE_MAPPINGS) else a for a in arguments[1:]]
     try:
         if command not in COMMANDS:
             raise UserError(f"{command}: no such command{_nearest(command, COMMANDS)}\nlegal: {' '.join(COMMANDS)}")

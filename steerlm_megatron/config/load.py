@@ -50,6 +50,10 @@ _AT_LEAST: dict[str, float] = {
     "model.ffn_hidden_size": 1,
     "model.max_position": 2,
     "model.vocab_multiple": 1,
+    "model.head_dim": 1,
+    "model.num_query_groups": 1,
+    "model.norm_epsilon": 0,
+    "model.init_std": 0,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.context": 1,
@@ -57,6 +61,10 @@ _AT_LEAST: dict[str, float] = {
     "optim.lr": 0,
     "optim.min_lr": 0,
     "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.eps": 0,
+    "optim.clip_grad": 0,
+    "train.seed": 0,
     "tokenizer.vocab_size": 16,
     "data.shard_tokens": 1,
     "data.workers": 1,
@@ -164,6 +172,7 @@ def finalize(config: Config, world: int | None = None) -> Config:
         *_check_blend(config),
         *_check_profile(config),
         *_check_trainable(config),
+        *_check_objective(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -198,6 +207,8 @@ def _check_ranges(config: Config) -> list[str]:
         ("sampling.top_p", 1.0),
         ("model.rotary_percent", 1.0),
         ("model.dropout", 0.99),
+        ("optim.beta1", 0.99999),
+        ("optim.beta2", 0.99999),
     ):
         value = value_at(config, key)
         if not 0.0 <= value <= high:
@@ -232,6 +243,12 @@ def _check_model(config: Config) -> list[str]:
     ):
         if value % p.tensor:
             problems.append(f"parallel.tensor={p.tensor} must divide {key}={value}; legal: {_divisors(value)}")
+    rotated = int((m.head_dim or m.hidden_size // m.num_heads) * m.rotary_percent)
+    if rotated % 2:
+        problems.append(
+            f"model.rotary_percent={m.rotary_percent:g} turns {rotated} dimensions of a head; RoPE turns pairs: choose "
+            "model.head_dim (or model.hidden_size / model.num_heads) and model.rotary_percent for an even number"
+        )
     stages = p.pipeline * (p.virtual_pipeline or 1)
     if m.num_layers % stages:
         key = "parallel.pipeline" if not p.virtual_pipeline else "parallel.pipeline x parallel.virtual_pipeline"
@@ -273,7 +290,7 @@ def _check_parallel(config: Config, world: int | None) -> list[str]:
                 f"{world} ranks were started, not a multiple of parallel.tensor x parallel.pipeline x "
                 f"parallel.context = {unit}"
             )
-    if p.sequence and config.train.row_tokens * config.train.micro_batch_samples % p.tensor:
+    if p.sequence and p.tensor >= 1 and config.train.row_tokens % p.tensor:  # a micro-batch may be one row
         problems.append(
             f"train.row_tokens={config.train.row_tokens} must be a multiple of "
             f"parallel.tensor={p.tensor} with parallel.sequence=true"
@@ -289,7 +306,9 @@ def _check_attributes(config: Config) -> list[str]:
         problems.append(f"attributes.max_level={a.max_level} must be at least 1")
     if a.quality not in a.names:
         problems.append(f"attributes.quality={a.quality} is not one of attributes.names: {' '.join(a.names)}")
-    for key in config.train.label_weights:
+    for key, weight in config.train.label_weights.items():
+        if not (weight >= 0 and math.isfinite(weight)):
+            problems.append(f"train.label_weights.{key}={weight} must be a number of at least 0")
         if key not in a.names:
             problems.append(f"train.label_weights.{key} is not one of attributes.names: {' '.join(a.names)}")
     for key in config.evaluate.attributes:
@@ -327,6 +346,18 @@ def _check_engine(config: Config) -> list[str]:
         problems.append(
             f"parallel.pipeline={layout.pipeline} with engine=deepspeed: ZeRO takes the place of pipelines; set "
             "parallel.pipeline=1 and engine.zero_stage=3, or take engine=megatron"
+        )
+    return problems
+
+
+def _check_objective(config: Config) -> list[str]:
+    """Keys of one training command, given to the other, which would not read them."""
+    train, problems = config.train, []
+    if config.command == "train_ap" and train.objective != "sft":
+        problems.append(f"train.objective={train.objective} is of train_sft; train_ap learns labels: leave it out")
+    if config.command == "train_sft" and train.label_weights:
+        problems.append(
+            f"train.label_weights={train.label_weights} is of train_ap; train_sft has no labels: leave it out"
         )
     return problems
 

@@ -16,6 +16,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
+class _Float32Linear(torch.nn.Linear):
+    """Linear(D, A) in float32, whatever the weights' dtype. A module that is called: what gathers weights that an
+    optimizer spread over ranks (Megatron-Core beside the forward pass, ZeRO 3) waits for them in its modules' hooks.
+    """
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+
+
 class RegressionHead(MegatronModule):
     """Linear(D, A), computed in float32, the same on every tensor-parallel rank.
 
@@ -26,7 +35,7 @@ class RegressionHead(MegatronModule):
 
     def __init__(self, config: TransformerConfig, attributes: int) -> None:
         super().__init__(config=config)
-        self.regression = torch.nn.Linear(config.hidden_size, attributes, bias=True)
+        self.regression = _Float32Linear(config.hidden_size, attributes, bias=True)
         torch.nn.init.zeros_(self.regression.weight)
         torch.nn.init.zeros_(self.regression.bias)
 
@@ -39,5 +48,4 @@ class RegressionHead(MegatronModule):
         self, hidden_SBD: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None
     ) -> tuple[torch.Tensor, None]:
         """[K, 1, D] → ([K, 1, A] float32, no bias). The signature is that of a Megatron-Core output layer."""
-        head = self.regression
-        return torch.nn.functional.linear(hidden_SBD.float(), head.weight.float(), head.bias.float()), None
+        return self.regression(hidden_SBD), None

@@ -397,7 +397,11 @@ class RunFolder:
         if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
             if self._summary.get("status", "running") == "running":
                 self.finish("complete")
-        elif isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == REQUEUE_EXIT_CODE:
-            self.finish("interrupted")
-        else:
-            self.finish("failed", error=f"{type(error).__name__}: {error}")
+            return
+        try:
+            if isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == REQUEUE_EXIT_CODE:
+                self.finish("interrupted")
+            else:
+                self.finish("failed", error=f"{type(error).__name__}: {error}")
+        except OSError as unwritten:  # a full disk, most likely: what ended the run is what the user has to know
+            get_logger(__name__).warning("%s could not be written: %s", self.path / "summary.json", unwritten)

@@ -43,6 +43,8 @@ def run(config: Config) -> None:
             loaded.meta,
             training_state=False,
             loader={},
+            config={},  # paths of the run's machine
+            data={},
             parallel=dataclasses.asdict(loaded.parallel),
             versions=versions(),
             files={},

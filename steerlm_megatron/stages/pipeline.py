@@ -196,17 +196,23 @@ def _step_config(state: _Run, step: str) -> Config:
         "report": "report",
     }
     from_base = base.init_from or str(state.folder("base"))
+    no_labels: dict[str, Any] = {"label_weights": {}}  # of all the run's steps, train_ap's alone
     wired: dict[str, dict[str, Any]] = {
         "base": {
             "init_from": None,
             "attributes": {"names": []},
-            "train": {"objective": "lm"},
+            "train": {"objective": "lm", **no_labels},
             "data": _shards(state, "data"),
         },
         "train_ap": {"init_from": from_base, "data": _shards(state, "data")},
         "annotate": {"checkpoint": str(state.folder("train_ap"))},
-        "sft": {"init_from": from_base, "attributes": {"names": []}, "data": _shards(state, "annotated_data")},
-        "acsft": {"init_from": from_base, "data": _shards(state, "annotated_data")},
+        "sft": {
+            "init_from": from_base,
+            "attributes": {"names": []},
+            "train": no_labels,
+            "data": _shards(state, "annotated_data"),
+        },
+        "acsft": {"init_from": from_base, "train": no_labels, "data": _shards(state, "annotated_data")},
         "bootstrap": {
             "checkpoint": str(state.folder("acsft")),
             "ap_checkpoint": str(state.folder("train_ap")),
@@ -215,6 +221,7 @@ def _step_config(state: _Run, step: str) -> Config:
         },
         "bootstrapped": {
             "init_from": str(state.folder("acsft")),
+            "train": no_labels,
             "data": {
                 "train": path("bootstrapped_data", "shards/train"),
                 "valid": _shards(state, "annotated_data")["valid"],

@@ -34,10 +34,11 @@ from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.runtime.device import device_name
 from steerlm_megatron.runtime.watch import Watch
 from steerlm_megatron.stages.corpus import ensure_shards
+from steerlm_megatron.stages.resume import check_init, check_resume, check_steps, data_order
 from steerlm_megatron.stages.session import Session, session
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
-from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore, read_meta, resolve, verify
+from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore, read_meta, verify
 from steerlm_megatron.train.engine import Engine
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.loop import Trainer, TrainResult
@@ -45,9 +46,6 @@ from steerlm_megatron.train.objective import Objective, RegressionObjective, Tok
 
 if TYPE_CHECKING:
     from steerlm_megatron.train.engine_deepspeed import DeepSpeedEngine
-
-# Differences in these do not make two models different.
-_FREE_MODEL_KEYS = {"name", "dropout", "init_std", "max_position"}
 
 # What the packing's report says of samples that are not trained as they are.
 _LEFT_OUT = {
@@ -86,17 +84,21 @@ def train(here: Session) -> TrainResult:
     # One rank reads every byte; an error there ends the others.
     data, valid = _open_data(config, verify=config.data.verify and here.layout.is_main)
     _check_data(config, data, view)
-    base = _check_init(config, data)
+    base = check_init(config, data, view)
     rows = _pack(config, data, view, config.data.weights)
     store = CheckpointStore(here.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
     latest = store.latest()
-    meta = read_meta(latest) if latest else _new_meta(config, data, view)
-    if not meta.training_state:
-        raise UserError(f"{latest} is an export, which no run can resume from; start a new run with init_from={latest}")
+    meta = _new_meta(config, data, view)
+    if latest:
+        earlier = read_meta(latest)
+        check_resume(config, data, view, latest, earlier)
+        meta = dataclasses.replace(meta, step=earlier.step, loader=earlier.loader)
     loaders = [_loader(here, rows, meta.loader.get("consumed_rows", 0))]
     if valid is not None:
         loaders.append(_loader(here, _pack(config, valid, view), 0))
     steps = config.train.steps or loaders[0].steps_for(config.train.epochs)
+    if latest:
+        check_steps(config, steps, latest, meta)
     engine, flops = _build_engine(config, data, view, steps)
     if latest is not None:
         engine.load(latest)
@@ -189,29 +191,6 @@ def _check_data(config: Config, data: Corpora, view: View) -> None:
         )
 
 
-def _check_init(config: Config, data: Corpora) -> Path | None:
-    """The checkpoint to start from, after checking that its vocabulary and shape are ours."""
-    if config.init_from is None:
-        return None
-    folder = resolve(config.init_from, "init_from")
-    meta = read_meta(folder)
-    if meta.tokenizer_hash != data.tokenizer.hash:
-        raise UserError(
-            f"vocabulary mismatch: init_from={config.init_from} was trained with another tokenizer "
-            f"({meta.vocab_size} ids) than "
-            f"{data.name} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={folder / 'tokenizer'}"
-        )
-    ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(ModelConfig(**meta.model))
-    wrong = [
-        f"model.{k}={ours[k]} (checkpoint: {theirs[k]})"
-        for k in ours
-        if k not in _FREE_MODEL_KEYS and ours[k] != theirs[k]
-    ]
-    if wrong:
-        raise UserError(f"init_from={config.init_from} holds another model: {', '.join(wrong)}")
-    return folder
-
-
 def _new_meta(config: Config, data: Corpora, view: View) -> CheckpointMeta:
     schema = data.schema if view in ("ap", "acsft") else None
     return CheckpointMeta(
@@ -224,6 +203,8 @@ def _new_meta(config: Config, data: Corpora, view: View) -> CheckpointMeta:
         conditioned=view == "acsft",
         tokenizer_hash=data.tokenizer.hash,
         label_mean=[None if math.isnan(v) else float(v) for v in data.label_mean()] if view == "ap" else [],
+        config=to_container(config),
+        data=data_order(config, data, view),
         parallel=dataclasses.asdict(config.parallel),
         versions=versions(),
     )

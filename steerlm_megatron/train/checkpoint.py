@@ -6,11 +6,11 @@ makes a checkpoint usable alone (model, tokenizer, schema, template, loader posi
 puts inside (``sharded.py``).
 
     checkpoints/step_00000100/   Megatron-Core's sharded tensors, common.pt, metadata.json
-                 meta.json       CheckpointMeta, with size and SHA-256 of every file
+                 meta.json       CheckpointMeta, with size and SHA-256 of every file, and of itself
                  tokenizer/      the tokenizer that the model was trained with
     checkpoints/best.json        {"folder": "step_00000100", "metric": 1.23}
-Invariant: ``step_*`` without ``.tmp`` is complete; a killed save leaves only a ``.tmp`` that the next save removes. At
-most one save is under way; what is collective of it happens in the main thread.
+Invariant: ``step_<number>`` is complete; a killed save leaves only a ``.tmp`` that the next save removes; folders of
+other names are not ours. At most one save is under way; what is collective of it happens in the main thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -29,12 +31,14 @@ from typing import Any
 from steerlm_megatron.config.schema import ModelConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.observe.runfolder import write_json_atomic
+from steerlm_megatron.observe.runfolder import to_strict_json, write_json_atomic
 from steerlm_megatron.runtime.collectives import any_rank, barrier, broadcast_object, gather_objects, on_main
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.train.sharded import Write
 
 _FORMAT = 3
+_OWN_DIGEST = "sha256"  # in meta.json: of the rest of it
+_STEP = re.compile(r"step_\d{8,}")
 
 
 @dataclass
@@ -60,6 +64,9 @@ class CheckpointMeta:
     loader: dict[str, int] = field(default_factory=dict)
     metric: float | None = None
     label_mean: list[float | None] = field(default_factory=list)
+    # of the run that saved it: its resolved configuration, and what decides the order of its data (stages/train.py)
+    config: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
     parallel: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # name → {"bytes", "sha256"}
@@ -73,25 +80,54 @@ def read_meta(folder: Path) -> CheckpointMeta:
     """The metadata of a checkpoint folder, after checking that its files have the sizes they were saved with
     (:func:`verify` compares their contents).
     """
+    raw = _read_meta_file(folder)
+    if raw.get("format") != _FORMAT:
+        raise UserError(f"{folder / 'meta.json'}: checkpoint format {raw.get('format')}, this version reads {_FORMAT}")
+    known = {f.name for f in dataclasses.fields(CheckpointMeta)}
+    try:
+        meta = CheckpointMeta(**{k: v for k, v in raw.items() if k in known})
+        sizes = {name: saved["bytes"] for name, saved in meta.files.items() if len(saved["sha256"]) == 64}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder / 'meta.json'}: an entry is missing or odd ({error}); the checkpoint is damaged"
+        ) from None
+    for name, size in sizes.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            raise UserError(
+                f"{folder / name}: {'missing' if found is None else f'{found} bytes'}, saved with "
+                f"{size}: torn checkpoint"
+            )
+    return meta
+
+
+def _read_meta_file(folder: Path) -> dict[str, Any]:
+    """What ``meta.json`` says, after comparing it with its own SHA-256 (checkpoints of earlier versions have none)."""
     path = folder / "meta.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is not a checkpoint: it has no meta.json") from None
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: not JSON ({error}); the checkpoint is damaged") from None
-    if raw.get("format") != _FORMAT:
-        raise UserError(f"{path}: checkpoint format {raw.get('format')}, this version reads {_FORMAT}")
-    known = {f.name for f in dataclasses.fields(CheckpointMeta)}
-    meta = CheckpointMeta(**{k: v for k, v in raw.items() if k in known})
-    for name, saved in meta.files.items():
-        found = (folder / name).stat().st_size if (folder / name).exists() else None
-        if found != saved["bytes"]:
-            raise UserError(
-                f"{folder / name}: {'missing' if found is None else f'{found} bytes'}, saved with "
-                f"{saved['bytes']}: torn checkpoint"
-            )
-    return meta
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: not a JSON object; the checkpoint is damaged")
+    said = raw.pop(_OWN_DIGEST, None)
+    if said is not None and said != _digest(raw):
+        raise UserError(f"{path}: its content is not what was saved (SHA-256 differs)")
+    return raw
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    """SHA-256 of the metadata as JSON: nothing else vouches for the file that vouches for all others."""
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
+
+
+def _write_meta(folder: Path, meta: CheckpointMeta) -> None:
+    content = to_strict_json(dataclasses.asdict(meta))
+    write_json_atomic(folder / "meta.json", content | {_OWN_DIGEST: _digest(content)})
 
 
 def verify(folder: Path) -> None:
@@ -127,11 +163,32 @@ def _hashes(folder: Path, names: Sequence[str], sync: bool) -> dict[str, str]:
     return out
 
 
-def complete_steps(root: Path) -> list[Path]:
-    """Committed checkpoint folders under ``root`` in step order."""
+def step_folders(root: Path) -> list[Path]:
+    """Folders under ``root`` with the name of a committed checkpoint, in step order; some may be damaged."""
     if not root.is_dir():
         return []
-    return sorted(p for p in root.glob("step_*") if p.suffix != ".tmp" and (p / "meta.json").exists())
+    found = [p for p in root.iterdir() if _STEP.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def complete_steps(root: Path) -> list[Path]:
+    """Those of them with metadata."""
+    return [p for p in step_folders(root) if (p / "meta.json").exists()]
+
+
+def _read_best(root: Path) -> tuple[Path, float] | None:
+    """The checkpoint that ``best.json`` names, and its metric; None without one."""
+    path = root / "best.json"
+    try:
+        best = json.loads(path.read_text(encoding="utf-8"))
+        return root / str(best["folder"]), math.inf if best["metric"] is None else float(best["metric"])
+    except FileNotFoundError:
+        return None
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: damaged ({type(error).__name__}: {error}); delete it: the latest checkpoint is then taken, until "
+            "a validation finds a new best"
+        ) from None
 
 
 def resolve(path: str, key: str) -> Path:
@@ -144,12 +201,14 @@ def resolve(path: str, key: str) -> Path:
     if (root / "meta.json").exists():
         return root
     folder = root / "checkpoints" if (root / "checkpoints").is_dir() else root
-    best = folder / "best.json"
-    if best.exists():
-        chosen = folder / json.loads(best.read_text(encoding="utf-8"))["folder"]
-        if (chosen / "meta.json").exists():
-            return chosen
-    steps = complete_steps(folder)
+    best = _read_best(folder)
+    if best is not None and best[0].is_dir():
+        return best[0]
+    steps = step_folders(folder)
+    if best is not None and steps:
+        get_logger(__name__).warning(
+            "%s=%s: the best checkpoint, %s, is gone; taking %s", key, path, best[0], steps[-1]
+        )
     if not steps:
         raise UserError(f"{key}={path}: neither a checkpoint nor a run folder with checkpoints/step_* in it")
     return steps[-1]
@@ -185,6 +244,8 @@ class _Saving(threading.Thread):
             self.digests = _hashes(self.temporary, names, sync=True)
         except Exception as error:  # raised on every rank by the commit: this may be a thread of one of them
             self.error = f"{type(error).__name__}: {error}"
+            if self.temporary.exists():  # torch says of a full disk that a position is unexpected
+                self.error += f" ({shutil.disk_usage(self.temporary).free / 1e6:,.1f} MB are free there)"
 
 
 def _begin(
@@ -209,11 +270,13 @@ def _begin(
 def _finish(saving: _Saving) -> list[Path]:
     """Once every rank's part is written: Megatron-Core's metadata, ours, the name. Returns (on rank 0) the folder that
     had the name before, set aside to be removed. Collective over the world; ``UserError`` on every rank if one could
-    not write.
+    not write: what there is of it is then removed, so that the run's summary finds room on a full disk.
     """
     by_rank = gather_objects((saving.digests, saving.error))
     for rank, (_, error) in enumerate(by_rank):
         if error is not None:
+            if layout().is_main:
+                shutil.rmtree(saving.temporary, ignore_errors=True)
             raise UserError(f"{saving.final}: not saved, rank {rank} could not write it: {error}")
     saving.write.finalize()
     if not layout().is_main:
@@ -222,7 +285,7 @@ def _finish(saving: _Saving) -> list[Path]:
     sizes = _sizes(saving.temporary)
     digests |= _hashes(saving.temporary, sorted(sizes.keys() - digests.keys()), sync=True)
     saving.meta.files = {name: {"bytes": size, "sha256": digests[name]} for name, size in sizes.items()}
-    write_json_atomic(saving.temporary / "meta.json", dataclasses.asdict(saving.meta))
+    _write_meta(saving.temporary, saving.meta)
     doomed = []
     if saving.final.exists():
         os.rename(saving.final, saving.aside)
@@ -258,6 +321,7 @@ class CheckpointStore:
         self.keep_last = max(1, keep_last)
         self.keep_best = keep_best
         self.is_main = layout().is_main
+        self._damaged: set[Path] = set()
         self._saving: _Saving | None = None
         self._removing: threading.Thread | None = None
 
@@ -265,23 +329,30 @@ class CheckpointStore:
         """The newest intact checkpoint, None if there is none at all. A damaged one is named and passed over (its
         successor overwrites it). ``UserError`` if there are checkpoints and none is intact.
         """
-        folders = broadcast_object(complete_steps(self.root)[::-1] if self.is_main else [])
+        folders = broadcast_object(step_folders(self.root)[::-1] if self.is_main else [])
         problem = None
         for folder in folders:
             problem = _damage(folder)
             if problem is None:
                 return folder
+            self._damaged.add(folder)
             get_logger(__name__).warning("%s; looking for an earlier checkpoint", problem)
         if problem is not None:
             raise UserError(f"{problem}, and no other checkpoint in {self.root} is intact; remove it to start anew")
         return None
 
     def best_metric(self) -> float:
-        """The metric of the checkpoint marked best, else infinity."""
-        value = float("inf")
-        if self.is_main and (self.root / "best.json").exists():
-            value = float(json.loads((self.root / "best.json").read_text(encoding="utf-8"))["metric"])
-        return broadcast_object(value)
+        """The metric of the checkpoint marked best; infinity if there is none, or it is gone, or :meth:`latest` found
+        it damaged: the next best is then saved, although it may be no better than that.
+        """
+
+        def read() -> float:
+            best = _read_best(self.root)
+            return best[1] if best is not None and best[0].is_dir() and best[0] not in self._damaged else math.inf
+
+        found = broadcast_object(on_main(read))
+        assert found is not None
+        return found
 
     def save(
         self,
@@ -337,6 +408,7 @@ class CheckpointStore:
         assert self._saving is not None
         saving, self._saving = self._saving, None
         doomed = _finish(saving)
+        self._damaged.discard(saving.final)
         if self.is_main:
             if saving.best:
                 write_json_atomic(self.root / "best.json", {"folder": saving.final.name, "metric": saving.meta.metric})
@@ -346,14 +418,14 @@ class CheckpointStore:
     def _superfluous(self, saved: Path) -> list[Path]:
         """Checkpoints that are neither among the last, up to the one just ``saved``, nor the best.
 
-        Later ones were damaged when the run resumed before them: they count for nothing, least of all against ours,
-        and stay until the run replaces them.
+        Damaged ones do not count: one of a later step than those that are saved now would otherwise be kept in their
+        place. Nor do other later ones, which the run has left behind and will replace.
         """
-        folders = [folder for folder in complete_steps(self.root) if folder <= saved]
+        folders = [f for f in complete_steps(self.root) if f <= saved and f not in self._damaged]
         keep = set(folders[-self.keep_last :])
-        best = self.root / "best.json"
-        if self.keep_best and best.exists():
-            keep.add(self.root / json.loads(best.read_text(encoding="utf-8"))["folder"])
+        best = _read_best(self.root)
+        if self.keep_best and best is not None:
+            keep.add(best[0])
         return [folder for folder in folders if folder not in keep]
 
     def _remove(self, folders: list[Path]) -> None:

@@ -317,6 +317,7 @@ def _deepspeed() -> Any:
     """The package, told to keep to the device that torch has, and to warnings."""
     if not has_cuda():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; a run of one process has no launcher to set it
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,9 @@ class MegatronEngine(Engine):
         """Sums of metrics of each of this data-parallel rank's micro-batches, float64 [B, M]; B = 0 but on the last
         stage.
         """
+        wanted = len(batches)
+        if len(self.chunks) > 1:
+            batches = _whole_rounds(batches, self.layout.pp_size)
         iterators = [iter(batches) for _ in self.chunks]
         stored = self.forward_backward(
             forward_step_func=self._forward,
@@ -197,7 +201,7 @@ class MegatronEngine(Engine):
         )
         none_BM = torch.zeros(0, len(self.objective.metric_names), dtype=torch.float64)
         if self.layout.is_last_stage and stored:
-            return torch.stack([entry["sums"] for entry in stored]).cpu()  # host sync: once a step
+            return torch.stack([entry["sums"] for entry in stored[:wanted]]).cpu()  # host sync: once a step
         return none_BM
 
     def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
@@ -307,6 +311,26 @@ class MegatronEngine(Engine):
     def load_model(self, folder: Path) -> None:
         self._take_model(load_sharded(self._model_state(), folder, missing_ok=("output_layer.",)), strict=False)
         self.optimizer.reload_model_params()
+
+
+def _whole_rounds(batches: Sequence[RowBatch], stages: int) -> Sequence[RowBatch]:
+    """Interleaved stages take turns of as many micro-batches as there are stages, and Megatron-Core refuses any other
+    number: batches of padding, whose loss has no terms, make up for what a small step, or the end of a validation set,
+    lacks.
+    """
+    last = batches[-1]
+    nothing = replace(
+        last,
+        tokens_T=torch.zeros_like(last.tokens_T),
+        loss_mask_T=torch.zeros_like(last.loss_mask_T),
+        target_K=last.target_K[:0],
+        pool_P=last.pool_P[:0],
+        values_PA=last.values_PA[:0],
+        sample_ids=[],
+        useful_tokens=0,
+        target_tokens=0,
+    )
+    return [*batches, *[nothing] * (-len(batches) % stages)]
 
 
 def _bare(chunk: torch.nn.Module) -> PackedGPTModel:

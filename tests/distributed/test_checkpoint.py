@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -381,6 +382,13 @@ class Gate:
         return Write(run, lambda: (folder / "common.pt").write_bytes(bytes(10)), ["__0_0.distcp"])
 
 
+def change(folder: Path, old: bytes, new: bytes) -> None:
+    """Replace bytes of ``meta.json``: what stands there is still the JSON that somebody could have meant."""
+    content = (folder / "meta.json").read_bytes()
+    assert old in content
+    (folder / "meta.json").write_bytes(content.replace(old, new, 1))
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -388,9 +396,14 @@ class Gate:
         (lambda folder: (folder / "common.pt").unlink(), ["common.pt", "missing"]),
         (lambda folder: (folder / "tokenizer" / "steerlm_tokenizer.json").unlink(), ["tokenizer.json", "missing"]),
         (lambda folder: os.truncate(folder / "meta.json", 20), ["meta.json", "not JSON"]),
+        (lambda folder: (folder / "meta.json").unlink(), ["is not a checkpoint", "meta.json"]),
+        (lambda folder: change(folder, b'"step": ', b'"step": 7'), ["meta.json", "SHA-256"]),
+        (lambda folder: change(folder, b'"sha256": "', b'"sha257": "'), ["meta.json", "SHA-256"]),
+        (lambda folder: change(folder, b'"head"', b'"he\xe4d'), ["meta.json", "not JSON"]),
+        (lambda folder: (folder / "meta.json").write_text("[3]"), ["meta.json", "not a JSON object"]),
         (lambda folder: (folder / "__0_0.distcp").write_bytes(b"x" * 100), ["__0_0.distcp", "SHA-256"]),
     ],
-    ids=["truncated", "missing", "tokenizer", "meta", "changed"],
+    ids=["truncated", "missing", "tokenizer", "meta", "no meta", "step", "key", "encoding", "list", "changed"],
 )
 def test_a_torn_checkpoint_is_named_and_passed_over(
     store: CheckpointStore, damage: Callable[[Path], None], words: list[str], caplog: pytest.LogCaptureFixture
@@ -485,10 +498,11 @@ def test_a_save_beside_training_has_its_name_when_it_is_whole(store: CheckpointS
 def test_a_save_that_cannot_be_written_is_no_checkpoint(store: CheckpointStore, background: bool) -> None:
     first, gate = save(store, 1), Gate(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     gate.open.set()
-    with pytest.raises(UserError, match=r"step_00000002: not saved, rank 0 .*No space left on device"):
+    with pytest.raises(UserError, match=r"step_00000002: not saved, rank 0 .*No space left on device.* MB are free"):
         store.save(meta(2), gate.begin, save_tokenizer, background=background)
         store.wait()
     assert store.latest() == first and store.poll(), "said once"
+    assert not list(store.root.glob("*.tmp")), "on a full disk, what else a run has to write needs the room"
     assert store.latest() == first != save(store, 2) == store.latest()
     assert not list(store.root.glob("*.tmp"))
 
@@ -537,6 +551,47 @@ def test_a_damaged_checkpoint_takes_nobodys_place(store: CheckpointStore) -> Non
         store.wait()
         found.append(sorted(int(p.name[-1]) for p in store.root.glob("step_*")))
     assert found == [[4, 5], [5], [6]]
+
+
+def test_a_damaged_checkpoint_takes_no_others_place(tmp_path: Path) -> None:
+    """With one to keep, those saved after it was passed over are what the run goes on from; it is the best no more."""
+    parallel.initialize(P(), 0)
+    root = tmp_path / "checkpoints"
+    before = CheckpointStore(root, keep_last=1, keep_best=True)
+    save(before, 1, 2.0)
+    shutil.copytree(root / "step_00000001", tmp_path / "kept")
+    damaged = save(before, 5, 1.0, best=True)
+    shutil.move(tmp_path / "kept", root / "step_00000001")
+    os.truncate(damaged / "common.pt", 3)
+    store = CheckpointStore(root, keep_last=1, keep_best=True)
+    assert store.latest() == root / "step_00000001" and store.best_metric() == math.inf
+    third = save(store, 3)
+    store.wait()
+    assert CheckpointStore(root, 1, True).latest() == third and not (root / "step_00000001").exists()
+    save(store, 5, 1.0, best=True)
+    assert store.best_metric() == 1.0 and store.latest() == root / "step_00000005"
+
+
+def test_folders_of_other_names_are_left_alone(store: CheckpointStore) -> None:
+    mine = store.root / "step_00000001_before_the_change"
+    shutil.copytree(save(store, 1), mine)
+    for step in range(2, 6):
+        save(store, step)
+    store.wait()
+    assert mine.exists() and store.latest() == store.root / "step_00000005"
+    assert resolve(str(mine), "init_from") == mine
+
+
+def test_a_damaged_best_json_is_named(store: CheckpointStore) -> None:
+    save(store, 1, 0.5, best=True)
+    best = store.root / "best.json"
+    for content in (b'{"folder": "step_00000001', b"[1]", b'{"folder": "step_00000001", "metric": "low"}', b"\xff"):
+        best.write_bytes(content)
+        for use in (store.best_metric, partial(resolve, str(store.root.parent), "checkpoint")):
+            with pytest.raises(UserError, match=r"best\.json: damaged .*delete it"):
+                use()
+    best.unlink()
+    assert store.best_metric() == math.inf
 
 
 def test_what_a_path_means(store: CheckpointStore, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def weights_alone(root: Path) -> dict[str, Any]:
 
 HEAD_ONLY = {
     "DP2": Case("ap", DP2, head_only=True),
+    "DP2 overlap": Case("ap", DP2, overlap=True, head_only=True),
     "TP2": Case("ap", TP2, head_only=True),
     "DP2 ZeRO 1": Case("ap", DP2, zero=1, head_only=True),
     "DP2 ZeRO 3": Case("ap", DP2, zero=3, head_only=True),

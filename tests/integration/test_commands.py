@@ -76,6 +76,20 @@ def test_losses_do_not_depend_on_the_layout(work: Path) -> None:
         assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_one_process_trains_with_deepspeed(tmp_path: Path) -> None:
+    """``engine=deepspeed`` is all a user types, without a launcher or a layout; either engine goes on from it."""
+    common = ("train_sft", *ONE_STEP, "run_dir=ds")
+    steerlm(*common, "train.steps=2", "engine=deepspeed", "engine.zero_stage=3", "engine.offload=all", cwd=tmp_path)
+    ended = json.loads((tmp_path / "ds/summary.json").read_text())
+    (tmp_path / "ds/summary.json").write_text(json.dumps({**ended, "status": "running"}))
+    steerlm(*common, "train.steps=3", cwd=tmp_path)
+    steerlm("train_sft", *ONE_STEP, "train.steps=2", "run_dir=mc", cwd=tmp_path)
+    assert (
+        losses(tmp_path / "ds")[:2] == pytest.approx(losses(tmp_path / "mc"), abs=1e-5)
+        and len(losses(tmp_path / "ds")) == 3
+    )
+
+
 def test_plain_sft_trains_on_the_same_labelled_shards(work: Path) -> None:
     steerlm("train_sft", *ONE_STEP, "attributes=none", "run_dir=plain", cwd=work)
     assert summary(work / "plain")["status"] == "complete"

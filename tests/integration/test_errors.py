@@ -93,6 +93,29 @@ COMMAND_LINES = {
         ["annotate", "checkpoint=nowhere", "input=ok.jsonl", "output=x.jsonl"], ["checkpoint=nowhere"],
     ),
     "no checkpoint to serve": (["serve"], ["checkpoint is not set"]),
+    "settings of an optimizer that cannot be": (
+        ["train_sft", "optim.beta1=1.5", "optim.eps=-1", "optim.weight_decay=-0.1", "optim.clip_grad=-1",
+         "train.seed=-1"],
+        ["optim.beta1=1.5", "optim.eps=-1", "optim.weight_decay=-0.1", "optim.clip_grad=-1", "train.seed=-1"],
+    ),
+    "half a pair of dimensions": (
+        ["train_sft", "model.rotary_percent=0.3"], ["model.rotary_percent=0.3", "9 dimensions"],
+    ),
+    "keys of the other training command": (
+        ["train_sft", "train.label_weights={quality: 2}"], ["train.label_weights=", "is of train_ap"],
+    ),
+    "an objective of the other training command": (
+        ["train_ap", "train.objective=lm"], ["train.objective=lm", "train_sft"],
+    ),
+    "a weight that is none": (
+        ["train_ap", "train.label_weights={quality: -1}", "train.label_weights.humor=nan"],
+        ["label_weights.quality=-1", "label_weights.humor=nan"],
+    ),
+    "rows that sequence parallelism cannot split": (
+        ["train_sft", "parallel.tensor=2", "parallel.sequence=true", "train.row_tokens=161",
+         "train.micro_batch_samples=2"],
+        ["train.row_tokens=161", "multiple of parallel.tensor=2"],
+    ),
     "several things at once": (
         ["train_sft", "experiment=quickstart", "parallel.tensor=3", "engine.precision=fp8"],
         ["parallel.tensor=3", "engine.precision=fp8"],
@@ -170,3 +193,61 @@ def test_all_tokens_masked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
     path = write(tmp_path / "masked.jsonl", *({"id": str(i), "messages": messages} for i in range(5)))
     assert run("preprocess", f"data.input={path}", "data.output_dir=x", "data.valid_fraction=0", *TOKENIZER) == 2
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.integration
+def test_a_run_goes_on_as_what_it_was(shards: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What would be another run under the same name is refused before a model is built; what may change may."""
+    few = write(tmp_path / "few.jsonl", *(LABELLED | {"id": str(i)} for i in range(15)))
+    assert run("preprocess", f"data.input={few}", "data.output_dir=few", "data.valid_fraction=0",
+               f"tokenizer.path={shards}/train") == 0  # fmt: skip
+    common = (f"data.train={shards}", *TINY, "train.steps=2", "optim=tiny")
+    assert run("train_sft", "run_dir=a", *common) == 0
+    summary = tmp_path / "a" / "summary.json"
+    killed = json.dumps({**json.loads(summary.read_text()), "status": "running"})
+    refused = {
+        "model.num_layers=4": ["model.num_layers=4 (checkpoint: 2)"],
+        "model.bias=true": ["model.bias=True"],
+        "train.seed=7": ["train.seed=7 (checkpoint: 1234)", "init_from=", "step_00000002"],
+        "train.row_tokens=300": ["train.row_tokens=300 (checkpoint: 256)"],
+        "attributes=none": ["task=sft (checkpoint: acsft)"],
+        "train.objective=lm": ["task=lm"],
+        "data.train=few": ["other shards in data.train"],
+        "train.steps=1": ["train.steps=1", "2 steps behind"],
+    }
+    for change, words in refused.items():
+        summary.write_text(killed)
+        capfd.readouterr()
+        assert run("train_sft", "run_dir=a", *common, change) == 2, change
+        said = capfd.readouterr().err
+        assert "Traceback" not in said and all(word in said for word in words), said
+    summary.write_text(killed)
+    capfd.readouterr()
+    assert run("train_ap", "run_dir=a", *common) == 2
+    assert "head 'regression' (checkpoint: 'lm')" in capfd.readouterr().err
+    summary.write_text(killed)
+    allowed = ("train.steps=3", "optim.lr=1e-4", "optim.min_lr=1e-5", "model.dropout=0.1", "engine.precision=bf16",
+               "train.global_batch_samples=3", "train.micro_batch_samples=2", "train.save_every_steps=1")  # fmt: skip
+    assert run("train_sft", "run_dir=a", *common, *allowed) == 0
+    saved = json.loads((tmp_path / "a/checkpoints/step_00000003/meta.json").read_text())
+    assert saved["config"]["train"]["steps"] == 3 and saved["config"]["data"]["train"] == shards
+    assert run("export", "checkpoint=a", "output=x") == 0
+    assert str(tmp_path) not in (tmp_path / "x" / "meta.json").read_text()
+
+
+@pytest.mark.integration
+def test_a_head_starts_nothing_but_a_head_of_its_attributes(
+    shards: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    common = (f"data.train={shards}", *TINY)
+    assert run("train_ap", "run_dir=a", *common) == 0
+    assert run("train_ap", "run_dir=b", "init_from=a", *common) == 0
+    capfd.readouterr()
+    assert run("train_sft", "run_dir=c", "init_from=a", *common) == 2
+    assert "init_from=a holds an attribute-prediction model" in capfd.readouterr().err
+    message = {**GOOD["messages"][1], "attributes": {"quality": 3}}
+    other = write(tmp_path / "h.jsonl", *({"id": str(i), "messages": [GOOD["messages"][0], message]} for i in range(9)))
+    assert run("preprocess", f"data.input={other}", "data.output_dir=h", "data.valid_fraction=0",
+               f"tokenizer.path={shards}/train", "attributes=helpsteer") == 0  # fmt: skip
+    assert run("train_ap", "run_dir=d", "init_from=a", "data.train=h", "attributes=helpsteer", *TINY) == 2
+    assert "init_from=a predicts" in capfd.readouterr().err  # as many attributes, but others

@@ -45,6 +45,7 @@ MATRIX: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2+SP recompute": (2, {"layout": P(tensor=2, sequence=True), "recompute": "full"}),
     "PP2": (2, {"layout": P(pipeline=2)}),
     "VPP2": (2, {"layout": P(pipeline=2, virtual_pipeline=2)}),
+    "VPP2 micro-batch of its own": (2, {"layout": P(pipeline=2, virtual_pipeline=2), "micro_batches": 1}),
     "CP2": (2, {"layout": P(context=2)}),
     "CP2 recompute": (2, {"layout": P(context=2), "recompute": "selective"}),
     "CP2 ZeRO 1": (2, {"zero": 1, "layout": P(context=2)}),

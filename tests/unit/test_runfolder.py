@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe import runfolder
 from steerlm_megatron.observe.log import close_logging, get_logger, setup_logging
 from steerlm_megatron.observe.runfolder import (
     RunFolder,
@@ -89,6 +91,17 @@ def test_how_it_ended(tmp_path: Path, error: BaseException, status: str) -> None
     assert again.resumed
     assert len((tmp_path / "command.txt").read_text().splitlines()) == 2
     assert (read_summary(tmp_path) or {})["attempts"] == 2
+
+
+def test_a_summary_that_cannot_be_written_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the error is what filled it, not that it could not be noted down."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ValueError, match="what happened"), RunFolder(tmp_path / "a", "x"):
+        monkeypatch.setattr(runfolder, "write_json_atomic", full)
+        raise ValueError("what happened")
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

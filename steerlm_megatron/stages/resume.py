@@ -1,0 +1,121 @@
+"""Whether a checkpoint fits what is to be trained: the one a run starts from, the one it goes on from.
+
+Owns: the comparisons. Does not own: finding checkpoints (``train/checkpoint.py``), loading them (engines).
+Invariant: a run that goes on computes what it would have computed uninterrupted. What may change with a start is what
+that does not depend on (layout, engine, cadence) and what a user changes on purpose and sees (learning rate, precision,
+dropout, size of a step, more steps); a changed model, task or order of data is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from steerlm_megatron.config.schema import Config, ModelConfig
+from steerlm_megatron.data.blend import Corpora
+from steerlm_megatron.data.views import View
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.train.checkpoint import CheckpointMeta, read_meta, resolve
+
+# Differences in these do not make two models different.
+_FREE_MODEL_KEYS = {"name", "dropout", "init_std", "max_position"}
+
+
+def data_order(config: Config, data: Corpora, view: View) -> dict[str, Any]:
+    """What decides which samples a step has, under the names that errors give it. Stored in every checkpoint."""
+    return {
+        "task": view,
+        "train.seed": config.train.seed,
+        "train.row_tokens": config.train.row_tokens,
+        "data.overlong": config.data.overlong,
+        "data.weights": list(config.data.weights),
+        "data.train": [dataset.hash for dataset in data.datasets],
+    }
+
+
+def check_init(config: Config, data: Corpora, view: View) -> Path | None:
+    """The checkpoint to start from, after checking that its vocabulary, shape and head are ours."""
+    if config.init_from is None:
+        return None
+    folder = resolve(config.init_from, "init_from")
+    meta = read_meta(folder)
+    if meta.tokenizer_hash != data.tokenizer.hash:
+        raise UserError(
+            f"vocabulary mismatch: init_from={config.init_from} was trained with another tokenizer "
+            f"({meta.vocab_size} ids) than "
+            f"{data.name} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={folder / 'tokenizer'}"
+        )
+    if wrong := _model_differences(config, meta):
+        raise UserError(f"init_from={config.init_from} holds another model: {', '.join(wrong)}")
+    if meta.head == "regression":
+        _check_head(config, meta, view)
+    return folder
+
+
+def _check_head(config: Config, meta: CheckpointMeta, view: View) -> None:
+    """An attribute-prediction model is no language model, and its head is of its own attributes."""
+    if view != "ap":
+        raise UserError(
+            f"init_from={config.init_from} holds an attribute-prediction model, which has no output layer for tokens; "
+            f"start {config.command} from a language model (what that model was trained from, or a run of train_sft)"
+        )
+    names, level = (meta.schema or {}).get("names"), (meta.schema or {}).get("max_level")
+    if names != config.attributes.names or level != config.attributes.max_level:
+        raise UserError(
+            f"init_from={config.init_from} predicts {', '.join(names or [])} on 0-{level}, "
+            f"attributes={config.attributes.name} has {', '.join(config.attributes.names)} on "
+            f"0-{config.attributes.max_level}; choose the same attributes, or start from a language model"
+        )
+
+
+def _model_differences(config: Config, meta: CheckpointMeta) -> list[str]:
+    ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(ModelConfig(**meta.model))
+    return [
+        f"model.{k}={ours[k]} (checkpoint: {theirs[k]})"
+        for k in ours
+        if k not in _FREE_MODEL_KEYS and ours[k] != theirs[k]
+    ]
+
+
+def check_resume(config: Config, data: Corpora, view: View, folder: Path, meta: CheckpointMeta) -> None:
+    """Refuse to go on from ``folder`` with what would silently be another run. All that differs is said at once."""
+    if not meta.training_state:
+        raise UserError(f"{folder} is an export, which no run can resume from; start a new run with init_from={folder}")
+    wrong = _model_differences(config, meta)
+    head = "regression" if view == "ap" else "lm"
+    if meta.head != head:
+        wrong.append(f"a model with head '{head}' (checkpoint: '{meta.head}')")
+    if meta.tokenizer_hash != data.tokenizer.hash:
+        wrong.append(f"the tokenizer of {data.name} (checkpoint: another)")
+    if meta.schema is not None and data.schema is not None and view in ("ap", "acsft"):
+        ours, theirs = data.schema.to_dict(), meta.schema
+        wrong += [
+            f"attributes.{k}={ours[k]} (checkpoint: {theirs.get(k)})"
+            for k in ("names", "max_level")
+            if ours[k] != theirs.get(k)
+        ]
+    before = {"train.trainable": meta.config.get("train", {}).get("trainable"), **meta.data}
+    now = {"train.trainable": config.train.trainable, **data_order(config, data, view)}
+    for key, value in now.items():
+        if before.get(key) is None or before[key] == value:  # checkpoints of earlier versions do not say
+            continue
+        shards = key == "data.train"
+        wrong.append("other shards in data.train" if shards else f"{key}={value} (checkpoint: {before[key]})")
+    if wrong:
+        raise UserError(
+            f"run_dir={config.run_dir} would go on from {folder}, but now has {', '.join(wrong)}; set them as they "
+            f"were, or start a new run: another run_dir, with init_from={folder} to start from its weights"
+        )
+
+
+def check_steps(config: Config, steps: int, folder: Path, meta: CheckpointMeta) -> None:
+    """A run cannot end before where it stands."""
+    if steps < meta.step:
+        asked = (
+            f"train.steps={steps}" if config.train.steps else f"train.epochs={config.train.epochs:g} ({steps} steps)"
+        )
+        raise UserError(
+            f"{asked} is less than the {meta.step} steps behind {folder}, from which run_dir={config.run_dir} would go "
+            f"on; ask for at least {meta.step}, or use that checkpoint as it is"
+        )
