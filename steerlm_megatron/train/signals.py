@@ -10,9 +10,12 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
+from functools import cache
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -24,6 +27,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAVING_SEC = 180.0  # at the end of a SLURM job's time, or after a signal to a launcher, kept for saving
 _SAVING_SHARE = 0.2  # of a SLURM job's whole time, at most: one of few minutes is to train in some of them
 _HANDLED_SEC = 10.0
+_NO_LIMIT = "NONE"  # squeue's word for the end of a job that may run for ever
 
 _listening = False
 _asked: list[str] = []  # the signals that this process got since it listens
@@ -85,9 +89,34 @@ def _leave_anyway(reader: int) -> None:
             os._exit(Interrupted.CODE)
 
 
+@cache
+def _slurm_times() -> tuple[float, float] | None:
+    """Start and end of the SLURM job that this process is part of, in seconds since the epoch; None: no job, no end.
+
+    From SLURM 23.02 on jobs are told; before, one process asks the controller.
+    """
+    job, start, end = (os.environ.get(f"SLURM_JOB_{name}", "") for name in ("ID", "START_TIME", "END_TIME"))
+    if end.isdigit():
+        return float(start) if start.isdigit() else float("-inf"), float(end)
+    if not job or os.environ.get("SLURM_PROCID", "0") != "0":
+        return None
+    ask = ["squeue", "--noheader", f"--jobs={job}", "--format=%S %e"]
+    try:
+        said = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.split()
+        times = [datetime.fromisoformat(word).timestamp() for word in said if word != _NO_LIMIT]
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        from steerlm_megatron.observe.log import get_logger  # rich takes its time, which --help need not
+
+        get_logger(__name__).warning(
+            "the end of SLURM job %s is not known (%s): set train.max_minutes, or #SBATCH --signal=USR1@180", job, error
+        )
+        return None
+    return (times[0], times[1]) if len(times) == 2 else None
+
+
 class StopRequest:
     """Context manager. Inside, ``requested`` turns true on SIGTERM or SIGUSR1, after ``max_minutes`` of this process's
-    life, or shortly before a SLURM job's time is over (``SLURM_JOB_END_TIME``). Handlers are put back on leaving.
+    life, or shortly before a SLURM job's time is over. Handlers are put back on leaving.
     A process that listens and was asked once is asked in every later one, too.
     """
 
@@ -96,12 +125,10 @@ class StopRequest:
         self._limit: tuple[float, str] = (float("inf"), "")  # seconds since the epoch, and what is over then
         if max_minutes is not None:
             self._limit = (psutil.Process().create_time() + 60 * max_minutes, f"train.max_minutes={max_minutes:g}")
-        end, start = (os.environ.get(f"SLURM_JOB_{which}_TIME", "") for which in ("END", "START"))
-        if end.isdigit():
-            margin = SAVING_SEC
-            if start.isdigit():
-                margin = min(margin, _SAVING_SHARE * (int(end) - int(start)))
-            self._limit = min(self._limit, (int(end) - margin, "the end of the SLURM job's time"))
+        if (times := _slurm_times()) is not None:
+            start, end = times
+            margin = min(SAVING_SEC, _SAVING_SHARE * (end - start))
+            self._limit = min(self._limit, (end - margin, "the end of the SLURM job's time"))
         self._previous: dict[signal.Signals, Any] = {}
 
     @property
