@@ -3,8 +3,7 @@
 Owns: finding ``conf/``, composing and checking the configuration before anything expensive is imported, starting
 ranks, exit codes.
 Does not own: what commands do (``stages``). Exit codes: 0 done, 2 config or input error, 75 stopped by a signal after
-saving, else
-a fault.
+saving what there was, else a fault.
 """
 
 from __future__ import annotations
@@ -26,7 +25,8 @@ from typing import Any
 from steerlm_megatron import __version__
 from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import Config
-from steerlm_megatron.errors import ReportedElsewhere, UserError
+from steerlm_megatron.errors import Interrupted, ReportedElsewhere, UserError
+from steerlm_megatron.train import signals
 
 # command → (module with run(config), what it does, whether it runs on the ranks that parallel.* asks for)
 COMMANDS: dict[str, tuple[str, str, bool]] = {
@@ -267,14 +267,21 @@ def _launch(ranks: int, arguments: list[str]) -> int:
     def pass_on(number: int, _frame: Any) -> None:
         import psutil
 
-        for child in psutil.Process().children():
-            child.send_signal(number)
+        ranks = psutil.Process().children()
+        if not ranks:
+            raise Interrupted(signal.Signals(number).name)
+        for rank in ranks:
+            rank.send_signal(number)
 
     # How a rank ended is told by its own lines, the exit code and, after a fault, below.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ[_LAUNCHER] = str(os.getpid())
+    # How long the agent waits after SIGTERM before it kills: ranks save first, which its 30 s may not be enough for.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(signals.SAVING_SEC)))
     signal.signal(signal.SIGUSR1, pass_on)  # SIGTERM and SIGINT are passed on by the agent itself
+    if signals.asked():
+        raise Interrupted
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -293,6 +300,8 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         rank, first = error.get_first_failure()
         if EXIT_USER_ERROR in codes or EXIT_REQUEUE in codes:
             return EXIT_USER_ERROR if EXIT_USER_ERROR in codes else EXIT_REQUEUE
+        if first.exitcode in (-signal.SIGTERM, -signal.SIGUSR1):  # before it listened to signals: nothing to save
+            return EXIT_REQUEUE
         print(
             f"steerlm: rank {rank} failed with exit code {first.exitcode}; its log is in run_dir/log", file=sys.stderr
         )
@@ -304,12 +313,15 @@ def _launch(ranks: int, arguments: list[str]) -> int:
     return 0
 
 
+def _prefix() -> str:
+    return f"steerlm: rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else "steerlm: "
+
+
 def _print_error(error: UserError) -> None:
     if isinstance(error, ReportedElsewhere):
         return
-    prefix = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
     for line in str(error).splitlines():
-        print(f"steerlm: {prefix}error: {line}", file=sys.stderr)
+        print(f"{_prefix()}error: {line}", file=sys.stderr)
 
 
 def _hydra(command: str, arguments: list[str], conf: Path) -> None:
@@ -336,7 +348,9 @@ def _hydra(command: str, arguments: list[str], conf: Path) -> None:
             where = f"{error.filename}: " if error.filename else ""
             _print_error(UserError(f"{where}{error.strerror}; make room there, then start the same command again"))
             raise SystemExit(EXIT_USER_ERROR) from None
-        except Exception:
+        except Exception as error:
+            if signals.leaving():  # other ranks were quicker to leave
+                raise Interrupted(f"a signal ({type(error).__name__} while leaving)") from None
             traceback.print_exc()
             raise SystemExit(1) from None
 
@@ -345,7 +359,6 @@ def _hydra(command: str, arguments: list[str], conf: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the ``steerlm`` script and of ``python -m steerlm_megatron``. Ends through ``SystemExit``."""
-    _end_with_launcher()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -353,9 +366,27 @@ def main(argv: list[str] | None = None) -> None:
     if arguments[0] in ("--version", "-V"):
         print(__version__)
         raise SystemExit(0)
+    try:
+        if arguments[0] != "serve":  # which has an end of its own, and 0 for it
+            signals.listen()
+        _end_with_launcher()
+        _command(arguments[0], arguments[1:])
+    except Interrupted as stop:
+        if stop.unsaid:
+            print(f"{_prefix()}stopped by {stop.unsaid}: start the same command again", file=sys.stderr)
+        raise
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `steerlm ... --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
+    raise SystemExit(0)
+
+
+def _command(command: str, arguments: list[str]) -> None:
     # New keys of a free mapping: Hydra wants a sign before them. They are checked by the pipeline, which knows a step's
     # configuration, and by config.load, which knows the attributes.
-    command, rest = arguments[0], [f"++{a}" if a.startswith(_FREE_MAPPINGS) else a for a in arguments[1:]]
+    rest = [f"++{a}" if a.startswith(_FREE_MAPPINGS) else a for a in arguments]
     try:
         if command not in COMMANDS:
             raise UserError(f"{command}: no such command{_nearest(command, COMMANDS)}\nlegal: {' '.join(COMMANDS)}")
@@ -367,11 +398,4 @@ def main(argv: list[str] | None = None) -> None:
     except UserError as error:
         _print_error(error)
         raise SystemExit(EXIT_USER_ERROR) from None
-    try:
-        _hydra(command, rest, conf)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # `steerlm ... --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
-    raise SystemExit(0)
+    _hydra(command, rest, conf)

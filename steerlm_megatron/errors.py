@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear message, exit code 2."""
+"""How a command ends otherwise than done: errors that are the user's to mend (exit code 2), and being stopped (75)."""
 
 
 class UserError(Exception):
@@ -17,3 +17,14 @@ class TryLater(UserError):
 
 class ReportedElsewhere(UserError):
     """A UserError of rank 0 on the ranks that waited for it: it ends them too, and is printed once."""
+
+
+class Interrupted(SystemExit):
+    """Stopped by a signal or the time limit, with what is to be kept saved: exit code 75, "requeue me"."""
+
+    CODE = 75
+
+    def __init__(self, unsaid: str | None = None) -> None:
+        """``unsaid``: what stopped it, where nobody has told the user."""
+        super().__init__(self.CODE)
+        self.unsaid = unsaid

@@ -74,6 +74,11 @@ class MetricsWriter:
             sink.resume(step)
         return self._rewrite(lambda row: row.get("step", step) <= step) if self.path.exists() else 0
 
+    def at(self, step: int) -> dict[str, Any]:
+        """All that was written of ``step``, by this process or before."""
+        rows = read_metrics(self.path) if self.path.exists() else []
+        return {name: value for row in rows if row.get("step") == step for name, value in row.items()}
+
     def _rewrite(self, keep: Callable[[Mapping[str, Any]], bool]) -> int:
         rows = read_metrics(self.path)
         kept = [row for row in rows if keep(row)]

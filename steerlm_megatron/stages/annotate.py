@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from steerlm_megatron.config.schema import Config
-from steerlm_megatron.errors import UserError
+from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import fingerprint
@@ -22,7 +22,6 @@ from steerlm_megatron.stages.journal import Journal
 from steerlm_megatron.stages.scoring import Scorer, Values
 from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
 from steerlm_megatron.steer.records import Conversation, OnError, Rejected, expand_paths, read_records, write_records
-from steerlm_megatron.train.loop import Interrupted
 from steerlm_megatron.train.signals import StopRequest
 
 _CHUNK = 512  # conversations scored between two writes of the journal

@@ -23,7 +23,7 @@ from steerlm_megatron.config.schema import AttributesConfig, Config, DataConfig
 from steerlm_megatron.data.preprocess import preprocess, training_texts
 from steerlm_megatron.data.shards import MANIFEST, file_hash
 from steerlm_megatron.data.tokenizer import Tokenizer
-from steerlm_megatron.errors import UserError
+from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import write_json_atomic
@@ -31,7 +31,6 @@ from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, OnError, expand_paths, read_records, write_records
 from steerlm_megatron.steer.templates import Template
-from steerlm_megatron.train.loop import Interrupted
 from steerlm_megatron.train.signals import StopRequest
 
 _CONVERSION_FORMAT = 2  # raise when a converter gives other records for the same files

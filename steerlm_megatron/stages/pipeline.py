@@ -19,15 +19,16 @@ from typing import Any
 
 from steerlm_megatron.config.load import finalize, to_container, to_yaml, with_overrides
 from steerlm_megatron.config.schema import Config
-from steerlm_megatron.errors import UserError
+from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.observe.log import console, get_logger, setup_logging
 from steerlm_megatron.observe.progress import pipeline_step
 from steerlm_megatron.observe.runfolder import fingerprint, is_complete, read_summary, versions
 from steerlm_megatron.runtime import parallel
-from steerlm_megatron.runtime.collectives import broadcast_object, on_main
+from steerlm_megatron.runtime.collectives import any_rank, broadcast_object, on_main
 from steerlm_megatron.stages import annotate, bootstrap, corpus, evaluate, report, train
 from steerlm_megatron.stages.session import Session, load_model, session
 from steerlm_megatron.steer.records import expand_paths
+from steerlm_megatron.train.signals import asked
 
 # The steps in order, and what each is, for its header line. A key of ``pipeline`` names the step that its overrides
 # are for.
@@ -143,6 +144,8 @@ Body = Callable[[_Run, Session], None]
 
 def _one_step(state: _Run, number: int, count: int, step: str, after: tuple[str, ...], body: Body) -> None:
     """Run one step in its folder unless it is complete with the same fingerprint."""
+    if any_rank(asked()):  # while the step before was about to end
+        raise Interrupted
     config = _step_config(state, step)
     folder = state.folder(step)
     read = {k: v for k, v in to_container(config).items() if k in _ALWAYS or k in _READS[step]}

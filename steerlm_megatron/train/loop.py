@@ -19,6 +19,7 @@ from typing import Any
 from steerlm_megatron.config.schema import TrainConfig
 from steerlm_megatron.data.collate import RowBatch
 from steerlm_megatron.data.loader import StepLoader
+from steerlm_megatron.errors import Interrupted
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput
 from steerlm_megatron.observe.profiler import StepProfiler
@@ -31,13 +32,6 @@ from steerlm_megatron.train.engine import Engine, StepResult
 from steerlm_megatron.train.sharded import ShardedWriter, Write
 from steerlm_megatron.train.signals import StopRequest
 from steerlm_megatron.train.stragglers import Stragglers
-
-
-class Interrupted(SystemExit):
-    """Stopped by a signal or the time limit after saving: exit code 75, "requeue me"."""
-
-    def __init__(self) -> None:
-        super().__init__(75)
 
 
 @dataclass
@@ -75,6 +69,7 @@ class Trainer:
         self.store, self.meta, self.save_tokenizer = store, meta, save_tokenizer
         self.metrics, self.steps, self.throughput = metrics, steps, throughput
         self.step = meta.step
+        throughput.total_tokens = meta.loader.get("tokens", 0)
         self.is_main = engine.layout.is_main
         self.best = store.best_metric()
         self.last_valid: dict[str, float] = {}
@@ -86,40 +81,51 @@ class Trainer:
         self.writer = ShardedWriter()
         self.stragglers = Stragglers(engine.layout)
         self.skipped_steps = self.skipped_in_a_row = 0
+        self.stop = StopRequest()  # of no time; fit() has its own
+        self.unvalidated = False  # asked to stop within the last validation
 
     def fit(self) -> TrainResult:
         """Train to ``steps``. Raises Interrupted after saving if a signal or the time limit asked any rank for it."""
         loss = math.nan
-        with (
-            StopRequest(self.train.max_minutes) as stop,
-            Progress(self.steps, "train", initial=self.step, enabled=self.is_main) as bar,
-            self.watch,
-        ):
-            while self.step < self.steps:
-                self.watch.beat(self.step + 1, "reading data")
-                waiting = time.perf_counter()
-                batches = next(self.loader)
-                self.seconds["data"] += time.perf_counter() - waiting
-                self.watch.beat(self.step + 1, "computing")
-                with self.profiler.step(self.step + 1):
-                    result = self.engine.train_step(batches)
-                self.step += 1
-                for part, seconds in result.seconds.items():
-                    self.seconds[part] += seconds
-                loss = result.loss
-                self._count(batches)
-                self._look_at_nonfinite(result, batches)
-                bar.advance(1, **self._after_step(result))
-                self.store.poll()
-                if any_rank(stop.requested) and self.step < self.steps:
-                    self._save_now()
-                    get_logger(__name__).warning(
-                        "stopped by %s after step %d; saved, run again to go on", stop.reason, self.step
-                    )
-                    raise Interrupted
-        checkpoint = self._finish()
+        if self.step >= self.steps and self.is_main:  # nothing is left to do: what the summary says was said before
+            before = self.metrics.at(self.step)
+            loss = math.nan if before.get("loss") is None else before["loss"]
+            self.last_valid = {k.removeprefix("valid/"): v for k, v in before.items() if k.startswith("valid/")}
+        with StopRequest(self.train.max_minutes) as self.stop:
+            with Progress(self.steps, "train", initial=self.step, enabled=self.is_main) as bar, self.watch:
+                if self._validation_was_cut_short():
+                    self._validate()
+                    self._stop_if_asked()
+                while self.step < self.steps:
+                    self.watch.beat(self.step + 1, "reading data")
+                    waiting = time.perf_counter()
+                    batches = next(self.loader)
+                    self.seconds["data"] += time.perf_counter() - waiting
+                    self.watch.beat(self.step + 1, "computing")
+                    with self.profiler.step(self.step + 1):
+                        result = self.engine.train_step(batches)
+                    self.step += 1
+                    for part, seconds in result.seconds.items():
+                        self.seconds[part] += seconds
+                    loss = result.loss
+                    self._count(batches)
+                    self._look_at_nonfinite(result, batches)
+                    bar.advance(1, **self._after_step(result))
+                    self.store.poll()
+                    self._stop_if_asked()
+            checkpoint = self._finish()  # a signal that comes now is not obeyed: this is what it asks for
         best = self.best if math.isfinite(self.best) else None
         return TrainResult(self.step, loss, self.last_valid, best, checkpoint, int(self.throughput.total_tokens))
+
+    def _stop_if_asked(self) -> None:
+        """Collective over the world."""
+        if not any_rank(self.stop.requested) or (self.step == self.steps and not self.unvalidated):
+            return
+        self._save_now()
+        get_logger(__name__).warning(
+            "stopped by %s after step %d; saved, run again to go on", self.stop.reason, self.step
+        )
+        raise Interrupted
 
     def _after_step(self, result: StepResult) -> dict[str, Any]:
         """Log, validate and save where it is time. Returns what the progress bar shows."""
@@ -128,11 +134,25 @@ class Trainer:
         if self.step % train.log_every_steps == 0 or self.step == self.steps:
             shown |= self._log(result)
         with self.throughput.paused():
-            if self.valid is not None and (self.step % train.validate_every_steps == 0 or self.step == self.steps):
-                shown["valid"] = self._validate()
+            if self._validation_is_due():
+                self._validate()
+                if not self.unvalidated:
+                    shown["valid"] = self.last_valid["loss"]
             if self.step % train.save_every_steps == 0 and self.step < self.steps:
                 self._save()
         return shown
+
+    def _validation_is_due(self) -> bool:
+        due = self.step % self.train.validate_every_steps == 0 or self.step == self.steps
+        return self.valid is not None and due
+
+    def _validation_was_cut_short(self) -> bool:
+        """Whether the run was stopped inside the validation of the step that it goes on from. Collective over the
+        world.
+        """
+        if self.step == 0 or not self._validation_is_due():
+            return False
+        return any_rank(self.is_main and "valid/loss" not in self.metrics.at(self.step))
 
     def _count(self, batches: Sequence[RowBatch]) -> None:
         self.counted_steps += 1
@@ -191,31 +211,41 @@ class Trainer:
             get_logger(__name__).warning("%s. Skipped (%d so far)", what, self.skipped_steps)
             self.metrics.write(self.step, {"skipped_steps": self.skipped_steps})
 
-    def _validate(self) -> float:
+    def _validate(self) -> None:
+        """Into ``last_valid``, ``metrics.jsonl`` and, if it is the best, a checkpoint; or, asked to stop meanwhile,
+        nothing: ``unvalidated`` tells which. Collective over the world.
+        """
         assert self.valid is not None
 
         def batches(valid: StepLoader) -> Iterator[Sequence[RowBatch]]:
             for number, step in enumerate(valid.eval_batches(self.train.validate_rows), start=1):
                 self.watch.beat(self.step, f"validating (batch {number})")
                 yield step
+                self.unvalidated = any_rank(self.stop.requested)
+                if self.unvalidated:
+                    return
 
-        self.last_valid = self.engine.evaluate(batches(self.valid))
+        self.unvalidated = False
+        found = self.engine.evaluate(batches(self.valid))
         self.watch.beat(self.step, "validated")
-        loss = self.last_valid["loss"]
+        if self.unvalidated:
+            return
+        self.last_valid, loss = found, found["loss"]
         if self.is_main:
             self.metrics.write(self.step, {f"valid/{k}": v for k, v in self.last_valid.items()})
         if loss < self.best:
             self.best = loss
             if self.train.keep_best:
                 self._save(best=True)
-        return loss
 
     def _save(self, best: bool = False, background: bool = True) -> Path:
         if self.last_saved is not None and self.last_saved.name == f"step_{self.step:08d}":
             return self.last_saved
         self.watch.beat(self.step, "saving")
         metric = self.last_valid.get("loss")
-        meta = replace(self.meta, step=self.step, loader=self.loader.state(), metric=metric)
+        tokens = self.throughput.total_tokens + int(sum_over_data_parallel(self.counts)[0])
+        loader = {**self.loader.state(), "tokens": tokens}
+        meta = replace(self.meta, step=self.step, loader=loader, metric=metric)
         start = time.perf_counter()
         background = background and self.train.async_save
         live = self.engine.live_tensors() if background else None

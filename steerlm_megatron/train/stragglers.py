@@ -9,13 +9,16 @@ from __future__ import annotations
 import socket
 import statistics
 from collections import defaultdict
+from collections.abc import Mapping
+from time import monotonic
 
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.collectives import gather_objects
 from steerlm_megatron.runtime.parallel import Layout
 
 _SHARE = 0.2  # of a step, that the others wait: worth a warning
-_IN_A_ROW = 3  # log intervals with the same replica: a single slow one may be chance
+_WINDOW_SEC = 10.0  # log intervals are put together to at least this long: of milliseconds, most are chance
+_IN_A_ROW = 3  # such windows with the same replica
 
 
 class Stragglers:
@@ -24,6 +27,11 @@ class Stragglers:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._slowest, self._streak, self._warn_at = -1, 0, _IN_A_ROW
+        self._own: defaultdict[int, float] = defaultdict(
+            float
+        )  # of the window so far: seconds by replica, and of steps
+        self._step_sec = 0.0
+        self._since = monotonic()
 
     def look(self, step: int, own_sec: float, step_sec: float) -> dict[str, float]:
         """Metrics ``sec/replica_median``, ``sec/replica_slowest`` and ``straggler_share``, the part of a step that the
@@ -38,18 +46,27 @@ class Stragglers:
         for rank, (replica, host, seconds) in enumerate(ranks):
             replicas[replica].append((rank, host, seconds))
         own = {replica: max(seconds for _, _, seconds in members) for replica, members in replicas.items()}
-        slowest = max(own, key=lambda replica: own[replica])
-        median = statistics.median_low(own.values())
-        share = (own[slowest] - median) / max(step_sec, 1e-9)
+        for replica, seconds in own.items():
+            self._own[replica] += seconds
+        self._step_sec += step_sec
+        if monotonic() - self._since >= _WINDOW_SEC:
+            self._end_window(step, replicas)
+        median, slowest = statistics.median_low(own.values()), max(own.values())
+        share = (slowest - median) / max(step_sec, 1e-9)
+        return {"sec/replica_median": median, "sec/replica_slowest": slowest, "straggler_share": share}
+
+    def _end_window(self, step: int, replicas: Mapping[int, list[tuple[int, str, float]]]) -> None:
+        slowest = max(self._own, key=lambda replica: self._own[replica])
+        excess = self._own[slowest] - statistics.median_low(self._own.values())
+        share = excess / max(self._step_sec, 1e-9)
         if share > _SHARE:
-            self._note(step, slowest, replicas[slowest], own[slowest], median, share)
+            self._note(step, slowest, replicas[slowest], share)
         else:
             self._slowest, self._streak, self._warn_at = -1, 0, _IN_A_ROW
-        return {"sec/replica_median": median, "sec/replica_slowest": own[slowest], "straggler_share": share}
+        self._own.clear()
+        self._step_sec, self._since = 0.0, monotonic()
 
-    def _note(
-        self, step: int, slowest: int, members: list[tuple[int, str, float]], own: float, median: float, share: float
-    ) -> None:
+    def _note(self, step: int, slowest: int, members: list[tuple[int, str, float]], share: float) -> None:
         if slowest != self._slowest:
             self._slowest, self._streak, self._warn_at = slowest, 0, _IN_A_ROW
         self._streak += 1
@@ -59,7 +76,7 @@ class Stragglers:
         ranks = " ".join(str(rank) for rank, _, _ in members)
         hosts = " ".join(dict.fromkeys(host for _, host, _ in members))
         get_logger(__name__).warning(
-            "step %d: replica %d (rank %s on host %s) is slow, %.3g s a step before it meets the others, the median is "
-            "%.3g s; they wait %.0f %% of a step, for %d log intervals now",
-            step, slowest, ranks, hosts, own, median, 100 * share, self._streak,
+            "step %d: replica %d (rank %s on host %s) is slow: the others wait for it %.0f %% of a step, %d times in a "
+            "row that this was looked at over %.0f s or a log interval",
+            step, slowest, ranks, hosts, 100 * share, self._streak, _WINDOW_SEC,
         )  # fmt: skip

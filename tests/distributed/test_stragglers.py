@@ -19,6 +19,7 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.stages import train as train_stage
+from steerlm_megatron.train import stragglers
 from steerlm_megatron.train.stragglers import Stragglers
 
 pytestmark = pytest.mark.distributed
@@ -59,6 +60,7 @@ def test_own_time_is_what_a_replica_computes_alone(name: str) -> None:
 
 
 def slow_reading(root: Path) -> None:
+    stragglers._WINDOW_SEC = 0.0  # every log interval is looked at
     parallel.initialize(ParallelConfig(data=2), seed=1)
     if parallel.layout().is_main:
         write_shards(root / "data")
@@ -87,16 +89,20 @@ def test_a_run_says_which_rank_reads_slowly(tmp_path: Path) -> None:
     assert "step 3: replica 1 (rank 1 on host " in lines[0]
 
 
-def even(own_sec: dict[int, list[float]]) -> list[str]:
+def even(own_sec: dict[int, list[float]], interval_sec: float = 1.0, window_sec: float = 0.0) -> list[str]:
+    """What is said of a log interval per number, each with steps of 2 s."""
+    now = 0.0
+    stragglers._WINDOW_SEC, stragglers.monotonic = window_sec, lambda: now
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     get_logger().addHandler(handler)
     parallel.initialize(ParallelConfig(data=2), seed=1)
     at = parallel.layout()
-    stragglers = Stragglers(at)
+    looking = Stragglers(at)
     for step, own in enumerate(own_sec[at.rank]):
-        stragglers.look(step, own, 2.0)
+        now += interval_sec
+        looking.look(step, own, 2.0)
     return lines
 
 
@@ -104,6 +110,15 @@ def test_chance_is_no_straggler() -> None:
     """Slow now and then, by turns, or by less than a fifth of a step: nothing is said."""
     lines, _ = run_ranks(2, even, {0: [1, 1, 1, 1, 1, 2, 1, 1, 1], 1: [2, 2, 1, 2, 2, 1, 1.3, 1.3, 1.3]})
     assert lines == []
+
+
+def test_short_log_intervals_are_looked_at_together() -> None:
+    """Steps of milliseconds vary: three slow ones in a row are chance, and a fast one among them clears nobody."""
+    chance = {0: [1.0] * 80, 1: ([2.0] * 4 + [0.2] * 4) * 10}
+    slow = {0: [1.0] * 80, 1: [2.0, 2.0, 2.0, 1.1] * 20}
+    assert run_ranks(2, even, chance, 1.0, 8.0)[0] == []
+    (line,) = run_ranks(2, even, slow, 1.0, 8.0)[0]
+    assert line.startswith("step 23: replica 1 (rank 1 on host ") and "wait for it 39 % of a step, 3 times" in line
 
 
 def one_replica() -> dict[str, float]:

@@ -1,0 +1,87 @@
+"""A run that is asked to stop: inside validation, with the numbers of the whole run after it went on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed.test_checkpoint import config, write_shards
+from helpers.dist import run_ranks
+
+from steerlm_megatron.runtime.parallel import layout
+from steerlm_megatron.stages import train as train_stage
+from steerlm_megatron.train.engine_mcore import MegatronEngine
+
+pytestmark = pytest.mark.distributed
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class stopped_in_validation:
+    """Within: the last rank gets SIGTERM when validation number ``number`` asks for its second batch."""
+
+    def __init__(self, number: int) -> None:
+        self.left, self.original = number, MegatronEngine.evaluate
+
+    def __enter__(self) -> None:
+        original: Callable[..., dict[str, float]] = self.original
+
+        def evaluate(engine: MegatronEngine, steps: Any) -> dict[str, float]:
+            def asked(steps: Any) -> Any:
+                for number, batches in enumerate(steps):
+                    if number == 1 and self.left == 0 and layout().rank == layout().world_size - 1:
+                        os.kill(os.getpid(), signal.SIGTERM)
+                    yield batches
+
+            self.left -= 1
+            return original(engine, asked(steps))
+
+        MegatronEngine.evaluate = evaluate  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        MegatronEngine.evaluate = self.original  # type: ignore[method-assign]
+
+
+def run(root: Path) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, validation in (("whole", None), ("midway", 1), ("at the end", 2)):
+        wanted = config("train_sft", root / name, root / "data")
+        wanted.train.global_batch_samples = 4  # several batches of validation
+        wanted.train.log_every_steps = 2
+        if validation is not None:
+            with stopped_in_validation(validation):
+                try:
+                    train_stage.run(wanted)
+                except SystemExit as end:
+                    out[f"{name} code"] = end.code
+            out[f"{name} stopped"] = rows_of(root / name)
+        train_stage.run(wanted)
+        out[name] = rows_of(root / name)
+        out[f"{name} summary"] = json.loads((root / name / "summary.json").read_text())
+    return out
+
+
+def test_validation_gives_way_to_a_signal_and_is_done_when_the_run_goes_on(tmp_path: Path) -> None:
+    write_shards(tmp_path / "data")
+    found, _ = run_ranks(2, run, tmp_path)
+
+    def at(name: str, key: str) -> dict[int, float]:
+        return {row["step"]: row[key] for row in found[name] if key in row}
+
+    for name, stopped, validated in (("midway", 3, []), ("at the end", 6, [3])):
+        assert found[f"{name} code"] == 75
+        assert (
+            found[f"{name} stopped"][-1]["step"] <= stopped and list(at(f"{name} stopped", "valid/loss")) == validated
+        )
+        for key in ("loss", "valid/loss", "tokens"):
+            assert at(name, key) == at("whole", key), (name, key)
+        ended, whole = found[f"{name} summary"], found["whole summary"]
+        assert ended["status"] == "complete" and ended["counts"]["tokens"] == whole["counts"]["tokens"] > 0
+        assert ended["metrics"] == whole["metrics"]
