@@ -82,7 +82,7 @@ class RowBatch:
     @property
     def row_tokens(self) -> int:
         """Tokens of the whole sequence, padding included."""
-        return int(self.cu_seqlens[-1])
+        return int(self.cu_seqlens.numpy()[-1])
 
     def part(self, rank: int, ranks: int) -> RowBatch:
         """What context-parallel rank ``rank`` of ``ranks`` computes. ``ranks`` · 2 must divide T.

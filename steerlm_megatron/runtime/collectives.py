@@ -42,7 +42,7 @@ def any_rank(flag: bool) -> bool:
     """True on every rank if it is true on one. Collective over the world."""
     if dist.get_world_size() == 1:
         return flag
-    tensor = torch.tensor([int(flag)], dtype=torch.int32, device=device())
+    tensor = torch.tensor([int(flag)], dtype=torch.int32)  # on the host: through gloo, beside what a GPU computes
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return bool(tensor.item())
 
@@ -88,17 +88,17 @@ def on_main(action: Callable[[], T]) -> T | None:
 
 
 def sum_from_last_stage(sums_M: torch.Tensor) -> torch.Tensor:
-    """Add ``sums_M`` over data- and context-parallel ranks and hand the last stage's total to every stage.
+    """Add ``sums_M`` over data- and context-parallel ranks and hand the last stage's total to every stage, in place.
 
-    ``sums_M``: float64 [M] on CPU; stages other than the last pass zeros of the same length. Collective over the world.
+    ``sums_M``: float64 [M] on the device; stages other than the last pass any of the same length. Collective over the
+    world.
     """
-    total = sums_M.to(device())
     if dist.get_world_size() > 1:
-        dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+        dist.all_reduce(sums_M, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(total, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    return total.cpu()
+            dist.broadcast(sums_M, src=last, group=parallel_state.get_pipeline_model_parallel_group())
+    return sums_M
 
 
 def sum_over_data_parallel(values: list[float], with_context: bool = False) -> list[float]:

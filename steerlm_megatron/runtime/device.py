@@ -49,6 +49,26 @@ def set_cpu_threads(ranks_on_host: int) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, ranks_on_host)))
 
 
+class HostCopy:
+    """A tensor's values for the host, which waits for them when it reads them and not before.
+
+    A copy into pinned memory is queued behind what computes the tensor; on a CPU the values are there at once.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._values, self._copied = tensor, torch.cuda.Event() if tensor.is_cuda else None
+        if self._copied is not None:
+            self._values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._values.copy_(tensor, non_blocking=True)
+            self._copied.record()
+
+    def tolist(self) -> list[float]:
+        """Host sync, unless there was one since."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._values.tolist()
+
+
 class Stopwatch:
     """Seconds that this process's device works from :meth:`start` to :meth:`stop`: on a GPU between two events in its
     stream, with no sync.

@@ -1,7 +1,7 @@
 """Megatron-Core on a machine without CUDA, and without Transformer Engine or Apex.
 
-Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. All but that of the checkpoint's
-writer do nothing where CUDA is available.
+Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. All but those of the
+checkpoint's writer and of gradient clipping do nothing where CUDA is available.
 Invariant: :func:`apply` is idempotent and is called before the first Megatron-Core object is built.
 
 Megatron-Core assumes CUDA in four ways (facts/performance_references §2b; found by reading 0.16.1):
@@ -164,6 +164,28 @@ def _patch_groups_of_one() -> None:
         setattr(param_and_grad_buffer, name, needed(getattr(param_and_grad_buffer, name)))
 
 
+def _patch_clipping() -> None:
+    """The norm of all gradients, and their scaling, in a few kernels.
+
+    What Megatron-Core takes without Transformer Engine and Apex has the host read every gradient's own norm back, and
+    scales each through a copy: hundreds of waits for a GPU in each step.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+
+    def norm(_chunk_size: int, _flag: Any, tensors: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
+        return torch.nn.utils.get_total_norm([t for each in tensors for t in each]).reshape(1), None
+
+    def scale(_chunk_size: int, _flag: Any, tensors: list[list[torch.Tensor]], factor: float) -> None:
+        sources, targets = tensors
+        if sources is not targets:
+            torch._foreach_copy_(targets, sources)
+        torch._foreach_mul_(targets, factor)
+
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm, scale
+
+
 def _patch_checkpoint_writer() -> None:
     """A rank writes its part of a checkpoint from threads of its own.
 
@@ -204,6 +226,7 @@ def apply() -> None:
         return
     _applied = True
     _patch_checkpoint_writer()
+    _patch_clipping()
     if has_cuda():
         return
     _patch_torch_cuda()

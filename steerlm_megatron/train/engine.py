@@ -34,8 +34,8 @@ class StepResult:
     skipped: bool = False
     bad_batches: list[int] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
-    # seconds on this rank: ``forward_backward`` (with the reduction of gradients) and ``optimizer``, which end with a
-    # host sync; ``own``: of the device, until it first waited for other data-parallel replicas
+    # seconds on this rank: ``forward_backward`` (with the reduction of gradients; on a GPU of its stream) and
+    # ``optimizer``, the rest of the step; ``own``: of the device, until it first waited for other replicas
     seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
 

@@ -149,8 +149,8 @@ class DeepSpeedEngine(Engine):
                 own.stop()
             self.ds.backward(total * scale)
             sums.append(sums_M)
-        sums_BM = torch.stack(sums).cpu()  # host sync: once a step
-        means = self.objective.means(sum_from_last_stage(sums_BM.sum(0)).tolist())
+        sums_BM = torch.stack(sums)
+        means = self.objective.means(sum_from_last_stage(sums_BM.sum(0)).tolist())  # host sync
         loss = means.pop("loss")
         middle = time.perf_counter()
         self.schedule.step(increment=1)
@@ -170,11 +170,11 @@ class DeepSpeedEngine(Engine):
     @torch.no_grad()
     def evaluate(self, steps: Iterable[Sequence[RowBatch]]) -> dict[str, float]:
         self.ds.eval()
-        sums_M = torch.zeros(len(self.objective.metric_names), dtype=torch.float64)
+        sums_M = torch.zeros(len(self.objective.metric_names), dtype=torch.float64, device=device())
         for batches in steps:
             for batch in batches:
-                sums_M += self._forward(batch)[1].cpu()
-        return self.objective.means(sum_from_last_stage(sums_M).tolist())
+                sums_M += self._forward(batch)[1]
+        return self.objective.means(sum_from_last_stage(sums_M).tolist())  # host sync
 
     # ---- checkpoints
 

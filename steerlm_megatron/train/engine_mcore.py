@@ -29,7 +29,7 @@ from steerlm_megatron.data.collate import RowBatch
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.runtime.collectives import sum_from_last_stage
-from steerlm_megatron.runtime.device import Stopwatch, dtype_of, has_cuda
+from steerlm_megatron.runtime.device import HostCopy, Stopwatch, device, dtype_of, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
 from steerlm_megatron.train.adam import ADAM_STEP, adam_step, allocate_adam, set_adam_step
 from steerlm_megatron.train.engine import Engine, StepResult
@@ -152,13 +152,14 @@ class MegatronEngine(Engine):
 
     def _guard_update(self) -> None:
         """No update from a loss or gradients that are not finite: Megatron-Core looks for that in fp16 only."""
-        optimizer, self._finite = self.optimizer, True
+        optimizer, self._finite, self._sums_M = self.optimizer, True, HostCopy(torch.zeros(0))
         assert isinstance(optimizer, ChainedOptimizer)  # its step() takes the norm, clips, then updates
         norm_of, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
 
         def get_grad_norm() -> float:
             norm = norm_of()
-            self._finite = self._finite and math.isfinite(norm)
+            loss = self.objective.means(self._sums_M.tolist())["loss"]  # has come with the norm
+            self._finite = math.isfinite(norm) and math.isfinite(loss)
             return norm
 
         def step_with_ready_grads() -> bool:
@@ -183,8 +184,8 @@ class MegatronEngine(Engine):
         return total, torch.full((), terms, dtype=torch.int, device=total.device), {"sums": sums_M}
 
     def _run(self, batches: Sequence[RowBatch], forward_only: bool) -> torch.Tensor:
-        """Sums of metrics of each of this data-parallel rank's micro-batches, float64 [B, M]; B = 0 but on the last
-        stage.
+        """Sums of metrics of each of this data-parallel rank's micro-batches, float64 [B, M] on the device; B = 0 but
+        on the last stage.
         """
         wanted = len(batches)
         if len(self.chunks) > 1:
@@ -199,32 +200,38 @@ class MegatronEngine(Engine):
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        none_BM = torch.zeros(0, len(self.objective.metric_names), dtype=torch.float64)
         if self.layout.is_last_stage and stored:
-            return torch.stack([entry["sums"] for entry in stored[:wanted]]).cpu()  # host sync: once a step
-        return none_BM
+            return torch.stack([entry["sums"] for entry in stored[:wanted]])
+        return torch.zeros(0, len(self.objective.metric_names), dtype=torch.float64, device=device())
 
-    def _finalize_gradients(self, *args: Any, **kwargs: Any) -> None:
+    def _finalize_gradients(self, chunks: list[torch.nn.Module], terms: torch.Tensor, **kwargs: Any) -> None:
+        """Megatron-Core's, and the division by the global batch's number of terms, which it has as well, but with the
+        host waiting to see whether there are any.
+        """
         self._own.stop()  # until here a replica works alone
-        finalize_model_grads(*args, **kwargs)
+        finalize_model_grads(chunks, None, **kwargs)
+        factor = 1.0 / sum_from_last_stage(terms).clamp(min=1)
+        for chunk in self.chunks:
+            chunk.scale_gradients(factor)
 
     def train_step(self, batches: Sequence[RowBatch]) -> StepResult:
-        start = time.perf_counter()
+        start, computing = time.perf_counter(), Stopwatch()
         self._own.start()
+        computing.start()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums_BM = self._run(batches, forward_only=False)
-        means = self.objective.means(sum_from_last_stage(sums_BM.sum(0)).tolist())
-        loss = means.pop("loss")
-        self._finite = math.isfinite(loss)
-        middle = time.perf_counter()
+        self._sums_M = HostCopy(sum_from_last_stage(sums_BM.sum(0)))
+        computing.stop()
         self.schedule.step(increment=1)
-        _, norm, _ = self.optimizer.step()
+        _, norm, _ = self.optimizer.step()  # host sync, the only one of a step: the norm, on which the update depends
         grad_norm = float(norm or 0.0)
-        seconds = {"forward_backward": middle - start, "optimizer": time.perf_counter() - middle}
-        seconds["own"] = self._own.seconds()
+        means = self.objective.means(self._sums_M.tolist())
+        loss = means.pop("loss")
+        seconds = {"forward_backward": computing.seconds(), "own": self._own.seconds()}
+        seconds["optimizer"] = time.perf_counter() - start - seconds["forward_backward"]
         lr = max(group["lr"] for group in self.optimizer.param_groups) if self.optimizer.param_groups else 0.0
         if self._finite:
             return StepResult(loss, grad_norm, lr, metrics=means, seconds=seconds)
@@ -236,10 +243,10 @@ class MegatronEngine(Engine):
     def evaluate(self, steps: Iterable[Sequence[RowBatch]]) -> dict[str, float]:
         for chunk in self.chunks:
             chunk.eval()
-        sums_M = torch.zeros(len(self.objective.metric_names), dtype=torch.float64)
+        sums_M = torch.zeros(len(self.objective.metric_names), dtype=torch.float64, device=device())
         for batches in steps:
             sums_M += self._run(batches, forward_only=True).sum(0)
-        return self.objective.means(sum_from_last_stage(sums_M).tolist())
+        return self.objective.means(sum_from_last_stage(sums_M).tolist())  # host sync
 
     # ---- checkpoints
 

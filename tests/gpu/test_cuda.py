@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -81,3 +82,19 @@ def test_a_micro_batch_never_waits_for_the_device(objective: str) -> None:
             loss(output)[0].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("objective", ["sft", "ap"])
+def test_a_step_waits_for_the_norm_and_nothing_else(objective: str) -> None:
+    engine = make(Case(objective))
+    batches = [batch.pin() for batch in step_batches(0)]
+    engine.train_step(batches)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            engine.train_step(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(each.message) for each in said if "synchronizing CUDA operation" in str(each.message)]
+    assert len(waits) == 1, waits

@@ -364,7 +364,7 @@ def test_the_varlen_backend_asks_for_what_sdpa_computes(
 
 
 def test_megatron_core_is_patched_once(cpu: None) -> None:
-    from megatron.core.optimizer import distrib_optimizer, optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.pipeline_parallel import schedules
 
     def patched() -> list[object]:
@@ -378,6 +378,7 @@ def test_megatron_core_is_patched_once(cpu: None) -> None:
             optimizer.Float16OptimizerWithFloat16Params.__init__,
             distrib_optimizer.DistributedOptimizer.__init__,
             distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states,
+            clip_grads.l2_norm_impl,
         ]
 
     before = patched()
