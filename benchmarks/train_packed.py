@@ -31,7 +31,7 @@ from steerlm_megatron.data.views import Sample
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.observe.metrics import model_flops
 from steerlm_megatron.runtime import parallel
-from steerlm_megatron.runtime.device import device, dtype_of
+from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.objective import RegressionObjective, TokenObjective
 
@@ -74,6 +74,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=16384, help="useful tokens of a step, about")
     parser.add_argument("--row-tokens", type=int, default=2048)
+    parser.add_argument("--micro-rows", type=int, default=1, help="rows of a micro-batch; the peer gets as many tokens")
+    parser.add_argument("--peer", default="", help="only peers with this in their name, where memory is short")
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--shards", help="shard folder whose documents are taken; without it, log-normal lengths")
     parser.add_argument("--threads", type=int, default=0)
@@ -115,12 +117,15 @@ def our_samples(docs: Sequence[Doc], regression: bool) -> list[Sample]:
     return samples
 
 
-def our_batches(docs: Sequence[Doc], row_tokens: int, regression: bool) -> list[RowBatch]:
-    """One packed row per micro-batch, as the loader makes them."""
+def our_batches(docs: Sequence[Doc], row_tokens: int, regression: bool, micro_rows: int = 1) -> list[RowBatch]:
+    """``micro_rows`` packed rows per micro-batch, as the loader makes them."""
     samples = our_samples(docs, regression)
     offsets, order = pack(np.array([len(d.tokens) for d in docs]), row_tokens, seed=0)
     rows = [[samples[i] for i in order[a:b]] for a, b in zip(offsets, offsets[1:], strict=False)]
-    return [collate([row], row_tokens, len(ATTRIBUTES) if regression else 0) for row in rows]
+    rows += [[]] * (-len(rows) % micro_rows)
+    micro = [rows[i : i + micro_rows] for i in range(0, len(rows), micro_rows)]
+    batches = [collate(part, row_tokens, len(ATTRIBUTES) if regression else 0) for part in micro]
+    return [batch.pin() for batch in batches] if has_cuda() else batches
 
 
 def contestants(
@@ -133,11 +138,12 @@ def contestants(
     ours = build_model(model, ParallelConfig(), engine, args.vocab, attributes, seed=1)
     if regression:
         ours.output_layer.regression.weight.data.normal_(0, 0.02)
-    theirs = {name: _peer(ours, model, args, attention) for name, attention in _PEERS[args.task].items()}
+    wanted = {name: a for name, a in _PEERS[args.task].items() if args.peer in name}
+    theirs = {name: _peer(ours, model, args, attention) for name, attention in wanted.items()}
     flops = _flops(ours, model, docs, regression)
     objective = RegressionObjective(ATTRIBUTES, {}) if regression else TokenObjective()
     trainer = MegatronEngine([ours], objective, OPTIM, engine, steps=10_000)
-    mine = our_batches(docs, args.row_tokens, regression)
+    mine = our_batches(docs, args.row_tokens, regression, args.micro_rows)
     steps: dict[str, Callable[[], object]] = {"steerlm_megatron": lambda: float(trainer.train_step(mine).loss)}
     for name, peer in theirs.items():
         batches = [{k: _moved(v) for k, v in b.items()} for b in _peer_batches(name, docs, args, regression)]
@@ -176,11 +182,12 @@ def _best_cuda_attention() -> str:
 
 
 def _peer_batches(name: str, docs: Sequence[Doc], args: argparse.Namespace, regression: bool) -> list[peers.Batch]:
+    slots = args.row_tokens * args.micro_rows
     if "sorted" in name:
-        return list(peers.sorted_padding(peers.unrolled(docs) if regression else docs, args.row_tokens, regression))
+        return list(peers.sorted_padding(peers.unrolled(docs) if regression else docs, slots, regression))
     if "pack-512" in name:
-        return list(peers.chopped(docs, 512, args.row_tokens))
-    return list(peers.packed(docs, args.row_tokens))
+        return list(peers.chopped(docs, 512, slots))
+    return list(peers.packed(docs, slots))
 
 
 def _moved(value: object) -> object:
@@ -216,7 +223,8 @@ def report(
     return (
         f"### {args.shape}, {args.dtype}, {args.task}\n\n`python -m benchmarks.train_packed --shape {args.shape} "
         f"--dtype {args.dtype} --task {args.task} --rounds {args.rounds} --tokens {args.tokens} "
-        f"--row-tokens {args.row_tokens}{' --shards …' if args.shards else ''}` at {commit()}; {machine()}; "
+        f"--row-tokens {args.row_tokens}{f' --micro-rows {args.micro_rows}' if args.micro_rows > 1 else ''}"
+        f"{' --shards …' if args.shards else ''}` at {commit()}; {machine()}; "
         f"{len(docs)} documents, {useful:,} tokens a step{scored}, {origin}; GEMM peak {peak / 1e9:,.0f} GFLOP/s.\n\n"
         f"{markdown(header, rows)}\n\n"
         f"Against its best line here ({best.removeprefix('transformers, ')}): **{faster}×**.\n"
