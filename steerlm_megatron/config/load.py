@@ -95,6 +95,9 @@ _AT_LEAST: dict[str, float] = {
     "evaluate.max_prompts": 1,
 }
 
+# Commands whose model is that of a checkpoint: it is compared with the layout when it is opened (stages/session.py).
+_OF_A_CHECKPOINT = ("annotate", "bootstrap", "serve", "generate", "evaluate", "export")
+
 
 def from_container(data: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
     """A typed config from nested plain data. Unknown keys and wrong types are ``UserError``s naming the key."""
@@ -224,6 +227,8 @@ def _divisors(number: int) -> str:
 
 def _check_model(config: Config) -> list[str]:
     m, p, problems = config.model, config.parallel, []
+    if config.command in _OF_A_CHECKPOINT:
+        return []
     groups = m.num_query_groups or m.num_heads
     if m.num_heads < 1 or groups < 1 or m.num_layers < 1 or p.tensor < 1 or p.pipeline < 1:
         return []  # said by _check_ranges

@@ -16,6 +16,7 @@ from steerlm_megatron.config.schema import Config, ModelConfig
 from steerlm_megatron.data.blend import Corpora
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.gpt import padded_vocab_size
 from steerlm_megatron.train.checkpoint import CheckpointMeta, read_meta, resolve
 
 # Differences in these do not make two models different.
@@ -46,7 +47,7 @@ def check_init(config: Config, data: Corpora, view: View) -> Path | None:
             f"({meta.vocab_size} ids) than "
             f"{data.name} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={folder / 'tokenizer'}"
         )
-    if wrong := _model_differences(config, meta):
+    if wrong := _model_differences(config, meta) + _other_padding(config, meta, view):
         raise UserError(f"init_from={config.init_from} holds another model: {', '.join(wrong)}")
     if meta.head == "regression":
         _check_head(config, meta, view)
@@ -78,11 +79,33 @@ def _model_differences(config: Config, meta: CheckpointMeta) -> list[str]:
     ]
 
 
+def _other_padding(config: Config, meta: CheckpointMeta, view: View) -> list[str]:
+    """Rows of the output layer beyond the vocabulary are in the softmax, as in Megatron: with another number of them
+    the same weights are another model. A regression head has no such rows.
+    """
+    if view == "ap":
+        return []
+
+    def rows(tensor: int) -> int:
+        return padded_vocab_size(meta.vocab_size, config.model.vocab_multiple, tensor)
+
+    tensor, saved = config.parallel.tensor, meta.parallel.get("tensor", 1)
+    if rows(tensor) == rows(saved):
+        return []
+    legal = [
+        t for t in range(1, config.model.num_heads + 1) if config.model.num_heads % t == 0 and rows(t) == rows(saved)
+    ]
+    return [
+        f"parallel.tensor={tensor}, which pads the vocabulary to {rows(tensor)} rows (checkpoint: {rows(saved)}; that "
+        f"many have parallel.tensor={' '.join(map(str, legal))})"
+    ]
+
+
 def check_resume(config: Config, data: Corpora, view: View, folder: Path, meta: CheckpointMeta) -> None:
     """Refuse to go on from ``folder`` with what would silently be another run. All that differs is said at once."""
     if not meta.training_state:
         raise UserError(f"{folder} is an export, which no run can resume from; start a new run with init_from={folder}")
-    wrong = _model_differences(config, meta)
+    wrong = _model_differences(config, meta) + _other_padding(config, meta, view)
     head = "regression" if view == "ap" else "lm"
     if meta.head != head:
         wrong.append(f"a model with head '{head}' (checkpoint: '{meta.head}')")

@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,14 +92,14 @@ def train(here: Session) -> TrainResult:
     meta = _new_meta(config, data, view)
     if latest:
         earlier = read_meta(latest)
-        check_resume(config, data, view, latest, earlier)
+        on_main(partial(check_resume, config, data, view, latest, earlier))
         meta = dataclasses.replace(meta, step=earlier.step, loader=earlier.loader)
     loaders = [_loader(here, rows, meta.loader.get("consumed_rows", 0))]
     if valid is not None:
         loaders.append(_loader(here, _pack(config, valid, view), 0))
     steps = config.train.steps or loaders[0].steps_for(config.train.epochs)
     if latest:
-        check_steps(config, steps, latest, meta)
+        on_main(partial(check_steps, config, steps, latest, meta))
     engine, flops = _build_engine(config, data, view, steps)
     if latest is not None:
         engine.load(latest)

@@ -346,4 +346,6 @@ def _config(optim: OptimConfig, engine: EngineConfig) -> dict[str, Any]:
     }
     if engine.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if engine.zero_stage > 1:  # with stage 1 it takes another optimizer, which has no partitions to save
+            config["data_types"] = {"grad_accum_dtype": "fp32"}  # of a rank's share; micro-batches add up in it
     return config

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.dist import once, run_ranks
-from helpers.engines import Case, make, shards_of, step_batches
+from helpers.engines import Case, make, row, shards_of, step_batches
 
 from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import Config, EngineConfig, ParallelConfig
@@ -120,10 +120,24 @@ def head_alone(case: Case, folder: Path) -> dict[str, Any]:
     return {"moved": moved, "expected": expected, "found": losses(engine, 3, 5)}
 
 
+ACCUMULATED = {
+    "Megatron-Core": Case("sft", DP2, precision="bf16"),
+    "ZeRO 2": Case("sft", DP2, zero=2, precision="bf16"),
+    "ZeRO 3": Case("sft", DP2, zero=3, precision="bf16"),
+    "ZeRO 3 offload all": Case("sft", DP2, zero=3, offload="all", precision="bf16"),
+}
+
+
+def accumulated(case: Case) -> list[float]:
+    """Gradient norms of one micro-batch, and of that one 64 times over, in bf16."""
+    return [make(case).train_step([row(0, 2)] * times).grad_norm for times in (1, 64)]
+
+
 def everything(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: moved(name, root) for name in MOVES}
     found |= {name: crossed(name, root) for name in CROSSINGS}
     found["weights"] = weights_alone(root)
+    found["accumulated"] = {name: accumulated(case) for name, case in ACCUMULATED.items()}
     found["head"] = {name: head_alone(case, root / f"head {name}") for name, case in HEAD_ONLY.items()}
     return found
 
@@ -165,6 +179,13 @@ def test_the_head_alone_is_trained(name: str, measured: list[dict[str, Any]]) ->
     assert found["found"] == found["expected"], "the trunk too is in the checkpoint"
     same = measured[0]["head"]["DP2"]["expected"]
     assert max(abs(a - b) for a, b in zip(found["expected"], same, strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ACCUMULATED)
+def test_micro_batches_add_up_in_float32(name: str, measured: list[dict[str, Any]]) -> None:
+    """In bf16 the sum of 64 equal gradients is 0.2 % off: of what one adds to a large sum, a part is rounded away."""
+    once_over, many_times = measured[0]["accumulated"][name]
+    assert many_times == pytest.approx(once_over, rel=1e-5)
 
 
 @pytest.mark.parametrize(

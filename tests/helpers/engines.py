@@ -47,17 +47,18 @@ class Case:
     head_only: bool = False  # ap: nothing but the head is trained
     zero: int = 0  # stage of the DeepSpeed engine; 0: the Megatron-Core engine
     offload: str = "none"
+    precision: str = "fp32"
     overlap: bool = False  # gradients are reduced and weights gathered beside computing, in buckets of a layer or so
 
     @property
     def engine(self) -> EngineConfig:
         if self.zero:
             kind = {"name": "deepspeed", "zero_stage": self.zero, "offload": self.offload}
-            return EngineConfig(**kind, recompute=self.recompute)
+            return EngineConfig(**kind, recompute=self.recompute, precision=self.precision)
         if self.overlap:
             beside = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_parameters": 5_000}
-            return EngineConfig(recompute=self.recompute, **beside)
-        return EngineConfig(recompute=self.recompute)
+            return EngineConfig(recompute=self.recompute, precision=self.precision, **beside)
+        return EngineConfig(recompute=self.recompute, precision=self.precision)
 
     @property
     def model(self) -> ModelConfig:

@@ -76,18 +76,28 @@ def test_losses_do_not_depend_on_the_layout(work: Path) -> None:
         assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_one_process_trains_with_deepspeed(tmp_path: Path) -> None:
-    """``engine=deepspeed`` is all a user types, without a launcher or a layout; either engine goes on from it."""
-    common = ("train_sft", *ONE_STEP, "run_dir=ds")
-    steerlm(*common, "train.steps=2", "engine=deepspeed", "engine.zero_stage=3", "engine.offload=all", cwd=tmp_path)
-    ended = json.loads((tmp_path / "ds/summary.json").read_text())
-    (tmp_path / "ds/summary.json").write_text(json.dumps({**ended, "status": "running"}))
-    steerlm(*common, "train.steps=3", cwd=tmp_path)
-    steerlm("train_sft", *ONE_STEP, "train.steps=2", "run_dir=mc", cwd=tmp_path)
-    assert (
-        losses(tmp_path / "ds")[:2] == pytest.approx(losses(tmp_path / "mc"), abs=1e-5)
-        and len(losses(tmp_path / "ds")) == 3
-    )
+@pytest.mark.parametrize("engine", [(), ("engine=deepspeed", "engine.zero_stage=3", "engine.offload=all")], ids=len)
+def test_twenty_steps_are_ten_a_kill_and_ten(engine: tuple[str, ...], tmp_path: Path) -> None:
+    """Issue 4: bit by bit, dropout and all. In one process, where no launcher sets what an engine may look for."""
+    command = (
+        "train_sft", *ONE_STEP, *engine, "train.steps=20", "train.save_every_steps=4", "model.dropout=0.1",
+        "data.train=data",
+    )  # fmt: skip
+    steerlm("preprocess", *ONE_STEP[:3], "data.output_dir=data", "data.valid_fraction=0", cwd=tmp_path)
+    steerlm(*command, "run_dir=whole", cwd=tmp_path)
+    process = start(*command, "run_dir=killed", cwd=tmp_path)
+    try:
+        _wait_for(lambda: (tmp_path / "killed/metrics.jsonl").exists() and len(losses(tmp_path / "killed")) >= 10, 90)
+    finally:
+        kill(process)
+    assert summary(tmp_path / "killed")["status"] == "running"
+    said = steerlm(*command, "run_dir=killed", cwd=tmp_path).stderr
+    assert re.search(r"resuming from \S+ at step (4|8|12|16) of 20", said), said
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 20
+    weights = [tmp_path / run / "checkpoints/step_00000020" for run in ("whole", "killed")]
+    parts = [{file.name: file.read_bytes() for file in folder.glob("*.distcp")} for folder in weights]
+    assert parts[0].keys() == parts[1].keys() and len(parts[0]) > 0
+    assert all(parts[0][name] == parts[1][name] for name in parts[0])
 
 
 def test_plain_sft_trains_on_the_same_labelled_shards(work: Path) -> None:

@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from steerlm_megatron import cli
+from steerlm_megatron.config import load
+from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
+from steerlm_megatron.data.views import View
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.stages.resume import _other_padding
+from steerlm_megatron.stages.session import check_layout
+from steerlm_megatron.train.checkpoint import CheckpointMeta
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there, friend."}]}
 LABELLED: dict[str, Any] = {
@@ -130,6 +138,30 @@ def test_command_line(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert run(*arguments) == 2
     said = capfd.readouterr().err
     assert "Traceback" not in said and all(word in said for word in expected), said
+
+
+def test_the_layout_is_compared_with_the_model_that_is_split() -> None:
+    """That of a checkpoint, not the configured one, where a command opens a checkpoint."""
+    for command in ("serve", "annotate", "generate", "export", "evaluate", "bootstrap"):
+        load.finalize(Config(command=command, parallel=ParallelConfig(tensor=8, pipeline=3)))
+    with pytest.raises(UserError, match=r"parallel.tensor=8 must divide model.num_heads=4"):
+        load.finalize(Config(command="train_sft", parallel=ParallelConfig(tensor=8)))
+    with pytest.raises(UserError, match=r"parallel.tensor=8 must divide num_heads=4 .*checkpoint"):
+        check_layout(ModelConfig(), ParallelConfig(tensor=8), "checkpoint")
+
+
+def test_rows_of_padding_stay_what_they_were() -> None:
+    """400 ids have 512 rows at parallel.tensor=1 and 768 at 3: with other rows in the softmax it is another model."""
+    model = ModelConfig(num_heads=6)
+    saved = CheckpointMeta(9, "lm", asdict(model), 400, None, {}, False, "hash", parallel={"tensor": 1})
+
+    def problems(tensor: int, view: View = "acsft") -> list[str]:
+        return _other_padding(Config(model=model, parallel=ParallelConfig(tensor=tensor)), saved, view)
+
+    assert problems(1) == problems(2) == problems(3, "ap") == []
+    (problem,) = problems(3)
+    assert "parallel.tensor=3, which pads the vocabulary to 768 rows" in problem
+    assert "checkpoint: 512; that many have parallel.tensor=1 2)" in problem
 
 
 RECORDS: dict[str, tuple[list[Any], list[str]]] = {
