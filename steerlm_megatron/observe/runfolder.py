@@ -400,4 +400,7 @@ class RunFolder:
         elif isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == REQUEUE_EXIT_CODE:
             self.finish("interrupted")
         else:
-            self.finish("failed", error=f"{type(error).__name__}: {error}")
+            try:
+                self.finish("failed", error=f"{type(error).__name__}: {error}")
+            except OSError as other:  # a full disk: the error that ended the run says more
+                get_logger(__name__).warning("%s: %s", self.path / "summary.json", other.strerror)
