@@ -36,6 +36,7 @@ class RowBatch:
         sample_ids: ids of the samples, in the order of their documents.
         useful_tokens: tokens that are not padding.
         target_tokens: tokens with loss.
+        squared_tokens: Σ s² over the lengths of the samples: what attention's work grows with. Padding is not in it.
     """
 
     tokens_T: torch.Tensor
@@ -49,6 +50,7 @@ class RowBatch:
     sample_ids: list[str]
     useful_tokens: int
     target_tokens: int
+    squared_tokens: int = 0
 
     def pin(self) -> RowBatch:
         """The same in page-locked memory, from which a GPU copies while the host goes on."""
@@ -113,4 +115,5 @@ def collate(rows: Sequence[Sequence[Sample]], row_tokens: int, num_attributes: i
         sample_ids=[sample.id for row in rows for sample in row],
         useful_tokens=useful,
         target_tokens=int(mask.sum()),
+        squared_tokens=sum(len(sample.tokens_T) ** 2 for row in rows for sample in row),
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -206,17 +207,19 @@ def model_flops(
     return total if training else total / 3.0
 
 
-# Dense BF16 TFLOP/s of GPUs, by a part of their name as torch gives it (their data sheets; H200 = H100 SXM, see
+# Dense BF16 TFLOP/s of GPUs, by words of their name as torch gives it (their data sheets; H200 = H100 SXM, see
 # numerics.md).
-_PEAK_BF16_TFLOPS = {"B200": 2250.0, "GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0,
-                     "L40S": 362.0, "A10": 125.0}  # fmt: skip
+_PEAK_BF16_TFLOPS = {"GB200": 2500.0, "B200": 2250.0, "GH200": 989.0, "H200 NVL": 835.0, "H200": 989.0,
+                     "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 70.0,
+                     "A10": 125.0}  # fmt: skip
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """FLOP/s that a device of this name can reach at most in ``precision``; None where we do not know it."""
     if precision != "bf16":
         return None
-    return next((1e12 * peak for name, peak in _PEAK_BF16_TFLOPS.items() if name in device_name), None)
+    found = (peak for name, peak in _PEAK_BF16_TFLOPS.items() if re.search(rf"\b{name}\b", device_name))
+    return next((1e12 * peak for peak in found), None)
 
 
 class Throughput:

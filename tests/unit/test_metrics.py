@@ -125,5 +125,7 @@ def test_throughput_counts_useful_tokens_and_leaves_pauses_out() -> None:
 def test_peaks_of_gpus() -> None:
     assert peak_flops("NVIDIA H200", "bf16") == peak_flops("NVIDIA GH200 480GB", "bf16") == 989e12
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA H100 NVL", "bf16") == 835e12 and peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert peak_flops("NVIDIA A10G", "bf16") == 70e12 and peak_flops("NVIDIA RTX A1000", "bf16") is None
     assert peak_flops("cpu", "bf16") is None and peak_flops("NVIDIA H200", "fp32") is None
