@@ -52,7 +52,9 @@ _FORCED = (
     "hydra/hydra_logging=disabled",
     "hydra.help.app_name=steerlm",
 )
-_FREE_MAPPINGS = ("pipeline.", "train.label_weights=", "train.label_weights.")
+# Mappings whose keys no schema has. What is in them is checked later: a step's overrides against its configuration,
+# names of attributes against the schema in use.
+_FREE = ("pipeline.", "train.label_weights", "attributes.best", "data.map.")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
@@ -167,19 +169,33 @@ def _check_overrides(command: str, overrides: list[str], conf: Path, sweep: bool
             ) from None
         if one.is_sweep_override() and not sweep:
             raise UserError(f"{override}: several values; write a list in brackets: '{key}=[{value}]'")
-    with initialize_config_dir(str(conf), version_base="1.3"):
+    more: list[str] = []
+    if sweep:  # values are lists to choose from: the first of each, and then each of the others
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        overrides = []
+        for one in parsed:
+            values = list(one.sweep_string_iterator()) if one.is_sweep_override() else []
+            choices = [f"{one.get_key_element()}={value}" for value in values] or [one.input_line or ""]
+            overrides.append(choices[0])
+            more += choices[1:]
+
+    def problem(*chosen: str) -> str | None:
         try:
-            if sweep:  # values are lists to choose from: check the keys with the first of each
-                parsed = OverridesParser.create().parse_overrides(overrides)
-                overrides = [
-                    f"{p.get_key_element()}={next(iter(p.sweep_string_iterator()))}"
-                    if p.is_sweep_override()
-                    else p.input_line or ""
-                    for p in parsed
-                ]
-            compose(config_name=command, overrides=overrides)
+            compose(config_name=command, overrides=list(chosen))
         except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: experiment=null
-            raise UserError(_explain(error, command, conf)) from None
+            return _explain(error, command, conf)
+        return None
+
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        together, right, wrong = problem(*overrides), overrides, []
+        if together is not None:
+            # Hydra stops at the first: which others are wrong, too? A key may be there only with another's group.
+            right = [one for one in overrides if problem(one) is None]
+            wrong = [problem(*right, one) for one in overrides if one not in right]
+        wrong += [problem(*right, one) for one in more]
+    found = list(dict.fromkeys(text for text in wrong if text))
+    if found or together:
+        raise UserError("\n".join(found) or together)
 
 
 def _flags(arguments: list[str]) -> Any:
@@ -198,7 +214,14 @@ def _world() -> int:
     return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
 
 
-def _job(command: str, overrides: list[str]) -> Callable[[Any], None]:
+def _own_overrides() -> list[str]:
+    """The overrides of this job alone: of a ``--multirun`` one value each."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)
+
+
+def _job(command: str) -> Callable[[Any], None]:
     def job(cfg: Any) -> None:
         config = load.from_container(cfg)
         world = _world() if _is_rank() else None
@@ -209,7 +232,7 @@ def _job(command: str, overrides: list[str]) -> Callable[[Any], None]:
                 from steerlm_megatron.observe.runfolder import default_run_dir
 
                 config.run_dir = str(default_run_dir(command))
-            arguments = [command, *overrides, f"run_dir={config.run_dir}"]
+            arguments = [command, *_own_overrides(), f"run_dir={config.run_dir}"]
             code = _launch_again(needed, arguments, config.train.max_restarts)
             if code:
                 raise SystemExit(code)
@@ -333,9 +356,10 @@ def _hydra(command: str, arguments: list[str], conf: Path) -> None:
     header = f"steerlm {command} [key=value ...]: {COMMANDS[command][1]}"
     sys.argv = [f"steerlm {command}", *flags, *overrides, *_FORCED, f"hydra.help.header='{header}'"]
     # Hydra reports exceptions of the job in its own way; ours pass through it as SystemExit.
-    inner = _job(command, overrides)
+    inner = _job(command)
 
     def job(cfg: Any) -> None:
+        sys.argv = ["steerlm", command, *arguments]  # what command.txt is to say
         try:
             inner(cfg)
         except UserError as error:
@@ -384,9 +408,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _command(command: str, arguments: list[str]) -> None:
-    # New keys of a free mapping: Hydra wants a sign before them. They are checked by the pipeline, which knows a step's
-    # configuration, and by config.load, which knows the attributes.
-    rest = [f"++{a}" if a.startswith(_FREE_MAPPINGS) else a for a in arguments]
+    rest = [f"++{a}" if a.startswith(_FREE) else a for a in arguments]
     try:
         if command not in COMMANDS:
             raise UserError(f"{command}: no such command{_nearest(command, COMMANDS)}\nlegal: {' '.join(COMMANDS)}")

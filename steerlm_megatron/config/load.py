@@ -48,12 +48,13 @@ _AT_LEAST: dict[str, float] = {
     "model.hidden_size": 1,
     "model.num_heads": 1,
     "model.ffn_hidden_size": 1,
+    "model.num_query_groups": 1,
+    "model.head_dim": 1,
+    "model.norm_epsilon": 0,
+    "model.rotary_base": 1,
+    "model.init_std": 0,
     "model.max_position": 2,
     "model.vocab_multiple": 1,
-    "model.head_dim": 1,
-    "model.num_query_groups": 1,
-    "model.norm_epsilon": 0,
-    "model.init_std": 0,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.context": 1,
@@ -64,8 +65,8 @@ _AT_LEAST: dict[str, float] = {
     "optim.weight_decay": 0,
     "optim.eps": 0,
     "optim.clip_grad": 0,
-    "train.seed": 0,
     "tokenizer.vocab_size": 16,
+    "data.split_seed": 0,
     "data.shard_tokens": 1,
     "data.workers": 1,
     "data.min_turns": 0,
@@ -76,6 +77,7 @@ _AT_LEAST: dict[str, float] = {
     "train.global_batch_samples": 1,
     "train.micro_batch_samples": 1,
     "train.row_tokens": 8,
+    "train.seed": 0,
     "train.log_every_steps": 1,
     "train.validate_every_steps": 1,
     "train.save_every_steps": 1,
@@ -87,12 +89,17 @@ _AT_LEAST: dict[str, float] = {
     "sampling.temperature": 0,
     "sampling.top_k": 0,
     "sampling.max_tokens": 1,
+    "sampling.seed": 0,
     "server.max_queue": 1,
     "server.max_batch": 1,
     "server.max_sequence_tokens": 8,
+    "server.max_cache_tokens": 8,
     "annotate.batch_tokens": 8,
+    "bootstrap.prompts": 1,
     "bootstrap.responses_per_prompt": 1,
+    "bootstrap.concurrency": 1,
     "evaluate.max_prompts": 1,
+    "evaluate.examples": 0,
 }
 
 # Commands whose model is that of a checkpoint: it is compared with the layout when it is opened (stages/session.py).
@@ -205,13 +212,15 @@ def _check_ranges(config: Config) -> list[str]:
         value = value_at(config, key)
         if value is not None and not value >= least:
             problems.append(f"{key}={value} must be at least {least:g}")
+        elif value == math.inf:
+            problems.append(f"{key}={value} must be finite")
     for key, high in (
         ("data.valid_fraction", 0.5),
         ("sampling.top_p", 1.0),
         ("model.rotary_percent", 1.0),
         ("model.dropout", 0.99),
-        ("optim.beta1", 0.99999),
-        ("optim.beta2", 0.99999),
+        ("optim.beta1", 0.999999),
+        ("optim.beta2", 0.999999),
     ):
         value = value_at(config, key)
         if not 0.0 <= value <= high:
@@ -263,7 +272,7 @@ def _check_model(config: Config) -> list[str]:
 
 def _check_parallel(config: Config, world: int | None) -> list[str]:
     p, problems = config.parallel, []
-    unit = math.lcm(2, p.tensor if p.sequence else 1) * p.context
+    unit = math.lcm(2, max(1, p.tensor) if p.sequence else 1) * p.context
     if p.context > 1 and config.command in TRAINING and config.train.row_tokens % unit:
         problems.append(
             f"train.row_tokens={config.train.row_tokens} must be a multiple of {unit} with "
@@ -311,11 +320,14 @@ def _check_attributes(config: Config) -> list[str]:
         problems.append(f"attributes.max_level={a.max_level} must be at least 1")
     if a.quality not in a.names:
         problems.append(f"attributes.quality={a.quality} is not one of attributes.names: {' '.join(a.names)}")
+    for key in a.best:
+        if key not in a.names:
+            problems.append(f"attributes.best.{key} is not one of attributes.names: {' '.join(a.names)}")
     for key, weight in config.train.label_weights.items():
-        if not (weight >= 0 and math.isfinite(weight)):
-            problems.append(f"train.label_weights.{key}={weight} must be a number of at least 0")
         if key not in a.names:
             problems.append(f"train.label_weights.{key} is not one of attributes.names: {' '.join(a.names)}")
+        if not 0 <= weight < math.inf:
+            problems.append(f"train.label_weights.{key}={weight} must be a finite number, at least 0")
     for key in config.evaluate.attributes:
         if key not in a.names:
             problems.append(f"evaluate.attributes: {key} is not one of attributes.names: {' '.join(a.names)}")

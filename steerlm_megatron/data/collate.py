@@ -59,6 +59,7 @@ class RowBatch:
         sample_ids: ids of the samples, in the order of their documents.
         useful_tokens: tokens that are not padding.
         target_tokens: tokens with loss.
+        squared_tokens: Σ s² over the lengths of the samples: what attention's work grows with. Padding is not in it.
         chunks: of a context-parallel rank, which chunks of the whole sequence it holds; else none.
         cu_queries, cu_keys: int32 [documents in chunks + 1]: their boundaries among the rank's T tokens, and among the
             keys of all its chunks.
@@ -75,6 +76,7 @@ class RowBatch:
     sample_ids: list[str]
     useful_tokens: int
     target_tokens: int
+    squared_tokens: int = 0
     chunks: tuple[Chunk, ...] = ()
     cu_queries: torch.Tensor | None = None
     cu_keys: torch.Tensor | None = None
@@ -112,14 +114,8 @@ class RowBatch:
             pool_P=torch.from_numpy(pool_P[pool_P >= 0]),
             values_PA=self.values_PA[torch.from_numpy(pool_P >= 0)],
             chunks=chunks,
-            cu_queries=_boundaries([length for chunk in chunks for length in chunk.lengths]),
-            cu_keys=_boundaries(
-                [
-                    length + (chunk.carried if i == 0 else 0)
-                    for chunk in chunks
-                    for i, length in enumerate(chunk.lengths)
-                ]
-            ),
+            cu_queries=_boundaries([n for c in chunks for n in c.lengths]),
+            cu_keys=_boundaries([n for c in chunks for n in (c.carried + c.lengths[0], *c.lengths[1:])]),
         )
 
     def pin(self) -> RowBatch:
@@ -197,4 +193,5 @@ def collate(rows: Sequence[Sequence[Sample]], row_tokens: int, num_attributes: i
         sample_ids=[sample.id for row in rows for sample in row],
         useful_tokens=useful,
         target_tokens=int(mask.sum()),
+        squared_tokens=sum(len(sample.tokens_T) ** 2 for row in rows for sample in row),
     )

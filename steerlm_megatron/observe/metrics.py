@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import atomic_path, to_strict_json
 from steerlm_megatron.observe.sinks import Sink
 
@@ -100,30 +103,65 @@ class MetricsWriter:
             row["nonfinite"] = nonfinite
         if not self.active:
             return row
-        if self._stream is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._stream = self.path.open("a", encoding="utf-8")
-        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
-        self._stream.flush()
+        try:
+            stream = self._open()
+            stream.write(json.dumps(row, allow_nan=False) + "\n")
+            stream.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}): mend that, start the same command again"
+            ) from error
         scalars = {
             name: value
             for name, value in row.items()
             if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
         }
         for sink in self._sinks:
-            sink.write(row["step"], scalars)
+            self._send(sink, row["step"], scalars)
         return row
+
+    def _open(self) -> TextIO:
+        """The file, made anew if somebody took it away: it would be written to where nobody can read it."""
+        if self._stream is not None:
+            try:
+                there = os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat())
+            except FileNotFoundError:
+                there = False
+            if not there:
+                get_logger(__name__).warning(
+                    "%s was removed or replaced while the run writes it; going on in a new one", self.path
+                )
+                self._close_file()
+        if self._stream is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._stream = self.path.open("a", encoding="utf-8")
+        return self._stream
+
+    def _send(self, sink: Sink, step: int, scalars: Mapping[str, float]) -> None:
+        """What goes wrong there (a full disk, a server that is gone) is said once; that service gets no more."""
+        try:
+            sink.write(step, scalars)
+        except Exception as error:
+            self._sinks = [one for one in self._sinks if one is not sink]
+            get_logger(__name__).warning(
+                "%s gets no more numbers of this run: %s: %s; metrics.jsonl has every line",
+                type(sink).__name__, type(error).__name__, error,
+            )  # fmt: skip
 
     def close(self) -> None:
         """Closes the file and the sinks; a later ``write`` opens them again."""
         self._close_file()
         for sink in self._sinks:
-            sink.close()
+            try:
+                sink.close()
+            except Exception as error:
+                get_logger(__name__).warning("%s: %s: %s", type(sink).__name__, type(error).__name__, error)
 
     def _close_file(self) -> None:
         if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+            stream, self._stream = self._stream, None
+            with suppress(OSError):  # of a full disk, which the write before has raised
+                stream.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -169,17 +207,19 @@ def model_flops(
     return total if training else total / 3.0
 
 
-# Dense BF16 TFLOP/s of GPUs, by a part of their name as torch gives it (their data sheets; H200 = H100 SXM, see
+# Dense BF16 TFLOP/s of GPUs, by words of their name as torch gives it (their data sheets; H200 = H100 SXM, see
 # numerics.md).
-_PEAK_BF16_TFLOPS = {"B200": 2250.0, "GH200": 989.0, "H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0,
-                     "L40S": 362.0, "A10": 125.0}  # fmt: skip
+_PEAK_BF16_TFLOPS = {"GB200": 2500.0, "B200": 2250.0, "GH200": 989.0, "H200 NVL": 835.0, "H200": 989.0,
+                     "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 70.0,
+                     "A10": 125.0}  # fmt: skip
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """FLOP/s that a device of this name can reach at most in ``precision``; None where we do not know it."""
     if precision != "bf16":
         return None
-    return next((1e12 * peak for name, peak in _PEAK_BF16_TFLOPS.items() if name in device_name), None)
+    found = (peak for name, peak in _PEAK_BF16_TFLOPS.items() if re.search(rf"\b{name}\b", device_name))
+    return next((1e12 * peak for peak in found), None)
 
 
 class Throughput:

@@ -7,11 +7,12 @@ and a job that raises still leaves the terminal clean.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+from rich.console import RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,6 +24,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 from rich.rule import Rule
+from rich.text import Text
 
 from steerlm_megatron.observe.log import console, get_logger
 
@@ -46,6 +48,15 @@ def pipeline_step(number: int, count: int, name: str) -> Iterator[None]:
     finally:
         _STEP.reset(token)
     get_logger().info("%s done in %s", title, format_seconds(time.monotonic() - start))
+
+
+class _Bar(RichProgress):
+    """With the numbers on a line of their own: beside the bar, 80 columns had no room for the time that is left."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(f"  {task.fields['info']}", no_wrap=True, overflow="ellipsis")
 
 
 class Progress:
@@ -90,13 +101,12 @@ class Progress:
     def __enter__(self) -> Progress:
         self._start = self._last_time = self._clock()
         if self._enabled and self._terminal:
-            self._bar = RichProgress(
+            self._bar = _Bar(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
                 TaskProgressColumn(),
-                TextColumn("{task.fields[info]}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -108,6 +108,7 @@ def train(here: Session) -> TrainResult:
         verify(base)
         engine.load_model(base)
     _announce(config, view, rows, loaders[0], steps)
+    _check_profile(config, here.layout.world_size, meta.step, steps)
     profiler = StepProfiler(here.folder, config.profile.steps, here.layout.rank, config.profile.ranks)
     sinks = on_main(lambda: sinks_of(config.tracking, here.folder, to_container(config))) or []
     with closing(MetricsWriter(here.folder, sinks=sinks, active=here.layout.is_main)) as metrics:
@@ -192,6 +193,19 @@ def _check_data(config: Config, data: Corpora, view: View) -> None:
         )
 
 
+def _check_profile(config: Config, ranks: int, done: int, steps: int) -> None:
+    """Say of a profile that was asked for that there will be none, or less."""
+    wanted = config.profile
+    if not wanted.steps:
+        return
+    if absent := [rank for rank in wanted.ranks if not 0 <= rank < ranks]:
+        raise UserError(f"profile.ranks={wanted.ranks}: there is no rank {absent[0]}; legal: 0 to {ranks - 1}")
+    if wanted.steps[0] > steps or wanted.steps[1] <= done:
+        get_logger(__name__).warning(
+            "profile.steps=%s: no trace, this run goes from step %d to step %d", wanted.steps, done + 1, steps
+        )
+
+
 def _new_meta(config: Config, data: Corpora, view: View) -> CheckpointMeta:
     schema = data.schema if view in ("ap", "acsft") else None
     return CheckpointMeta(
@@ -237,13 +251,22 @@ def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tupl
         if config.train.trainable == "head":
             freeze_trunk(chunk)
         chunks.append(chunk)
-    model, multiplied = config.model, _multiplied_parameters(config.model, data.tokenizer.vocab_size, view)
+    flops = _flops_of(config, data.tokenizer.vocab_size, view)
+    return engine_of(config.engine)(chunks, _objective(config, view), config.optim, config.engine, steps), flops
+
+
+def _flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, float], float]:
+    """Model FLOPs of so many useful tokens and Σ s² (facts/performance_references §5d). A frozen trunk has no backward
+    pass: a third of training's.
+    """
+    model, multiplied = config.model, _multiplied_parameters(config.model, vocab_size, view)
+    width = (model.head_dim or model.hidden_size // model.num_heads) * model.num_heads
+    backward = config.train.trainable == "all"
 
     def flops(tokens: int, squares: float) -> float:
-        width = (model.head_dim or model.hidden_size // model.num_heads) * model.num_heads
-        return model_flops(multiplied, model.num_layers, width, tokens, squares)
+        return model_flops(multiplied, model.num_layers, width, tokens, squares, training=backward)
 
-    return engine_of(config.engine)(chunks, _objective(config, view), config.optim, config.engine, steps), flops
+    return flops
 
 
 def engine_of(engine: EngineConfig) -> type[MegatronEngine] | type[DeepSpeedEngine]:

@@ -157,11 +157,10 @@ class Trainer:
     def _count(self, batches: Sequence[RowBatch]) -> None:
         self.counted_steps += 1
         for batch in batches:
-            lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
             self.counts[0] += batch.useful_tokens
             self.counts[1] += batch.target_tokens
             self.counts[2] += batch.row_tokens
-            self.counts[3] += float(lengths.square().sum())
+            self.counts[3] += batch.squared_tokens
 
     def _log(self, result: StepResult) -> dict[str, Any]:
         useful, target, slots, squares = sum_over_data_parallel(self.counts)

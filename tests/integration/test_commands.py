@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import threading
@@ -53,6 +54,8 @@ def test_the_pipeline_ends_in_a_report(work: Path) -> None:
     html = (work / "run/12-report/report.html").read_text()
     assert "data:image/svg+xml" in html and not re.search(r"""(?:src|href)=["']?https?:""", html)
     assert "Traceback" not in said and said.count("\n") < 150
+    command = shlex.split((work / "run/command.txt").read_text().splitlines()[0])
+    assert command == ["steerlm", "run", *TINY, "run_dir=run", "parallel.data=2", "run_dir=run"], "to be typed again"
 
 
 def test_complete_steps_are_skipped_and_changed_ones_run_again(work: Path) -> None:
@@ -297,3 +300,11 @@ def test_a_rank_killed_with_9_is_started_again(tmp_path: Path) -> None:
     assert "starting all ranks again from the last checkpoint (train.max_restarts: 1 of 1)" in output
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 101))
+
+
+def test_a_multirun_starts_ranks_for_each_of_its_jobs(work: Path) -> None:
+    steerlm(
+        "train_sft", *ONE_STEP, "--multirun", "train.steps=1,2", "parallel.data=2",
+        "run_dir=many/${train.steps}", cwd=work,
+    )  # fmt: skip
+    assert [len(losses(work / "many" / steps)) for steps in "12"] == [1, 2]

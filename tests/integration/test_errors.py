@@ -124,6 +124,21 @@ COMMAND_LINES = {
          "train.micro_batch_samples=2"],
         ["train.row_tokens=161", "multiple of parallel.tensor=2"],
     ),
+    "several wrong keys and values at once": (
+        ["train_sft", "train.stepz=2", "optimm.lr=3", "engine=megatorn", "train.steps=abc", "model=tiny"],
+        ["train.stepz: no such key; did you mean train.steps?", "did you mean optim.lr?", "did you mean megatron?",
+         "train.steps: Value 'abc'"],
+    ),
+    "a wrong value among those of a multirun": (
+        ["train_sft", "--multirun", "train.steps=1,2", "optim.lr=1e-3,x"], ["optim.lr: Value 'x'"],
+    ),
+    "numbers that no optimizer and no generator takes": (
+        ["train_ap", "experiment=quickstart", "optim.beta2=1", "optim.weight_decay=-1", "optim.lr=inf", "train.seed=-1",
+         "model.num_query_groups=-1", "train.label_weights.quality=nan", "train.label_weights={qualty:1}",
+         "attributes.best.qualty=2"],
+        ["optim.beta2=1.0", "optim.weight_decay=-1", "optim.lr=inf", "train.seed=-1", "model.num_query_groups=-1",
+         "train.label_weights.quality=nan", "train.label_weights.qualty is not", "attributes.best.qualty is not"],
+    ),
     "several things at once": (
         ["train_sft", "experiment=quickstart", "parallel.tensor=3", "engine.precision=fp8"],
         ["parallel.tensor=3", "engine.precision=fp8"],

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops, read_metrics
 
 
@@ -62,6 +63,30 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
         MetricsWriter(tmp_path)
 
 
+def test_a_full_disk_is_an_error_with_its_remedy(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(UserError, match=r"metrics.jsonl cannot be written \(No space left on device\): mend that"):
+            writer.write(1, loss=1.0)
+
+
+@pytest.mark.parametrize("how", ["file", "folder", "replaced"])
+def test_a_file_that_is_taken_away_is_made_anew(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    get_logger().propagate = True
+    with MetricsWriter(path.parent) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, loss=1.0)
+            if step == 1:
+                path.unlink()
+                if how == "folder":
+                    path.parent.rmdir()
+                elif how == "replaced":
+                    path.write_text('{"step": 1, "edited": true}\n')
+    assert [row["step"] for row in read_metrics(path)] == ([1, 2, 3] if how == "replaced" else [2, 3])
+    assert len([line for line in caplog.messages if "was removed or replaced" in line]) == 1
+
+
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, active=False) as writer:
         assert writer.write(1, loss=1.0) == {"step": 1, "loss": 1.0}
@@ -100,5 +125,7 @@ def test_throughput_counts_useful_tokens_and_leaves_pauses_out() -> None:
 def test_peaks_of_gpus() -> None:
     assert peak_flops("NVIDIA H200", "bf16") == peak_flops("NVIDIA GH200 480GB", "bf16") == 989e12
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("NVIDIA H100 NVL", "bf16") == 835e12 and peak_flops("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert peak_flops("NVIDIA A10G", "bf16") == 70e12 and peak_flops("NVIDIA RTX A1000", "bf16") is None
     assert peak_flops("cpu", "bf16") is None and peak_flops("NVIDIA H200", "fp32") is None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 
 from steerlm_megatron.observe import progress
 from steerlm_megatron.observe.log import close_logging, setup_logging
@@ -88,3 +91,18 @@ def test_other_ranks_are_silent_and_a_bar_on_a_terminal_ends_clean(
 @pytest.mark.parametrize(("seconds", "text"), [(8.26, "8.3 s"), (247, "4:07"), (7447, "2:04:07")])
 def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_an_eighty_column_terminal_shows_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def screen() -> Console:
+        return Console(file=io.StringIO(), force_terminal=True, width=80, color_system=None)
+
+    monkeypatch.setattr(progress, "console", screen)
+    with Progress(100_000, "5/12 train_ap", terminal=True, initial=1000) as bar:
+        bar.advance(1, loss=1.234567, lr=3.054e-4, tokens_per_sec=17482.0, valid=1.581)
+        assert bar._bar is not None
+        with (paper := screen()).capture() as shown:
+            paper.print(bar._bar.get_renderable())
+    first, second = shown.get().splitlines()
+    assert "1001/100000" in first and re.search(r"0:00:0\d left \S*:\S*", first) and "…" not in first
+    assert "loss=1.235" in second and "valid=1.581" in second

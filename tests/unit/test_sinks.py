@@ -14,6 +14,7 @@ import pytest
 
 from steerlm_megatron.config.schema import TrackingConfig
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, read_metrics
 from steerlm_megatron.observe.sinks import sinks_of
 
@@ -147,6 +148,17 @@ def test_a_server_that_goes_away_does_not_end_training(
             writer.write(step, loss=1.0)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     assert len([line for line in caplog.messages if "connection refused" in line]) <= 1
+
+
+def test_tensorboard_on_a_full_disk_does_not_end_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    get_logger().propagate = True
+    with MetricsWriter(tmp_path, sinks=sinks_of(TrackingConfig(tensorboard=True), tmp_path, CONFIG)) as writer:
+        (tmp_path / "tensorboard").write_text("a file where its folder should be")
+        for step in (1, 2):
+            writer.write(step, loss=1.0)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    (line,) = [line for line in caplog.messages if line.startswith("TensorBoard")]
+    assert line.startswith("TensorBoard gets no more numbers of this run: ") and "metrics.jsonl has every line" in line
 
 
 @pytest.mark.parametrize("service", ["wandb", "mlflow"])
