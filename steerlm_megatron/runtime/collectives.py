@@ -39,7 +39,10 @@ def gather_objects(value: T) -> list[T]:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every rank if it is true on one. Collective over the world."""
+    """True on every rank if it is true on one. Collective over the world.
+
+    Host sync on GPUs, once a step in the training loop: gloo, which would spare it, takes a round over all ranks.
+    """
     if dist.get_world_size() == 1:
         return flag
     tensor = torch.tensor([int(flag)], dtype=torch.int32, device=device())
@@ -98,7 +101,7 @@ def sum_from_last_stage(sums_M: torch.Tensor) -> torch.Tensor:
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             last = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast(total, src=last, group=parallel_state.get_pipeline_model_parallel_group())
-    return total.cpu()
+    return total.cpu()  # host sync: once a step
 
 
 def sum_over_data_parallel(values: list[float]) -> list[float]:
