@@ -319,16 +319,19 @@ def _launch(ranks: int, arguments: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "steerlm_megatron", *arguments)
     except ChildFailedError as error:
-        codes = [f.exitcode for f in error.failures.values()]
-        rank, first = error.get_first_failure()
-        if EXIT_USER_ERROR in codes or EXIT_REQUEUE in codes:
-            return EXIT_USER_ERROR if EXIT_USER_ERROR in codes else EXIT_REQUEUE
-        if first.exitcode in (-signal.SIGTERM, -signal.SIGUSR1):  # before it listened to signals: nothing to save
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if EXIT_USER_ERROR in codes.values():
+            return EXIT_USER_ERROR
+        # Killed before they listened to signals, there was nothing to save. After a fault of one rank the agent stops
+        # the others, which end with 75 then: that is not the run's.
+        stopped = (EXIT_REQUEUE, -signal.SIGTERM, -signal.SIGUSR1)
+        faults = {rank: code for rank, code in codes.items() if code not in stopped}
+        if not faults:
             return EXIT_REQUEUE
-        print(
-            f"steerlm: rank {rank} failed with exit code {first.exitcode}; its log is in run_dir/log", file=sys.stderr
-        )
-        return 1 if first.exitcode <= 0 else first.exitcode
+        first, _ = error.get_first_failure()
+        rank = first if first in faults else min(faults)
+        print(f"steerlm: rank {rank} failed with exit code {faults[rank]}; its log is in run_dir/log", file=sys.stderr)
+        return 1 if faults[rank] <= 0 else faults[rank]
     except SignalException as error:
         return EXIT_REQUEUE if error.sigval == signal.SIGTERM else 128 + int(error.sigval)
     finally:

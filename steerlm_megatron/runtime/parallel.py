@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,7 +95,21 @@ def _start_torch_distributed(timeout_sec: int) -> None:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
         os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
-    dist.init_process_group(device.backend(), timeout=timeout)
+    dist.init_process_group(device.backend(), timeout=timeout, **_store_after_restart(timeout))
+
+
+def _store_after_restart(timeout: timedelta) -> dict[str, Any]:
+    """For ranks that torchrun started again (``--max-restarts``): its agent's store under a name of their own.
+
+    torch 2.13 hands them the store of the ranks before, in which gloo finds the addresses of dead processes, and waits.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size(), is_master=False, timeout=timeout
+    )
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": global_rank(), "world_size": world_size()}
 
 
 def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> Layout:

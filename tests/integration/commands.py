@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ def steerlm(*arguments: str, cwd: Path, code: int = 0, timeout: float = 240.0) -
     return done
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """Start a command in a process group of its own."""
+def start(*arguments: str, cwd: Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own. ``launcher``: a module with arguments that starts it."""
     return subprocess.Popen(
-        [sys.executable, "-m", "steerlm_megatron", *arguments],
+        [sys.executable, *launcher, "-m", "steerlm_megatron", *arguments],
         cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 

@@ -279,11 +279,16 @@ def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def test_a_rank_killed_with_9_is_started_again(tmp_path: Path) -> None:
-    """``train.max_restarts``: all ranks go on from the last checkpoint; no step is lost or twice in the metrics."""
+@pytest.mark.parametrize("by", ["steerlm", "torchrun"])
+def test_a_rank_killed_with_9_is_started_again(by: str, tmp_path: Path) -> None:
+    """``train.max_restarts`` or torchrun's ``--max-restarts``: all ranks go on from the last checkpoint; no step is
+    lost or twice in the metrics.
+    """
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1")
     process = start(
         "train_sft", *TINY, "train.steps=100", "train.save_every_steps=20", "train.validate_every_steps=1000",
-        "train.max_restarts=1", "parallel.data=2", "run_dir=run", cwd=tmp_path,
+        f"train.max_restarts={int(by == 'steerlm')}", "parallel.data=2", "run_dir=run", cwd=tmp_path,
+        launcher=torchrun if by == "torchrun" else (),
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
@@ -297,7 +302,8 @@ def test_a_rank_killed_with_9_is_started_again(tmp_path: Path) -> None:
     finally:
         kill(process)
     assert process.returncode == 0, output
-    assert "starting all ranks again from the last checkpoint (train.max_restarts: 1 of 1)" in output
+    again = "starting all ranks again from the last checkpoint (train.max_restarts: 1 of 1)"
+    assert (again in output) == (by == "steerlm") and "resuming from" in output
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 101))
 
