@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops, read_metrics
 
 
@@ -73,7 +72,6 @@ def test_a_full_disk_is_an_error_with_its_remedy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["file", "folder", "replaced"])
 def test_a_file_that_is_taken_away_is_made_anew(how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
-    get_logger().propagate = True
     with MetricsWriter(path.parent) as writer:
         for step in (1, 2, 3):
             writer.write(step, loss=1.0)

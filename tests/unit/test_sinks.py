@@ -14,7 +14,6 @@ import pytest
 
 from steerlm_megatron.config.schema import TrackingConfig
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, read_metrics
 from steerlm_megatron.observe.sinks import sinks_of
 
@@ -151,7 +150,6 @@ def test_a_server_that_goes_away_does_not_end_training(
 
 
 def test_tensorboard_on_a_full_disk_does_not_end_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    get_logger().propagate = True
     with MetricsWriter(tmp_path, sinks=sinks_of(TrackingConfig(tensorboard=True), tmp_path, CONFIG)) as writer:
         (tmp_path / "tensorboard").write_text("a file where its folder should be")
         for step in (1, 2):

@@ -12,7 +12,6 @@ from steerlm_megatron.config.schema import Config
 from steerlm_megatron.data.collate import collate
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.train import _check_profile, _flops_of
 from steerlm_megatron.train.loop import Trainer
 
@@ -53,7 +52,6 @@ def test_flops_of_a_model_counted_by_hand(activation: str) -> None:
     ids=["inside", "its last step", "beyond its end", "done before"],
 )  # fmt: skip
 def test_a_profile_that_will_not_be_is_said(steps: list[int], said: bool, caplog: pytest.LogCaptureFixture) -> None:
-    get_logger().propagate = True
     config = Config()
     config.profile.steps = steps
     _check_profile(config, ranks=2, done=2, steps=10)
