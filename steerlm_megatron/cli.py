@@ -343,8 +343,19 @@ def _prefix() -> str:
     return f"steerlm: rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else "steerlm: "
 
 
+def _is_first_to_say(text: str) -> bool:
+    """What is wrong with an input is found by every rank, and said by one; before ranks know each other, by one of
+    each host.
+    """
+    if "steerlm_megatron.runtime.parallel" not in sys.modules:
+        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0" or not _is_rank()
+    from steerlm_megatron.runtime.collectives import first_to_say
+
+    return first_to_say(text)
+
+
 def _print_error(error: UserError) -> None:
-    if isinstance(error, ReportedElsewhere):
+    if isinstance(error, ReportedElsewhere) or not _is_first_to_say(f"{error}"):
         return
     for line in str(error).splitlines():
         print(f"{_prefix()}error: {line}", file=sys.stderr)

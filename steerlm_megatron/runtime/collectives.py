@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from steerlm_megatron.runtime.device import device
 
 T = TypeVar("T")
 _POLL_SEC = 0.05
+_MAIN_FIRST_SEC = 1.0
 _calls = count()  # of on_main, the same number on every rank
 
 
@@ -85,6 +87,24 @@ def on_main(action: Callable[[], T]) -> T | None:
         store.set(key, json.dumps(outcome))
         barrier()
         store.delete_key(key)
+
+
+def first_to_say(text: str) -> bool:
+    """Whether this rank is the first that asks for this ``text``; others give the main rank a moment to be it.
+
+    Not collective: ranks may call it or not.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return True
+    key = f"said_{hashlib.sha256(text.encode()).hexdigest()}"
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        deadline = time.monotonic() + (0.0 if dist.get_rank() == 0 else _MAIN_FIRST_SEC)
+        while time.monotonic() < deadline and not store.check([key]):
+            time.sleep(_POLL_SEC)
+        return store.add(key, 1) == 1
+    except RuntimeError:  # the store's rank is gone: whether it said this, nobody knows
+        return True
 
 
 def sum_from_last_stage(sums_M: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,30 @@
+"""What ranks say once, and to whom."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.dist import run_ranks
+
+from steerlm_megatron.config.schema import ParallelConfig
+from steerlm_megatron.runtime import parallel
+from steerlm_megatron.runtime.collectives import barrier, first_to_say, sum_over_data_parallel
+
+pytestmark = pytest.mark.distributed
+
+
+def ranks_talk() -> dict[str, object]:
+    at = parallel.initialize(ParallelConfig(context=2), 0)
+    said = first_to_say("everybody's error")
+    again = first_to_say("everybody's error")
+    alone = first_to_say("of the last rank") if at.rank == 1 else None
+    barrier()
+    summed = [sum_over_data_parallel([1.0, at.rank], with_context=wide) for wide in (False, True)]
+    return {"said": said, "again": again, "alone": alone, "summed": summed}
+
+
+def test_an_error_of_all_ranks_is_said_by_the_main_one() -> None:
+    main, other = run_ranks(2, ranks_talk)
+    assert (main["said"], other["said"]) == (True, False)
+    assert not main["again"] and not other["again"]
+    assert other["alone"], "one that the main rank does not have is said all the same"
+    assert main["summed"] == [[1.0, 0.0], [2.0, 1.0]] and other["summed"] == [[1.0, 1.0], [2.0, 1.0]]
