@@ -32,6 +32,7 @@ from steerlm_megatron.data.collate import Chunk
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.context import keys_of_chunks
 from steerlm_megatron.model.fused import rotate
+from steerlm_megatron.runtime.device import to_device
 
 # Documents of up to this many tokens share batched attention calls; longer ones are worth a call of their own.
 _ALONE_FROM_TOKENS = 512
@@ -176,7 +177,7 @@ def _make_buckets(lengths: list[int], device: torch.device) -> Buckets:
         offset += index_DL.size
         shapes.append((len(documents), longest))
         indices.append(index_DL.ravel())
-    return Buckets(shapes, torch.from_numpy(np.concatenate(indices)).to(device), torch.from_numpy(order_T).to(device))
+    return Buckets(shapes, to_device(np.concatenate(indices), device), to_device(order_T, device))
 
 
 class _ToSlots(torch.autograd.Function):
@@ -245,7 +246,7 @@ def _attend_chunks(
     """The same for a context-parallel rank: each chunk's first document may have more keys than queries, the others'
     are as many.
     """
-    grouped = q_TNH.shape[1] != k_KGH.shape[1]
+    per_group = q_TNH.shape[1] // k_KGH.shape[1]
     sizes = [chunk.stop - chunk.start for chunk in packed.chunks]
     key_sizes = [chunk.stop - chunk.first_key for chunk in packed.chunks]
     outputs: list[torch.Tensor] = []
@@ -254,10 +255,10 @@ def _attend_chunks(
     ):
         if seen is not None:
             first, keys = seen.shape
-            q_1NQH, k_1GKH, v_1GKH = (x.transpose(0, 1)[None] for x in (q[:first], k[:keys], v[:keys]))
-            out = F.scaled_dot_product_attention(
-                q_1NQH, k_1GKH, v_1GKH, attn_mask=seen, scale=scale, dropout_p=dropout, enable_gqa=grouped
-            )
+            # Repeated, not grouped: on a GPU the only kernel that takes a mask and groups makes all scores at once.
+            k_KNH, v_KNH = (x[:keys].repeat_interleave(per_group, 1) if per_group > 1 else x[:keys] for x in (k, v))
+            q_1NQH, k_1NKH, v_1NKH = (x.transpose(0, 1)[None] for x in (q[:first], k_KNH, v_KNH))
+            out = F.scaled_dot_product_attention(q_1NQH, k_1NKH, v_1NKH, attn_mask=seen, scale=scale, dropout_p=dropout)
             outputs.append(out[0].transpose(0, 1))
             q, k, v = q[first:], k[keys:], v[keys:]
         if rest is not None:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from steerlm_megatron.errors import ReportedElsewhere, UserError
-from steerlm_megatron.runtime.device import device
 
 T = TypeVar("T")
 _POLL_SEC = 0.05
@@ -110,8 +109,8 @@ def first_to_say(text: str) -> bool:
 def sum_from_last_stage(sums_M: torch.Tensor) -> torch.Tensor:
     """Add ``sums_M`` over data- and context-parallel ranks and hand the last stage's total to every stage, in place.
 
-    ``sums_M``: float64 [M] on the device; stages other than the last pass any of the same length. Collective over the
-    world.
+    ``sums_M``: [M] or a scalar on the device; stages other than the last pass any of the same shape. Collective over
+    the world.
     """
     if dist.get_world_size() > 1:
         dist.all_reduce(sums_M, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -126,10 +125,10 @@ def sum_over_data_parallel(values: list[float], with_context: bool = False) -> l
 
     Collective over that group.
     """
-    group = parallel_state.get_data_parallel_group(with_context_parallel=with_context)
+    group = parallel_state.get_data_parallel_group_gloo(with_context_parallel=with_context)
     if dist.get_world_size(group) == 1:
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=device())
+    total = torch.tensor(values, dtype=torch.float64)  # from host to host, beside what GPUs compute
     dist.all_reduce(total, group=group)
     return total.tolist()
 

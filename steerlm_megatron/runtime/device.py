@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import time
+from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -47,6 +49,12 @@ def set_cpu_threads(ranks_on_host: int) -> None:
     """Share the host's cores between its ranks, unless ``OMP_NUM_THREADS`` says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, ranks_on_host)))
+
+
+def to_device(values: np.ndarray[Any, Any], where: torch.device) -> torch.Tensor:
+    """An array as a tensor on ``where``; the host does not wait for the copy, pinned memory stays until it is made."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor
 
 
 class HostCopy:

@@ -178,8 +178,7 @@ def _patch_clipping() -> None:
 
     def scale(_chunk_size: int, _flag: Any, tensors: list[list[torch.Tensor]], factor: float) -> None:
         sources, targets = tensors
-        if sources is not targets:
-            torch._foreach_copy_(targets, sources)
+        assert sources is targets, "clipping scales in place"
         torch._foreach_mul_(targets, factor)
 
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:

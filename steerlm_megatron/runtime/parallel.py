@@ -48,7 +48,9 @@ class Layout:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What must be the same for a rank's generators to mean the same."""
+        """What must be the same for a rank's generators to mean the same. Three sizes without context parallelism, as
+        in checkpoints from before it.
+        """
         sizes = (self.pp_size, self.tp_size, self.dp_size)
         return sizes if self.cp_size == 1 else (*sizes, self.cp_size)
 
@@ -115,9 +117,9 @@ def _store_after_restart(timeout: timedelta) -> dict[str, Any]:
 def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> Layout:
     """Start (or reuse) the groups of ``parallel`` and seed this rank. Collective over the world.
 
-    Megatron-Core's order: tensor-parallel ranks are neighbours, then data, then pipeline. Seeds follow its rule too:
-    the same
-    everywhere outside tensor-parallel regions, different per tensor-parallel rank inside, different per pipeline stage.
+    Megatron-Core's order: tensor-parallel ranks are neighbours, then context, then data, then pipeline. Seeds follow
+    its rule too: the same everywhere outside tensor-parallel regions, different per tensor-parallel rank inside,
+    different per pipeline stage.
     Context-parallel ranks differ as well: they hold different tokens, and one mask for two would be no dropout of each.
     """
     mcore_compat.apply()
@@ -127,7 +129,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> L
     _start_torch_distributed(timeout_sec)
     sizes = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
     if parallel_state.is_initialized() and getattr(initialize, "sizes", None) != sizes:
-        parallel_state.destroy_model_parallel()
+        _destroy_groups()
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -139,6 +141,15 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> L
         initialize.sizes = sizes  # type: ignore[attr-defined]
     seed_everything(seed)
     return layout()
+
+
+def _destroy_groups() -> None:
+    """Megatron-Core forgets its groups; torch would keep them, NCCL's buffers too, for as long as the process lives."""
+    dist.barrier()  # no rank closes what another still reads
+    parallel_state.destroy_model_parallel()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def seed_everything(seed: int) -> None:

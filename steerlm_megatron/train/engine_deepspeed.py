@@ -47,6 +47,9 @@ _KINDS = (_MASTER, "exp_avg", "exp_avg_sq")
 Template: TypeAlias = ShardedTensor | ShardedTensorFactory
 
 
+_SHARED = {"with_context_parallel": True}
+
+
 class _Mpu:
     """Megatron-Core's groups under the names that DeepSpeed asks an ``mpu`` for: model parallel is tensor parallel."""
 
@@ -58,9 +61,9 @@ class _Mpu:
     get_tensor_model_parallel_group = staticmethod(parallel_state.get_tensor_model_parallel_group)
     get_tensor_model_parallel_src_rank = staticmethod(parallel_state.get_tensor_model_parallel_src_rank)
     # ZeRO partitions over all ranks that hold the same parameters, context-parallel ones among them.
-    get_data_parallel_rank = partial(parallel_state.get_data_parallel_rank, with_context_parallel=True)
-    get_data_parallel_world_size = partial(parallel_state.get_data_parallel_world_size, with_context_parallel=True)
-    get_data_parallel_group = partial(parallel_state.get_data_parallel_group, with_context_parallel=True)
+    get_data_parallel_rank = staticmethod(partial(parallel_state.get_data_parallel_rank, **_SHARED))
+    get_data_parallel_world_size = staticmethod(partial(parallel_state.get_data_parallel_world_size, **_SHARED))
+    get_data_parallel_group = staticmethod(partial(parallel_state.get_data_parallel_group, **_SHARED))
 
 
 class DeepSpeedEngine(Engine):

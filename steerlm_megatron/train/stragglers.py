@@ -27,9 +27,8 @@ class Stragglers:
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
         self._slowest, self._streak, self._warn_at = -1, 0, _IN_A_ROW
-        self._own: defaultdict[int, float] = defaultdict(
-            float
-        )  # of the window so far: seconds by replica, and of steps
+        # Of the window so far: seconds by replica, and of steps.
+        self._own: defaultdict[int, float] = defaultdict(float)
         self._step_sec = 0.0
         self._since = monotonic()
 

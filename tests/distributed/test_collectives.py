@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch.distributed as dist
 from helpers.dist import run_ranks
 
 from steerlm_megatron.config.schema import ParallelConfig
@@ -20,6 +21,21 @@ def ranks_talk() -> dict[str, object]:
     barrier()
     summed = [sum_over_data_parallel([1.0, at.rank], with_context=wide) for wide in (False, True)]
     return {"said": said, "again": again, "alone": alone, "summed": summed}
+
+
+def groups_of_layouts() -> list[int]:
+    counts = []
+    for layout in (ParallelConfig(context=2), ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(context=2)):
+        parallel.initialize(layout, 0)
+        assert sum_over_data_parallel([1.0], with_context=True) == [2.0 / layout.tensor]
+        counts.append(len(dist.distributed_c10d._world.pg_map))
+    return counts
+
+
+def test_another_layout_takes_the_place_of_the_last() -> None:
+    """As between the steps of `steerlm run`: groups, and NCCL's buffers with them, do not pile up."""
+    for counts in run_ranks(2, groups_of_layouts):
+        assert max(counts) - min(counts) <= 2 and counts[0] == counts[-1], counts
 
 
 def test_an_error_of_all_ranks_is_said_by_the_main_one() -> None:

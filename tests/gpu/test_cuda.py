@@ -69,9 +69,10 @@ def test_training_on_the_gpu_is_the_references(objective: str, exact: None) -> N
     assert max(float((p.cpu() - reference.params[name]).abs().max()) for name, p in params.items()) <= 1e-5
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("objective", ["sft", "ap"])
-def test_a_micro_batch_never_waits_for_the_device(objective: str) -> None:
-    engine = make(Case(objective))
+def test_a_micro_batch_never_waits_for_the_device(objective: str, precision: str) -> None:
+    engine = make(Case(objective, precision=precision))
     (chunk,) = engine.chunks
     batches = [batch.pin() for batch in step_batches(0)]
     engine.train_step(batches)  # compiles, and fills caches
@@ -84,9 +85,10 @@ def test_a_micro_batch_never_waits_for_the_device(objective: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("objective", ["sft", "ap"])
-def test_a_step_waits_for_the_norm_and_nothing_else(objective: str) -> None:
-    engine = make(Case(objective))
+def test_a_step_waits_for_the_norm_and_nothing_else(objective: str, precision: str) -> None:
+    engine = make(Case(objective, precision=precision))
     batches = [batch.pin() for batch in step_batches(0)]
     engine.train_step(batches)
     torch.cuda.set_sync_debug_mode("warn")

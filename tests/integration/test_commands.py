@@ -68,10 +68,17 @@ def test_complete_steps_are_skipped_and_changed_ones_run_again(work: Path) -> No
     assert json.loads((work / "run/12-report/report.json").read_text())["quality_detail"]["acsft"]["n"] == 1
 
 
+LAYOUTS = {
+    "one": (),
+    "four": ("parallel.tensor=2", "parallel.pipeline=2"),
+    "rows in two": ("parallel.context=2",),
+}
+
+
 def test_losses_do_not_depend_on_the_layout(work: Path) -> None:
     """Issue 2, show 3."""
     expected = None
-    for name, layout in {"one": (), "four": ("parallel.tensor=2", "parallel.pipeline=2")}.items():
+    for name, layout in LAYOUTS.items():
         steerlm("train_sft", *ONE_STEP, "train.steps=6", f"run_dir={name}", *layout, cwd=work)
         found = losses(work / name)
         assert len(found) == 6
@@ -136,7 +143,7 @@ def test_a_killed_annotation_goes_on_and_loses_nothing(work: Path) -> None:
     part.write_bytes(part.read_bytes() + b'{"i": 5')  # a line torn by the kill
     again = steerlm(*common, "output=killed.jsonl", cwd=work)
     assert f"resuming: {done} of 6000" in again.stderr
-    steerlm(*common[:-1], "run_dir=whole", "output=whole.jsonl", "parallel.data=2", cwd=work)
+    steerlm(*common[:-1], "run_dir=whole", "output=whole.jsonl", "parallel.context=2", cwd=work)
     killed, whole = list(read_records(work / "killed.jsonl")), list(read_records(work / "whole.jsonl"))
     assert [r.id for r in killed] == [f"r{i}" for i in range(6000)] == [r.id for r in whole]
     for one, other in zip(killed, whole, strict=True):

@@ -106,6 +106,10 @@ COMMAND_LINES = {
          "train.seed=-1"],
         ["optim.beta1=1.5", "optim.eps=-1", "optim.weight_decay=-0.1", "optim.clip_grad=-1", "train.seed=-1"],
     ),
+    "rows that context parallelism cannot split": (
+        ["train_sft", "parallel.context=4", "train.row_tokens=1020"],
+        ["train.row_tokens=1020", "multiple of 8", "parallel.context=4"],
+    ),
     "half a pair of dimensions": (
         ["train_sft", "model.rotary_percent=0.3"], ["model.rotary_percent=0.3", "9 dimensions"],
     ),

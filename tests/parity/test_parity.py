@@ -72,6 +72,14 @@ MATRIX: dict[str, tuple[int, dict[str, Any]]] = {
     "CP4": (4, {"layout": P(context=4)}),
     "TP2xCP2+SP": (4, {"layout": P(tensor=2, context=2, sequence=True)}),
     "PP2xCP2": (4, {"layout": P(pipeline=2, context=2)}),
+    "TP2xCP2+SP overlap": (
+        4,
+        {"layout": P(tensor=2, context=2, sequence=True), "overlap": True, "recompute": "full"},
+    ),
+    "VPP2xCP2 micro-batch of its own": (
+        4,
+        {"layout": P(pipeline=2, virtual_pipeline=2, context=2), "micro_batches": 1},
+    ),
     "CP2xDP2 overlap": (4, {"layout": P(context=2), "overlap": True}),
     "CP2xDP2 ZeRO 2": (4, {"zero": 2, "layout": P(context=2)}),
     "PP2xDP2": (4, {"layout": P(pipeline=2)}),
@@ -90,6 +98,7 @@ TIED = (
     "VPP2",
     "TP2xPP2+SP",
     "PP2xDP2",
+    "PP2xCP2",
 )
 
 
