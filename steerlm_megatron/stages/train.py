@@ -321,5 +321,6 @@ def _summarise(here: Session, rows: Rows, result: TrainResult) -> None:
             "best_valid_loss": result.best_valid_loss,
             **{f"valid/{k}": v for k, v in result.valid.items()},
         },
+        timings={f"{part}_sec": seconds for part, seconds in result.seconds.items()},
         outputs={"checkpoint": str(result.checkpoint)},
     )

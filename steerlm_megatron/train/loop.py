@@ -12,7 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,9 @@ from steerlm_megatron.train.stragglers import Stragglers
 
 @dataclass
 class TrainResult:
-    """How a run ended. ``valid_loss`` is the last one, ``best_valid_loss`` that of the checkpoint marked best."""
+    """How a run ended. ``valid`` is of the last validation, ``best_valid_loss`` of the checkpoint marked best,
+    ``seconds`` what this rank spent on each part of this attempt.
+    """
 
     steps: int
     loss: float
@@ -44,6 +46,7 @@ class TrainResult:
     best_valid_loss: float | None
     checkpoint: Path
     tokens: int
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -77,6 +80,7 @@ class Trainer:
         self.counts = [0.0, 0.0, 0.0, 0.0]  # useful, target, slot tokens and Σ s² since the last log line
         self.counted_steps = 0
         self.seconds: defaultdict[str, float] = defaultdict(float)  # of this rank since the last log line, by part
+        self.total_seconds: defaultdict[str, float] = defaultdict(float)  # of this attempt
         self.profiler, self.watch = profiler, watch
         self.writer = ShardedWriter()
         self.stragglers = Stragglers(engine.layout)
@@ -115,7 +119,9 @@ class Trainer:
                     self._stop_if_asked()
             checkpoint = self._finish()  # a signal that comes now is not obeyed: this is what it asks for
         best = self.best if math.isfinite(self.best) else None
-        return TrainResult(self.step, loss, self.last_valid, best, checkpoint, int(self.throughput.total_tokens))
+        self._add_up_seconds()
+        tokens, spent = int(self.throughput.total_tokens), dict(self.total_seconds)
+        return TrainResult(self.step, loss, self.last_valid, best, checkpoint, tokens, spent)
 
     def _stop_if_asked(self) -> None:
         """Collective over the world."""
@@ -175,11 +181,16 @@ class Trainer:
         row |= {f"sec/{part}": seconds / steps for part, seconds in self.seconds.items()}
         row |= self.stragglers.look(self.step, (own + self.seconds["data"]) / steps, rates["step_sec"])
         row["peak_memory_gib"] = peak_memory_gib()
-        self.seconds.clear()
+        self._add_up_seconds()
         row |= {"epoch": self.loader.epoch, "samples": self.loader.consumed_samples}
         if self.is_main:
             self.metrics.write(self.step, row)
         return {"lr": result.lr, "tok/s": rates.get("tokens_per_sec")}
+
+    def _add_up_seconds(self) -> None:
+        for part, seconds in self.seconds.items():
+            self.total_seconds[part] += seconds
+        self.seconds.clear()
 
     def _look_at_nonfinite(self, result: StepResult, batches: Sequence[RowBatch]) -> None:
         """``train.nonfinite`` for a step that was not applied. Collective over the world if it was not."""
@@ -225,7 +236,9 @@ class Trainer:
                     return
 
         self.unvalidated = False
+        start = time.perf_counter()
         found = self.engine.evaluate(batches(self.valid))
+        self.seconds["validation"] += time.perf_counter() - start
         self.watch.beat(self.step, "validated")
         if self.unvalidated:
             return

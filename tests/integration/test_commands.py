@@ -84,6 +84,8 @@ def test_losses_do_not_depend_on_the_layout(work: Path) -> None:
         assert len(found) == 6
         expected = expected or found
         assert found == pytest.approx(expected, abs=1e-4)
+        spent = summary(work / name)["timings"]
+        assert min(spent[f"{part}_sec"] for part in ("data", "forward_backward", "optimizer", "validation", "save")) > 0
 
 
 @pytest.mark.parametrize("engine", [(), ("engine=deepspeed", "engine.zero_stage=3", "engine.offload=all")], ids=len)
