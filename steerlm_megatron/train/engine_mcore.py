@@ -152,7 +152,8 @@ class MegatronEngine(Engine):
 
     def _guard_update(self) -> None:
         """No update from a loss or gradients that are not finite: Megatron-Core looks for that in fp16 only."""
-        optimizer, self._finite, self._sums_M = self.optimizer, True, HostCopy(torch.zeros(0))
+        optimizer, self._finite = self.optimizer, True
+        self._sums_M = HostCopy(torch.zeros(len(self.objective.metric_names), dtype=torch.float64))
         assert isinstance(optimizer, ChainedOptimizer)  # its step() takes the norm, clips, then updates
         norm_of, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
 

@@ -92,3 +92,10 @@ def test_a_step_waits_for_the_norm_and_nothing_else(objective: str) -> None:
     with _NoHostReads(allowed=1) as reads:
         result = engine.train_step(second)
     assert reads.found == 1 and not result.skipped and result.grad_norm > 0
+
+
+@pytest.mark.parametrize("objective", ["sft", "ap"])
+def test_the_optimizer_can_be_stepped_alone(objective: str) -> None:
+    """As benchmarks do: with no losses to look at, the norm decides."""
+    updated, norm, _ = make(Case(objective)).optimizer.step()
+    assert updated and norm == 0.0
