@@ -421,7 +421,8 @@ class CheckpointStore:
         Damaged ones do not count: one of a later step than those that are saved now would otherwise be kept in their
         place. Nor do other later ones, which the run has left behind and will replace.
         """
-        folders = [f for f in complete_steps(self.root) if f <= saved and f not in self._damaged]
+        steps = complete_steps(self.root)
+        folders = [f for f in steps[: steps.index(saved) + 1] if f not in self._damaged]
         keep = set(folders[-self.keep_last :])
         best = _read_best(self.root)
         if self.keep_best and best is not None:
