@@ -410,7 +410,8 @@ def main(argv: list[str] | None = None) -> None:
         _end_with_launcher()
         _command(arguments[0], arguments[1:])
     except Interrupted as stop:
-        if stop.unsaid:
+        # One of many is enough; and a launcher stops the others in this way after an error of the main one.
+        if stop.unsaid and os.environ.get("RANK", "0") == "0":
             print(f"{_prefix()}stopped by {stop.unsaid}: start the same command again", file=sys.stderr)
         raise
     except KeyboardInterrupt:
