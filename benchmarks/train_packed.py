@@ -139,6 +139,8 @@ def contestants(
     if regression:
         ours.output_layer.regression.weight.data.normal_(0, 0.02)
     wanted = {name: a for name, a in _PEERS[args.task].items() if args.peer in name}
+    if not wanted:
+        raise SystemExit(f"--peer {args.peer!r}: none of {', '.join(_PEERS[args.task])}")
     theirs = {name: _peer(ours, model, args, attention) for name, attention in wanted.items()}
     flops = _flops(ours, model, docs, regression)
     objective = RegressionObjective(ATTRIBUTES, {}) if regression else TokenObjective()
