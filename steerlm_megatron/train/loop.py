@@ -127,10 +127,14 @@ class Trainer:
         """Collective over the world."""
         if not any_rank(self.stop.requested) or (self.step == self.steps and not self.unvalidated):
             return
+        asked = gather_objects(self.stop.reason)
+        rank, reason = next((rank, reason) for rank, reason in enumerate(asked) if reason is not None)
         self._save_now()
-        get_logger(__name__).warning(
-            "stopped by %s after step %d; saved, run again to go on", self.stop.reason, self.step
-        )
+        if self.is_main:  # which may be the one that nobody asked
+            where = f" (rank {rank})" if asked.count(None) else ""
+            get_logger(__name__).warning(
+                "stopped by %s%s after step %d; saved, run again to go on", reason, where, self.step
+            )
         raise Interrupted
 
     def _after_step(self, result: StepResult) -> dict[str, Any]:

@@ -136,11 +136,11 @@ class StopRequest:
         return self._signal is not None or time.time() >= self._limit[0]
 
     @property
-    def reason(self) -> str:
-        """What asked for it, in words; on other ranks than the one asked, that it was another."""
+    def reason(self) -> str | None:
+        """What asked for it, in words; None: nothing did."""
         if self._signal is not None:
             return self._signal
-        return self._limit[1] if time.time() >= self._limit[0] else "another rank"
+        return self._limit[1] if time.time() >= self._limit[0] else None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name
