@@ -149,7 +149,8 @@ class KVCache:
         mask_X1L = self._mask(step, heads, q_BNH.dtype)
         q_XMH = q_BNH.reshape(n * heads, share, dim)
         scores_XML = torch.baddbmm(mask_X1L, q_XMH, slabs[0].transpose(1, 2), alpha=scale)
-        weights_XML = torch.softmax(scores_XML, -1, dtype=torch.float32).to(q_BNH.dtype)
+        softmax_dtype = torch.promote_types(q_BNH.dtype, torch.float32)
+        weights_XML = torch.softmax(scores_XML, -1, dtype=softmax_dtype).to(q_BNH.dtype)
         return torch.bmm(weights_XML, slabs[1]).view(n, -1, dim)
 
     @staticmethod

@@ -1,8 +1,8 @@
 """Drawing responses for many prompts: in this process, or from servers.
 
 Owns: prompts → requests, sharding requests over data-parallel replicas, one call for both kinds of sampler. Does not
-own: drawing
-(``generate``). Invariant: a response is a function of (model, prompt, levels, seed), not of how many ranks drew it.
+own: drawing (``generate``). Invariant: a response is a function of (model, prompt, levels, seed), not of how many
+ranks drew it, as far as logits are the same to the last bit (docs/numerics.md).
 """
 
 from __future__ import annotations

@@ -41,7 +41,10 @@ class FakeTemplate:
 
 
 class FakeModel(torch.nn.Module):
-    """Two layers of grouped-query attention whose logits depend on every token and its position."""
+    """Two layers of grouped-query attention whose logits depend on every token and its position.
+
+    It computes in float64: the sampler reads float32, so the batch that a request happens to be in changes none of its
+    logits, and a test of the server may ask for the very tokens that another batch gave."""
 
     def __init__(
         self, vocab_size: int = VOCAB, stop_id: int = TURN, heads: int = 4, groups: int = 2, head_dim: int = 8
@@ -52,10 +55,10 @@ class FakeModel(torch.nn.Module):
         dim = heads * head_dim
 
         def weight(*shape: int) -> torch.nn.Parameter:
-            return torch.nn.Parameter(torch.randn(*shape, generator=generator) / shape[-1] ** 0.5 * 1.5)
+            return torch.nn.Parameter(torch.randn(*shape, generator=generator).double() / shape[-1] ** 0.5 * 1.5)
 
-        self.embedding = torch.nn.Parameter(torch.randn(vocab_size, dim, generator=generator))
-        self.positions = torch.nn.Parameter(torch.randn(512, dim, generator=generator))
+        self.embedding = torch.nn.Parameter(torch.randn(vocab_size, dim, generator=generator).double())
+        self.positions = torch.nn.Parameter(torch.randn(512, dim, generator=generator).double())
         self.qkv = torch.nn.ParameterList([weight((heads + 2 * groups) * head_dim, dim) for _ in range(2)])
         self.out = weight(vocab_size + 8, dim)  # 8 rows of padding
         self.stop_id, self.stop_bias = stop_id, 0.0
