@@ -18,7 +18,7 @@ from steerlm_megatron.errors import ReportedElsewhere, UserError
 T = TypeVar("T")
 _POLL_SEC = 0.05
 _MAIN_FIRST_SEC = 1.0
-_calls = count()  # of on_main, the same number on every rank
+_calls = count()  # of on_main and wait_for_all, the same number on every rank
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
@@ -52,6 +52,25 @@ def barrier() -> None:
     """Wait for every rank. Collective over the world."""
     if dist.get_world_size() > 1:
         any_rank(False)
+
+
+def wait_for_all() -> None:
+    """Wait for every rank, for as long as it takes: no collective's timeout ends it. For ranks whose work may differ by
+    hours. Collective over the world.
+    """
+    world = dist.get_world_size()
+    if world == 1:
+        return
+    key, store = f"wait_for_all_{next(_calls)}", dist.distributed_c10d._get_default_store()
+    everybody = f"{key}_is_here"
+    if store.add(key, 1) == world:
+        store.set(everybody, "")
+    while not store.check([everybody]):
+        time.sleep(_POLL_SEC)
+    barrier()
+    if dist.get_rank() == 0:
+        store.delete_key(key)
+        store.delete_key(everybody)
 
 
 def on_main(action: Callable[[], T]) -> T | None:

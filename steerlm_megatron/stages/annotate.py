@@ -16,9 +16,8 @@ from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
-from steerlm_megatron.observe.runfolder import fingerprint
 from steerlm_megatron.runtime.collectives import any_rank, barrier, on_main
-from steerlm_megatron.stages.journal import Journal
+from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.scoring import Scorer, Values
 from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
 from steerlm_megatron.steer.records import Conversation, OnError, Rejected, expand_paths, read_records, write_records
@@ -55,12 +54,7 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
     layout, config = here.layout, here.config
     scorer = Scorer(loaded, config.annotate.batch_tokens)
     paths = expand_paths(cast(Any, config.input))
-    key = fingerprint({"checkpoint": str(loaded.folder), "step": loaded.meta.step, "records": len(records)}, paths)
-    folder = here.folder / f"journal-{output.name}"
-    on_main(lambda: Journal(folder, 0, key, is_main=True))
-    journal = Journal(folder, layout.rank, key, is_main=False)
-    done = journal.read()
-    barrier()
+    journal, done = open_journal(here, f"journal-{output.name}", loaded, {"records": len(records)}, paths)
     mine = [i for i in range(len(records)) if i % layout.dp_size == layout.dp_rank and i not in done]
     # Similar lengths together: rows fill better and a chunk's work is even.
     mine.sort(key=lambda i: sum(len(m.content) for m in records[i].messages))

@@ -1,9 +1,8 @@
 """``bootstrap``: the model's own responses at the best attribute values, re-scored (SteerLM, step 4; facts §1.4).
 
 Owns: the set V of combinations, pairing them with prompts, the output records. Does not own: drawing
-(``sampling.py``), scoring
-(``scoring.py``). Invariant: labels of the output come from the attribute-prediction model, never from what was asked
-for.
+(``sampling.py``), scoring (``scoring.py``). Invariant: labels of the output come from the attribute-prediction model,
+never from what was asked for.
 """
 
 from __future__ import annotations
@@ -11,24 +10,18 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.client import SamplingClient
-from steerlm_megatron.generate.protocol import Result, Sampler
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.observe.runfolder import fingerprint
-from steerlm_megatron.runtime.collectives import barrier, on_main
+from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.annotate import load_records
-from steerlm_megatron.stages.journal import Journal
-from steerlm_megatron.stages.sampling import Prompt, open_generator, requests_for, sample_all
+from steerlm_megatron.stages.sampling import Drawn, Prompt, draw, forget, open_sampler, requests_for
 from steerlm_megatron.stages.scoring import Scorer, score_all
-from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
+from steerlm_megatron.stages.session import Session, load_model, session
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message, write_records
-
-_CHUNK = 256  # responses drawn between two writes of the journal
 
 
 def run(config: Config) -> None:
@@ -88,15 +81,13 @@ def pair_prompts(
 def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[str, int]:
     """Draw, score, write. Returns counts. Collective over the world."""
     config = here.config
-    schema, prompts, responses = _draw(here, records)
-    kept = [
-        (p, r) for p, r in zip(prompts, responses, strict=True) if r["finish_reason"] == "stop" and r["text"].strip()
-    ]
+    schema, prompts, responses = _draw(here, records, output)
+    kept = [(p, r) for p, r in zip(prompts, responses, strict=True) if r.finish_reason == "stop" and r.text.strip()]
     counts = {
         "in": len(prompts),
         "out": len(kept),
-        "skipped_unfinished": sum(r["finish_reason"] != "stop" for r in responses),
-        "skipped_empty": sum(r["finish_reason"] == "stop" and not r["text"].strip() for r in responses),
+        "skipped_unfinished": sum(r.finish_reason != "stop" for r in responses),
+        "skipped_empty": sum(r.finish_reason == "stop" and not r.text.strip() for r in responses),
     }
     if not kept:
         raise UserError(
@@ -107,7 +98,7 @@ def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[
         raise UserError("checkpoint and ap_checkpoint were trained with different attributes")
     drawn = [
         Conversation(
-            p.id, (*p.messages, Message("assistant", r["text"])), "bootstrap", {"requested": dict(p.levels or {})}
+            p.id, (*p.messages, Message("assistant", r.text)), "bootstrap", {"requested": dict(p.levels or {})}
         )
         for p, r in kept
     ]
@@ -116,7 +107,7 @@ def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[
 
     def write() -> None:
         write_records(output, (_scored(c, s[len(c.messages) - 1], schema) for c, s in zip(drawn, scores, strict=True)))
-        Journal(here.folder / "journal", 0, "", is_main=False).remove()
+        forget(here, [output.name])
         here.run.update(counts=counts, outputs={"output": str(output)})
         get_logger(__name__).info(
             "%d responses drawn, %d kept and scored → %s; left out: %d that reached sampling.max_tokens=%d, %d empty",
@@ -128,8 +119,10 @@ def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[
     return counts
 
 
-def _draw(here: Session, records: list[Conversation]) -> tuple[AttributeSchema, list[Prompt], list[dict[str, Any]]]:
-    """Prompts and their responses, those of an earlier, killed attempt taken from the journal."""
+def _draw(
+    here: Session, records: list[Conversation], output: Path
+) -> tuple[AttributeSchema, list[Prompt], list[Drawn]]:
+    """Prompts and their responses, and the attributes that they were asked for."""
     config = here.config
     loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="lm", gather_logits=True)
     if loaded.schema is None or not loaded.meta.conditioned:
@@ -142,39 +135,11 @@ def _draw(here: Session, records: list[Conversation]) -> tuple[AttributeSchema, 
     get_logger(__name__).info("%d combinations with %s=%d", len(chosen), schema.quality, chosen[0][schema.quality])
     b = config.bootstrap
     prompts = pair_prompts(records, chosen, b.prompts, b.responses_per_prompt, config.sampling.seed)
-    sampler = _sampler(config, loaded)
     limit = min(config.server.max_sequence_tokens, loaded.model_config.max_position)
     requests = requests_for(prompts, loaded.tokenizer, loaded.template, schema, config.sampling, limit)
-    key = fingerprint(
-        {"checkpoint": str(loaded.folder), "prompts": [(r.id, r.prompt_ids, r.params.seed) for r in requests]}
-    )
-    folder = here.folder / "journal"
-    on_main(lambda: Journal(folder, 0, key, is_main=True))
-    journal = Journal(folder, here.layout.rank, key, is_main=False)
-    done = journal.read()
-    barrier()
-    todo = [i for i in range(len(requests)) if i not in done]
-    for start in range(0, len(todo), _CHUNK):
-        chunk = todo[start : start + _CHUNK]
-        results = sample_all(sampler, [requests[i] for i in chunk], f"bootstrap {start + len(chunk)}/{len(todo)}")
-        entries = [(i, _plain(result)) for i, result in zip(chunk, results, strict=True)]
-        if here.layout.is_main:
-            journal.append(entries)
-        done.update(entries)
+    responses = draw(here, loaded, open_sampler(config, loaded), requests, output.name, "bootstrap")
     loaded.free()
-    return schema, prompts, [done[i] for i in range(len(requests))]
-
-
-def _sampler(config: Config, loaded: LoadedModel) -> Sampler:
-    if config.server.urls:
-        client = SamplingClient(config.server.urls, config.bootstrap.concurrency)
-        client.check()
-        return client
-    return open_generator(config, loaded)
-
-
-def _plain(result: Result) -> dict[str, Any]:
-    return {"text": result.text, "finish_reason": result.finish_reason, "tokens": result.completion_tokens}
+    return schema, prompts, responses
 
 
 def _scored(record: Conversation, values: Mapping[str, float], schema: AttributeSchema) -> Conversation:

@@ -21,7 +21,7 @@ from steerlm_megatron.observe.runfolder import to_strict_json, write_json_atomic
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.annotate import load_records
 from steerlm_megatron.stages.generate import read_prompts
-from steerlm_megatron.stages.sampling import Prompt, open_generator, requests_for, sample_all
+from steerlm_megatron.stages.sampling import Prompt, draw, forget, open_generator, requests_for
 from steerlm_megatron.stages.scoring import Scorer, score_all
 from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -47,6 +47,7 @@ def write_results(here: Session, results: Mapping[str, Any]) -> None:
     """``evaluation.json`` in the run folder: what ``report`` takes."""
     path = here.folder / "evaluation.json"
     write_json_atomic(path, to_strict_json(results))
+    forget(here, models_of(here.config))
     here.run.update(outputs={"evaluation": str(path)})
 
 
@@ -90,7 +91,7 @@ def evaluate(here: Session) -> dict[str, Any]:
         results["judge"] = judge.name
         prompts = read_prompts(cast(str, config.evaluate.prompts), cast(OnError, config.data.on_error))
         prompts = prompts[: config.evaluate.max_prompts]
-        results |= _compare(config, judge, prompts)
+        results |= _compare(here, judge, prompts)
         results["prompts"] = len(prompts)
     if ap is not None:
         ap.free()
@@ -154,8 +155,9 @@ def levels_to_ask(schema: AttributeSchema, wanted: Sequence[int]) -> list[int]:
     return [round(i * schema.max_level / 4) for i in range(5)]
 
 
-def _compare(config: Config, judge: Judge, prompts: list[Conversation]) -> dict[str, Any]:
+def _compare(here: Session, judge: Judge, prompts: list[Conversation]) -> dict[str, Any]:
     """Draw from one model after the other and measure: quality of each at its best, steering curves of one."""
+    config = here.config
     models = models_of(config)
     conditioned = [name for name in ("acsft", "bootstrapped") if name in models]
     steered = config.evaluate.steer or (conditioned[-1] if conditioned else None)
@@ -171,7 +173,7 @@ def _compare(config: Config, judge: Judge, prompts: list[Conversation]) -> dict[
         if name == steered and schema is not None:
             asks += _asks(schema, config)
             out["max_level"] = schema.max_level
-        drawn = _draw(config, loaded, prompts, asks, name)
+        drawn = _draw(here, loaded, prompts, asks, name)
         measured = judge.measure([p for _ in asks for p in prompts], [text for texts in drawn for text in texts])
         table = [measured[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(asks))]
         quality_name = schema.quality if schema else config.attributes.quality
@@ -202,17 +204,18 @@ def _asks(schema: AttributeSchema, config: Config) -> list[Levels]:
 
 
 def _draw(
-    config: Config, loaded: LoadedModel, prompts: list[Conversation], asks: Sequence[Levels | None], label: str
+    here: Session, loaded: LoadedModel, prompts: list[Conversation], asks: Sequence[Levels | None], name: str
 ) -> list[list[str]]:
-    """Texts [asks][prompts]."""
+    """Texts [asks][prompts]. They stay in the journal until the results are written."""
+    config = here.config
     wanted = [
         Prompt(f"{a}/{p}", prompt.messages, ask) for a, ask in enumerate(asks) for p, prompt in enumerate(prompts)
     ]
     limit = min(config.server.max_sequence_tokens, loaded.model_config.max_position)
     requests = requests_for(wanted, loaded.tokenizer, loaded.template, loaded.schema, config.sampling, limit)
-    results = sample_all(open_generator(config, loaded), requests, f"evaluate {label}")
+    results = draw(here, loaded, open_generator(config, loaded), requests, name, f"evaluate {name}")
     if cut := sum(r.finish_reason == "length" for r in results):
-        get_logger(__name__).info("%s: %d of %d responses reached sampling.max_tokens", label, cut, len(results))
+        get_logger(__name__).info("%s: %d of %d responses reached sampling.max_tokens", name, cut, len(results))
     texts = [result.text for result in results]
     return [texts[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(asks))]
 

@@ -7,9 +7,7 @@ from typing import cast
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.client import SamplingClient
-from steerlm_megatron.generate.protocol import Sampler
-from steerlm_megatron.stages.sampling import Prompt, open_generator, requests_for, sample_all
+from steerlm_megatron.stages.sampling import Prompt, draw, forget, open_sampler, requests_for
 from steerlm_megatron.stages.session import load_model, session
 from steerlm_megatron.steer.records import Conversation, Message, OnError, read_records, write_records
 
@@ -30,15 +28,12 @@ def run(config: Config) -> None:
         prompts = [Prompt(record.id, record.messages, levels) for record in records]
         limit = min(config.server.max_sequence_tokens, loaded.model_config.max_position)
         requests = requests_for(prompts, loaded.tokenizer, loaded.template, schema, config.sampling, limit)
-        sampler: Sampler = open_generator(config, loaded)
-        if config.server.urls:
-            sampler = SamplingClient(config.server.urls, config.bootstrap.concurrency)
-            sampler.check()
-        results = sample_all(sampler, requests, "generate")
+        output = Path(cast(str, config.output))
+        results = draw(here, loaded, open_sampler(config, loaded), requests, output.name, "generate")
         if here.layout.is_main:
             extra = {"requested": dict(levels)} if levels else {}
             write_records(
-                cast(str, config.output),
+                output,
                 (
                     Conversation(
                         p.id,
@@ -49,10 +44,8 @@ def run(config: Config) -> None:
                     for p, r in zip(prompts, results, strict=True)
                 ),
             )
-            here.run.update(
-                counts={"in": len(prompts), "out": len(results)},
-                outputs={"output": str(Path(cast(str, config.output)))},
-            )
+            forget(here, [output.name])
+            here.run.update(counts={"in": len(prompts), "out": len(results)}, outputs={"output": str(output)})
 
 
 def read_prompts(path: str, on_error: OnError = "error") -> list[Conversation]:

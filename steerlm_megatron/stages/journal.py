@@ -1,19 +1,21 @@
 """An append-only journal per rank: what a killed job had finished.
 
-Owns: lines of JSON keyed by record index, read back whatever ranks wrote them. Invariant: a line that is read is
-whole; a torn
-last line is cut off before the next is written; the journal of other inputs is not taken for ours.
+Owns: lines of JSON keyed by record index, read back whatever ranks wrote them. Invariant: a line that counts is whole;
+a torn last line is cut off before the next is written; the journal of other inputs is not taken for ours.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steerlm_megatron.observe.runfolder import write_json_atomic
+from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.observe.runfolder import fingerprint, write_json_atomic
+from steerlm_megatron.runtime.collectives import barrier, on_main
+from steerlm_megatron.stages.session import LoadedModel, Session
 
 
 class Journal:
@@ -24,6 +26,7 @@ class Journal:
         elsewhere.
         """
         self.folder, self.path = folder, folder / f"part-{part:05d}.jsonl"
+        self._torn = True  # perhaps: the first line written looks
         marker = folder / "key.json"
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -38,8 +41,12 @@ class Journal:
         done: dict[int, Any] = {}
         for part in sorted(self.folder.glob("part-*.jsonl")):
             for line in part.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    entry = json.loads(line)
+                try:
+                    entry = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:  # a disk's fault: that piece of work is done again
+                    get_logger(__name__).warning("%s: a line that is no JSON is left out", part)
+                    continue
+                if entry is not None:
                     done[entry["i"]] = entry["v"]
         return done
 
@@ -49,12 +56,12 @@ class Journal:
         if not lines:
             return
         with open(self.path, "a+b") as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
+            if self._torn and (size := file.seek(0, os.SEEK_END)):
                 file.seek(0)
                 whole = file.read().rfind(b"\n") + 1
                 if whole != size:
                     file.truncate(whole)
+            self._torn = False
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
@@ -65,3 +72,21 @@ class Journal:
             part.unlink()
         (self.folder / "key.json").unlink(missing_ok=True)
         self.folder.rmdir()
+
+
+def open_journal(
+    here: Session, name: str, loaded: LoadedModel, inputs: Mapping[str, Any], paths: Sequence[str] = ()
+) -> tuple[Journal, dict[int, Any]]:
+    """The journal ``name`` of this run for what ``loaded`` makes of ``inputs`` and ``paths``, and what it holds of an
+    earlier attempt. Collective over the world.
+
+    That of another model (by the names, sizes and times of its files), precision or input is emptied.
+    """
+    model = {"step": loaded.meta.step, "precision": here.config.engine.precision}
+    key = on_main(lambda: fingerprint({"model": model, **inputs}, [loaded.folder, *paths])) or ""
+    folder = here.folder / name
+    on_main(lambda: Journal(folder, 0, key, is_main=True))
+    journal = Journal(folder, here.layout.rank, key, is_main=False)
+    done = journal.read()
+    barrier()  # nobody writes before everybody has read
+    return journal, done

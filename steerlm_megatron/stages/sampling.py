@@ -1,14 +1,17 @@
 """Drawing responses for many prompts: in this process, or from servers.
 
-Owns: prompts → requests, sharding requests over data-parallel replicas, one call for both kinds of sampler. Does not
-own: drawing (``generate``). Invariant: a response is a function of (model, prompt, levels, seed), not of how many
-ranks drew it, as far as logits are the same to the last bit (docs/numerics.md).
+Owns: prompts → requests, sharding requests over data-parallel replicas, one call for both kinds of sampler, and going
+on with what an attempt that was killed had drawn. Does not own: drawing (``generate``). Invariant: a response is a
+function of (model, prompt, levels, seed), not of how many ranks drew it, as far as logits are the same to the last bit
+(docs/numerics.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, replace
 
 from steerlm_megatron.config.schema import Config, SamplingConfig
 from steerlm_megatron.data.tokenizer import Tokenizer
@@ -17,13 +20,16 @@ from steerlm_megatron.generate.client import SamplingClient
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.group import model_group
 from steerlm_megatron.generate.protocol import Request, Result, Sampler, SamplingParams, derive_seed
+from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
-from steerlm_megatron.runtime.collectives import broadcast_object, gather_objects
-from steerlm_megatron.runtime.parallel import layout
-from steerlm_megatron.stages.session import LoadedModel
+from steerlm_megatron.runtime.collectives import gather_objects, wait_for_all
+from steerlm_megatron.stages.journal import open_journal
+from steerlm_megatron.stages.session import LoadedModel, Session
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import Template
+
+_NOTE_SEC = 2.0  # between two writes of the journal
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,24 @@ class Prompt:
     id: str
     messages: tuple[Message, ...]
     levels: Mapping[str, int] | None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A response: its text, why it ended (``stop``, ``length``), and how many tokens were drawn for it."""
+
+    text: str
+    finish_reason: str
+    tokens: int
+
+
+def open_sampler(config: Config, loaded: LoadedModel) -> Sampler:
+    """What draws: the servers of ``server.urls``, or the model in this process. Collective over the replica."""
+    if config.server.urls:
+        client = SamplingClient(config.server.urls, config.bootstrap.concurrency)
+        client.check()
+        return client
+    return open_generator(config, loaded)
 
 
 def open_generator(config: Config, loaded: LoadedModel) -> Generator:
@@ -96,27 +120,63 @@ def _without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...] | None
     return None if len(users) < 2 else head + messages[users[1] :]
 
 
-def sample_all(sampler: Sampler, requests: Sequence[Request], label: str) -> list[Result]:
-    """Results in the order of ``requests``, on every rank. Collective over the world."""
-    at = layout()
-    with Progress(len(requests), label, unit="response", enabled=at.is_main) as bar:
-        finished = tokens = 0
+def draw(
+    here: Session, loaded: LoadedModel, sampler: Sampler, requests: Sequence[Request], name: str, label: str
+) -> list[Drawn]:
+    """Responses in the order of ``requests``, on every rank. Collective over the world.
 
-        def show(result: Result) -> None:
+    Every rank notes in the journal ``name`` of the run what its replica has drawn, at least every two seconds: the next
+    attempt starts from there. ``label``: for the progress.
+    """
+    at = here.layout
+    asked = [(request.id, request.prompt_ids, asdict(request.params)) for request in requests]
+    journal, found = open_journal(here, _journal(name), loaded, {"requests": asked})
+    done = {index: Drawn(*values) for index, values in found.items()}
+    if done:
+        get_logger(__name__).info("resuming: %d of %d responses are drawn", len(done), len(requests))
+    # Ids are the caller's: two records may have the same.
+    todo = [replace(r, id=f"{index}:{r.id}") for index, r in enumerate(requests) if index not in done]
+    remote = isinstance(sampler, SamplingClient)
+    mine = todo if remote else todo[at.dp_rank :: at.dp_size]
+    new: dict[int, Drawn] = {}
+    unwritten: list[int] = []
+    noted = time.monotonic()
+
+    def note() -> None:
+        nonlocal noted
+        journal.append((index, astuple(new[index])) for index in unwritten)
+        unwritten.clear()
+        noted = time.monotonic()
+
+    finished, tokens = len(done), 0
+    with Progress(len(requests), label, unit="response", initial=len(done), enabled=at.is_main) as bar:
+
+        def take(result: Result) -> None:  # on the first rank of the replica
             nonlocal finished, tokens
-            finished, tokens = finished + at.dp_size, tokens + result.completion_tokens
+            index = int(result.id.split(":", 1)[0])
+            new[index] = Drawn(result.text, result.finish_reason, result.completion_tokens)
+            unwritten.append(index)
+            if time.monotonic() - noted >= _NOTE_SEC:
+                note()
+            finished, tokens = finished + (1 if remote else at.dp_size), tokens + result.completion_tokens
             bar.set(min(finished, len(requests)), tokens=tokens)
 
-        if isinstance(sampler, SamplingClient):
-            results = sampler.generate(requests, show) if at.is_main else None
-            received = broadcast_object(results)
-            assert received is not None
-            return received
-        mine = list(requests[at.dp_rank :: at.dp_size])
-        own = sampler.generate(mine, show) if mine else []
-    if at.dp_size == 1:
-        return own
-    out: dict[str, Result] = {}
-    for part in gather_objects(own):
-        out.update({result.id: result for result in part})
-    return [out[request.id] for request in requests]
+        try:
+            if mine and (at.is_main or not remote):
+                sampler.generate(mine, take)
+        finally:
+            note()
+    wait_for_all()
+    for part in gather_objects(new):
+        done.update(part)
+    return [done[index] for index in range(len(requests))]
+
+
+def _journal(name: str) -> str:
+    return f"journal-{name}"
+
+
+def forget(here: Session, names: Iterable[str]) -> None:
+    """What was drawn under these ``names`` is where it belongs: the run's journals of it go. Main rank only."""
+    for name in names:
+        shutil.rmtree(here.folder / _journal(name), ignore_errors=True)

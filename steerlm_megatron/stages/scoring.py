@@ -1,10 +1,8 @@
 """Scoring responses with an attribute-prediction model.
 
 Owns: turning conversations into packed rows for the regression head and its output back into values per assistant
-turn. Does not
-own: files (``annotate.py``). Invariant: a turn's value depends on the conversation up to that turn and on nothing it
-shares a batch
-with.
+turn. Does not own: files (``annotate.py``). Invariant: a turn's value depends on the conversation up to that turn and
+on nothing it shares a batch with.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ import numpy as np
 from steerlm_megatron.data.collate import collate
 from steerlm_megatron.data.views import Sample, build_documents, make_sample
 from steerlm_megatron.model.predict import predict_values
-from steerlm_megatron.runtime.collectives import broadcast_in_replica, gather_objects
+from steerlm_megatron.runtime.collectives import broadcast_in_replica, gather_objects, wait_for_all
 from steerlm_megatron.runtime.device import has_cuda
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages.session import LoadedModel
@@ -138,5 +136,6 @@ def score_all(scorer: Scorer, conversations: Sequence[Conversation]) -> list[dic
     own = scorer.score(conversations[at.dp_rank :: at.dp_size])
     if at.dp_size == 1:
         return own
+    wait_for_all()
     parts = dict(gather_objects((at.dp_rank, own)))
     return [parts[i % at.dp_size][i // at.dp_size] for i in range(len(conversations))]

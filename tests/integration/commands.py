@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 # A pipeline that is as short as it can be: what it learns does not matter to these tests.
@@ -40,13 +42,22 @@ def start(*arguments: str, cwd: Path, launcher: Sequence[str] = ()) -> subproces
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the process and all it started."""
+    """SIGKILL to the process and all it started, which are gone when this returns."""
     try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
+        everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
         return  # ended by itself
-    finally:
-        process.wait()
+    for one in everybody:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+    psutil.wait_procs(everybody, timeout=30)
+
+
+def terminate(process: subprocess.Popen[str]) -> None:
+    """SIGTERM to the process alone, and its end."""
+    process.terminate()
+    process.communicate(timeout=60)
 
 
 def losses(run_dir: Path) -> list[float]:

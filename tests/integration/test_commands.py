@@ -24,7 +24,7 @@ from steerlm_megatron.stages.corpus import DEMO_ATTRIBUTES
 from steerlm_megatron.stages.export import check_target
 from steerlm_megatron.steer.records import read_records
 from tests.helpers.dist import once
-from tests.integration.commands import TINY, kill, losses, start, steerlm, summary
+from tests.integration.commands import TINY, kill, losses, start, steerlm, summary, terminate
 
 pytestmark = pytest.mark.integration
 ONE_STEP = ("experiment=quickstart", *(a for a in TINY[1:] if not a.startswith(("bootstrap.", "evaluate."))))
@@ -53,6 +53,7 @@ def test_the_pipeline_ends_in_a_report(work: Path) -> None:
     assert set(report["quality"]) == {"sft", "acsft", "bootstrapped"} and set(report["steering"]) == set(report["ap"])
     html = (work / "run/12-report/report.html").read_text()
     assert "data:image/svg+xml" in html and not re.search(r"""(?:src|href)=["']?https?:""", html)
+    assert not list((work / "run").glob("*/journal-*")), "what was drawn and scored is in the steps' outputs"
     assert "Traceback" not in said and said.count("\n") < 150
     command = shlex.split((work / "run/command.txt").read_text().splitlines()[0])
     assert command == ["steerlm", "run", *TINY, "run_dir=run", "parallel.data=2", "run_dir=run"], "to be typed again"
@@ -151,6 +152,43 @@ def test_a_killed_annotation_goes_on_and_loses_nothing(work: Path) -> None:
     for one, other in zip(killed, whole, strict=True):
         for mine, theirs in zip(one.messages, other.messages, strict=True):
             assert (mine.attributes or {}) == pytest.approx(theirs.attributes or {}, abs=1e-4)
+
+
+def _drawn(journal: Path) -> dict[int, list[object]]:
+    lines = [line for part in journal.glob("part-*") for line in part.read_bytes().splitlines(keepends=True)]
+    return {entry["i"]: entry["v"] for entry in map(json.loads, (line for line in lines if line.endswith(b"\n")))}
+
+
+def test_what_was_drawn_is_not_drawn_again(work: Path) -> None:
+    """kill -9 to all ranks, then SIGTERM to the launcher: each replica has noted what it drew."""
+    prompts = work / "prompts.jsonl"
+    with prompts.open("w") as file:
+        for index in range(4000):
+            message = {"role": "user", "content": f"Tell me about {index % 700}."}
+            file.write(json.dumps({"id": f"p{index // 2}", "messages": [message]}) + "\n")  # ids are no keys
+    command = ("generate", "checkpoint=run/07-acsft", "input=prompts.jsonl", "output=drawn.jsonl", "run_dir=drawn",
+               "parallel.data=2", "sampling.max_tokens=24", "server.max_batch=8")  # fmt: skip
+    journal = work / "drawn/journal-drawn.jsonl"
+    before: dict[int, list[object]] = {}
+    for stop in (kill, terminate):
+        process, known = start(*command, cwd=work), len(before)
+        try:
+            _wait_for(lambda known=known: len(_drawn(journal)) > known + 20, 90)
+            stop(process)
+        finally:
+            kill(process)
+        assert before.items() <= _drawn(journal).items(), "what was noted stays"
+        before = _drawn(journal)
+        assert known < len(before) < 4000 and not (work / "drawn.jsonl").exists()
+        part = next(journal.glob("part-*"))
+        part.write_bytes(part.read_bytes() + b'{"i": 5')  # a line torn by the kill
+    assert process.returncode == 75
+    said = steerlm(*command, cwd=work).stderr
+    assert f"resuming: {len(before)} of 4000 responses" in said
+    responses = [json.loads(line) for line in (work / "drawn.jsonl").read_text().splitlines()]
+    assert [r["id"] for r in responses] == [f"p{index // 2}" for index in range(4000)]
+    assert all(responses[index]["messages"][-1]["content"] == values[0] for index, values in before.items())
+    assert not journal.exists() and summary(work / "drawn")["counts"] == {"in": 4000, "out": 4000}
 
 
 def test_an_export_is_the_model_alone(work: Path) -> None:
