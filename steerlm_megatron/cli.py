@@ -330,13 +330,28 @@ def _launch(ranks: int, arguments: list[str]) -> int:
             return EXIT_REQUEUE
         first, _ = error.get_first_failure()
         rank = first if first in faults else min(faults)
-        print(f"steerlm: rank {rank} failed with exit code {faults[rank]}; its log is in run_dir/log", file=sys.stderr)
+        print(f"steerlm: rank {rank} {_how_it_ended(faults[rank])}; its log is in run_dir/log", file=sys.stderr)
         return 1 if faults[rank] <= 0 else faults[rank]
     except SignalException as error:
         return EXIT_REQUEUE if error.sigval == signal.SIGTERM else 128 + int(error.sigval)
     finally:
         del os.environ[_LAUNCHER]
     return 0
+
+
+def _how_it_ended(code: int) -> str:
+    """Of a process that failed: ``code`` is its exit code, or minus the number of the signal that ended it."""
+    if code >= 0:
+        return f"failed with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    why = {
+        "SIGKILL": " (perhaps for want of host memory: see dmesg)",
+        "SIGBUS": " (perhaps a data file got shorter while it was read, or /dev/shm is full)",
+    }
+    return f"was killed by {name}{why.get(name, '')}"
 
 
 def _prefix() -> str:

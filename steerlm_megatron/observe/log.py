@@ -6,10 +6,12 @@ Invariant: nothing is printed before ``setup_logging``, and calling it twice rep
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import sys
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -17,6 +19,7 @@ from rich.logging import RichHandler
 ROOT_NAME = "steerlm"
 _FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 _DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+_fatal: IO[str] | None = None
 
 
 class _StderrHandler(logging.StreamHandler):
@@ -80,7 +83,21 @@ def setup_logging(
         file_handler = logging.FileHandler(path, encoding="utf-8")
         file_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s", _DATE_FORMAT))
         logger.addHandler(file_handler)
+        _log_fatal_signals(path)
     return logger
+
+
+def _log_fatal_signals(path: Path) -> None:
+    """A fault below Python (SIGSEGV in a library, SIGBUS from a file that got shorter) leaves in the log in which line
+    of ours it was. Whoever has asked for that before us keeps it.
+    """
+    global _fatal
+    if _fatal is None and faulthandler.is_enabled():
+        return
+    previous, _fatal = _fatal, path.open("a", encoding="utf-8")  # open to the end of the process: it may be needed then
+    faulthandler.enable(_fatal, all_threads=False)
+    if previous is not None:
+        previous.close()
 
 
 def close_logging() -> None:
