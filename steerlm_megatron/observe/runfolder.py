@@ -41,6 +41,7 @@ _VARIABLES = (
     "OMP_NUM_THREADS CUDA_VISIBLE_DEVICES RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT "
     "SLURM_JOB_ID SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_NNODES SLURM_NTASKS SLURM_RESTART_COUNT"
 ).split()
+JOURNAL = "journal-"  # and a name: a folder with what an attempt that was stopped had finished
 _OWN_ENTRIES = (
     "config.yaml command.txt env.json metrics.jsonl summary.json report.html report.json log checkpoints tensorboard"
 ).split()
@@ -328,8 +329,8 @@ class RunFolder:
 
     def _remove_own_entries(self) -> None:
         # The summary goes first: whatever interrupts the removal, the folder no longer claims to be complete.
-        for name in ("summary.json", *_OWN_ENTRIES):
-            entry = self.path / name
+        own = [self.path / name for name in ("summary.json", *_OWN_ENTRIES)]
+        for entry in (*own, *self.path.glob(f"{JOURNAL}*")):
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from itertools import count
 from typing import Any, TypeVar
 
@@ -18,7 +20,7 @@ from steerlm_megatron.errors import ReportedElsewhere, UserError
 T = TypeVar("T")
 _POLL_SEC = 0.05
 _MAIN_FIRST_SEC = 1.0
-_calls = count()  # of on_main and wait_for_all, the same number on every rank
+_calls = count()  # of on_main, the same number on every rank
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
@@ -54,23 +56,22 @@ def barrier() -> None:
         any_rank(False)
 
 
-def wait_for_all() -> None:
-    """Wait for every rank, for as long as it takes: no collective's timeout ends it. For ranks whose work may differ by
-    hours. Collective over the world.
+@contextmanager
+def apart() -> Iterator[None]:
+    """Around work of ranks that may differ by hours: on leaving, each waits for all, for as long as it takes. No
+    collective's timeout ends that; a rank that dies does, by its connections. Collective over the world.
     """
-    world = dist.get_world_size()
-    if world == 1:
+    if dist.get_world_size() == 1:
+        yield
         return
-    key, store = f"wait_for_all_{next(_calls)}", dist.distributed_c10d._get_default_store()
-    everybody = f"{key}_is_here"
-    if store.add(key, 1) == world:
-        store.set(everybody, "")
-    while not store.check([everybody]):
+    yield
+    patient = dist.AllreduceOptions()
+    patient.timeout = timedelta(days=365)
+    world = dist.distributed_c10d._get_default_group()
+    arrived = world.allreduce([torch.zeros(1)], patient)  # on the host, through gloo
+    while not arrived.is_completed():  # not wait(): a signal's handler runs in between
         time.sleep(_POLL_SEC)
-    barrier()
-    if dist.get_rank() == 0:
-        store.delete_key(key)
-        store.delete_key(everybody)
+    arrived.wait()
 
 
 def on_main(action: Callable[[], T]) -> T | None:

@@ -16,6 +16,7 @@ from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
+from steerlm_megatron.observe.runfolder import JOURNAL
 from steerlm_megatron.runtime.collectives import any_rank, barrier, on_main
 from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.scoring import Scorer, Values
@@ -54,7 +55,7 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
     layout, config = here.layout, here.config
     scorer = Scorer(loaded, config.annotate.batch_tokens)
     paths = expand_paths(cast(Any, config.input))
-    journal, done = open_journal(here, f"journal-{output.name}", loaded, {"records": len(records)}, paths)
+    journal, done = open_journal(here, f"{JOURNAL}{output.name}", loaded, {"records": len(records)}, paths)
     mine = [i for i in range(len(records)) if i % layout.dp_size == layout.dp_rank and i not in done]
     # Similar lengths together: rows fill better and a chunk's work is even.
     mine.sort(key=lambda i: sum(len(m.content) for m in records[i].messages))

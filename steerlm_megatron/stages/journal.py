@@ -14,7 +14,7 @@ from typing import Any
 
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import fingerprint, write_json_atomic
-from steerlm_megatron.runtime.collectives import barrier, on_main
+from steerlm_megatron.runtime.collectives import broadcast_object, on_main
 from steerlm_megatron.stages.session import LoadedModel, Session
 
 
@@ -41,18 +41,18 @@ class Journal:
         done: dict[int, Any] = {}
         for part in sorted(self.folder.glob("part-*.jsonl")):
             for line in part.read_bytes().splitlines(keepends=True):
-                try:
-                    entry = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:  # a disk's fault: that piece of work is done again
-                    get_logger(__name__).warning("%s: a line that is no JSON is left out", part)
+                if not line.endswith(b"\n"):  # torn
                     continue
-                if entry is not None:
+                try:
+                    entry = json.loads(line)
                     done[entry["i"]] = entry["v"]
+                except (ValueError, TypeError, KeyError):  # a disk's fault: that piece of work is done again
+                    get_logger(__name__).warning("%s: a line that is no entry is left out", part)
         return done
 
     def append(self, entries: Iterable[tuple[int, Any]]) -> None:
         """Add finished entries; on disk when this returns."""
-        lines = b"".join(json.dumps({"i": i, "v": v}, ensure_ascii=False).encode() + b"\n" for i, v in entries)
+        lines = b"".join(json.dumps({"i": i, "v": v}).encode() + b"\n" for i, v in entries)
         if not lines:
             return
         with open(self.path, "a+b") as file:
@@ -61,10 +61,11 @@ class Journal:
                 whole = file.read().rfind(b"\n") + 1
                 if whole != size:
                     file.truncate(whole)
-            self._torn = False
+            self._torn = True
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())
+            self._torn = False
 
     def remove(self) -> None:
         """The job is complete and its output stands."""
@@ -87,6 +88,5 @@ def open_journal(
     folder = here.folder / name
     on_main(lambda: Journal(folder, 0, key, is_main=True))
     journal = Journal(folder, here.layout.rank, key, is_main=False)
-    done = journal.read()
-    barrier()  # nobody writes before everybody has read
-    return journal, done
+    # All go on from the same: what rank 0 sees of files that others wrote on other nodes.
+    return journal, broadcast_object(journal.read() if here.layout.is_main else {})

@@ -22,7 +22,8 @@ from steerlm_megatron.generate.group import model_group
 from steerlm_megatron.generate.protocol import Request, Result, Sampler, SamplingParams, derive_seed
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
-from steerlm_megatron.runtime.collectives import gather_objects, wait_for_all
+from steerlm_megatron.observe.runfolder import JOURNAL
+from steerlm_megatron.runtime.collectives import apart, gather_objects
 from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.session import LoadedModel, Session
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -126,7 +127,8 @@ def draw(
     """Responses in the order of ``requests``, on every rank. Collective over the world.
 
     Every rank notes in the journal ``name`` of the run what its replica has drawn, at least every two seconds: the next
-    attempt starts from there. ``label``: for the progress.
+    attempt starts from there. The servers of ``server.urls`` are taken to have ``loaded``, then as now. ``label``: for
+    the progress.
     """
     at = here.layout
     asked = [(request.id, request.prompt_ids, asdict(request.params)) for request in requests]
@@ -149,7 +151,8 @@ def draw(
         noted = time.monotonic()
 
     finished, tokens = len(done), 0
-    with Progress(len(requests), label, unit="response", initial=len(done), enabled=at.is_main) as bar:
+    progress = Progress(len(requests), label, unit="response", initial=len(done), enabled=at.is_main)
+    with apart(), progress as bar:
 
         def take(result: Result) -> None:  # on the first rank of the replica
             nonlocal finished, tokens
@@ -166,14 +169,13 @@ def draw(
                 sampler.generate(mine, take)
         finally:
             note()
-    wait_for_all()
     for part in gather_objects(new):
         done.update(part)
     return [done[index] for index in range(len(requests))]
 
 
 def _journal(name: str) -> str:
-    return f"journal-{name}"
+    return f"{JOURNAL}{name}"
 
 
 def forget(here: Session, names: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from steerlm_megatron.data.collate import collate
 from steerlm_megatron.data.views import Sample, build_documents, make_sample
 from steerlm_megatron.model.predict import predict_values
-from steerlm_megatron.runtime.collectives import broadcast_in_replica, gather_objects, wait_for_all
+from steerlm_megatron.runtime.collectives import apart, broadcast_in_replica, gather_objects
 from steerlm_megatron.runtime.device import has_cuda
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages.session import LoadedModel
@@ -133,9 +133,9 @@ class Scorer:
 def score_all(scorer: Scorer, conversations: Sequence[Conversation]) -> list[dict[int, Values]]:
     """:meth:`Scorer.score` with the conversations spread over data-parallel replicas. Collective over the world."""
     at = layout()
-    own = scorer.score(conversations[at.dp_rank :: at.dp_size])
     if at.dp_size == 1:
-        return own
-    wait_for_all()
+        return scorer.score(conversations)
+    with apart():
+        own = scorer.score(conversations[at.dp_rank :: at.dp_size])
     parts = dict(gather_objects((at.dp_rank, own)))
     return [parts[i % at.dp_size][i // at.dp_size] for i in range(len(conversations))]

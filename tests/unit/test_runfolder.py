@@ -64,12 +64,14 @@ def test_a_run_from_start_to_end(tmp_path: Path) -> None:
 def test_a_complete_run_is_replaced_only_when_asked(tmp_path: Path) -> None:
     with RunFolder(tmp_path, "annotate"):
         (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "journal-drawn").mkdir()
         (tmp_path / "mine.txt").write_text("kept")
     with pytest.raises(UserError, match="overwrite=true"):
         RunFolder(tmp_path, "annotate")
     run = RunFolder(tmp_path, "annotate", overwrite=True)
     assert not run.resumed and read_summary(tmp_path) is None
-    assert not (tmp_path / "checkpoints").exists() and (tmp_path / "mine.txt").read_text() == "kept"
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "journal-drawn").exists()
+    assert (tmp_path / "mine.txt").read_text() == "kept"
 
 
 @pytest.mark.parametrize(
