@@ -95,7 +95,7 @@ def _log_fatal_signals(path: Path) -> None:
     if _fatal is None and faulthandler.is_enabled():
         return
     previous, _fatal = _fatal, path.open("a", encoding="utf-8")  # open to the end of the process: it may be needed then
-    faulthandler.enable(_fatal, all_threads=False)
+    faulthandler.enable(_fatal)
     if previous is not None:
         previous.close()
 
