@@ -51,13 +51,13 @@ def kill(process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()
-    psutil.wait_procs(everybody, timeout=30)
+    psutil.wait_procs(everybody, timeout=120)
 
 
 def terminate(process: subprocess.Popen[str]) -> None:
     """SIGTERM to the process alone, and its end."""
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=240)
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -98,14 +98,14 @@ def test_twenty_steps_are_ten_a_kill_and_ten(engine: tuple[str, ...], tmp_path: 
     )  # fmt: skip
     steerlm("preprocess", *ONE_STEP[:3], "data.output_dir=data", "data.valid_fraction=0", cwd=tmp_path)
     steerlm(*command, "run_dir=whole", cwd=tmp_path)
-    process = start(*command, "run_dir=killed", cwd=tmp_path)
-    try:
-        _wait_for(lambda: (tmp_path / "killed/metrics.jsonl").exists() and len(losses(tmp_path / "killed")) >= 10, 90)
-    finally:
-        kill(process)
-    assert summary(tmp_path / "killed")["status"] == "running"
+    process = start(
+        *command, "run_dir=killed", cwd=tmp_path, launcher=(str(Path(__file__).with_name("killed.py")), "14")
+    )
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == -signal.SIGKILL, output
+    assert summary(tmp_path / "killed")["status"] == "running" and len(losses(tmp_path / "killed")) == 13
     said = steerlm(*command, "run_dir=killed", cwd=tmp_path).stderr
-    assert re.search(r"resuming from \S+ at step (4|8|12|16) of 20", said), said
+    assert re.search(r"resuming from \S+ at step (4|8|12) of 20", said), said
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 20
     weights = [tmp_path / run / "checkpoints/step_00000020" for run in ("whole", "killed")]
     parts = [{file.name: file.read_bytes() for file in folder.glob("*.distcp")} for folder in weights]
@@ -136,10 +136,10 @@ def test_a_killed_annotation_goes_on_and_loses_nothing(work: Path) -> None:
     common = ("annotate", "checkpoint=run/03-train_ap", "input=many.jsonl", "run_dir=annotate")
     process = start(*common, "output=killed.jsonl", cwd=work)
     journal = work / "annotate" / "journal-killed.jsonl"
-    deadline = time.monotonic() + 60
-    while not any(part.stat().st_size for part in journal.glob("part-*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    kill(process)
+    try:
+        _wait_for(lambda: any(part.stat().st_size for part in journal.glob("part-*")))
+    finally:
+        kill(process)
     part = next(journal.glob("part-*"))
     done = len(part.read_bytes().splitlines())
     assert 0 < done < 6000 and not (work / "killed.jsonl").exists()
@@ -173,7 +173,7 @@ def test_what_was_drawn_is_not_drawn_again(work: Path) -> None:
     for stop in (kill, terminate):
         process, known = start(*command, cwd=work), len(before)
         try:
-            _wait_for(lambda known=known: len(_drawn(journal)) > known + 20, 90)
+            _wait_for(lambda known=known: len(_drawn(journal)) > known + 20)
             stop(process)
         finally:
             kill(process)
@@ -271,18 +271,19 @@ def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> Non
     reader = threading.Thread(target=lambda: lines.extend(iter(server.stdout.readline, "")), daemon=True)  # type: ignore[union-attr]
     reader.start()
     try:
-        deadline, url = time.monotonic() + 90, None
+        deadline, url = time.monotonic() + 240, None
         while url is None and time.monotonic() < deadline and server.poll() is None:
             url = next((m.group(0) for line in lines if (m := re.search(r"http://127\.0\.0\.1:\d+", line))), None)
             time.sleep(0.1)
         assert url, "".join(lines)
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=240)
         assert [m.id for m in client.models.list()] == ["steerlm"]
 
         def chat(index: int) -> str:
             reply = client.chat.completions.create(
                 model="steerlm", max_tokens=8, seed=index, messages=[{"role": "user", "content": f"Question {index}?"}],
-                extra_body={"attributes": {"quality": index % 5, "toxicity": index // 5 % 5}},
+                # Few tokens to choose from: the rounding of another batch could move a boundary (docs/numerics.md)
+                extra_body={"attributes": {"quality": index % 5, "toxicity": index // 5 % 5}, "top_k": 4},
             )  # fmt: skip
             assert reply.usage.completion_tokens <= 8
             return str(reply.choices[0].message.content)
@@ -295,7 +296,7 @@ def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> Non
                 model="steerlm", messages=[{"role": "user", "content": "?"}], extra_body={"attributes": {"qualty": 1}}
             )
         server.send_signal(signal.SIGTERM)
-        assert server.wait(30) in (0, 75), "".join(lines)
+        assert server.wait(120) in (0, 75), "".join(lines)
     finally:
         kill(server)
     assert not any("Traceback" in line for line in lines), "".join(lines)
@@ -306,24 +307,24 @@ def test_one_run_works_in_a_folder_and_ranks_end_with_their_launcher(work: Path)
     command = ("train_sft", *ONE_STEP, "train.steps=100000", "run_dir=shared", "parallel.data=2")
     launcher = start(*command, cwd=work)
     try:
-        _wait_for(lambda: (work / "shared/metrics.jsonl").exists() and len(losses(work / "shared")) > 2, 60)
+        _wait_for(lambda: (work / "shared/metrics.jsonl").exists() and len(losses(work / "shared")) > 2)
         refused = steerlm(*command, cwd=work, code=75).stderr  # two ranks, so that no data is read meanwhile
         assert "run_dir=shared is in use by pid" in refused and "Traceback" not in refused
         ranks = psutil.Process(launcher.pid).children(recursive=True)
         launcher.kill()
         launcher.wait()
-        _, alive = psutil.wait_procs(ranks, timeout=60)
+        _, alive = psutil.wait_procs(ranks, timeout=240)
         assert not alive
         assert summary(work / "shared")["status"] == "interrupted" and list(work.glob("shared/checkpoints/step_*"))
     finally:
         kill(launcher)
 
 
-def _wait_for(condition: Callable[[], bool], seconds: float) -> None:
+def _wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("by", ["steerlm", "torchrun"])
@@ -333,26 +334,24 @@ def test_a_rank_killed_with_9_is_started_again(by: str, tmp_path: Path) -> None:
     """
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1")
     process = start(
-        "train_sft", *TINY, "train.steps=100", "train.save_every_steps=20", "train.validate_every_steps=1000",
+        "train_sft", *TINY, "train.steps=200", "train.save_every_steps=20", "train.validate_every_steps=1000",
         f"train.max_restarts={int(by == 'steerlm')}", "parallel.data=2", "run_dir=run", cwd=tmp_path,
         launcher=torchrun if by == "torchrun" else (),
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
-        while not list((tmp_path / "run" / "checkpoints").glob("step_*/meta.json")):
-            assert time.monotonic() < deadline and process.poll() is None, "no checkpoint in time"
-            time.sleep(0.05)
+        # Not what is being written: step_00000020.tmp has a meta.json, too.
+        _wait_for(lambda: any((tmp_path / "run" / "checkpoints").glob("step_????????/meta.json")))
         ranks = psutil.Process(process.pid).children(recursive=True)
         assert ranks and process.poll() is None, "it ended before it was killed"
         ranks[-1].send_signal(signal.SIGKILL)
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=240)
     finally:
         kill(process)
     assert process.returncode == 0, output
     again = "starting all ranks again from the last checkpoint (train.max_restarts: 1 of 1)"
     assert (again in output) == (by == "steerlm") and "resuming from" in output
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 101))
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 201))
 
 
 def test_a_multirun_starts_ranks_for_each_of_its_jobs(work: Path) -> None:

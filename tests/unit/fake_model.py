@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ class FakeModel(torch.nn.Module):
         self.out = weight(vocab_size + 8, dim)  # 8 rows of padding
         self.stop_id, self.stop_bias = stop_id, 0.0
         self.step_sec = 0.0
+        self.go = threading.Event()  # cleared: steps wait for it
+        self.go.set()
         self.calls: list[int] = []
         self.fail_at: int | None = None
 
@@ -74,6 +77,7 @@ class FakeModel(torch.nn.Module):
         labels: None = None,
         packed_seq_params: PackedTokens | None = None,
     ) -> torch.Tensor:
+        assert self.go.wait(120)
         time.sleep(self.step_sec)
         self.calls.append(input_ids.shape[1])
         if self.fail_at is not None and len(self.calls) >= self.fail_at:

@@ -245,7 +245,7 @@ def test_submission_from_threads_while_running() -> None:
 
     def client(part: list[Request]) -> None:
         for request in part:
-            found[request.id] = generator.submit(request).future.result(30).token_ids
+            found[request.id] = generator.submit(request).future.result(120).token_ids
 
     clients = [threading.Thread(target=client, args=(asked[i::4],)) for i in range(4)]
     for thread in clients:
@@ -254,7 +254,7 @@ def test_submission_from_threads_while_running() -> None:
         thread.join()
     stop.set()
     generator.wake()
-    engine.join(10)
+    engine.join(120)
     assert found == reference
 
 

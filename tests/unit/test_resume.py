@@ -30,7 +30,7 @@ from steerlm_megatron.steer.records import Conversation, Message, write_records
 
 DATA = {"shard_tokens": 9000, "valid_fraction": 0.2, "on_error": "skip"}
 
-# What a killed process ran: chunks of 16 lines, and a pause after each so that it can be killed there.
+# What a killed process ran: chunks of 16 lines, and a pause after one of them so that it can be killed there.
 SCRIPT = """
 import sys, time
 sys.path[:0] = [{unit!r}, {root!r}]
@@ -42,9 +42,12 @@ from steerlm_megatron.data.tokenizer import Tokenizer
 def main():
     chunks.CHUNK_LINES = 16
     module._Run._workers = lambda run: {workers}
+    said = []
     def progress(done, total):
+        said.append(done)
         print(done, flush=True)
-        time.sleep({pause})
+        if len(said) == {pause_at}:
+            time.sleep(600)
     tok = Tokenizer.load({tokenizer!r})
     data = DataConfig(**{data!r})
     module.preprocess({{"train": {files!r}}}, {output!r}, tok, corpora.SCHEMA, corpora.STEERLM, data, progress)
@@ -86,13 +89,15 @@ def run(files: list[str], output: Path, workers: int = 1, **given: Any) -> dict[
         return preprocess({"train": files}, output, tok, corpora.SCHEMA, corpora.STEERLM, cfg, **options)
 
 
-def start(files: list[str], output: Path, folder: Path, workers: int, pause: float, limit: str = "") -> Any:
-    """A process that preprocesses, and says how far it is on its standard output."""
+def start(files: list[str], output: Path, folder: Path, workers: int, pause_at: int = 0, limit: str = "") -> Any:
+    """A process that preprocesses, says how far it is on its standard output, and stays where it said so ``pause_at``
+    times.
+    """
     corpora.tokenizer("trained").save(folder / "tokenizer")
     script = folder / f"script_{output.name}.py"
     script.write_text(
         SCRIPT.format(
-            unit=str(Path(__file__).parent), root=str(Path(__file__).parents[2]), pause=pause, files=files,
+            unit=str(Path(__file__).parent), root=str(Path(__file__).parents[2]), pause_at=pause_at, files=files,
             output=str(output), workers=workers, data=DATA, tokenizer=str(folder / "tokenizer"), limit=limit,
         )
     )  # fmt: skip
@@ -220,7 +225,7 @@ def test_an_error_in_any_write_is_gone_on_from(
 def test_kill_9_and_another_number_of_processes(files: list[str], reference: dict[str, bytes], tmp_path: Path) -> None:
     output, finished = tmp_path / "out", [0]
     for workers, lines in ((2, 3), (1, 9), (3, 14)):
-        process = start(files, output, tmp_path, workers, pause=0.02)
+        process = start(files, output, tmp_path, workers, pause_at=lines)
         for _ in range(lines):
             line = process.stdout.readline()
         assert line, "the job ended before it could be killed"
@@ -235,13 +240,13 @@ def test_kill_9_and_another_number_of_processes(files: list[str], reference: dic
 
 @pytest.mark.integration
 def test_processes_end_with_the_one_that_started_them(files: list[str], tmp_path: Path) -> None:
-    process = start(files, tmp_path / "out", tmp_path, workers=2, pause=60)
+    process = start(files, tmp_path / "out", tmp_path, workers=2, pause_at=1)
     process.stdout.readline()
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
 
     def alive() -> list[psutil.Process]:
         return [c for c in children if c.is_running() and c.status() != psutil.STATUS_ZOMBIE]
@@ -266,7 +271,7 @@ def test_a_dead_process_is_named_and_the_work_kept(files: list[str], tmp_path: P
 @pytest.mark.integration
 def test_a_full_disk_is_named_and_gone_on_from(files: list[str], reference: dict[str, bytes], tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))"
-    _, said = start(files, tmp_path / "out", tmp_path, workers=1, pause=0, limit=limit).communicate(timeout=60)
+    _, said = start(files, tmp_path / "out", tmp_path, workers=1, limit=limit).communicate(timeout=240)
     assert "UserError: data.output_dir=" in said and "File too large" in said, said
     assert "make room and run the same command again" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [WORK]

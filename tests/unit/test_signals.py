@@ -16,13 +16,13 @@ from steerlm_megatron.observe.log import close_logging, setup_logging
 from steerlm_megatron.train import signals
 from steerlm_megatron.train.signals import StopRequest
 
-# What a process does after it has said "ready"; each would take a minute.
+# What a process does after it has said "ready"; each would take ten.
 BODIES = {
-    "python": "time.sleep(60)",
+    "python": "time.sleep(600)",
     # A mutex locked twice: C code that no signal brings back to Python, like the wait for other ranks to start.
     "C": "m = ctypes.create_string_buffer(64); c = ctypes.CDLL(None); [c.pthread_mutex_lock(m) for _ in range(2)]",
     # Where Python drops what a handler raises.
-    "destructor": "Slow(60); time.sleep(60)",
+    "destructor": "Slow(600); time.sleep(600)",
     # Handlers are gone when Python ends, which takes a second with torch.
     "end": "left = Slow(1); os.kill(os.getpid(), signals.signal.SIGTERM)",
 }
@@ -53,7 +53,7 @@ def test_a_signal_ends_a_process_with_75_wherever_it_is(body: str, name: str) ->
         for _ in range(3):  # impatient users and launchers
             process.send_signal(getattr(signals.signal, name))
             time.sleep(0.1)
-        _, said = process.communicate(timeout=10)
+        _, said = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 75, said

@@ -1,0 +1,27 @@
+"""A command that is killed with 9 as one of its training steps begins: ``killed.py STEP -m steerlm_megatron ...``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from steerlm_megatron.cli import main
+from steerlm_megatron.runtime.watch import Watch
+
+
+def kill_at(step: int) -> None:
+    """From now on, this process does not get beyond the beginning of training step ``step``."""
+    beat = Watch.beat
+
+    def killed(watch: Watch, now: int, doing: str) -> None:
+        if (now, doing) == (step, "computing"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        beat(watch, now, doing)
+
+    Watch.beat = killed  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    kill_at(int(sys.argv[1]))
+    main(sys.argv[4:])
