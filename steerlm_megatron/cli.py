@@ -428,6 +428,7 @@ def main(argv: list[str] | None = None) -> None:
         # One of many is enough; and a launcher stops the others in this way after an error of the main one.
         if stop.unsaid and os.environ.get("RANK", "0") == "0":
             print(f"{_prefix()}stopped by {stop.unsaid}: start the same command again", file=sys.stderr)
+        signals.settle()
         raise
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -97,7 +97,7 @@ class Delta:
 
 
 class Sampler(Protocol):
-    """Call shape shared by ``Generator`` and ``SamplingClient``: bootstrap and evaluate take either."""
+    """Call shape shared by ``Generator`` and ``SamplingClient``: generate and bootstrap take either."""
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
         """Results in the order of ``requests``."""

@@ -41,7 +41,8 @@ _VARIABLES = (
     "OMP_NUM_THREADS CUDA_VISIBLE_DEVICES RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT "
     "SLURM_JOB_ID SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_NNODES SLURM_NTASKS SLURM_RESTART_COUNT"
 ).split()
-JOURNAL = "journal-"  # and a name: a folder with what an attempt that was stopped had finished
+JOURNAL = "journal-"  # and a name: a folder of PARTS, what an attempt that was stopped had finished
+PARTS = "part-*.jsonl"
 _OWN_ENTRIES = (
     "config.yaml command.txt env.json metrics.jsonl summary.json report.html report.json log checkpoints tensorboard"
 ).split()
@@ -274,6 +275,14 @@ def _unlock(folder: Path) -> None:
         file.close()
 
 
+def remove_journal(folder: Path) -> None:
+    """The parts in it, and it if nothing else is there."""
+    for part in folder.glob(PARTS):
+        part.unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 class RunFolder:
     """One run's folder. Every rank may hold one; only rank 0 writes.
 
@@ -329,12 +338,14 @@ class RunFolder:
 
     def _remove_own_entries(self) -> None:
         # The summary goes first: whatever interrupts the removal, the folder no longer claims to be complete.
-        own = [self.path / name for name in ("summary.json", *_OWN_ENTRIES)]
-        for entry in (*own, *self.path.glob(f"{JOURNAL}*")):
+        for name in ("summary.json", *_OWN_ENTRIES):
+            entry = self.path / name
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
             else:
                 entry.unlink(missing_ok=True)
+        for folder in self.path.glob(f"{JOURNAL}*/"):
+            remove_journal(folder)
 
     def start(self, config_yaml: str = "", argv: Sequence[str] | None = None, inputs: str | None = None) -> RunFolder:
         """Writes config, command, environment and a summary that says ``running``. ``inputs``: the run's

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from itertools import count
 from typing import Any, TypeVar
 
@@ -54,24 +52,6 @@ def barrier() -> None:
     """Wait for every rank. Collective over the world."""
     if dist.get_world_size() > 1:
         any_rank(False)
-
-
-@contextmanager
-def apart() -> Iterator[None]:
-    """Around work of ranks that may differ by hours: on leaving, each waits for all, for as long as it takes. No
-    collective's timeout ends that; a rank that dies does, by its connections. Collective over the world.
-    """
-    if dist.get_world_size() == 1:
-        yield
-        return
-    yield
-    patient = dist.AllreduceOptions()
-    patient.timeout = timedelta(days=365)
-    world = dist.distributed_c10d._get_default_group()
-    arrived = world.allreduce([torch.zeros(1)], patient)  # on the host, through gloo
-    while not arrived.is_completed():  # not wait(): a signal's handler runs in between
-        time.sleep(_POLL_SEC)
-    arrived.wait()
 
 
 def on_main(action: Callable[[], T]) -> T | None:

@@ -8,8 +8,6 @@ function of (model, prompt, levels, seed), not of how many ranks drew it, as far
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 
@@ -22,8 +20,9 @@ from steerlm_megatron.generate.group import model_group
 from steerlm_megatron.generate.protocol import Request, Result, Sampler, SamplingParams, derive_seed
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
-from steerlm_megatron.observe.runfolder import JOURNAL
-from steerlm_megatron.runtime.collectives import apart, gather_objects
+from steerlm_megatron.observe.runfolder import JOURNAL, remove_journal
+from steerlm_megatron.runtime.apart import apart
+from steerlm_megatron.runtime.collectives import gather_objects
 from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.session import LoadedModel, Session
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -126,8 +125,8 @@ def draw(
 ) -> list[Drawn]:
     """Responses in the order of ``requests``, on every rank. Collective over the world.
 
-    Every rank notes in the journal ``name`` of the run what its replica has drawn, at least every two seconds: the next
-    attempt starts from there. The servers of ``server.urls`` are taken to have ``loaded``, then as now. ``label``: for
+    What each replica draws is noted in the journal ``name`` of the run every two seconds: the next attempt starts from
+    there. The servers of ``server.urls`` are taken to have ``loaded``, then as now. ``label``: for
     the progress.
     """
     at = here.layout
@@ -141,34 +140,20 @@ def draw(
     remote = isinstance(sampler, SamplingClient)
     mine = todo if remote else todo[at.dp_rank :: at.dp_size]
     new: dict[int, Drawn] = {}
-    unwritten: list[int] = []
-    noted = time.monotonic()
-
-    def note() -> None:
-        nonlocal noted
-        journal.append((index, astuple(new[index])) for index in unwritten)
-        unwritten.clear()
-        noted = time.monotonic()
-
     finished, tokens = len(done), 0
     progress = Progress(len(requests), label, unit="response", initial=len(done), enabled=at.is_main)
-    with apart(), progress as bar:
+    with apart(), progress as bar, journal.noting(_NOTE_SEC) as note:
 
         def take(result: Result) -> None:  # on the first rank of the replica
             nonlocal finished, tokens
             index = int(result.id.split(":", 1)[0])
             new[index] = Drawn(result.text, result.finish_reason, result.completion_tokens)
-            unwritten.append(index)
-            if time.monotonic() - noted >= _NOTE_SEC:
-                note()
+            note(index, astuple(new[index]))
             finished, tokens = finished + (1 if remote else at.dp_size), tokens + result.completion_tokens
             bar.set(min(finished, len(requests)), tokens=tokens)
 
-        try:
-            if mine and (at.is_main or not remote):
-                sampler.generate(mine, take)
-        finally:
-            note()
+        if mine and (at.is_main or not remote):
+            sampler.generate(mine, take)
     for part in gather_objects(new):
         done.update(part)
     return [done[index] for index in range(len(requests))]
@@ -181,4 +166,4 @@ def _journal(name: str) -> str:
 def forget(here: Session, names: Iterable[str]) -> None:
     """What was drawn under these ``names`` is where it belongs: the run's journals of it go. Main rank only."""
     for name in names:
-        shutil.rmtree(here.folder / _journal(name), ignore_errors=True)
+        remove_journal(here.folder / _journal(name))

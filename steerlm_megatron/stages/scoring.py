@@ -15,7 +15,8 @@ import numpy as np
 from steerlm_megatron.data.collate import collate
 from steerlm_megatron.data.views import Sample, build_documents, make_sample
 from steerlm_megatron.model.predict import predict_values
-from steerlm_megatron.runtime.collectives import apart, broadcast_in_replica, gather_objects
+from steerlm_megatron.runtime.apart import apart
+from steerlm_megatron.runtime.collectives import broadcast_in_replica, gather_objects
 from steerlm_megatron.runtime.device import has_cuda
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages.session import LoadedModel

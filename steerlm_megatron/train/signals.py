@@ -8,6 +8,7 @@ any time. Invariant: whoever has been asked is asked once; further signals do no
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import signal
 import subprocess
@@ -32,6 +33,7 @@ _NO_LIMIT = "NONE"  # squeue's word for the end of a job that may run for ever
 _listening = False
 _asked: list[str] = []  # the signals that this process got since it listens
 _leaving = False  # the first one met no StopRequest
+_settled = False
 
 
 def asked() -> bool:
@@ -54,17 +56,30 @@ def listen() -> None:
     _listening = True
     for number in _SIGNALS:
         signal.signal(number, _leave)
-    atexit.register(_ignore)
+    atexit.register(_at_the_end)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_leave_anyway, args=(reader,), name="signals", daemon=True).start()
 
 
-def _ignore() -> None:
-    """Python takes its handlers away before it ends, which takes a second with torch: how this ends is settled."""
+def settle() -> None:
+    """How this process ends is settled: with 75."""
+    global _settled
+    _settled = True
+
+
+def _at_the_end() -> None:
+    """Python takes its handlers away before it ends, which takes a second with torch. And what a signal cut short may
+    still be under way below Python, where taking it down ends in an abort.
+    """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if _settled:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads, or it is closed
+                stream.flush()
+        os._exit(Interrupted.CODE)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

@@ -42,7 +42,7 @@ def start(*arguments: str, cwd: Path, launcher: Sequence[str] = ()) -> subproces
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the process and all it started, which are gone when this returns."""
+    """SIGKILL to the process and what it has started and not outlived, which are gone when this returns."""
     try:
         everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -51,7 +51,8 @@ def kill(process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     process.wait()
-    psutil.wait_procs(everybody, timeout=120)
+    _, alive = psutil.wait_procs(everybody, timeout=120)
+    assert not alive
 
 
 def terminate(process: subprocess.Popen[str]) -> None:
