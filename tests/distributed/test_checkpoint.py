@@ -254,7 +254,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Found:
 
     def compute() -> Found:
         root = tmp_path_factory.mktemp("checkpoints")
-        return {"two": run_ranks(2, two_ranks, root, timeout=240), "one": run_ranks(1, one_rank, root, timeout=240)}
+        return {"two": run_ranks(2, two_ranks, root), "one": run_ranks(1, one_rank, root)}
 
     return once(tmp_path_factory, "checkpoints", compute)
 

@@ -145,7 +145,7 @@ def everything(root: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     root = tmp_path_factory.mktemp("deepspeed")
-    return once(tmp_path_factory, "deepspeed", lambda: run_ranks(2, everything, root, timeout=240))
+    return once(tmp_path_factory, "deepspeed", lambda: run_ranks(2, everything, root))
 
 
 @pytest.mark.parametrize("name", MOVES)

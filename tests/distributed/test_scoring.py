@@ -100,8 +100,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
         corpora.tokenizer("trained").save(folder)
         return {
-            "one": run_ranks(1, one_rank, folder, timeout=120)[0],
-            "two": run_ranks(2, two_ranks, folder, timeout=120),
+            "one": run_ranks(1, one_rank, folder)[0],
+            "two": run_ranks(2, two_ranks, folder),
         }
 
     return once(tmp_path_factory, "scoring", compute)

@@ -26,7 +26,7 @@ _PRELOAD = ["steerlm_megatron.train.engine_mcore", "steerlm_megatron.data.loader
 _GRACE_SEC = 2.0  # after one rank has failed, for the others to say what they saw
 
 
-def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0) -> list[Any]:
     """``function(*args)`` in ``ranks`` processes; what each returned (picklable), in rank order.
 
     ``function`` stands at the top of a module. A rank that raises or dies, or ``timeout`` seconds, ends all of them
@@ -52,13 +52,22 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 
 def once(factory: pytest.TempPathFactory, name: str, compute: Callable[[], Any]) -> Any:
-    """``compute()``, once for all workers of pytest-xdist. Tests that start processes are one at a time anyway."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return compute()
-    path = factory.getbasetemp().parent / f"{name}.result"
-    if not path.exists():
-        path.write_bytes(pickle.dumps(compute()))
-    return pickle.loads(path.read_bytes())
+    """``compute()``, once for all tests and workers of pytest-xdist, which get its result or its failure. Tests that
+    start processes are one at a time anyway.
+    """
+    folder = factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    result, failure = folder / f"{name}.result", folder / f"{name}.failure"
+    if failure.exists():
+        raise AssertionError(f"as the first test that asked for it:\n{failure.read_text()}")
+    if not result.exists():
+        try:
+            found = compute()
+        except Exception as error:
+            failure.write_text(str(error))
+            raise
+        result.write_bytes(pickle.dumps(found))
+    return pickle.loads(result.read_bytes())
 
 
 def _free_port() -> int:

@@ -23,7 +23,7 @@ TINY = (
 )  # fmt: skip
 
 
-def steerlm(*arguments: str, cwd: Path, code: int = 0, timeout: float = 240.0) -> subprocess.CompletedProcess[str]:
+def steerlm(*arguments: str, cwd: Path, code: int = 0, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
     """Run a command to its end and insist on its exit code."""
     done = subprocess.run(
         [sys.executable, "-m", "steerlm_megatron", *arguments],
@@ -58,7 +58,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 def terminate(process: subprocess.Popen[str]) -> None:
     """SIGTERM to the process alone, and its end."""
     process.terminate()
-    process.communicate(timeout=240)
+    process.communicate(timeout=600)
 
 
 def losses(run_dir: Path) -> list[float]:

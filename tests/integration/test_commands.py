@@ -102,7 +102,7 @@ def test_twenty_steps_are_ten_a_kill_and_ten(engine: tuple[str, ...], tmp_path: 
     process = start(
         *command, "run_dir=killed", cwd=tmp_path, launcher=(str(Path(__file__).with_name("killed.py")), "14")
     )
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL, output
     assert summary(tmp_path / "killed")["status"] == "running" and len(losses(tmp_path / "killed")) == 13
     said = steerlm(*command, "run_dir=killed", cwd=tmp_path).stderr
@@ -274,12 +274,12 @@ def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> Non
     reader = threading.Thread(target=lambda: lines.extend(iter(server.stdout.readline, "")), daemon=True)  # type: ignore[union-attr]
     reader.start()
     try:
-        deadline, url = time.monotonic() + 240, None
+        deadline, url = time.monotonic() + 600, None
         while url is None and time.monotonic() < deadline and server.poll() is None:
             url = next((m.group(0) for line in lines if (m := re.search(r"http://127\.0\.0\.1:\d+", line))), None)
             time.sleep(0.1)
         assert url, "".join(lines)
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=240)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
         assert [m.id for m in client.models.list()] == ["steerlm"]
 
         def chat(index: int) -> str:
@@ -316,14 +316,14 @@ def test_one_run_works_in_a_folder_and_ranks_end_with_their_launcher(work: Path)
         ranks = psutil.Process(launcher.pid).children(recursive=True)
         launcher.kill()
         launcher.wait()
-        _, alive = psutil.wait_procs(ranks, timeout=240)
+        _, alive = psutil.wait_procs(ranks, timeout=600)
         assert not alive
         assert summary(work / "shared")["status"] == "interrupted" and list(work.glob("shared/checkpoints/step_*"))
     finally:
         kill(launcher)
 
 
-def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 240) -> None:
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 600) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"it ended before that\n{process.communicate()[0]}"
@@ -348,7 +348,7 @@ def test_a_rank_killed_with_9_is_started_again(by: str, tmp_path: Path) -> None:
         ranks = psutil.Process(process.pid).children(recursive=True)
         assert ranks and process.poll() is None, "it ended before it was killed"
         ranks[-1].send_signal(signal.SIGKILL)
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=600)
     finally:
         kill(process)
     assert process.returncode == 0, output

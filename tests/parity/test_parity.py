@@ -275,7 +275,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[d
     def get(ranks: int) -> list[dict[str, Any]]:
         if ranks not in known:
             work = (1, one_rank) if ranks == 1 else (ranks, several_ranks, ranks)
-            known[ranks] = once(tmp_path_factory, f"parity{ranks}", lambda: run_ranks(*work, timeout=300))
+            known[ranks] = once(tmp_path_factory, f"parity{ranks}", lambda: run_ranks(*work, timeout=1500))
         return known[ranks]
 
     return get

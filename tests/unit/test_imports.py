@@ -201,7 +201,7 @@ def test_importing_the_package_is_fast_and_light() -> None:
         print(seconds, *heavy)
     """
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True, timeout=300, check=True
     )
     seconds, *heavy = result.stdout.split()
     assert heavy == []

@@ -271,7 +271,7 @@ def test_a_dead_process_is_named_and_the_work_kept(files: list[str], tmp_path: P
 @pytest.mark.integration
 def test_a_full_disk_is_named_and_gone_on_from(files: list[str], reference: dict[str, bytes], tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))"
-    _, said = start(files, tmp_path / "out", tmp_path, workers=1, limit=limit).communicate(timeout=240)
+    _, said = start(files, tmp_path / "out", tmp_path, workers=1, limit=limit).communicate(timeout=600)
     assert "UserError: data.output_dir=" in said and "File too large" in said, said
     assert "make room and run the same command again" in said
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [WORK]
