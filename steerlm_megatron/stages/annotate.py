@@ -75,7 +75,7 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
             bar.set(min(total, bar.completed + len(chunk) * layout.dp_size))
             if any_rank(stop.requested):
                 barrier()
-                raise Interrupted
+                raise Interrupted(stop.reason or "what asked another rank to")
     counts = {"in": total, "out": total, "turns": 0, "truncated_turns": scorer.truncated_turns}
 
     def write() -> None:

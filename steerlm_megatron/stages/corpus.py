@@ -301,7 +301,7 @@ def make_shards(
 
         def show(done: int, total: int) -> None:
             if stop.requested:
-                raise Interrupted
+                raise Interrupted(stop.reason)
             bar.total = total
             bar.set(done)
 
@@ -320,7 +320,7 @@ def make_shards(
             )
         except UserError as error:
             if stop.requested:  # the signal went to the processes that tokenise, too
-                raise Interrupted from error
+                raise Interrupted(stop.reason) from error
             raise
 
 

@@ -145,7 +145,7 @@ Body = Callable[[_Run, Session], None]
 def _one_step(state: _Run, number: int, count: int, step: str, after: tuple[str, ...], body: Body) -> None:
     """Run one step in its folder unless it is complete with the same fingerprint."""
     if any_rank(asked()):  # while the step before was about to end
-        raise Interrupted
+        raise Interrupted("a signal")
     config = _step_config(state, step)
     folder = state.folder(step)
     read = {k: v for k, v in to_container(config).items() if k in _ALWAYS or k in _READS[step]}

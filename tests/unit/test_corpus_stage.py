@@ -21,7 +21,7 @@ from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import SOURCES, Config, DataConfig
 from steerlm_megatron.data import chunks
 from steerlm_megatron.data.preprocess import preprocess
-from steerlm_megatron.errors import UserError
+from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.stages.corpus import check_tokenizer, collect_records, make_shards, make_tokenizer
 from steerlm_megatron.stages.preprocess import total_counts
 from steerlm_megatron.stages.train import _open_data
@@ -154,8 +154,9 @@ def test_asked_to_stop_it_exits_to_be_requeued(tmp_path: Path, monkeypatch: pyte
         return real(chunk, job)
 
     monkeypatch.setattr("steerlm_megatron.data.pool.tokenize", signalled)
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(Interrupted) as stopped:
         make_shards(cfg, {"train": [str(path)]}, tmp_path / "out")
+    assert stopped.value.unsaid == "SIGTERM", "for the user, who is told nothing else"
     assert stopped.value.code == 75 and not (tmp_path / "out" / "train").exists()
     assert make_shards(cfg, {"train": [str(path)]}, tmp_path / "out")["in"] == 60
     assert done == [1, 9, 17, 25, 33, 41, 49, 57]
