@@ -26,6 +26,7 @@ from steerlm_megatron import __version__
 from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import Interrupted, ReportedElsewhere, UserError
+from steerlm_megatron.runtime import launcher
 from steerlm_megatron.train import signals
 
 # command → (module with run(config), what it does, whether it runs on the ranks that parallel.* asks for)
@@ -205,15 +206,6 @@ def _flags(arguments: list[str]) -> Any:
     return get_args_parser().parse_intermixed_args(arguments)
 
 
-def _is_rank() -> bool:
-    """Whether a launcher (torchrun, srun) started this process as one of several."""
-    return "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ
-
-
-def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
-
-
 def _own_overrides() -> list[str]:
     """The overrides of this job alone: of a ``--multirun`` one value each."""
     from hydra.core.hydra_config import HydraConfig
@@ -224,7 +216,7 @@ def _own_overrides() -> list[str]:
 def _job(command: str) -> Callable[[Any], None]:
     def job(cfg: Any) -> None:
         config = load.from_container(cfg)
-        world = _world() if _is_rank() else None
+        world = launcher.world_size() if launcher.is_rank() else None
         load.finalize(config, world)
         needed = load.world_of(config)
         if world is None and needed > 1 and COMMANDS[command][2]:
@@ -355,7 +347,8 @@ def _how_it_ended(code: int) -> str:
 
 
 def _prefix() -> str:
-    return f"steerlm: rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else "steerlm: "
+    rank = launcher.global_rank()
+    return f"steerlm: rank {rank}: " if rank else "steerlm: "
 
 
 def _is_first_to_say(text: str) -> bool:
@@ -363,7 +356,7 @@ def _is_first_to_say(text: str) -> bool:
     each host.
     """
     if "steerlm_megatron.runtime.parallel" not in sys.modules:
-        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0" or not _is_rank()
+        return launcher.local_rank() == 0
     from steerlm_megatron.runtime.collectives import first_to_say
 
     return first_to_say(text)
@@ -426,7 +419,7 @@ def main(argv: list[str] | None = None) -> None:
         _command(arguments[0], arguments[1:])
     except Interrupted as stop:
         # One of many is enough; and a launcher stops the others in this way after an error of the main one.
-        if stop.unsaid and os.environ.get("RANK", "0") == "0":
+        if stop.unsaid and launcher.global_rank() == 0:
             print(f"{_prefix()}stopped by {stop.unsaid}: start the same command again", file=sys.stderr)
         signals.settle()
         raise

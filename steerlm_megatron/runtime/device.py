@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from steerlm_megatron.runtime import launcher
+
 
 def has_cuda() -> bool:
     """True if a CUDA device can be used by this process."""
@@ -19,7 +21,7 @@ def has_cuda() -> bool:
 def device() -> torch.device:
     """The device of this process: ``cuda:LOCAL_RANK`` where there is one, else ``cpu``."""
     if has_cuda():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("cuda", launcher.local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 

@@ -1,8 +1,9 @@
 """Process groups and who this rank is in them.
 
 Owns: starting ``torch.distributed`` and Megatron-Core's model-parallel groups, seeding, and :class:`Layout`, the answer
-to "which rank am I". Does not own: starting processes (``cli.py``). Invariant: one layout per process;
-:func:`initialize` with the same sizes again is a no-op, so that the steps of a pipeline can share a process.
+to "which rank am I". Does not own: starting processes (``cli.py``), ranks as a launcher numbers them
+(``launcher.py``). Invariant: one layout per process; :func:`initialize` with the same sizes again is a no-op, so that
+the steps of a pipeline can share a process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from steerlm_megatron.config.schema import ParallelConfig
-from steerlm_megatron.runtime import device, mcore_compat
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.runtime import device, launcher, mcore_compat
 
 
 @dataclass(frozen=True)
@@ -73,31 +75,26 @@ class Layout:
         return self.tp_rank == 0 and self.pp_rank == 0 and self.cp_rank == 0
 
 
-def world_size() -> int:
-    """How many ranks were started, before any group exists."""
-    return int(
-        os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in os.environ else "1")
-    )
-
-
-def global_rank() -> int:
-    """This process's rank, before any group exists."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
 def _start_torch_distributed(timeout_sec: int) -> None:
     if dist.is_initialized():
         return
     timeout = timedelta(seconds=timeout_sec)
-    if world_size() == 1:
-        # No network and no port for a run of one process.
+    if launcher.world_size() == 1:
+        # A run of one process needs no network and no port.
         dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ:
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-        os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
-    dist.init_process_group(device.backend(), timeout=timeout, **_store_after_restart(timeout))
+    try:
+        dist.init_process_group(device.backend(), timeout=timeout, **_store_after_restart(timeout))
+    except dist.DistNetworkError as error:
+        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"{where}: another program listens there; set MASTER_PORT to a free port, the same for all ranks"
+            ) from error
+        raise UserError(
+            f"{where}: rank {launcher.global_rank()} cannot reach rank 0 ({str(error).splitlines()[0]}); is that host "
+            "up and reachable from here, and did rank 0 start?"
+        ) from error
 
 
 def _store_after_restart(timeout: timedelta) -> dict[str, Any]:
@@ -108,10 +105,9 @@ def _store_after_restart(timeout: timedelta) -> dict[str, Any]:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size(), is_master=False, timeout=timeout
-    )
-    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": global_rank(), "world_size": world_size()}
+    address, rank, ranks = os.environ["MASTER_ADDR"], launcher.global_rank(), launcher.world_size()
+    store = dist.TCPStore(address, int(os.environ["MASTER_PORT"]), ranks, is_master=False, timeout=timeout)
+    return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": ranks}
 
 
 def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> Layout:
@@ -123,6 +119,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> L
     Context-parallel ranks differ as well: they hold different tokens, and one mask for two would be no dropout of each.
     """
     mcore_compat.apply()
+    launcher.set_torch_variables()
     device.set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     if device.has_cuda():
         torch.cuda.set_device(device.device())

@@ -7,7 +7,7 @@ import signal
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.server import check_port, serve
-from steerlm_megatron.runtime.parallel import global_rank
+from steerlm_megatron.runtime import launcher
 from steerlm_megatron.stages.sampling import open_generator
 from steerlm_megatron.stages.session import load_model, session
 
@@ -16,7 +16,7 @@ def run(config: Config) -> None:
     """Serve ``checkpoint`` on ``server.host:server.port`` until SIGTERM or Ctrl-C. Collective over the world."""
     if config.checkpoint is None:
         raise UserError("checkpoint is not set: name the run folder of train_sft to serve")
-    if global_rank() == 0 and config.server.port:
+    if launcher.global_rank() == 0 and config.server.port:
         check_port(config.server.host, config.server.port)
     with session(config) as here:
         if here.layout.dp_size > 1:

@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from steerlm_megatron.errors import Interrupted
+from steerlm_megatron.runtime import launcher
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SAVING_SEC = 180.0  # at the end of a SLURM job's time, or after a signal to a launcher, kept for saving
@@ -113,7 +114,7 @@ def _slurm_times() -> tuple[float, float] | None:
     job, start, end = (os.environ.get(f"SLURM_JOB_{name}", "") for name in ("ID", "START_TIME", "END_TIME"))
     if end.isdigit():
         return float(start) if start.isdigit() else float("-inf"), float(end)
-    if not job or os.environ.get("SLURM_PROCID", "0") != "0":
+    if not job or launcher.global_rank() != 0:
         return None
     ask = ["squeue", "--noheader", f"--jobs={job}", "--format=%S %e"]
     try:

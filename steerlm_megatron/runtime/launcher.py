@@ -1,0 +1,135 @@
+"""Which rank this process is, by what its launcher says: torchrun's variables, or those of a SLURM step.
+
+Owns: reading ranks from the environment, and completing it with what ``torch.distributed`` asks for. Does not own:
+starting processes (``cli.py``), process groups (``parallel.py``). Standard library only, so that the command line can
+ask before torch is imported.
+Invariant: inside a batch script that no launcher started, a process is alone, however many tasks the job has.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+
+from steerlm_megatron.errors import UserError
+
+# Ports for the ranks' store: above those of services, below those that Linux gives to outgoing connections.
+_FIRST_PORT, _PORTS = 15000, 15000
+
+
+def is_rank() -> bool:
+    """Whether a launcher (torchrun, srun) started this process as one of several."""
+    return "RANK" in os.environ or _in_slurm_step()
+
+
+def _in_slurm_step() -> bool:
+    """Whether srun started this process as one of several tasks.
+
+    A batch script has ``SLURM_PROCID`` and the job's ``SLURM_NTASKS`` as well, but no step: it is no rank.
+    """
+    return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and _slurm_tasks() > 1
+
+
+def _slurm_tasks() -> int:
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1")))
+
+
+def world_size() -> int:
+    """How many ranks were started."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return _slurm_tasks() if _in_slurm_step() else 1
+
+
+def global_rank() -> int:
+    """This process among all ranks."""
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    return int(os.environ["SLURM_PROCID"]) if _in_slurm_step() else 0
+
+
+def local_rank() -> int:
+    """This process among the ranks of its host."""
+    if "LOCAL_RANK" in os.environ:
+        return int(os.environ["LOCAL_RANK"])
+    return int(os.environ.get("SLURM_LOCALID", "0")) if _in_slurm_step() else 0
+
+
+def set_torch_variables() -> None:
+    """Inside a SLURM step, set those of torchrun's variables that are missing: rank, sizes, and where rank 0 listens.
+
+    ``MASTER_ADDR`` and ``MASTER_PORT`` that are set are kept.
+
+    Raises:
+        UserError: the step's first node has no address that this node can find.
+    """
+    if "RANK" in os.environ or not _in_slurm_step():
+        return
+    found = {
+        "RANK": str(global_rank()),
+        "WORLD_SIZE": str(world_size()),
+        "LOCAL_RANK": str(local_rank()),
+        "LOCAL_WORLD_SIZE": str(_tasks_on_this_node()),
+        "MASTER_PORT": str(step_port()),
+    }
+    if "MASTER_ADDR" not in os.environ:
+        found["MASTER_ADDR"] = _address_of_first_node()
+    for name, value in found.items():
+        os.environ.setdefault(name, value)
+
+
+def step_port() -> int:
+    """A port that follows from the SLURM job and step, so that all ranks know it and two jobs on a node differ."""
+    job, step = os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_STEP_ID", "0")
+    return _FIRST_PORT + (int(job) * 31 + int(step)) % _PORTS
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM host list: ``gpu[07-09,12],cpu1`` → ``gpu07``.
+
+    >>> first_host("rack[2-3]n[001,005]")
+    'rack2n001'
+    """
+    first = re.split(r",(?![^\[]*\])", nodelist)[0]
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Numbers of tasks by node from SLURM's short form.
+
+    >>> tasks_per_node("4(x2),1")
+    [4, 4, 1]
+    """
+    counts: list[int] = []
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(number)] * int(times or 1)
+    return counts
+
+
+def _tasks_on_this_node() -> int:
+    counts = tasks_per_node(os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    node = int(os.environ.get("SLURM_NODEID", "0"))
+    return counts[node] if node < len(counts) else 1
+
+
+def _address_of_first_node() -> str:
+    """A name or address of the node that rank 0 runs on: the first of the step's nodes."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    host = first_host(nodes)
+    try:
+        socket.getaddrinfo(host, None)
+        return host
+    except (OSError, UnicodeError) as error:
+        unknown = error
+    try:  # what SLURM itself reaches the node by, where its name is of SLURM alone
+        asked = subprocess.run(
+            ["scontrol", "show", "node", host], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+        return re.findall(r"\bNodeAddr=(\S+)", asked)[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        raise UserError(
+            f"MASTER_ADDR is not set, and the first node of SLURM_STEP_NODELIST={nodes}, {host!r}, has no address that "
+            f"this node can find ({unknown}); set MASTER_ADDR to that node's address"
+        ) from None
