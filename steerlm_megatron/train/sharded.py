@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.runtime.device import has_cuda
+from steerlm_megatron.train.safe_pickle import reading
 
 _BACKEND = ("torch_dist", 1)
 
@@ -129,7 +130,8 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
 
 def stored_dtype(folder: Path, prefix: str) -> torch.dtype:
     """The dtype of the tensors under ``prefix`` (the widest, where they differ). ``KeyError``: there are none."""
-    found = dist_checkpointing.load_tensors_metadata(str(folder))
+    with reading(folder):
+        found = dist_checkpointing.load_tensors_metadata(str(folder))
     dtypes = {tensor.dtype for key, tensor in found.items() if key.startswith(prefix)}
     if not dtypes:
         raise KeyError(f"{folder}: no tensors named {prefix}…")
@@ -138,16 +140,18 @@ def stored_dtype(folder: Path, prefix: str) -> torch.dtype:
 
 def common_state(folder: Path) -> dict[str, Any]:
     """What a checkpoint holds besides tensors, the same on every rank."""
-    return dist_checkpointing.load_common_state_dict(str(folder))
+    with reading(folder):
+        return dist_checkpointing.load_common_state_dict(str(folder))
 
 
 def load_sharded(state: dict[str, Any], folder: Path, missing_ok: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read what ``state`` asks for. Keys that start with one of ``missing_ok`` may be absent. Collective over the
     world.
     """
-    if not missing_ok:
-        return dist_checkpointing.load(state, str(folder))
-    loaded, _, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
+    with reading(folder):
+        if not missing_ok:
+            return dist_checkpointing.load(state, str(folder))
+        loaded, _, absent = dist_checkpointing.load(state, str(folder), strict=StrictHandling.RETURN_UNEXPECTED)
     wrong = sorted(key for key in absent if not key.startswith(missing_ok))
     if wrong:
         raise UserError(f"{folder}: the checkpoint lacks {', '.join(wrong[:5])}: it holds another kind of model")
