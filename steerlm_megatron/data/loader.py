@@ -27,16 +27,17 @@ _POLL_SEC = 0.1  # how soon a waiting prefetch thread notices that it is to end
 
 
 class StepLoader:
-    """Endless iterator over global steps: each item is this rank's list of micro-batches.
+    """Iterator over global steps: each item is this rank's list of micro-batches.
 
-    A step takes ``rows_per_step`` rows, the next ones in the sequence of all epochs (a step may span two epochs).
-    They are dealt round robin to the data-parallel ranks, then cut into micro-batches of
-    ``train.micro_batch_samples`` rows; where rows do not divide, empty rows fill up. A thread prepares steps ahead;
-    ``close`` (or leaving the ``with``) ends it.
+    A step takes ``rows_per_step`` rows, the next ones in the sequence of all epochs (a step may span two epochs), or
+    what is left of them before ``end_row``. They are dealt round robin to the data-parallel ranks, then cut into
+    micro-batches of ``train.micro_batch_samples`` rows; where rows do not divide, empty rows fill up. A thread prepares
+    steps ahead; ``close`` (or leaving the ``with``) ends it.
 
     Args:
         rows: from ``Corpora.rows(view, train.row_tokens, …)``.
         start_row: rows consumed by the run so far (``consumed_rows`` of an earlier loader).
+        end_row: where the run ends, if need be with a smaller step. None: it is endless.
         prefetch_steps: steps prepared ahead; 0: none, and no thread.
         cp_rank, cp_size: each of ``cp_size`` context-parallel ranks gets its part of the same micro-batches.
     """
@@ -48,6 +49,7 @@ class StepLoader:
         dp_rank: int = 0,
         dp_size: int = 1,
         start_row: int = 0,
+        end_row: int | None = None,
         prefetch_steps: int = 2,
         cp_rank: int = 0,
         cp_size: int = 1,
@@ -66,8 +68,9 @@ class StepLoader:
         self.consumed_rows = start_row
         self.consumed_samples = self._samples_before(start_row)
         self._next_row = start_row  # of the producer, which runs ahead of the consumer
+        self._end_row = math.inf if end_row is None else end_row
         self._prefetch_steps = prefetch_steps
-        self._queue: queue.Queue[tuple[list[RowBatch], int] | BaseException] = queue.Queue(max(1, prefetch_steps))
+        self._queue: queue.Queue[tuple[list[RowBatch], int, int] | BaseException] = queue.Queue(max(1, prefetch_steps))
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -81,12 +84,12 @@ class StepLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps after which every row was seen at least once."""
-        return self.steps_for(1.0)
+        """Steps after which every row was seen."""
+        return -(-len(self.rows) // self.rows_per_step)
 
-    def steps_for(self, epochs: float) -> int:
-        """Steps that ``epochs`` passes over the data take, rounded up; at least one."""
-        return max(1, math.ceil(round(epochs * len(self.rows), 6) / self.rows_per_step))
+    def steps_to(self, row: int) -> int:
+        """Steps from here to ``row``, the last of which may be a smaller one; negative if that lies behind."""
+        return -((self.consumed_rows - row) // self.rows_per_step)
 
     def state(self) -> dict[str, int]:
         """What to store so that ``start_row=state["consumed_rows"]`` goes on from here."""
@@ -104,11 +107,8 @@ class StepLoader:
     def __next__(self) -> list[RowBatch]:
         if self._failure is not None:
             raise self._failure
-        if self._prefetch_steps:
-            batches, samples = self._from_thread()
-        else:
-            batches, samples = self._produce()
-        self.consumed_rows += self.rows_per_step
+        batches, rows, samples = self._from_thread() if self._prefetch_steps else self._produce()
+        self.consumed_rows += rows
         self.consumed_samples += samples
         return batches
 
@@ -138,7 +138,7 @@ class StepLoader:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _from_thread(self) -> tuple[list[RowBatch], int]:
+    def _from_thread(self) -> tuple[list[RowBatch], int, int]:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="steerlm-loader", daemon=True)
             self._thread.start()
@@ -164,11 +164,14 @@ class StepLoader:
             if isinstance(item, BaseException):
                 return
 
-    def _produce(self) -> tuple[list[RowBatch], int]:
-        """The next step, and its number of samples over all ranks."""
-        rows = self._sequence(self._next_row, self._next_row + self.rows_per_step)
-        self._next_row += self.rows_per_step
-        return self._micro_batches(rows), int(self.rows.sample_counts(rows).sum())
+    def _produce(self) -> tuple[list[RowBatch], int, int]:
+        """The next step, and its numbers of rows and samples over all ranks."""
+        end = int(min(self._next_row + self.rows_per_step, self._end_row))
+        if end <= self._next_row:
+            raise StopIteration
+        rows = self._sequence(self._next_row, end)
+        self._next_row = end
+        return self._micro_batches(rows), len(rows), int(self.rows.sample_counts(rows).sum())
 
     def _sequence(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Rows ``start … stop`` of the sequence of all epochs."""
@@ -211,5 +214,12 @@ class StepLoader:
 
 
 def rows_per_step(rows: Rows, global_batch_samples: int) -> int:
-    """Rows whose expected number of samples is ``global_batch_samples``; at least one. The same for every layout."""
-    return max(1, round(global_batch_samples / rows.samples_per_row))
+    """Rows whose expected number of samples is ``global_batch_samples``: at least one, at most those of an epoch, since
+    a step that repeats the corpus would be one epoch's gradient at several epochs' price. The same for every layout.
+    """
+    return min(max(1, round(global_batch_samples / rows.samples_per_row)), len(rows))
+
+
+def end_row(rows: Rows, epochs: float) -> int:
+    """The row at which ``epochs`` passes over ``rows`` end; at least one row is passed."""
+    return max(1, round(epochs * len(rows)))

@@ -21,7 +21,7 @@ from steerlm_megatron.config.load import paths_of, to_container
 from steerlm_megatron.config.schema import Config, EngineConfig, ModelConfig
 from steerlm_megatron.data.blend import Corpora, Rows
 from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.loader import StepLoader
+from steerlm_megatron.data.loader import StepLoader, end_row
 from steerlm_megatron.data.preprocess import is_complete
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
@@ -94,10 +94,11 @@ def train(here: Session) -> TrainResult:
         earlier = read_meta(latest)
         on_main(partial(check_resume, config, data, view, latest, earlier))
         meta = dataclasses.replace(meta, step=earlier.step, loader=earlier.loader)
-    loaders = [_loader(here, rows, meta.loader.get("consumed_rows", 0))]
+    end = None if config.train.steps else end_row(rows, config.train.epochs)
+    loaders = [_loader(here, rows, meta.loader.get("consumed_rows", 0), end)]
     if valid is not None:
         loaders.append(_loader(here, _pack(config, valid, view), 0))
-    steps = config.train.steps or loaders[0].steps_for(config.train.epochs)
+    steps = config.train.steps or meta.step + loaders[0].steps_to(end or 0)
     if latest:
         on_main(partial(check_steps, config, steps, latest, meta))
     engine, flops = _build_engine(config, data, view, steps)
@@ -161,10 +162,10 @@ def _pack(config: Config, data: Corpora, view: View, weights: Sequence[float] = 
     return on_main(lambda: rows(True)) or rows(True)
 
 
-def _loader(here: Session, rows: Rows, start_row: int) -> StepLoader:
+def _loader(here: Session, rows: Rows, start_row: int, end_row: int | None = None) -> StepLoader:
     at = here.layout
     return StepLoader(
-        rows, here.config.train, at.dp_rank, at.dp_size, start_row, cp_rank=at.cp_rank, cp_size=at.cp_size
+        rows, here.config.train, at.dp_rank, at.dp_size, start_row, end_row, cp_rank=at.cp_rank, cp_size=at.cp_size
     )
 
 
@@ -301,6 +302,11 @@ def _announce(config: Config, view: View, rows: Rows, loader: StepLoader, steps:
         _VIEW_TITLES[view],
         report["samples"], len(rows), rows.row_tokens, report["fill"], loader.rows_per_step, steps,
     )  # fmt: skip
+    if rows.samples < config.train.global_batch_samples:
+        get_logger(__name__).warning(
+            "train.global_batch_samples=%d, but %s has %d samples an epoch: a step takes all of them once",
+            config.train.global_batch_samples, rows.corpora.name, rows.samples,
+        )  # fmt: skip
     for folder, part in report.get("corpora", {}).items():
         get_logger(__name__).info(
             "%s: %d samples in %d rows, %d rows an epoch (%.1f %%)",

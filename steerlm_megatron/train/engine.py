@@ -8,7 +8,7 @@ parameters, up to rounding.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,22 @@ import torch
 from steerlm_megatron.data.collate import RowBatch
 from steerlm_megatron.runtime.parallel import Layout
 from steerlm_megatron.train.sharded import save_sharded
+
+# Micro-batches, per pipeline stage, between two questions whether to stop: so many that filling and draining the
+# pipeline once more costs little, so few that a signal is obeyed within a minute or so.
+_UNTIL_ASKED = 32
+
+
+def pieces(batches: Sequence[RowBatch], stages: int) -> list[Sequence[RowBatch]]:
+    """``batches`` in pieces of some ``_UNTIL_ASKED`` micro-batches a stage; all in one piece if there are few more."""
+    size = _UNTIL_ASKED * stages
+    count = max(1, len(batches) // size)
+    cuts = [size * number for number in range(count)]
+    return [batches[start:end] for start, end in zip(cuts, [*cuts[1:], len(batches)], strict=True)]
+
+
+class StepGivenUp(Exception):
+    """A step ended between two micro-batches because the run is to stop; nothing was updated."""
 
 
 @dataclass
@@ -45,8 +61,16 @@ class Engine(ABC):
     layout: Layout
 
     @abstractmethod
-    def train_step(self, batches: Sequence[RowBatch]) -> StepResult:
-        """Forward, backward and update on this data-parallel rank's micro-batches of one global batch."""
+    def train_step(self, batches: Sequence[RowBatch], stopping: Callable[[], bool] | None = None) -> StepResult:
+        """Forward, backward and update on this data-parallel rank's micro-batches of one global batch.
+
+        ``stopping`` is asked now and then within a step of many micro-batches, by all ranks at the same places; it has
+        to answer all of them alike.
+
+        Raises:
+            StepGivenUp: ``stopping`` said yes. Parameters, optimizer, schedule and generators are as before the step;
+                the engine can be saved, but trains no more.
+        """
 
     @abstractmethod
     def evaluate(self, steps: Iterable[Sequence[RowBatch]]) -> dict[str, float]:

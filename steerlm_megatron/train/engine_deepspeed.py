@@ -11,11 +11,12 @@ kind, not per partition: any command loads them, and training goes on from them 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from steerlm_megatron.runtime.collectives import sum_from_last_stage, sum_over_d
 from steerlm_megatron.runtime.device import Stopwatch, device, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
 from steerlm_megatron.train.adam import ADAM_STEP, adam_step, allocate_adam, parameter_groups, set_adam_step
-from steerlm_megatron.train.engine import Engine, StepResult
+from steerlm_megatron.train.engine import Engine, StepGivenUp, StepResult, pieces
 from steerlm_megatron.train.objective import Objective
 from steerlm_megatron.train.rng import rng_state, take_rng_state
 from steerlm_megatron.train.schedule import build_schedule
@@ -136,7 +137,7 @@ class DeepSpeedEngine(Engine):
         output = self.ds(here.tokens_T[None], here.positions_T[None], None, labels=labels, packed_seq_params=packed)
         return self.objective.loss(output, here)
 
-    def train_step(self, batches: Sequence[RowBatch]) -> StepResult:
+    def train_step(self, batches: Sequence[RowBatch], stopping: Callable[[], bool] | None = None) -> StepResult:
         start = time.perf_counter()
         self.ds.train()
         terms = float(sum(self.objective.terms(batch) for batch in batches))
@@ -144,8 +145,13 @@ class DeepSpeedEngine(Engine):
         scale = self.layout.dp_cp_size / max(sum_over_data_parallel([terms], with_context=True)[0], 1.0)
         own = Stopwatch()
         own.start()
+        asked_after = set(itertools.accumulate(map(len, pieces(batches, 1)[:-1])))
+        generators: dict[str, Any] = rng_state(self.layout).data if asked_after and stopping else {}
         sums = []
         for number, batch in enumerate(batches):
+            if number in asked_after and stopping is not None and stopping():
+                take_rng_state(generators)
+                raise StepGivenUp
             self.ds.set_gradient_accumulation_boundary(number == len(batches) - 1)
             total, sums_M = self._forward(batch)
             if number == 0:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from steerlm_megatron.runtime.collectives import sum_from_last_stage
 from steerlm_megatron.runtime.device import HostCopy, Stopwatch, device, dtype_of, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
 from steerlm_megatron.train.adam import ADAM_STEP, adam_step, allocate_adam, set_adam_step
-from steerlm_megatron.train.engine import Engine, StepResult
+from steerlm_megatron.train.engine import Engine, StepGivenUp, StepResult, pieces
 from steerlm_megatron.train.objective import Objective
 from steerlm_megatron.train.ranges import sharded_range
 from steerlm_megatron.train.rng import rng_state, take_rng_state
@@ -87,6 +88,7 @@ class MegatronEngine(Engine):
         self.schedule = build_schedule(self.optimizer, optim, steps)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self._own = Stopwatch()
+        self._terms: torch.Tensor | None = None  # loss terms of a step's pieces that are done
         self.config.finalize_model_grads_func = self._finalize_gradients
         self.forward_backward = get_forward_backward_func()
 
@@ -205,17 +207,36 @@ class MegatronEngine(Engine):
             return torch.stack([entry["sums"] for entry in stored[:wanted]])
         return torch.zeros(0, len(self.objective.metric_names), dtype=torch.float64, device=device())
 
+    def _accumulate(self, piece: Sequence[RowBatch]) -> torch.Tensor:
+        """:meth:`_run` of micro-batches that others of the step follow: their gradients and terms are added up on this
+        rank, and nothing is reduced yet.
+        """
+        pauses, config = self.config.no_sync_func, self.config
+        with ExitStack() as paused:
+            for chunk in self.chunks:
+                paused.enter_context(chunk.no_sync())
+            config.no_sync_func, config.finalize_model_grads_func = None, self._add_terms
+            try:
+                return self._run(piece, forward_only=False)
+            finally:
+                config.no_sync_func, config.finalize_model_grads_func = pauses, self._finalize_gradients
+
+    def _add_terms(self, chunks: list[torch.nn.Module], terms: torch.Tensor, **kwargs: Any) -> None:
+        """In the place of :meth:`_finalize_gradients` where more micro-batches follow."""
+        self._terms = terms if self._terms is None else self._terms + terms
+
     def _finalize_gradients(self, chunks: list[torch.nn.Module], terms: torch.Tensor, **kwargs: Any) -> None:
         """Megatron-Core's, and the division by the global batch's number of terms, which it has as well, but with the
         host waiting to see whether there are any.
         """
         self._own.stop()  # until here a replica works alone
         finalize_model_grads(chunks, None, **kwargs)
+        terms, self._terms = terms if self._terms is None else self._terms + terms, None
         factor = 1.0 / sum_from_last_stage(terms).clamp(min=1)
         for chunk in self.chunks:
             chunk.scale_gradients(factor)
 
-    def train_step(self, batches: Sequence[RowBatch]) -> StepResult:
+    def train_step(self, batches: Sequence[RowBatch], stopping: Callable[[], bool] | None = None) -> StepResult:
         start, computing = time.perf_counter(), Stopwatch()
         self._own.start()
         computing.start()
@@ -223,7 +244,15 @@ class MegatronEngine(Engine):
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums_BM = self._run(batches, forward_only=False)
+        *first, last = pieces(batches, self.layout.pp_size)
+        generators: dict[str, Any] = rng_state(self.layout).data if first and stopping else {}
+        sums = []
+        for piece in first:
+            sums.append(self._accumulate(piece))
+            if stopping is not None and stopping():
+                take_rng_state(generators)
+                raise StepGivenUp
+        sums_BM = torch.cat([*sums, self._run(last, forward_only=False)])
         self._sums_M = HostCopy(sum_from_last_stage(sums_BM.sum(0)))
         computing.stop()
         self.schedule.step(increment=1)

@@ -28,7 +28,7 @@ from steerlm_megatron.runtime.collectives import any_rank, gather_objects, sum_o
 from steerlm_megatron.runtime.device import peak_memory_gib
 from steerlm_megatron.runtime.watch import Watch
 from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore
-from steerlm_megatron.train.engine import Engine, StepResult
+from steerlm_megatron.train.engine import Engine, StepGivenUp, StepResult
 from steerlm_megatron.train.sharded import ShardedWriter, Write
 from steerlm_megatron.train.signals import StopRequest
 from steerlm_megatron.train.stragglers import Stragglers
@@ -72,6 +72,7 @@ class Trainer:
         self.store, self.meta, self.save_tokenizer = store, meta, save_tokenizer
         self.metrics, self.steps, self.throughput = metrics, steps, throughput
         self.step = meta.step
+        self.position = loader.state()  # of the data, after the last whole step
         throughput.total_tokens = meta.loader.get("tokens", 0)
         self.is_main = engine.layout.is_main
         self.best = store.best_metric()
@@ -102,13 +103,19 @@ class Trainer:
                     self._stop_if_asked()
                 while self.step < self.steps:
                     self.watch.beat(self.step + 1, "reading data")
-                    waiting = time.perf_counter()
+                    waiting, before = time.perf_counter(), self.loader.state()
                     batches = next(self.loader)
                     self.seconds["data"] += time.perf_counter() - waiting
                     self.watch.beat(self.step + 1, "computing")
                     with self.profiler.step(self.step + 1):
-                        result = self.engine.train_step(batches)
+                        try:
+                            result = self.engine.train_step(batches, self._is_to_stop)
+                        except StepGivenUp:
+                            self.position = before
+                            self._stop_if_asked()
+                            raise AssertionError("a step is given up only where the run is to stop") from None
                     self.step += 1
+                    self.position = self.loader.state()
                     for part, seconds in result.seconds.items():
                         self.seconds[part] += seconds
                     loss = result.loss
@@ -123,18 +130,23 @@ class Trainer:
         tokens, spent = int(self.throughput.total_tokens), dict(self.total_seconds)
         return TrainResult(self.step, loss, self.last_valid, best, checkpoint, tokens, spent)
 
+    def _is_to_stop(self) -> bool:
+        """Whether any rank was asked to. Collective over the world."""
+        return any_rank(self.stop.requested)
+
     def _stop_if_asked(self) -> None:
         """Collective over the world."""
-        if not any_rank(self.stop.requested) or (self.step == self.steps and not self.unvalidated):
+        if not self._is_to_stop() or (self.step == self.steps and not self.unvalidated):
             return
         asked = gather_objects(self.stop.reason)
         rank, reason = next((rank, reason) for rank, reason in enumerate(asked) if reason is not None)
-        self._save_now()
+        new = self.step > self.meta.step  # else the checkpoint that this attempt started from, if any, stands
+        if new or self.unvalidated:
+            self._save_now()
         if self.is_main:  # which may be the one that nobody asked
             where = f" (rank {rank})" if asked.count(None) else ""
-            get_logger(__name__).warning(
-                "stopped by %s%s after step %d; saved, run again to go on", reason, where, self.step
-            )
+            saved = "saved, run again to go on" if new or self.step else "nothing to save yet, run again"
+            get_logger(__name__).warning("stopped by %s%s after step %d; %s", reason, where, self.step, saved)
         raise Interrupted
 
     def _after_step(self, result: StepResult) -> dict[str, Any]:
@@ -260,7 +272,7 @@ class Trainer:
         self.watch.beat(self.step, "saving")
         metric = self.last_valid.get("loss")
         tokens = self.throughput.total_tokens + int(sum_over_data_parallel(self.counts)[0])
-        loader = {**self.loader.state(), "tokens": tokens}
+        loader = {**self.position, "tokens": tokens}
         meta = replace(self.meta, step=self.step, loader=loader, metric=metric)
         start = time.perf_counter()
         background = background and self.train.async_save

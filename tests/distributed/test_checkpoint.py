@@ -230,11 +230,11 @@ class disturbance:
     def __enter__(self) -> None:
         original, stop_at = self.original, self.stop_at
 
-        def train_step(engine: MegatronEngine, batches: Any) -> Any:
+        def train_step(engine: MegatronEngine, batches: Any, stopping: Any) -> Any:
             done = engine.schedule.num_steps
             if done + 1 == stop_at == 5:
                 raise RuntimeError("fell over")
-            result = original(engine, batches)
+            result = original(engine, batches, stopping)
             if done + 1 == stop_at == 3:
                 os.kill(os.getpid(), signal.SIGUSR1)
             return result

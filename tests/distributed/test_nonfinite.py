@@ -85,11 +85,11 @@ class poison:
         self.wanted, self.calls, self.original = wanted, 0, MegatronEngine.train_step
 
     def __enter__(self) -> None:
-        def train_step(engine: MegatronEngine, batches: Any) -> Any:
+        def train_step(engine: MegatronEngine, batches: Any, stopping: Any) -> Any:
             self.calls += 1
             if self.calls in self.wanted:
                 batches[0].values_PA[:] = 1e30
-            return self.original(engine, batches)
+            return self.original(engine, batches, stopping)
 
         MegatronEngine.train_step = train_step
 

@@ -11,12 +11,14 @@ import corpora
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from steerlm_megatron.config.schema import TrainConfig
 from steerlm_megatron.data.blend import Corpora
 from steerlm_megatron.data.collate import PAD_DOCUMENT_TOKENS, RowBatch, collate
 from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.loader import StepLoader
+from steerlm_megatron.data.loader import StepLoader, end_row
 from steerlm_megatron.data.shards import ShardWriter
 from steerlm_megatron.data.views import build_documents
 
@@ -38,9 +40,10 @@ def loader(dataset: ShardDataset, view: str = "acsft", rank: int = 0, size: int 
     defaults = {"row_tokens": ROW_TOKENS, "global_batch_samples": 12, "seed": 7}
     prefetch = options.pop("prefetch_steps", 0)
     cp_rank, cp_size = options.pop("cp", (0, 1))
+    end = options.pop("end", None)
     train = TrainConfig(**{**defaults, **options})
     rows = Corpora([dataset]).rows(view, train.row_tokens, train.seed)
-    return StepLoader(rows, train, rank, size, start_row, prefetch, cp_rank, cp_size)
+    return StepLoader(rows, train, rank, size, start_row, end, prefetch, cp_rank, cp_size)
 
 
 def ids(batches: list[RowBatch]) -> Counter[str]:
@@ -83,7 +86,7 @@ def test_rows_of_a_step_come_from_samples_not_layout(dataset: ShardDataset) -> N
     for samples in (1, 12, 50, 1000):
         sizes = {loader(dataset, size=size, global_batch_samples=samples).rows_per_step for size in (1, 2, 4)}
         plan = loader(dataset).rows.plans[0]
-        assert sizes == {max(1, round(samples / (len(plan.samples) / len(plan))))}
+        assert sizes == {min(len(plan), max(1, round(samples / (len(plan.samples) / len(plan)))))}
 
 
 @pytest.mark.parametrize("stop", [0, 1, 5, 13])
@@ -107,15 +110,58 @@ def test_order_differs_by_epoch_and_seed_not_content(dataset: ShardDataset) -> N
     assert first != second and sorted(first) == sorted(second)
     again = loader(dataset, global_batch_samples=1)
     assert first == [tuple(next(again)[0].sample_ids) for _ in range(size)]
-    assert loader(dataset).steps_for(2.5) == -(-round(2.5 * size) // loader(dataset).rows_per_step)
 
 
-def test_a_step_larger_than_the_corpus_spans_epochs(dataset: ShardDataset) -> None:
-    steps = loader(dataset, global_batch_samples=300)
-    assert steps.rows_per_step > 2 * len(steps.rows.plans[0])
-    counts = ids(next(steps))
-    assert set(counts.values()) <= {3, 4}
-    assert steps.epoch == 3
+@given(
+    samples=st.integers(1, 10**9),
+    epochs=st.floats(0.01, 3.2),
+    stop=st.integers(0, 40),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
+def test_a_run_by_epochs_sees_every_row_as_often_as_they_say(
+    dataset: ShardDataset, samples: int, epochs: float, stop: int, sizes: tuple[int, int]
+) -> None:
+    """Whatever the batch, larger than the corpus too, and whether or not the run was stopped on its way."""
+    size = len(loader(dataset).rows)
+    end = end_row(loader(dataset).rows, epochs)
+    seen: Counter[str] = Counter()
+    at = taken = 0
+    for part in range(2):  # until the stop, and from there
+        ranks = [
+            loader(
+                dataset,
+                rank=rank,
+                size=sizes[0],
+                start_row=at,
+                end=end,
+                micro_batch_samples=sizes[1],
+                global_batch_samples=samples,
+            )  # fmt: skip
+            for rank in range(sizes[0])
+        ]
+        steps = ranks[0].steps_to(end)
+        assert ranks[0].rows_per_step <= size
+        for _ in range(min(steps, stop) if part == 0 else steps):
+            parts = [next(rank) for rank in ranks]
+            assert len({len(part) for part in parts}) == 1, "as many micro-batches on every rank"
+            seen += sum((ids(part) for part in parts), Counter())
+            taken += 1
+        at = ranks[0].consumed_rows
+    assert at == end == max(1, round(epochs * size)) and ranks[0].steps_to(end) == 0
+    assert taken == -(-end // ranks[0].rows_per_step)
+    whole, rest = divmod(end, size)
+    assert set(seen.values()) <= {whole, whole + 1} and sum(seen.values()) == ranks[0].consumed_samples
+    assert rest or len(set(seen.values())) == 1
+    for rank in ranks:
+        with pytest.raises(StopIteration):
+            next(rank)
+
+
+def test_a_prefetching_loader_ends_where_its_run_does(dataset: ShardDataset) -> None:
+    rows = loader(dataset).rows
+    with loader(dataset, end=end_row(rows, 1.0), prefetch_steps=2, global_batch_samples=9) as steps:
+        batches = list(steps)
+        assert len(batches) == steps.steps_per_epoch and steps.consumed_samples == rows.samples
 
 
 def test_evaluation_is_in_order_and_leaves_the_position(dataset: ShardDataset) -> None:
