@@ -71,6 +71,13 @@ class Corpora:
     def num_attributes(self) -> int:
         return len(self.datasets[0].manifest["labels"]["count"])
 
+    def label_counts(self) -> dict[str, int]:
+        """Attribute → labelled turns of weight 1 in all corpora; empty for corpora without attributes."""
+        if self.schema is None:
+            return {}
+        counts = np.array([dataset.manifest["labels"]["count"] for dataset in self.datasets], np.int64).sum(axis=0)
+        return dict(zip(self.schema.names, counts.tolist(), strict=True))
+
     def label_mean(self) -> npt.NDArray[np.float32]:
         """float32 [A]: mean of each attribute over the labelled turns of all corpora; NaN where there is none."""
         labels = [dataset.manifest["labels"] for dataset in self.datasets]

@@ -18,10 +18,11 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL
 from steerlm_megatron.runtime.collectives import any_rank, barrier, on_main
+from steerlm_megatron.stages.intake import Intake, Record
 from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.scoring import Scorer, Values
 from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
-from steerlm_megatron.steer.records import Conversation, OnError, Rejected, expand_paths, read_records, write_records
+from steerlm_megatron.steer.records import Conversation, Message, expand_paths, write_records
 from steerlm_megatron.train.signals import StopRequest
 
 _CHUNK = 512  # conversations scored between two writes of the journal
@@ -33,28 +34,26 @@ def run(config: Config) -> None:
         if getattr(config, key) is None:
             raise UserError(f"{key} is not set; annotate needs input, output and checkpoint")
     with session(config) as here:
-        records = load_records(config)
+        intake = Intake(here)
+        records = intake.read("input", cast(str, config.input), "input")
         loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="regression")
-        annotate(here, loaded, records, Path(cast(str, config.output)))
+        found = annotate(here, loaded, records, cast(str, config.input), Path(cast(str, config.output)))
+        here.run.update(counts=intake.counts() | found)
         loaded.free()
 
 
-def load_records(config: Config) -> list[Conversation]:
-    """All records of ``input``, checked; read on every rank."""
-    rejected: Rejected = []
-    records = list(read_records(cast(str, config.input), None, cast(OnError, config.data.on_error), rejected))
-    for where, reason in rejected:
-        get_logger(__name__).warning("skipped %s: %s", where, reason)
-    if not records:
-        raise UserError(f"input={config.input} holds no record")
-    return records
+def annotate(
+    here: Session, loaded: LoadedModel, read: list[Record], source: str | list[str], output: Path
+) -> dict[str, int]:
+    """Score ``read``, the records of ``source``, and write them with values to ``output``. Collective over the world.
 
-
-def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], output: Path) -> dict[str, Any]:
-    """Score ``records`` and write them with values to ``output``. Returns counts. Collective over the world."""
+    Returns the numbers of ``turns`` scored, of ``truncated_turns``, and of ``empty_replies``, which have no text to
+    score and pass through as they are.
+    """
     layout, config = here.layout, here.config
+    records = [record.conversation for record in read]
     scorer = Scorer(loaded, config.annotate.batch_tokens)
-    paths = expand_paths(cast(Any, config.input))
+    paths = expand_paths(source)
     journal, done = open_journal(here, f"{JOURNAL}{output.name}", loaded, {"records": len(records)}, paths)
     mine = [i for i in range(len(records)) if i % layout.dp_size == layout.dp_rank and i not in done]
     # Similar lengths together: rows fill better and a chunk's work is even.
@@ -76,16 +75,20 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
             if any_rank(stop.requested):
                 barrier()
                 raise Interrupted(stop.reason or "what asked another rank to")
-    counts = {"in": total, "out": total, "turns": 0, "truncated_turns": scorer.truncated_turns}
+    empty = sum(_is_empty(message) for record in records for message in record.messages)
+    replies = sum(message.role == "assistant" for record in records for message in record.messages)
+    counts = {"turns": replies - empty, "truncated_turns": scorer.truncated_turns, "empty_replies": empty}
 
     def write() -> None:
         scored = journal.read()
         assert len(scored) == total, f"{total - len(scored)} records lack a score"
-        counts["turns"] = sum(len(v) for v in scored.values())
         write_records(output, _labelled(records, scored, loaded, config.annotate.overwrite_labels))
         journal.remove()
-        here.run.update(counts=counts, outputs={"output": str(output)})
-        get_logger(__name__).info("%d records, %d responses scored → %s", total, counts["turns"], output)
+        here.run.update(outputs={"output": str(output)})
+        get_logger(__name__).info(
+            "%d records, %d responses scored%s → %s",
+            total, counts["turns"], f", {empty} empty ones left as they are" if empty else "", output,
+        )  # fmt: skip
 
     barrier()  # every journal is written
     on_main(write)
@@ -95,17 +98,30 @@ def annotate(here: Session, loaded: LoadedModel, records: list[Conversation], ou
 def _labelled(
     records: list[Conversation], scored: dict[int, Any], loaded: LoadedModel, overwrite: bool
 ) -> Iterator[Conversation]:
-    """Records with ``attributes`` (floats) and ``levels`` (integers) on every assistant message."""
+    """Records with ``attributes`` (floats) and ``levels`` (integers) on every assistant message with text.
+
+    An attribute that the model never saw a label of is not predicted: there, what a message has stays.
+    """
     schema = loaded.schema
     assert schema is not None
     for index, record in enumerate(records):
         messages = list(record.messages)
         for at, predicted in scored[index].items():
             message = messages[int(at)]
-            values: Values = dict(predicted)
-            if not overwrite and message.attributes:
-                values |= {k: float(v) for k, v in message.attributes.items() if k in schema.names}
+            if _is_empty(message):
+                continue
+            kept = {
+                name: float(value)
+                for name, value in (message.attributes or {}).items()
+                if name in schema.names and not (overwrite and name in predicted)
+            }
+            values: Values = {**predicted, **kept}
             messages[int(at)] = replace(
                 message, attributes=values, extra={**message.extra, "levels": schema.levels(values)}
             )
         yield replace(record, messages=tuple(messages))
+
+
+def _is_empty(message: Message) -> bool:
+    """Whether it is a response without text."""
+    return message.role == "assistant" and not message.content.strip()

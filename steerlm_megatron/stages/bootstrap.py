@@ -10,13 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.collectives import on_main
-from steerlm_megatron.stages.annotate import load_records
+from steerlm_megatron.stages.intake import Intake, Record
 from steerlm_megatron.stages.sampling import Drawn, Prompt, draw, forget, open_sampler, requests_for
 from steerlm_megatron.stages.scoring import Scorer, score_all
 from steerlm_megatron.stages.session import Session, load_model, session
@@ -30,65 +30,72 @@ def run(config: Config) -> None:
         if getattr(config, key) is None:
             raise UserError(f"{key} is not set; bootstrap needs input, output, checkpoint (SFT) and ap_checkpoint")
     with session(config) as here:
-        bootstrap(here, load_records(config), Path(cast(str, config.output)))
+        bootstrap(here, cast(str, config.input), Path(cast(str, config.output)))
 
 
 def combinations(records: Iterable[Conversation], schema: AttributeSchema) -> list[dict[str, int]]:
     """V: the distinct combinations of levels in the annotated data whose quality is the best found there.
 
-    Only responses with all attributes count. Sorted, so that drawing from V is a function of the seed alone.
+    Only responses with a value of every attribute that the data has at all count, and only attributes that the model
+    has seen. Sorted, so that drawing from V is a function of the seed alone.
     """
-    found: set[tuple[int, ...]] = set()
-    for record in records:
-        for message in record.messages:
-            if message.role == "assistant" and message.attributes and message.weight:
-                levels = schema.levels({k: v for k, v in message.attributes.items() if k in schema.names})
-                if len(levels) == len(schema.names):
-                    found.add(tuple(levels[name] for name in schema.names))
-    if not found:
-        raise UserError(f"input holds no response with all attributes of {schema.name}; annotate it first")
-    quality = schema.names.index(schema.quality)
-    best = max(levels[quality] for levels in found)
-    return [dict(zip(schema.names, levels, strict=True)) for levels in sorted(found) if levels[quality] == best]
+    labelled = [
+        {name: value for name, value in message.attributes.items() if name in schema.seen}
+        for record in records
+        for message in record.messages
+        if message.role == "assistant" and message.attributes and message.weight
+    ]
+    present = [name for name in schema.seen if any(name in values for values in labelled)]
+    levels = [schema.levels(values) for values in labelled if len(values) == len(present)]
+    found = {tuple(one[name] for name in present) for one in levels}
+    if not found or schema.quality not in present:
+        lacking = schema.quality if schema.quality not in present else " and ".join(present)
+        raise UserError(f"input holds no response with a value of {lacking} ({schema.name}); annotate it first")
+    quality = present.index(schema.quality)
+    best = max(one[quality] for one in found)
+    return [dict(zip(present, one, strict=True)) for one in sorted(found) if one[quality] == best]
+
+
+def choose_prompts(
+    records: Sequence[Record], limit: int | None, rng: random.Random
+) -> tuple[list[Record], dict[str, int]]:
+    """The prompts to draw for: of each record all before the last response, those that several share once, ``limit`` of
+    them drawn without replacement; and how many records are left out, by reason.
+    """
+    prompts: dict[tuple[tuple[str, str], ...], Record] = {}
+    for where, record in ((r.where, r.conversation) for r in records):
+        last = max(i for i, m in enumerate(record.messages) if m.role == "assistant")  # every record has one
+        messages = record.messages[:last]
+        prompts.setdefault(
+            tuple((m.role, m.content) for m in messages), Record(where, Conversation(record.id, messages))
+        )
+    pool = list(prompts.values())
+    chosen = rng.sample(pool, limit) if limit is not None and limit < len(pool) else pool
+    return chosen, {"repeated_prompt": len(records) - len(pool), "not_drawn": len(pool) - len(chosen)}
 
 
 def pair_prompts(
-    records: Sequence[Conversation], chosen: Sequence[Mapping[str, int]], limit: int | None, responses: int, seed: int
+    chosen: Sequence[Record], combinations: Sequence[Mapping[str, int]], responses: int, rng: random.Random
 ) -> list[Prompt]:
-    """Prompts of the records (all before the last response), each ``responses`` times, with combinations drawn
-    uniformly.
-
-    A prompt that several records share is used once; ``limit`` prompts are drawn without replacement.
-    """
-    rng = random.Random(seed)
-    prompts: dict[tuple[tuple[str, str], ...], tuple[str, tuple[Message, ...]]] = {}
-    for record in records:
-        last = max((i for i, m in enumerate(record.messages) if m.role == "assistant"), default=None)
-        if last is None or not any(m.role == "user" for m in record.messages[:last]):
-            continue
-        messages = record.messages[:last]
-        prompts.setdefault(tuple((m.role, m.content) for m in messages), (record.id, messages))
-    pool = list(prompts.values())
-    if limit is not None and limit < len(pool):
-        pool = rng.sample(pool, limit)
+    """Each prompt ``responses`` times, with combinations drawn uniformly."""
     return [
-        Prompt(f"{name}/{n}", messages, dict(rng.choice(list(chosen))))
-        for name, messages in pool
+        Prompt(f"{r.conversation.id}/{n}", r.conversation.messages, dict(rng.choice(list(combinations))), r.where)
+        for r in chosen
         for n in range(responses)
     ]
 
 
-def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[str, int]:
-    """Draw, score, write. Returns counts. Collective over the world."""
-    config = here.config
-    schema, prompts, responses = _draw(here, records, output)
+def bootstrap(here: Session, source: str, output: Path) -> dict[str, Any]:
+    """Draw, score, write. Collective over the world.
+
+    Returns counts of responses: a record stands for ``bootstrap.responses_per_prompt`` of them.
+    """
+    config, intake = here.config, Intake(here)
+    schema, prompts, responses = _draw(here, intake, source, output)
     kept = [(p, r) for p, r in zip(prompts, responses, strict=True) if r.finish_reason == "stop" and r.text.strip()]
-    counts = {
-        "in": len(prompts),
-        "out": len(kept),
-        "skipped_unfinished": sum(r.finish_reason != "stop" for r in responses),
-        "skipped_empty": sum(r.finish_reason == "stop" and not r.text.strip() for r in responses),
-    }
+    intake.leave_out("input", "unfinished", sum(r.finish_reason != "stop" for r in responses))
+    intake.leave_out("input", "empty", sum(r.finish_reason == "stop" and not r.text.strip() for r in responses))
+    counts = intake.counts()
     if not kept:
         raise UserError(
             f"none of {len(prompts)} responses ended within sampling.max_tokens={config.sampling.max_tokens}; raise it"
@@ -111,8 +118,8 @@ def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[
         here.run.update(counts=counts, outputs={"output": str(output)})
         get_logger(__name__).info(
             "%d responses drawn, %d kept and scored → %s; left out: %d that reached sampling.max_tokens=%d, %d empty",
-            len(prompts), len(kept), output, counts["skipped_unfinished"], config.sampling.max_tokens,
-            counts["skipped_empty"],
+            len(prompts), len(kept), output, counts["skipped"].get("unfinished", 0), config.sampling.max_tokens,
+            counts["skipped"].get("empty", 0),
         )  # fmt: skip
 
     on_main(write)
@@ -120,23 +127,26 @@ def bootstrap(here: Session, records: list[Conversation], output: Path) -> dict[
 
 
 def _draw(
-    here: Session, records: list[Conversation], output: Path
+    here: Session, intake: Intake, source: str, output: Path
 ) -> tuple[AttributeSchema, list[Prompt], list[Drawn]]:
     """Prompts and their responses, and the attributes that they were asked for."""
-    config = here.config
+    config, b = here.config, here.config.bootstrap
+    records = intake.read("input", source, "input", each=b.responses_per_prompt)
     loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="lm", gather_logits=True)
-    if loaded.schema is None or not loaded.meta.conditioned:
+    schema = loaded.conditioned_on
+    if schema is None:
         raise UserError(
             f"checkpoint={config.checkpoint} was trained without attributes; bootstrap needs an "
             "attribute-conditioned model"
         )
-    schema = loaded.schema
-    chosen = combinations(records, schema)
-    get_logger(__name__).info("%d combinations with %s=%d", len(chosen), schema.quality, chosen[0][schema.quality])
-    b = config.bootstrap
-    prompts = pair_prompts(records, chosen, b.prompts, b.responses_per_prompt, config.sampling.seed)
-    limit = min(config.server.max_sequence_tokens, loaded.model_config.max_position)
-    requests = requests_for(prompts, loaded.tokenizer, loaded.template, schema, config.sampling, limit)
+    found = combinations((record.conversation for record in records), schema)
+    get_logger(__name__).info("%d combinations with %s=%d", len(found), schema.quality, found[0][schema.quality])
+    rng = random.Random(config.sampling.seed)
+    chosen, left_out = choose_prompts(records, b.prompts, rng)
+    for reason, count in left_out.items():
+        intake.leave_out("input", reason, count * b.responses_per_prompt)
+    paired = pair_prompts(chosen, found, b.responses_per_prompt, rng)
+    prompts, requests = requests_for(paired, loaded, config, intake, "input")
     responses = draw(here, loaded, open_sampler(config, loaded), requests, output.name, "bootstrap")
     loaded.free()
     return schema, prompts, responses

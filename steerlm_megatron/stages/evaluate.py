@@ -7,7 +7,9 @@ Invariant: held-out prompts only; every number in the results was measured by th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -19,13 +21,30 @@ from steerlm_megatron.observe import stats
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import to_strict_json, write_json_atomic
 from steerlm_megatron.runtime.collectives import on_main
-from steerlm_megatron.stages.annotate import load_records
 from steerlm_megatron.stages.generate import read_prompts
-from steerlm_megatron.stages.sampling import Prompt, draw, forget, open_generator, requests_for
+from steerlm_megatron.stages.intake import Intake
+from steerlm_megatron.stages.sampling import (
+    Prompt,
+    PromptTooLong,
+    check_room,
+    draw,
+    forget,
+    open_generator,
+    request_for,
+    skip_prompt,
+)
 from steerlm_megatron.stages.scoring import Scorer, score_all
-from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
+from steerlm_megatron.stages.session import (
+    LoadedModel,
+    OpenedCheckpoint,
+    Session,
+    load_model,
+    open_checkpoint,
+    requested_best,
+    session,
+)
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import Conversation, Message, OnError
+from steerlm_megatron.steer.records import Conversation, Message
 
 MODELS = ("sft", "acsft", "bootstrapped")
 Levels = Mapping[str, int]
@@ -78,46 +97,55 @@ def models_of(config: Config) -> dict[str, str]:
 
 
 def evaluate(here: Session) -> dict[str, Any]:
-    """The results of ``write_report``, without timings."""
-    config = here.config
+    """The results of ``write_report``, without timings. Collective over the world."""
+    config, intake = here.config, Intake(here)
     results: dict[str, Any] = {}
     ap: LoadedModel | None = None
     if config.ap_checkpoint is not None:
         ap = load_model(config.ap_checkpoint, config, "ap_checkpoint", head="regression")
         if config.input is not None:
-            results["ap"] = prediction_quality(ap, load_records(config), config.annotate.batch_tokens)
+            records = [record.conversation for record in intake.read("input", config.input, "input")]
+            results["ap"], unlabelled = prediction_quality(ap, records, config.annotate.batch_tokens)
+            intake.leave_out("input", "unlabelled", unlabelled)
     if models_of(config):
         judge = Judge(config, ap)
         results["judge"] = judge.name
-        prompts = read_prompts(cast(str, config.evaluate.prompts), cast(OnError, config.data.on_error))
-        prompts = prompts[: config.evaluate.max_prompts]
-        results |= _compare(here, judge, prompts)
+        prompts, asks = _prompts(here, intake, judge)
+        results |= _compare(here, judge, prompts, asks)
         results["prompts"] = len(prompts)
     if ap is not None:
         ap.free()
+    here.run.update(counts=intake.counts())
     return results
 
 
 def prediction_quality(
     ap: LoadedModel, records: list[Conversation], batch_tokens: int | None
-) -> dict[str, dict[str, float]]:
-    """MSE, MAE, Pearson, Spearman per attribute against human labels, beside the constant predictor's MSE.
+) -> tuple[dict[str, dict[str, float]], int]:
+    """MSE, MAE, Pearson, Spearman per attribute against human labels, beside the constant predictor's MSE; and how many
+    records have no label to compare with.
 
-    The constant is the training labels' mean, kept in the checkpoint. Turns of weight 0 are repeats and do not count.
+    The constant is the training labels' mean, kept in the checkpoint. Attributes that the model never saw a label of
+    are left out. Turns of weight 0 are repeats and do not count, empty ones have nothing to predict from.
     """
     schema = ap.schema
     assert schema is not None
     scores = score_all(Scorer(ap, batch_tokens), records)
-    predicted, wanted = [], []
+    predicted: list[list[float]] = []
+    wanted: list[list[float]] = []
+    unlabelled = 0
     for record, values in zip(records, scores, strict=True):
+        before = len(wanted)
         for index, message in enumerate(record.messages):
-            if message.role == "assistant" and message.attributes and message.weight:
-                predicted.append([values[index][name] for name in schema.names])
-                wanted.append(schema.vector({k: v for k, v in message.attributes.items() if k in schema.names}))
+            if message.role == "assistant" and message.attributes and message.weight and message.content.strip():
+                predicted.append([values[index][name] for name in schema.seen])
+                wanted.append([float(message.attributes.get(name, math.nan)) for name in schema.seen])
+        unlabelled += len(wanted) == before
     if not wanted:
         raise UserError("input holds no labelled response to evaluate the attribute-prediction model on")
-    constant = [float("nan") if mean is None else mean for mean in ap.meta.label_mean]
-    return stats.attribute_metrics(np.array(predicted), np.array(wanted), schema.names, constant)
+    means = dict(zip(schema.names, ap.meta.label_mean, strict=True))
+    constant = [cast(float, means[name]) for name in schema.seen]  # what was seen has a mean
+    return stats.attribute_metrics(np.array(predicted), np.array(wanted), schema.seen, constant), unlabelled
 
 
 class Judge:
@@ -130,7 +158,18 @@ class Judge:
             if self.kind == "demo"
             else "the attribute-prediction model"
         )
-        self.scorer = Scorer(ap, config.annotate.batch_tokens) if self.kind == "ap" and ap is not None else None
+        self.scorer: Scorer | None = None
+        self.measured: tuple[str, ...] = demo_judge.NAMES  # attributes that it has values of
+        self.quality = config.attributes.quality
+        if self.kind == "ap":
+            assert ap is not None and ap.schema is not None, "see check"
+            self.scorer = Scorer(ap, config.annotate.batch_tokens)
+            self.measured, self.quality = ap.schema.seen, ap.schema.quality
+        if self.quality not in self.measured:
+            raise UserError(
+                f"evaluate.judge={self.kind} cannot measure {self.quality}, by which models are compared: it has "
+                f"values of {' '.join(self.measured)}"
+            )
 
     def measure(self, prompts: Sequence[Conversation], responses: Sequence[str]) -> list[Measured]:
         """Values of each response to its prompt. Collective over the world."""
@@ -155,52 +194,101 @@ def levels_to_ask(schema: AttributeSchema, wanted: Sequence[int]) -> list[int]:
     return [round(i * schema.max_level / 4) for i in range(5)]
 
 
-def _compare(here: Session, judge: Judge, prompts: list[Conversation]) -> dict[str, Any]:
-    """Draw from one model after the other and measure: quality of each at its best, steering curves of one."""
-    config = here.config
-    models = models_of(config)
-    conditioned = [name for name in ("acsft", "bootstrapped") if name in models]
-    steered = config.evaluate.steer or (conditioned[-1] if conditioned else None)
-    out: dict[str, Any] = {"quality_detail": {}, "examples": []}
-    for name in MODELS:
-        if name not in models:
-            continue
-        loaded = load_model(models[name], config, f"evaluate.models.{name}", head="lm", gather_logits=True)
-        schema = loaded.schema if loaded.meta.conditioned else None
-        if name != "sft" and schema is None:
+@dataclass(frozen=True)
+class _Asked:
+    """What one model is asked for with every prompt."""
+
+    schema: AttributeSchema | None  # None: a model without conditioning
+    best: Levels | None
+    curves: Mapping[str, list[Levels]]  # attribute → one request per level; empty: no steering curves of this model
+
+    @property
+    def all(self) -> list[Levels | None]:
+        """The best levels first, then every other combination of the curves, each once."""
+        seen = {_key(ask): ask for asks in self.curves.values() for ask in asks}
+        seen.pop(_key(self.best), None)
+        return [self.best, *seen.values()]
+
+
+def _key(levels: Levels | None) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted((levels or {}).items()))
+
+
+def _prompts(here: Session, intake: Intake, judge: Judge) -> tuple[list[Conversation], dict[str, _Asked]]:
+    """The prompts that fit into every model with everything that is asked of it, and what that is. Nothing is loaded
+    yet, so that what is wrong is said at once. Collective over the world.
+    """
+    config, models = here.config, models_of(here.config)
+    opened = {name: open_checkpoint(path, f"evaluate.models.{name}", head="lm") for name, path in models.items()}
+    for name, model in opened.items():
+        check_room(model, config)
+        if name != "sft" and model.conditioned_on is None:
             raise UserError(f"evaluate.models.{name}={models[name]} was trained without attributes")
-        asks: list[Levels | None] = [schema.complete(None) if schema else None]
-        if name == steered and schema is not None:
-            asks += _asks(schema, config)
-            out["max_level"] = schema.max_level
-        drawn = _draw(here, loaded, prompts, asks, name)
-        measured = judge.measure([p for _ in asks for p in prompts], [text for texts in drawn for text in texts])
-        table = [measured[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(asks))]
-        quality_name = schema.quality if schema else config.attributes.quality
-        quality = [values[quality_name] for values in table[0]]
+    conditioned = [name for name, model in opened.items() if model.conditioned_on is not None and name != "sft"]
+    steered = config.evaluate.steer or (conditioned[-1] if conditioned else None)
+    asks = {name: _asked(model, config, judge, name == steered) for name, model in opened.items()}
+    records = read_prompts(intake, "prompts", cast(str, config.evaluate.prompts), "evaluate.prompts")
+    kept: list[Conversation] = []
+    for number, record in enumerate(records):
+        if len(kept) == config.evaluate.max_prompts:
+            intake.leave_out("prompts", "not_drawn", len(records) - number)
+            break
+        conversation = record.conversation
+        try:
+            for name, model in opened.items():
+                for ask in asks[name].all:
+                    prompt = Prompt(conversation.id, conversation.messages, ask, record.where)
+                    request_for(0, prompt, model, config.sampling, config.server)
+        except PromptTooLong as error:
+            skip_prompt(prompt, error, intake, "prompts")
+        else:
+            kept.append(conversation)
+    intake.list_rejected()
+    if not kept:
+        raise UserError(f"evaluate.prompts={config.evaluate.prompts}: none of its prompts fits into the models")
+    return kept, asks
+
+
+def _asked(model: OpenedCheckpoint, config: Config, judge: Judge, steered: bool) -> _Asked:
+    """The best levels; for the model that is steered also one attribute at a time over its levels, the others at their
+    best.
+    """
+    schema = model.conditioned_on
+    if schema is None:
+        return _Asked(None, None, {})
+    best = requested_best(config, schema)
+    if unknown := [name for name in config.evaluate.attributes if name not in schema.names]:
+        raise UserError(f"evaluate.attributes: {' '.join(unknown)}; the model has: {' '.join(schema.names)}")
+    wanted = [name for name in schema.seen if name in (config.evaluate.attributes or judge.measured)]
+    if unmeasured := [name for name in wanted if name not in judge.measured]:
+        raise UserError(f"evaluate.attributes: evaluate.judge={judge.kind} has no values of {' '.join(unmeasured)}")
+    levels = levels_to_ask(schema, config.evaluate.levels)
+    curves: dict[str, list[Levels]] = {}
+    if steered:
+        curves = {name: [schema.complete({**best, name: level}) for level in levels] for name in wanted}
+    return _Asked(schema, best, curves)
+
+
+def _compare(here: Session, judge: Judge, prompts: list[Conversation], asked: Mapping[str, _Asked]) -> dict[str, Any]:
+    """Draw from one model after the other and measure: quality of each at its best, steering curves of one."""
+    config, models = here.config, models_of(here.config)
+    out: dict[str, Any] = {"quality_detail": {}, "examples": []}
+    for name, plan in asked.items():
+        loaded = load_model(models[name], config, f"evaluate.models.{name}", head="lm", gather_logits=True)
+        drawn = _draw(here, loaded, prompts, plan.all, name)
+        measured = judge.measure([p for _ in plan.all for p in prompts], [text for texts in drawn for text in texts])
+        table = [measured[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(plan.all))]
+        quality = [values[judge.quality] for values in table[0]]
         out["quality_detail"][name] = {"mean": float(np.mean(quality)), "sem": stats.sem(quality), "n": len(quality)}
-        if name == steered and schema is not None:
-            out["steering"] = _curves(schema, asks, table, config)
+        if plan.curves:
+            assert plan.schema is not None
+            out["max_level"] = plan.schema.max_level
+            out["steering"] = _curves(plan, table)
             out["steered_model"] = name
-            out["examples"] = _examples(schema, prompts[: config.evaluate.examples], asks, drawn, table)
+            out["examples"] = _examples(plan, prompts[: config.evaluate.examples], drawn, table)
         loaded.free()
     out["quality"] = {name: row["mean"] for name, row in out["quality_detail"].items()}
     return out
-
-
-def _steered_attributes(schema: AttributeSchema, config: Config) -> list[str]:
-    return [name for name in schema.names if not config.evaluate.attributes or name in config.evaluate.attributes]
-
-
-def _asks(schema: AttributeSchema, config: Config) -> list[Levels]:
-    """Distinct combinations: one attribute at a time over its levels, the others at their best."""
-    seen: dict[tuple[tuple[str, int], ...], Levels] = {}
-    for name in _steered_attributes(schema, config):
-        for level in levels_to_ask(schema, config.evaluate.levels):
-            ask = schema.complete({name: level})
-            seen.setdefault(tuple(sorted(ask.items())), ask)
-    seen.pop(tuple(sorted(schema.complete(None).items())), None)  # asked already, for quality
-    return list(seen.values())
 
 
 def _draw(
@@ -209,10 +297,11 @@ def _draw(
     """Texts [asks][prompts]. They stay in the journal until the results are written."""
     config = here.config
     wanted = [
-        Prompt(f"{a}/{p}", prompt.messages, ask) for a, ask in enumerate(asks) for p, prompt in enumerate(prompts)
+        Prompt(f"{a}/{p}", prompt.messages, ask, prompt.id)
+        for a, ask in enumerate(asks)
+        for p, prompt in enumerate(prompts)
     ]
-    limit = min(config.server.max_sequence_tokens, loaded.model_config.max_position)
-    requests = requests_for(wanted, loaded.tokenizer, loaded.template, loaded.schema, config.sampling, limit)
+    requests = [request_for(i, prompt, loaded, config.sampling, config.server) for i, prompt in enumerate(wanted)]
     results = draw(here, loaded, open_generator(config, loaded), requests, name, f"evaluate {name}")
     if cut := sum(r.finish_reason == "length" for r in results):
         get_logger(__name__).info("%s: %d of %d responses reached sampling.max_tokens", name, cut, len(results))
@@ -220,23 +309,21 @@ def _draw(
     return [texts[i * len(prompts) : (i + 1) * len(prompts)] for i in range(len(asks))]
 
 
-def _curves(
-    schema: AttributeSchema, asks: Sequence[Levels | None], table: Sequence[Sequence[Measured]], config: Config
-) -> dict[str, dict[str, Any]]:
+def _curves(plan: _Asked, table: Sequence[Sequence[Measured]]) -> dict[str, dict[str, Any]]:
     """Per attribute: requested levels, mean and deviation of what was measured, Spearman of the curve and of single
     responses.
     """
-    rows = {tuple(sorted((ask or {}).items())): measured for ask, measured in zip(asks, table, strict=True)}
+    rows = {_key(ask): measured for ask, measured in zip(plan.all, table, strict=True)}
     curves: dict[str, dict[str, Any]] = {}
-    for name in _steered_attributes(schema, config):
+    for name, asks in plan.curves.items():
         requested, means, deviations = [], [], []
         pairs: list[tuple[int, float]] = []
-        for level in levels_to_ask(schema, config.evaluate.levels):
-            values = [m[name] for m in rows[tuple(sorted(schema.complete({name: level}).items()))]]
-            requested.append(level)
+        for ask in asks:
+            values = [m[name] for m in rows[_key(ask)]]
+            requested.append(ask[name])
             means.append(float(np.mean(values)))
             deviations.append(float(np.std(values)))
-            pairs += [(level, value) for value in values]
+            pairs += [(ask[name], value) for value in values]
         curves[name] = {
             "requested": requested,
             "measured": means,
@@ -248,18 +335,17 @@ def _curves(
 
 
 def _examples(
-    schema: AttributeSchema,
+    plan: _Asked,
     prompts: Sequence[Conversation],
-    asks: Sequence[Levels | None],
     drawn: Sequence[Sequence[str]],
     table: Sequence[Sequence[Measured]],
 ) -> list[dict[str, Any]]:
     """Responses of a few prompts at the best combination and at each attribute's extremes."""
-    best = schema.complete(None)
-    chosen = [0]
-    for name in schema.names:
-        for level in (0, schema.max_level):
-            ask = {**best, name: level}
+    assert plan.schema is not None
+    asks, chosen = plan.all, [0]
+    for name in plan.schema.seen:
+        for level in (0, plan.schema.max_level):
+            ask = plan.schema.complete({**(plan.best or {}), name: level})
             chosen += [i for i, a in enumerate(asks) if a == ask and i not in chosen]
     return [
         {

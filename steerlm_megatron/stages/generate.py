@@ -7,27 +7,27 @@ from typing import cast
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.stages.intake import Intake, Record, told_skipped
 from steerlm_megatron.stages.sampling import Prompt, draw, forget, open_sampler, requests_for
-from steerlm_megatron.stages.session import load_model, session
-from steerlm_megatron.steer.records import Conversation, Message, OnError, read_records, write_records
+from steerlm_megatron.stages.session import NO_ATTRIBUTES, load_model, requested_best, session
+from steerlm_megatron.steer.records import Conversation, Message, write_records
 
 
 def run(config: Config) -> None:
-    """Write ``output``: the records of ``input`` up to their last user message, each with a drawn response."""
+    """Write ``output``: the records of ``input`` up to their last user message, each with a drawn response. Collective
+    over the world.
+    """
     for key in ("input", "output", "checkpoint"):
         if getattr(config, key) is None:
             raise UserError(f"{key} is not set; generate needs input, output and checkpoint")
     with session(config) as here:
-        records = read_prompts(cast(str, config.input), cast(OnError, config.data.on_error))
+        intake = Intake(here)
+        records = read_prompts(intake, "input", cast(str, config.input), "input")
         loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="lm", gather_logits=True)
-        schema = loaded.schema if loaded.meta.conditioned else None
-        levels = None
-        if schema is not None:
-            asked = config.attributes.best if set(config.attributes.names) == set(schema.names) else {}
-            levels = schema.complete(asked)
-        prompts = [Prompt(record.id, record.messages, levels) for record in records]
-        limit = min(config.server.max_sequence_tokens, loaded.model_config.max_position)
-        requests = requests_for(prompts, loaded.tokenizer, loaded.template, schema, config.sampling, limit)
+        levels = requested_best(config, loaded.conditioned_on or NO_ATTRIBUTES) or None
+        asked = [Prompt(r.conversation.id, r.conversation.messages, levels, r.where) for r in records]
+        prompts, requests = requests_for(asked, loaded, config, intake, "input")
         output = Path(cast(str, config.output))
         results = draw(here, loaded, open_sampler(config, loaded), requests, output.name, "generate")
         if here.layout.is_main:
@@ -45,16 +45,23 @@ def run(config: Config) -> None:
                 ),
             )
             forget(here, [output.name])
-            here.run.update(counts={"in": len(prompts), "out": len(results)}, outputs={"output": str(output)})
+            counts = intake.counts() | {"empty_replies": sum(not r.text.strip() for r in results)}
+            here.run.update(counts=counts, outputs={"output": str(output)})
+            get_logger(__name__).info(
+                "%d prompts in, %d responses out (%d of them empty)%s → %s",
+                counts["in"], counts["out"], counts["empty_replies"], told_skipped(counts), output,
+            )  # fmt: skip
 
 
-def read_prompts(path: str, on_error: OnError = "error") -> list[Conversation]:
-    """The records of ``path`` cut after their last user message; records without one are refused."""
-    prompts = []
-    for record in read_records(path, None, on_error, [], require_response=False):
-        last = max((i for i, m in enumerate(record.messages) if m.role == "user"), default=None)
-        assert last is not None, "read_records refuses a record without a user message"
-        prompts.append(Conversation(record.id, record.messages[: last + 1], record.source, record.extra))
-    if not prompts:
-        raise UserError(f"{path} holds no prompt")
-    return prompts
+def read_prompts(intake: Intake, part: str, path: str, key: str) -> list[Record]:
+    """The records of ``path``, each cut after its last user message. Collective over the world."""
+    return [
+        Record(record.where, up_to_last_user(record.conversation))
+        for record in intake.read(part, path, key, require_response=False)
+    ]
+
+
+def up_to_last_user(record: Conversation) -> Conversation:
+    """The conversation as a prompt: what follows its last user message is left out."""
+    last = max(i for i, m in enumerate(record.messages) if m.role == "user")  # every record has one
+    return Conversation(record.id, record.messages[: last + 1], record.source, record.extra)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from steerlm_megatron.observe.runfolder import fingerprint, is_complete, read_su
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import any_rank, broadcast_object, on_main
 from steerlm_megatron.stages import annotate, bootstrap, corpus, evaluate, report, train
+from steerlm_megatron.stages.intake import Intake
+from steerlm_megatron.stages.prompt_check import check_bootstrap_prompts, check_evaluation_prompts
 from steerlm_megatron.stages.session import Session, load_model, session
 from steerlm_megatron.steer.records import expand_paths
 from steerlm_megatron.train.signals import asked
@@ -268,6 +271,23 @@ def _data(state: _Run, here: Session) -> None:
         _require_labels(here, summary)
 
     on_main(convert)
+    _check_prompts(state, here)
+
+
+def _check_prompts(state: _Run, here: Session) -> None:
+    """Prompts that responses will be drawn for hours later fit. Collective over the world."""
+    shards = state.folder("data") / "shards" / "train"
+    to_bootstrap, to_evaluate = _step_config(state, "bootstrap"), _step_config(state, "evaluate")
+    files = to_evaluate.evaluate.prompts or _held_out_prompts(state)
+    check_bootstrap_prompts(Intake(here), _records(state, "train"), to_bootstrap, shards)
+    if files:
+        check_evaluation_prompts(Intake(here), files, to_evaluate, shards)
+
+
+def _held_out_prompts(state: _Run) -> str | None:
+    """The prompts to evaluate on where the user names none: a corpus's own, else those of the validation records."""
+    own = state.folder("data") / "records" / "prompts.jsonl"
+    return str(own) if own.exists() else next(iter(_records(state, "valid")), None)
 
 
 def _require_labels(here: Session, summary: Mapping[str, Any]) -> None:
@@ -293,11 +313,12 @@ def _train(state: _Run, here: Session) -> None:
 def _annotate(state: _Run, here: Session) -> None:
     """Both splits, so that validation of SFT sees predicted labels too."""
     loaded = load_model(str(here.config.checkpoint), here.config, "checkpoint", head="regression")
+    intake, found = Intake(here), Counter[str]()
     for split in ("train", "valid"):
-        paths = _records(state, split)
-        if paths:
-            here.config.input = paths if len(paths) > 1 else paths[0]  # type: ignore[assignment]
-            annotate.annotate(here, loaded, annotate.load_records(here.config), here.folder / f"{split}.jsonl")
+        if paths := _records(state, split):
+            records = intake.read(split, paths, "data.input")
+            found.update(annotate.annotate(here, loaded, records, paths, here.folder / f"{split}.jsonl"))
+    here.run.update(counts=intake.counts() | found)
     loaded.free()
 
 
@@ -329,7 +350,7 @@ def _reshard(state: _Run, here: Session, files: Mapping[str, list[str]], valid_f
 
 
 def _bootstrap(state: _Run, here: Session) -> None:
-    bootstrap.bootstrap(here, annotate.load_records(here.config), Path(str(here.config.output)))
+    bootstrap.bootstrap(here, str(here.config.input), Path(str(here.config.output)))
 
 
 def _evaluate(state: _Run, here: Session) -> None:
@@ -339,8 +360,7 @@ def _evaluate(state: _Run, here: Session) -> None:
     config = here.config
     valid = _records(state, "valid")
     config.input = config.input or (valid[0] if valid else None)
-    own = state.folder("data") / "records" / "prompts.jsonl"
-    config.evaluate.prompts = config.evaluate.prompts or (str(own) if own.exists() else config.input)
+    config.evaluate.prompts = config.evaluate.prompts or _held_out_prompts(state) or config.input
     if config.evaluate.prompts is None:
         raise UserError(
             "there is no validation split to evaluate on; set data.valid_fraction above 0 or evaluate.prompts"

@@ -10,6 +10,7 @@ from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.corpus import check_tokenizer, collect_records, make_shards
+from steerlm_megatron.stages.intake import told_skipped
 from steerlm_megatron.stages.session import session
 
 
@@ -28,12 +29,7 @@ def run(config: Config) -> None:
             outputs={"shards": str(output), **{f"shards/{split}": str(output / split) for split in summary["splits"]}},
         )
         get_logger(__name__).info(
-            "%d conversations in, %d out, %d skipped %s; shards in %s",
-            counts["in"],
-            counts["out"],
-            sum(counts["skipped"].values()),
-            counts["skipped"] or "",
-            output,
+            "%d conversations in, %d out%s; shards in %s", counts["in"], counts["out"], told_skipped(counts), output
         )
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 
-from steerlm_megatron.config.schema import Config, SamplingConfig
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.config.schema import Config, SamplingConfig, ServerConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.client import SamplingClient
 from steerlm_megatron.generate.generator import Generator
@@ -23,22 +22,24 @@ from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL, remove_journal
 from steerlm_megatron.runtime.apart import apart
 from steerlm_megatron.runtime.collectives import gather_objects
+from steerlm_megatron.stages.intake import REJECTED_FILE, Intake
 from steerlm_megatron.stages.journal import open_journal
-from steerlm_megatron.stages.session import LoadedModel, Session
-from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import Message
-from steerlm_megatron.steer.templates import Template
+from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint, Session
+from steerlm_megatron.steer.records import Conversation, Message
 
 _NOTE_SEC = 2.0  # between two writes of the journal
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a response is drawn for: the messages so far, and the levels asked for (None: unconditioned)."""
+    """What a response is drawn for: the messages so far, the levels asked for (None: unconditioned), and ``file:line``
+    of the record.
+    """
 
     id: str
     messages: tuple[Message, ...]
     levels: Mapping[str, int] | None
+    where: str
 
 
 @dataclass(frozen=True)
@@ -68,49 +69,81 @@ def open_generator(config: Config, loaded: LoadedModel) -> Generator:
     return Generator(loaded.model, loaded.tokenizer, loaded.template, limits, model_group(config.engine.timeout_sec))
 
 
-def requests_for(
-    prompts: Sequence[Prompt],
-    tokenizer: Tokenizer,
-    template: Template,
-    schema: AttributeSchema | None,
-    sampling: SamplingConfig,
-    max_sequence_tokens: int,
-) -> list[Request]:
-    """One request per prompt, each with a seed of its own. Prompts too long for the model lose their oldest
-    messages.
+class PromptTooLong(UserError):
+    """A prompt that does not fit, not even without its earlier turns; the message says what to set."""
+
+
+def request_for(
+    index: int, prompt: Prompt, opened: OpenedCheckpoint, sampling: SamplingConfig, server: ServerConfig
+) -> Request:
+    """The request for the ``index``-th response of a command, with a seed of its own. A prompt too long for the model
+    loses its oldest turns.
+
+    Raises:
+        PromptTooLong: its last turn alone is too long.
     """
-    requests = []
-    room = max_sequence_tokens - sampling.max_tokens
-    if room < 1:
-        raise UserError(
-            f"sampling.max_tokens={sampling.max_tokens} leaves no room for a prompt in "
-            f"{max_sequence_tokens} tokens; lower it"
-        )
+    most, longest = server.max_sequence_tokens, opened.model_config.max_position
+    room = min(most, longest) - sampling.max_tokens
+    ids, messages = _encode(prompt, prompt.messages, opened), prompt.messages
+    while len(ids) > room:
+        rest = _without_oldest(messages)
+        if rest is None:
+            limit, raised = f"server.max_sequence_tokens={most}", "raise that, "
+            if longest <= most:
+                limit, raised = f"the model's max_position={longest}", ""
+            raise PromptTooLong(
+                f"{prompt.where}: the last turn of the prompt {prompt.id} has {len(ids)} tokens; with "
+                f"sampling.max_tokens={sampling.max_tokens}, {max(0, room)} fit into {limit}: shorten it, {raised}"
+                "lower sampling.max_tokens, or set data.on_error=skip to leave such prompts out"
+            )
+        messages = rest
+        ids = _encode(prompt, messages, opened)
+    params = SamplingParams.from_config(sampling, seed=derive_seed(sampling.seed, index))
+    return Request(prompt.id, tuple(ids), params)
+
+
+def requests_for(
+    prompts: Sequence[Prompt], opened: OpenedCheckpoint, config: Config, intake: Intake, part: str
+) -> tuple[list[Prompt], list[Request]]:
+    """The prompts that fit, and a request for each. One that does not is left out, counted in ``part`` of ``intake``,
+    or, with ``data.on_error=error``, raised. Collective over the world.
+    """
+    check_room(opened, config)
+    kept: list[Prompt] = []
+    requests: list[Request] = []
     for index, prompt in enumerate(prompts):
-        params = SamplingParams.from_config(sampling, seed=derive_seed(sampling.seed, index))
-        ids, messages = _encode(prompt, prompt.messages, tokenizer, template, schema), prompt.messages
-        while len(ids) > room:
-            rest = _without_oldest(messages)
-            if rest is None:
-                raise UserError(
-                    f"prompt {prompt.id} has {len(ids)} tokens; with "
-                    f"sampling.max_tokens={sampling.max_tokens} only {room} fit"
-                )
-            messages = rest
-            ids = _encode(prompt, messages, tokenizer, template, schema)
-        requests.append(Request(prompt.id, tuple(ids), params))
-    return requests
+        try:
+            requests.append(request_for(index, prompt, opened, config.sampling, config.server))
+        except PromptTooLong as error:
+            skip_prompt(prompt, error, intake, part)
+        else:
+            kept.append(prompt)
+    intake.list_rejected()
+    if not kept:
+        raise UserError(f"none of the {len(prompts)} prompts fits; see {REJECTED_FILE} in the run folder")
+    return kept, requests
 
 
-def _encode(
-    prompt: Prompt,
-    messages: tuple[Message, ...],
-    tokenizer: Tokenizer,
-    template: Template,
-    schema: AttributeSchema | None,
-) -> list[int]:
-    used = schema if prompt.levels is not None else None
-    return list(tokenizer.encode_segments(template.prefix(messages, used, prompt.levels))[0])
+def check_room(opened: OpenedCheckpoint, config: Config) -> None:
+    """Refuse a ``sampling.max_tokens`` that leaves no room for any prompt."""
+    limit = min(config.server.max_sequence_tokens, opened.model_config.max_position)
+    if config.sampling.max_tokens >= limit:
+        raise UserError(
+            f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in {limit} tokens; lower it"
+        )
+
+
+def skip_prompt(prompt: Prompt, error: PromptTooLong, intake: Intake, part: str) -> None:
+    """Leave a prompt out under ``data.on_error=skip``; raise ``error`` otherwise."""
+    if intake.on_error != "skip":
+        raise error
+    record = Conversation(prompt.id, prompt.messages)
+    intake.skip(part, "prompt_too_long", prompt.where, str(error).removeprefix(f"{prompt.where}: "), record)
+
+
+def _encode(prompt: Prompt, messages: tuple[Message, ...], opened: OpenedCheckpoint) -> list[int]:
+    used = opened.schema if prompt.levels is not None else None
+    return list(opened.tokenizer.encode_segments(opened.template.prefix(messages, used, prompt.levels))[0])
 
 
 def _without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...] | None:

@@ -71,7 +71,8 @@ class Scorer:
     def score(
         self, conversations: Sequence[Conversation], progress: Callable[[int], None] | None = None
     ) -> list[dict[int, Values]]:
-        """Per conversation: message index → clamped float values on the schema's scale. Collective over the replica.
+        """Per conversation: message index → clamped float values on the schema's scale, of all attributes but those
+        that the model never saw a label of. Collective over the replica.
 
         ``progress`` is called with the number of turns scored by each batch. Every rank of the replica gets the result.
         """
@@ -92,7 +93,9 @@ class Scorer:
     def _clamped(self, values_A: np.ndarray) -> Values:
         top = float(self.schema.max_level)
         return {
-            name: round(min(max(float(v), 0.0), top), 4) for name, v in zip(self.schema.names, values_A, strict=True)
+            name: round(min(max(float(v), 0.0), top), 4)
+            for name, v in zip(self.schema.names, values_A, strict=True)
+            if name not in self.schema.unseen
         }
 
     def _pieces(self, conversations: Sequence[Conversation]) -> list[_Piece]:

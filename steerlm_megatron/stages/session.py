@@ -30,6 +30,8 @@ from steerlm_megatron.steer.templates import Template
 from steerlm_megatron.train.checkpoint import CheckpointMeta, read_meta, resolve, verify
 from steerlm_megatron.train.sharded import load_sharded
 
+NO_ATTRIBUTES = AttributeSchema("none", (), 1)  # of a model that takes none
+
 
 @dataclass
 class Session:
@@ -68,22 +70,31 @@ def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
 
 
 @dataclass
-class LoadedModel:
-    """A checkpoint ready to compute with: this rank's part of the model in evaluation mode, and what it was trained
-    with.
-    """
+class OpenedCheckpoint:
+    """What a checkpoint says of its model, without the weights."""
 
     folder: Path
     meta: CheckpointMeta
-    model: PackedGPTModel
     tokenizer: Tokenizer
     schema: AttributeSchema | None
     template: Template
-    parallel: ParallelConfig
 
     @property
     def model_config(self) -> ModelConfig:
         return self.meta.model_config()
+
+    @property
+    def conditioned_on(self) -> AttributeSchema | None:
+        """The attributes that responses can be asked for; None for a model that takes none."""
+        return self.schema if self.meta.conditioned else None
+
+
+@dataclass
+class LoadedModel(OpenedCheckpoint):
+    """A checkpoint ready to compute with: this rank's part of the model in evaluation mode as well."""
+
+    model: PackedGPTModel
+    parallel: ParallelConfig
 
     def free(self) -> None:
         """Give the memory back before the next model is loaded."""
@@ -101,10 +112,8 @@ def inference_parallel(config: ParallelConfig) -> ParallelConfig:
     return ParallelConfig(tensor=config.tensor, pipeline=config.pipeline, data=data)
 
 
-def load_model(
-    path: str, config: Config, key: str, head: str | None = None, gather_logits: bool = False
-) -> LoadedModel:
-    """Build and fill the model of a checkpoint at ``config.parallel``. Collective over the world.
+def open_checkpoint(path: str, key: str, head: str | None = None) -> OpenedCheckpoint:
+    """Read everything of a checkpoint but its weights.
 
     ``head``: ``lm`` or ``regression``; another kind is a UserError naming ``key``. None: either.
     """
@@ -113,10 +122,20 @@ def load_model(
     if head is not None and meta.head != head:
         wanted = "an attribute-prediction model (train_ap)" if head == "regression" else "a language model (train_sft)"
         raise UserError(f"{key}={path} holds a model with head '{meta.head}', needed is {wanted}")
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    return OpenedCheckpoint(folder, meta, tokenizer, meta.attributes(), Template.from_dict(meta.template))
+
+
+def load_model(
+    path: str, config: Config, key: str, head: str | None = None, gather_logits: bool = False
+) -> LoadedModel:
+    """Build and fill the model of a checkpoint at ``config.parallel``; ``head`` as in :func:`open_checkpoint`.
+    Collective over the world.
+    """
+    opened = open_checkpoint(path, key, head)
+    folder, meta, schema = opened.folder, opened.meta, opened.schema
     layout = inference_parallel(config.parallel)
     check_layout(meta.model_config(), layout, key)
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    schema = AttributeSchema.from_dict(meta.schema) if meta.schema else None
     model = build_model(
         meta.model_config(),
         layout,
@@ -131,7 +150,7 @@ def load_model(
     model.load_state_dict(state["model"])
     model.to(dtype_of(config.engine.precision)).eval().requires_grad_(False)
     get_logger(__name__).info("loaded %s (step %d)", folder, meta.step)
-    return LoadedModel(folder, meta, model, tokenizer, schema, Template.from_dict(meta.template), layout)
+    return LoadedModel(folder, meta, opened.tokenizer, schema, opened.template, model, layout)
 
 
 def requested_best(config: Config, schema: AttributeSchema) -> dict[str, int]:
@@ -142,16 +161,18 @@ def requested_best(config: Config, schema: AttributeSchema) -> dict[str, int]:
     default: what then stands in ``attributes.best`` was written by the user, and every key of it must be an attribute
     of the checkpoint, at one of its levels. With a group (``attributes=demo``, or an experiment that brings one) the
     group's best levels are asked for as well, and so a group of other attributes than the checkpoint's is refused.
-    A model without attributes (``schema.names`` empty) takes no level; a group is then no error, as an experiment brings
-    it for all of its models, plain ones among them.
+    Levels of a group for attributes that the model never saw a label of are not asked for.
+    A model without attributes (``schema.names`` empty) takes no level; a group is then no error, as an experiment
+    brings it for all of its models, plain ones among them.
 
     Raises UserError for an attribute that the checkpoint lacks, or a level outside its scale.
     """
     chosen = config.attributes
     if not schema.names and chosen.names:
         return {}
+    best = {name: level for name, level in chosen.best.items() if not (chosen.names and name in schema.unseen)}
     try:
-        return schema.complete(chosen.best)
+        return schema.complete(best)
     except UserError as error:
         remedy = ""
         if chosen.names and set(chosen.names) != set(schema.names):

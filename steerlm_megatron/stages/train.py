@@ -86,10 +86,11 @@ def train(here: Session) -> TrainResult:
     data, valid = _open_data(config, verify=config.data.verify and here.layout.is_main)
     _check_data(config, data, view)
     base = check_init(config, data, view)
+    counts = _label_counts(config, data, view, base)
     rows = _pack(config, data, view, config.data.weights)
     store = CheckpointStore(here.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
     latest = store.latest()
-    meta = _new_meta(config, data, view)
+    meta = _new_meta(config, data, view, counts)
     if latest:
         earlier = read_meta(latest)
         on_main(partial(check_resume, config, data, view, latest, earlier))
@@ -207,7 +208,35 @@ def _check_profile(config: Config, ranks: int, done: int, steps: int) -> None:
         )
 
 
-def _new_meta(config: Config, data: Corpora, view: View) -> CheckpointMeta:
+def _label_counts(config: Config, data: Corpora, view: View, base: Path | None) -> dict[str, int]:
+    """Labels per attribute behind the model, those of the checkpoint it starts from included. Nothing is conditioned on
+    or predicted that has none: ``UserError`` where no attribute has any, a warning that names those without.
+    """
+    if view not in ("ap", "acsft"):
+        return {}
+    counts = data.label_counts()
+    if not any(counts.values()):
+        remedy = (
+            "annotate the records first (steerlm annotate), or take attributes=none for plain SFT"
+            if view == "acsft"
+            else "an attribute-prediction model learns from labelled responses"
+        )
+        raise UserError(
+            f"data.train={data.name}: no trained response has a value of attributes={config.attributes.name}; {remedy}"
+        )
+    if base is not None:
+        before = read_meta(base).label_counts
+        counts = {name: count + before.get(name, 0) for name, count in counts.items()}
+    if without := [name for name, count in counts.items() if not count]:
+        get_logger(__name__).warning(
+            "%s: no trained response has a value of %s: the model %s",
+            data.name, ", ".join(without),
+            "learns nothing of it, and annotate leaves it out" if view == "ap" else "is not conditioned on it",
+        )  # fmt: skip
+    return counts
+
+
+def _new_meta(config: Config, data: Corpora, view: View, label_counts: dict[str, int]) -> CheckpointMeta:
     schema = data.schema if view in ("ap", "acsft") else None
     return CheckpointMeta(
         step=0,
@@ -219,6 +248,7 @@ def _new_meta(config: Config, data: Corpora, view: View) -> CheckpointMeta:
         conditioned=view == "acsft",
         tokenizer_hash=data.tokenizer.hash,
         label_mean=[None if math.isnan(v) else float(v) for v in data.label_mean()] if view == "ap" else [],
+        label_counts=label_counts,
         config=to_container(config),
         data=data_order(config, data, view),
         parallel=dataclasses.asdict(config.parallel),

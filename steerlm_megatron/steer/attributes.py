@@ -21,7 +21,8 @@ from typing import Any
 from steerlm_megatron.errors import UserError
 
 _NAME = re.compile(r"[\w.-]+")
-_FIELDS = ("name", "names", "max_level", "quality", "best")
+_FIELDS = ("name", "names", "max_level", "quality", "best")  # what the configuration has
+_UNSEEN = "unseen"
 
 
 def is_number(value: Any) -> bool:
@@ -42,6 +43,8 @@ class AttributeSchema:
         quality: the attribute that bootstrapping maximises; one of ``names`` (unless there are none).
         best: levels asked for when a user names none. An attribute left out is not asked for, except ``quality``, which
             is then asked for at ``max_level``.
+        unseen: those of ``names`` that a model was never shown a value of. They are never asked for by default, and
+            asking for one is an error: what the model makes of it means nothing.
 
     Raises:
         UserError: a malformed or repeated name, a scale below 1, ``quality`` or ``best`` outside the schema.
@@ -52,6 +55,7 @@ class AttributeSchema:
     max_level: int
     quality: str = "quality"
     best: Mapping[str, int] = field(default_factory=dict, hash=False)
+    unseen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "names", tuple(self.names))
@@ -70,6 +74,12 @@ class AttributeSchema:
                 raise UserError(f"{where}: best.{name}: {self._unknown(name)}")
             self._check_level(name, level, where=f"{where}: best.")
         object.__setattr__(self, "best", {name: self.best[name] for name in self.names if name in self.best})
+        object.__setattr__(self, _UNSEEN, tuple(name for name in self.names if name in self.unseen))
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """The attributes without ``unseen``."""
+        return tuple(name for name in self.names if name not in self.unseen)
 
     @classmethod
     def from_config(cls, cfg: Any) -> AttributeSchema:
@@ -82,7 +92,7 @@ class AttributeSchema:
     def from_dict(cls, data: Mapping[str, Any]) -> AttributeSchema:
         """Inverse of ``to_dict``. ``names`` and ``max_level`` are required; an unknown key is refused."""
         for key in data:
-            if key not in _FIELDS:
+            if key not in (*_FIELDS, _UNSEEN):
                 raise UserError(f"attributes.{key}: unknown key; legal keys: {' '.join(_FIELDS)}")
         for key in ("names", "max_level"):
             if key not in data:
@@ -93,17 +103,19 @@ class AttributeSchema:
             max_level=data["max_level"],
             quality=str(data.get("quality", "quality")),
             best=dict(data.get("best") or {}),
+            unseen=tuple(data.get(_UNSEEN) or ()),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data with the keys of the config group, to be stored in shards and checkpoints."""
-        return {
+        """Plain data with the keys of the config group, and ``unseen`` if there are such attributes."""
+        data = {
             "name": self.name,
             "names": list(self.names),
             "max_level": self.max_level,
             "quality": self.quality,
             "best": dict(self.best),
         }
+        return data | {_UNSEEN: list(self.unseen)} if self.unseen else data
 
     def level(self, value: float) -> int:
         """The level of a value on the schema's scale: rounded half to even, clamped to 0..max_level.
@@ -195,14 +207,18 @@ class AttributeSchema:
         """What a request means at inference: ``best``, overridden by the levels that are asked for; schema order.
 
         Raises:
-            UserError: an unknown attribute, or a level that is no integer in 0..max_level.
+            UserError: an unknown or unseen attribute, or a level that is no integer in 0..max_level.
         """
         wanted: dict[str, int] = {self.quality: self.max_level, **self.best} if self.names else {}
         for name, level in (levels or {}).items():
             if name not in self.names:
                 raise UserError(self._unknown(name))
+            if name in self.unseen:
+                raise UserError(
+                    f"attribute {name!r} had no label in what the model was trained on; it knows: {' '.join(self.seen)}"
+                )
             wanted[name] = self._check_level(name, level)
-        return {name: wanted[name] for name in self.names if name in wanted}
+        return {name: wanted[name] for name in self.seen if name in wanted}
 
     def _check_level(self, name: str, level: Any, where: str = "") -> int:
         if not isinstance(level, int) or isinstance(level, bool) or not 0 <= level <= self.max_level:

@@ -24,7 +24,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import to_strict_json, write_json_atomic
 from steerlm_megatron.runtime.collectives import any_rank, barrier, broadcast_object, gather_objects, on_main
 from steerlm_megatron.runtime.parallel import layout
+from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.train.sharded import Write
 
 _FORMAT = 3
@@ -49,7 +50,8 @@ class CheckpointMeta:
     ``conditioned``: whether responses were trained with label lines. ``loader``: where the data stood. ``metric``:
     validation loss.
     ``label_mean``: regression only, the training labels' mean per attribute (the constant predictor), None where
-    there were none.
+    there were none. ``label_counts``: labels per attribute that this model and those it started from were trained on;
+    empty where they do not enter (plain SFT), and in checkpoints of earlier versions.
     """
 
     step: int
@@ -64,6 +66,7 @@ class CheckpointMeta:
     loader: dict[str, int] = field(default_factory=dict)
     metric: float | None = None
     label_mean: list[float | None] = field(default_factory=list)
+    label_counts: dict[str, int] = field(default_factory=dict)
     # of the run that saved it: its resolved configuration, and what decides the order of its data (stages/train.py)
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +77,17 @@ class CheckpointMeta:
 
     def model_config(self) -> ModelConfig:
         return ModelConfig(**self.model)
+
+    def attributes(self) -> AttributeSchema | None:
+        """The schema, with the attributes that the model never saw a label of as ``unseen``; None without one."""
+        if self.schema is None:
+            return None
+        schema = AttributeSchema.from_dict(self.schema)
+        if self.label_counts:
+            unseen = [name for name in schema.names if not self.label_counts.get(name)]
+        else:
+            unseen = [name for name, mean in zip(schema.names, self.label_mean, strict=False) if mean is None]
+        return replace(schema, unseen=tuple(unseen))
 
 
 def read_meta(folder: Path) -> CheckpointMeta:

@@ -1,0 +1,72 @@
+"""Whether prompts will fit into a model that is yet to be trained.
+
+Owns: looking at them as soon as the corpus stands, since a ``steerlm run`` draws responses hours after that. Does not
+own: which prompts are chosen (``bootstrap.py``, ``generate.py``), what fits (``sampling.py``).
+Invariant: this is an early warning and nothing else: drawing checks again, with the model's own tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+
+from steerlm_megatron.config.schema import Config
+from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.stages.bootstrap import choose_prompts
+from steerlm_megatron.stages.generate import read_prompts
+from steerlm_megatron.stages.intake import Intake, Record
+from steerlm_megatron.stages.sampling import Prompt, check_room, request_for
+from steerlm_megatron.stages.session import OpenedCheckpoint
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.templates import Template
+from steerlm_megatron.train.checkpoint import CheckpointMeta
+
+
+def check_bootstrap_prompts(intake: Intake, files: list[str], config: Config, shards: Path) -> None:
+    """The prompts that ``bootstrap`` under ``config`` will choose among the records of ``files``; ``shards`` have the
+    tokenizer. With ``data.on_error=skip`` nothing is checked: what does not fit is left out when its turn comes.
+    Collective over the world.
+
+    Raises:
+        UserError: one does not fit; no prompt ever will.
+    """
+    if intake.on_error == "skip":
+        return
+    records = intake.read("bootstrap", files, "data.input")
+    chosen, _ = choose_prompts(records, config.bootstrap.prompts, Random(config.sampling.seed))
+    _check(chosen, config, shards)
+
+
+def check_evaluation_prompts(intake: Intake, file: str, config: Config, shards: Path) -> None:
+    """As :func:`check_bootstrap_prompts`, for the prompts of ``file`` that ``evaluate`` will take."""
+    if intake.on_error == "skip":
+        return
+    records = read_prompts(intake, "evaluate", file, "evaluate.prompts")
+    _check(records[: config.evaluate.max_prompts], config, shards)
+
+
+def _check(records: Iterable[Record], config: Config, shards: Path) -> None:
+    model = _coming_model(config, Tokenizer.load(shards))
+    check_room(model, config)
+    levels = model.schema.complete(None) if model.schema else None
+    for record in records:
+        prompt = Prompt(record.conversation.id, record.conversation.messages, levels, record.where)
+        request_for(0, prompt, model, config.sampling, config.server)
+
+
+def _coming_model(config: Config, tokenizer: Tokenizer) -> OpenedCheckpoint:
+    """What a checkpoint of an attribute-conditioned model of ``config`` will say of itself."""
+    schema, template = AttributeSchema.from_config(config.attributes), Template.from_config(config.template)
+    meta = CheckpointMeta(
+        step=0,
+        head="lm",
+        model=dataclasses.asdict(config.model),
+        vocab_size=tokenizer.vocab_size,
+        schema=schema.to_dict(),
+        template=template.to_dict(),
+        conditioned=True,
+        tokenizer_hash=tokenizer.hash,
+    )
+    return OpenedCheckpoint(Path(), meta, tokenizer, schema, template)
