@@ -56,7 +56,7 @@ def scorer(layout: P, tokenizer: Path, batch_tokens: int = BATCH_TOKENS) -> Scor
     model.eval().requires_grad_(False)
     fields = dict(vars(config))
     meta = CheckpointMeta(1, "regression", fields, tok.vocab_size, corpora.SCHEMA.to_dict(), {}, False, tok.hash)
-    return Scorer(LoadedModel(Path(), meta, model, tok, corpora.SCHEMA, corpora.STEERLM, layout), batch_tokens)
+    return Scorer(LoadedModel(Path(), meta, tok, corpora.SCHEMA, corpora.STEERLM, model, layout), batch_tokens)
 
 
 def one_rank(tokenizer: Path) -> dict[str, Any]:

@@ -1,0 +1,27 @@
+"""The run that tests of commands share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.dist import once
+from tests.integration.commands import TINY, steerlm
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``run``: the whole pipeline on two data-parallel ranks."""
+
+    def make() -> str:
+        # Beside the folders of this call's workers; without workers that would be beside those of other calls.
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "commands"
+        folder.mkdir()
+        done = steerlm("run", *TINY, "run_dir=run", "parallel.data=2", cwd=folder)
+        (folder / "output.txt").write_text(done.stdout + done.stderr)
+        return str(folder)
+
+    return Path(once(tmp_path_factory, "commands", make))
