@@ -39,7 +39,7 @@ from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import OnError, Rejected, parse_records, raw_lines, reject
 from steerlm_megatron.steer.templates import Template
 
-FORMAT = 1  # raise when the same chunk gives other documents
+FORMAT = 2  # raise when the same chunk gives other documents
 CHUNK_LINES = 4096
 CHUNK_BYTES = 2 << 20  # a chunk is closed with the line that reaches this
 SUFFIX = ".chunk"  # of its file
