@@ -18,7 +18,8 @@ from typing import Any
 SAMPLE = (
     "  Aa Zz  \u00e9 e\u0301 \u0130 \ufb01 \u2460 \uff21 \u212b \u1e9b\u0323 it's don't (x), [y]. \"z\"! "
     "``w'' 1,234.5 a-b_c \t\n\r\n\u00a0\u3000\u2028\u200b\u200d\ufeff\u00ad\x00\x07\x7f "
-    "\u65e5\u672c\u8a9e \ud55c\uae00 \u1112\u1161\u11ab \u0645\u064e \u0928\u093f \U0001f468\u200d\U0001f469 </x> {a} @#$%^&*+=~|\\/ \u2581\u0120  "
+    "\u65e5\u672c\u8a9e \ud55c\uae00 \u1112\u1161\u11ab \u0645\u064e \u0928\u093f "
+    "\U0001f468\u200d\U0001f469 </x> {a} @#$%^&*+=~|\\/ \u2581\u0120  "
 )
 _KEEPS_TEXT = {
     "normalizer": {"ByteLevel", "Prepend"},

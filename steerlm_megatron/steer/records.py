@@ -3,42 +3,55 @@
 ``{"id": "…", "messages": [{"role": "system|user|assistant", "content": "…", "attributes": {"quality": 6.75},
 "weight": 1}], "source": "…"}``. ``attributes`` are floats on the schema's scale, on assistant messages only; absent or
 partial is fine, and a null value is an absent one. ``weight`` is 0 or 1 on assistant messages, as in OpenAI's
-fine-tuning format: 0 is context only. Of OpenAI's variants, ``developer`` is ``system`` and content in parts of text is
-their text; tools are refused. Unknown keys of a record and of a message are kept and written back.
+fine-tuning format: 0 is context only; so say ``train``, ``training`` or ``loss`` = false, ``mask`` = true and
+``loss_weight`` = 0. A reply without text is context, whatever else it says: there is nothing in it to learn. An object
+of nothing but nulls is absent, wherever it stands (Arrow gives every struct all keys). Of OpenAI's variants,
+``developer`` is ``system`` and content in parts of text is their text; tools are refused. Unknown keys of a record and
+of a message are kept and written back.
 
-Owns: the record's shape and its checks, reading line by line, writing. Does not own: prompt text (``templates.py``).
+Owns: the record's shape and its checks, writing. Does not own: reading lines (``lines.py``), prompt text
+(``templates.py``).
 
-Invariants: a file is read in constant memory; every line becomes a record, an error naming ``file:line``, or an entry
-of ``rejected``; a written file appears only when it is whole.
+Invariants: every line becomes a record, an error naming ``file:line``, or an entry of ``rejected``; a written file
+appears only when it is whole.
 """
 
 from __future__ import annotations
 
-import glob
 import gzip
 import hashlib
-import io
-import json
 import os
-import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn
+from typing import Any
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, is_number
+from steerlm_megatron.steer.lines import (
+    OnError,
+    Rejected,
+    expand_paths,
+    json_line,
+    open_text,
+    parse_lines,
+    raw_lines,
+    reject,
+)
 
-OnError = Literal["error", "skip"]
-Rejected = list[tuple[str, str]]  # ("file:line", reason)
+__all__ = [
+    "Conversation", "Message", "OnError", "Rejected", "content_hash", "count_empty_replies", "expand_paths",
+    "from_json", "has_text", "open_text", "parse_records", "read_records", "to_json", "without_null_objects",
+    "write_records",
+]  # fmt: skip
 
 _ROLES = ("system", "user", "assistant")
 _RECORD_KEYS = frozenset(("id", "messages", "source"))
 _MESSAGE_KEYS = frozenset(("role", "content", "attributes", "weight"))
-_LINE_ERROR = re.compile(r"(.*?:\d+): (.*)", re.DOTALL)
-_READ_BYTES = 1 << 18
+# Other names under which corpora say whether a reply is trained, and the value that says that it is.
+SWITCHES: Mapping[str, bool] = {"train": True, "training": True, "loss": True, "mask": False}
+LOSS_WEIGHT = "loss_weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +62,7 @@ class Message:
         role: ``system``, ``user`` or ``assistant``.
         content: its text.
         attributes: values on the schema's scale (assistant only); None if there are none.
-        weight: assistant only: 1 is trained on and a label target, 0 is context only.
+        weight: assistant only: 1 is trained on and a label target, 0 is context only (so is a reply without text).
         extra: the other keys of the message, as read.
     """
 
@@ -71,75 +84,6 @@ class Conversation:
 
 
 # Reading
-
-
-def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Files for paths and globs, in the order given, those of one glob sorted, each once. A glob takes no folders.
-
-    Raises:
-        UserError: no path at all, a missing file, a folder, a file that may not be read, a glob that matches nothing.
-    """
-    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    if not given:
-        raise UserError("no input file is given; name at least one .jsonl, .jsonl.gz or .jsonl.zst file")
-    found: list[str] = []
-    for item in [os.fspath(path) for path in given]:
-        if os.path.isdir(item):
-            raise UserError(f"{item}: is a folder; name its files, for example {os.path.join(item, '*.jsonl*')!r}")
-        matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
-        matches = [match for match in matches if not os.path.isdir(match)]
-        if not matches:
-            raise UserError(f"{item}: no such file; check the path (relative paths start at {os.getcwd()})")
-        for match in matches:
-            if not os.access(match, os.R_OK):
-                raise UserError(f"{match}: may not be read by this user; mend its permissions")
-        found += matches
-    return list(dict.fromkeys(found))
-
-
-def open_text(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The lines of a UTF-8 file, decompressed by suffix, without their line ends.
-
-    Raises:
-        UserError: naming ``file:line``: invalid UTF-8, damaged or cut-off compressed data; missing file.
-    """
-    for where, line in raw_lines(os.fspath(path)):
-        yield _decode(line, where).rstrip("\r\n")
-
-
-def read_json_lines(
-    path: str | os.PathLike[str], on_error: OnError = "error", rejected: Rejected | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``("file:line", object)`` for every line of a JSONL file that is not blank.
-
-    Args:
-        path: the file; ``.gz`` and ``.zst`` are decompressed.
-        on_error: ``"skip"`` appends a malformed line to ``rejected`` and goes on; ``"error"`` raises.
-        rejected: receives ``("file:line", reason)``.
-
-    Raises:
-        UserError: a malformed line (``on_error="error"``); a missing, unreadable or empty file (always).
-    """
-    yield from parse_lines(raw_lines(os.fspath(path)), on_error, rejected)
-
-
-def parse_lines(
-    lines: Iterator[tuple[str, bytes]], on_error: OnError = "error", rejected: Rejected | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``("file:line", object)`` for every line that is not blank; ``lines`` and errors as of ``raw_lines``."""
-    where = ""
-    while True:
-        try:
-            where, line = next(lines, ("", b""))
-            if not where:
-                break
-            if line.isspace():
-                continue
-            value = _parse(line, where)
-        except UserError as error:
-            reject(error, on_error, rejected)
-            continue
-        yield where, value
 
 
 def read_records(
@@ -195,126 +139,6 @@ def parse_records(
         yield where, conversation
 
 
-def reject(error: UserError, on_error: OnError, rejected: Rejected | None) -> None:
-    """Raise ``error`` (``file:line: reason``) or, if ``on_error`` is ``skip``, note it in ``rejected``."""
-    match = _LINE_ERROR.fullmatch(str(error))
-    if on_error != "skip" or match is None:  # an error of the whole file is never skipped
-        raise error
-    if rejected is not None:
-        rejected.append((match[1], match[2].encode("utf-8", "backslashreplace").decode()))
-
-
-def rejected_json(where: str, reason: str, line: bytes | None) -> str:
-    """A line of ``rejected.jsonl``; ``line``: what was rejected, None where it cannot be told (what is no UTF-8: �)."""
-    entry = {"where": where, "reason": reason}
-    if line is not None:
-        entry["line"] = line.decode("utf-8", "replace").rstrip("\r\n")
-    return json_line(entry).decode()
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompresses a ``.zst`` file of one or more frames; refuses a cut-off one, unlike zstandard's own reader."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard  # only who reads .zst needs it
-
-        self._raw = raw
-        self._error = zstandard.ZstdError
-        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._frame: Any = None
-        self._out = memoryview(b"")
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._out:
-            data = self._rest or self._raw.read(_READ_BYTES)
-            self._rest = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the compressed data is cut off")
-                return 0
-            if self._frame is None:
-                self._frame = self._new()
-            try:
-                self._out = memoryview(self._frame.decompress(data))
-            except self._error as error:
-                raise OSError(str(error)) from error
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-        count = min(len(self._out), len(buffer))
-        buffer[:count] = self._out[:count]
-        self._out = self._out[count:]
-        return count
-
-
-def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
-    """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged.
-
-    ``most_bytes``: longer lines come in pieces of that size, so that memory does not depend on what a line holds.
-    """
-    number, blank, begins = 0, True, True
-    try:
-        with ExitStack() as stack:
-            stream: Any = stack.enter_context(open(path, "rb"))
-            if path.endswith(".gz"):
-                stream = stack.enter_context(gzip.open(stream))
-            elif path.endswith(".zst"):
-                stream = io.BufferedReader(_ZstdReader(stream), _READ_BYTES)
-            for number, line in enumerate(stream, 1) if most_bytes is None else _pieces(stream, most_bytes):
-                if begins:
-                    line, begins = line.removeprefix(b"\xef\xbb\xbf"), False
-                blank = blank and (not line or line.isspace())
-                yield f"{path}:{number}", line
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check the path") from error
-    except (OSError, EOFError, zlib.error) as error:
-        line_number = f":{number + 1}" if number else ""
-        raise UserError(f"{path}{line_number}: cannot be read ({error}); fetch or write the file again") from error
-    if blank:
-        raise UserError(f"{path}: the file is empty; it needs one JSON object per line")
-
-
-def _pieces(stream: IO[bytes], most_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """``(line number, piece)``."""
-    number = 1
-    while piece := stream.readline(most_bytes):
-        yield number, piece
-        number += piece.endswith(b"\n")
-
-
-def _decode(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number; leave an unknown value out")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    """One line as a JSON object; raises UserError."""
-    text = _decode(line, where)
-    try:
-        value = _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        if not line.endswith(b"\n"):
-            raise UserError(
-                f"{where}: torn last line, the file was cut off while it was written ({error}); delete the line"
-            ) from error
-        raise UserError(f"{where}: malformed JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}; write one record per line")
-    return value
-
-
 def from_json(
     data: Mapping[str, Any], where: str, schema: AttributeSchema | None = None, require_response: bool = True
 ) -> Conversation:
@@ -329,6 +153,7 @@ def from_json(
     Raises:
         UserError: naming ``where``, the value, the rule.
     """
+    data = without_null_objects(data, where)
     raw = data.get("messages")
     if raw is None:
         keys = " ".join(data) or "none"
@@ -344,8 +169,8 @@ def from_json(
         raise UserError(f"{where}: the conversation begins with an assistant message; begin it with a user message")
     if "user" not in roles:
         raise UserError(f"{where}: the conversation has no user message")
-    if require_response and not any(m.role == "assistant" and m.content and not m.content.isspace() for m in messages):
-        raise UserError(f"{where}: the conversation has no response: it needs an assistant message with text")
+    if require_response and "assistant" not in roles:
+        raise UserError(f"{where}: the conversation has no response: it needs an assistant message")
     name = data.get("id")
     if name is None:
         name = os.path.basename(where)
@@ -375,22 +200,87 @@ def _message(item: Any, where: str, index: int, schema: AttributeSchema | None) 
             raise UserError(
                 f"{where}: messages[{index}].content has half a surrogate pair at character {error.start}; mend it"
             ) from error
-    attributes, weight = item.get("attributes"), item.get("weight")
+    attributes = item.get("attributes")
     extra = {} if item.keys() <= _MESSAGE_KEYS else {k: v for k, v in item.items() if k not in _MESSAGE_KEYS}
     if extra and _calls(extra):
         raise UserError(f"{where}: messages[{index}] {_TOOL}")
-    if role != "assistant":
-        if attributes or weight is not None:
+    if role != "assistant":  # other switches there say what is so anyway
+        if attributes or item.get("weight") is not None:
             key = "attributes" if attributes else "weight"
             raise UserError(f"{where}: messages[{index}].{key} is on a {role} message; only assistant messages have it")
         return Message(role, content, None, 1, extra)
-    if weight is None:
-        weight = 1
-    elif not is_number(weight) or weight not in (0, 1):
-        raise UserError(f"{where}: messages[{index}].weight={_brief(weight)} must be 0 (context only) or 1")
+    weight, extra = _weight(item, extra, f"{where}: messages[{index}]")
     if attributes is not None:
         attributes = _attributes(attributes, f"{where}: messages[{index}].attributes", schema)
-    return Message(role, content, attributes, int(weight), extra)
+    return Message(role, content, attributes, weight if has_text(content) else 0, extra)
+
+
+def has_text(content: str) -> bool:
+    """Whether a reply says anything: one that does not is never trained, nor a target of its labels."""
+    return bool(content) and not content.isspace()
+
+
+def count_empty_replies(messages: Iterable[Message]) -> int:
+    """How many replies have no text."""
+    return sum(message.role == "assistant" and not has_text(message.content) for message in messages)
+
+
+def _weight(item: Mapping[str, Any], extra: dict[str, Any], where: str) -> tuple[int, dict[str, Any]]:
+    """The weight of an assistant message, by whichever keys say it, and ``extra`` without these.
+
+    Raises:
+        UserError: a weight other than 0 and 1; two keys that contradict each other.
+    """
+    said = {key: item[key] for key in ("weight", LOSS_WEIGHT) if item.get(key) is not None}
+    for key, value in said.items():
+        if not is_number(value) or value not in (0, 1):
+            raise UserError(f"{where}.{key}={_brief(value)} must be 0 (context only) or 1")
+    weights = {key: int(value) for key, value in said.items()}
+    if extra:
+        switches = {key: value for key, value in extra.items() if key in SWITCHES and isinstance(value, bool)}
+        said |= switches
+        weights |= {key: int(value is SWITCHES[key]) for key, value in switches.items()}
+        extra = {key: value for key, value in extra.items() if key not in weights}
+    if len(set(weights.values())) > 1:
+        both = " and ".join(f"{key}={_brief(said[key])}" for key in weights)
+        raise UserError(f"{where}: {both} contradict each other; keep one of them")
+    return next(iter(weights.values()), 1), extra
+
+
+def without_null_objects(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """``data``, in which every object of nothing but nulls is null, or (in a list) not there. ``UserError`` if it is
+    nested too deep.
+    """
+    try:
+        return _present(data) or {}
+    except RecursionError as error:
+        raise UserError(f"{where}: the record is nested too deep") from error
+
+
+def _present(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    made: dict[str, Any] = {}
+    found = not data  # an empty object is one without nulls
+    for key, value in data.items():
+        if isinstance(value, dict):
+            value = _present(value)
+        elif isinstance(value, list):
+            value = _present_items(value)
+        found = found or value is not None
+        made[key] = value
+    return made if found else None
+
+
+def _present_items(items: list[Any]) -> list[Any]:
+    made = []
+    for item in items:
+        if isinstance(item, dict):
+            item = _present(item)
+            if item is None:
+                continue
+        elif isinstance(item, list):
+            item = _present_items(item)
+        made.append(item)
+    return made
 
 
 _TOOL = "calls or is a tool; only system, user and assistant text can be trained on"
@@ -469,14 +359,6 @@ def content_hash(conversation: Conversation) -> str:
         digest.update(f"{message.role}:{len(content)}:".encode())
         digest.update(content)
     return digest.hexdigest()
-
-
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-
-
-def json_line(data: Mapping[str, Any]) -> bytes:
-    """One line of JSON in UTF-8. Half a surrogate pair (in an id or an unknown key) stays the escape that it was."""
-    return (_encode(data) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_records(path: str | os.PathLike[str], conversations: Iterable[Conversation]) -> int:
