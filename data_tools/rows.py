@@ -13,15 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer.lines import (
-    OnError,
-    Rejected,
-    expand_paths,
-    parse_object,
-    raw_lines,
-    read_json_lines,
-    reject,
-)
+from steerlm_megatron.steer.lines import OnError, Rejected, parse_object, reject
+from steerlm_megatron.steer.records import expand_paths, raw_lines, read_json_lines
 
 Row = dict[str, Any]
 

@@ -29,8 +29,8 @@ from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter
 from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.lines import OnError, expand_paths, rejected_json
-from steerlm_megatron.steer.records import read_records
+from steerlm_megatron.steer.lines import OnError, rejected_json
+from steerlm_megatron.steer.records import expand_paths, read_records
 from steerlm_megatron.steer.templates import Template
 
 REJECTED_FILE = "rejected.jsonl"

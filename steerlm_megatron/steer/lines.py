@@ -1,25 +1,19 @@
-"""Text files line by line, plain or compressed, and the JSON objects in them.
+"""Lines of bytes → JSON objects, and lines that are none: what is wrong with them, and where it is kept.
 
-Owns: which files a path or a glob names, decompression, what a file is that is no text, what is wrong with a line that
-is no JSON. Does not own: what an object means (``records.py``), JSON arrays (``data_tools/rows.py``).
+Owns: what a file is that is no text, what is wrong with a line that is no JSON, ``rejected``. Does not own: opening and
+decompressing files, what an object means (``records.py``), JSON arrays (``data_tools/rows.py``).
 
-Invariants: a file is read in constant memory; every line becomes an object, an error naming ``file:line``, or an entry
-of ``rejected``; an error of the whole file is never skipped.
+Invariants: every line becomes an object, an error naming ``file:line``, or an entry of ``rejected``; an error of the
+whole file is never skipped.
 """
 
 from __future__ import annotations
 
 import ast
-import glob
-import gzip
-import io
 import json
-import os
 import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from typing import IO, Any, Literal, NoReturn
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NoReturn
 
 from steerlm_megatron.errors import UserError
 
@@ -27,8 +21,6 @@ OnError = Literal["error", "skip"]
 Rejected = list[tuple[str, str]]  # ("file:line", reason)
 
 _LINE_ERROR = re.compile(r"(.*?:\d+): (.*)", re.DOTALL)
-_READ_BYTES = 1 << 18
-_BOM = b"\xef\xbb\xbf"
 
 _TABLE = "take data.source=hf, which reads it by name"
 _UNPACK = "unpack it first"
@@ -60,56 +52,6 @@ _FOREIGN = (
     (b"\x00{", "text in UTF-16", _ENCODING),
     (b"\x00[", "text in UTF-16", _ENCODING),
 )
-
-
-def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Files for paths and globs, in the order given, those of one glob sorted, each once. A glob takes no folders.
-
-    Raises:
-        UserError: no path at all, a missing file, a folder, a file that may not be read, a glob that matches nothing.
-    """
-    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    if not given:
-        raise UserError("no input file is given; name at least one .jsonl, .jsonl.gz or .jsonl.zst file")
-    found: list[str] = []
-    for item in [os.fspath(path) for path in given]:
-        if os.path.isdir(item):
-            raise UserError(f"{item}: is a folder; name its files, for example {os.path.join(item, '*.jsonl*')!r}")
-        matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
-        matches = [match for match in matches if not os.path.isdir(match)]
-        if not matches:
-            raise UserError(f"{item}: no such file; check the path (relative paths start at {os.getcwd()})")
-        for match in matches:
-            if not os.access(match, os.R_OK):
-                raise UserError(f"{match}: may not be read by this user; mend its permissions")
-        found += matches
-    return list(dict.fromkeys(found))
-
-
-def open_text(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The lines of a UTF-8 file, decompressed by suffix, without their line ends.
-
-    Raises:
-        UserError: naming ``file:line``: invalid UTF-8, damaged or cut-off compressed data; missing file.
-    """
-    for where, line in raw_lines(os.fspath(path)):
-        yield _decode(line, where).rstrip("\r\n")
-
-
-def read_json_lines(
-    path: str | os.PathLike[str], on_error: OnError = "error", rejected: Rejected | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``("file:line", object)`` for every line of a JSONL file that is not blank.
-
-    Args:
-        path: the file; ``.gz`` and ``.zst`` are decompressed.
-        on_error: ``"skip"`` appends a malformed line to ``rejected`` and goes on; ``"error"`` raises.
-        rejected: receives ``("file:line", reason)``.
-
-    Raises:
-        UserError: a malformed line (``on_error="error"``); a missing, unreadable or empty file (always).
-    """
-    yield from parse_lines(raw_lines(os.fspath(path)), on_error, rejected)
 
 
 def parse_lines(
@@ -148,75 +90,7 @@ def rejected_json(where: str, reason: str, line: bytes | None) -> str:
     return json_line(entry).decode()
 
 
-class _ZstdReader(io.RawIOBase):
-    """Decompresses a ``.zst`` file of one or more frames; refuses a cut-off one, unlike zstandard's own reader."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard  # only who reads .zst needs it
-
-        self._raw = raw
-        self._error = zstandard.ZstdError
-        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._frame: Any = None
-        self._out = memoryview(b"")
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._out:
-            data = self._rest or self._raw.read(_READ_BYTES)
-            self._rest = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the compressed data is cut off")
-                return 0
-            if self._frame is None:
-                self._frame = self._new()
-            try:
-                self._out = memoryview(self._frame.decompress(data))
-            except self._error as error:
-                raise OSError(str(error)) from error
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-        count = min(len(self._out), len(buffer))
-        buffer[:count] = self._out[:count]
-        self._out = self._out[count:]
-        return count
-
-
-def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
-    """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged.
-
-    A byte order mark at the start of a line is left out. ``most_bytes``: longer lines come in pieces of that size, so
-    that memory does not depend on what a line holds.
-    """
-    number, blank, begins = 0, True, True  # begins: the next piece is the beginning of a line
-    try:
-        with ExitStack() as stack:
-            stream: Any = stack.enter_context(open(path, "rb"))
-            if path.endswith(".gz"):
-                stream = stack.enter_context(gzip.open(stream))
-            elif path.endswith(".zst"):
-                stream = io.BufferedReader(_ZstdReader(stream), _READ_BYTES)
-            _refuse_foreign(path, stream.peek(16))
-            for number, line in enumerate(stream, 1) if most_bytes is None else _pieces(stream, most_bytes):
-                if begins and line.startswith(_BOM):  # also within a file: several files were joined
-                    line = line[len(_BOM) :]
-                begins = most_bytes is None or line.endswith(b"\n")
-                blank = blank and (not line or line.isspace())
-                yield f"{path}:{number}", line
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check the path") from error
-    except (OSError, EOFError, zlib.error) as error:
-        line_number = f":{number + 1}" if number else ""
-        raise UserError(f"{path}{line_number}: cannot be read ({error}); fetch or write the file again") from error
-    if blank:
-        raise UserError(f"{path}: the file is empty; it needs one JSON object per line")
-
-
-def _refuse_foreign(path: str, start: bytes) -> None:
+def refuse_foreign(path: str, start: bytes) -> None:
     """Raise ``UserError`` for a file whose content is not text in UTF-8, by what it begins with."""
     for mark, what, remedy in _FOREIGN:
         if start.startswith(mark):
@@ -224,15 +98,7 @@ def _refuse_foreign(path: str, start: bytes) -> None:
             raise UserError(f"{path} {inside}{what}, not JSON lines; {remedy}")
 
 
-def _pieces(stream: IO[bytes], most_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """``(line number, piece)``."""
-    number = 1
-    while piece := stream.readline(most_bytes):
-        yield number, piece
-        number += piece.endswith(b"\n")
-
-
-def _decode(line: bytes, where: str) -> str:
+def decode_line(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -248,7 +114,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     """One line as a JSON object; raises UserError."""
-    return parse_object(_decode(line, where), where, whole=line.endswith(b"\n"))
+    return parse_object(decode_line(line, where), where, whole=line.endswith(b"\n"))
 
 
 def parse_object(text: str, where: str, whole: bool = True) -> dict[str, Any]:

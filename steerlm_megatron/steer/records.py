@@ -9,42 +9,30 @@ of nothing but nulls is absent, wherever it stands (Arrow gives every struct all
 ``developer`` is ``system`` and content in parts of text is their text; tools are refused. Unknown keys of a record and
 of a message are kept and written back.
 
-Owns: the record's shape and its checks, writing. Does not own: reading lines (``lines.py``), prompt text
-(``templates.py``).
+Owns: opening files, the record's shape and its checks, writing. Does not own: lines that are no JSON (``lines.py``),
+prompt text (``templates.py``).
 
-Invariants: every line becomes a record, an error naming ``file:line``, or an entry of ``rejected``; a written file
-appears only when it is whole.
+Invariants: a file is read in constant memory; every line becomes a record, an error naming ``file:line``, or an entry
+of ``rejected``; a written file appears only when it is whole.
 """
 
 from __future__ import annotations
 
+import glob
 import gzip
 import hashlib
+import io
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, is_number
-from steerlm_megatron.steer.lines import (
-    OnError,
-    Rejected,
-    expand_paths,
-    json_line,
-    open_text,
-    parse_lines,
-    raw_lines,
-    reject,
-)
-
-__all__ = [
-    "Conversation", "Message", "OnError", "Rejected", "content_hash", "count_empty_replies", "expand_paths",
-    "from_json", "has_text", "open_text", "parse_records", "read_records", "to_json", "without_null_objects",
-    "write_records",
-]  # fmt: skip
+from steerlm_megatron.steer.lines import OnError, Rejected, decode_line, json_line, parse_lines, refuse_foreign, reject
 
 _ROLES = ("system", "user", "assistant")
 _RECORD_KEYS = frozenset(("id", "messages", "source"))
@@ -52,6 +40,8 @@ _MESSAGE_KEYS = frozenset(("role", "content", "attributes", "weight"))
 # Other names under which corpora say whether a reply is trained, and the value that says that it is.
 SWITCHES: Mapping[str, bool] = {"train": True, "training": True, "loss": True, "mask": False}
 LOSS_WEIGHT = "loss_weight"
+_READ_BYTES = 1 << 18
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +71,135 @@ class Conversation:
     messages: tuple[Message, ...]
     source: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Files
+
+
+def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Files for paths and globs, in the order given, those of one glob sorted, each once. A glob takes no folders.
+
+    Raises:
+        UserError: no path at all, a missing file, a folder, a file that may not be read, a glob that matches nothing.
+    """
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not given:
+        raise UserError("no input file is given; name at least one .jsonl, .jsonl.gz or .jsonl.zst file")
+    found: list[str] = []
+    for item in [os.fspath(path) for path in given]:
+        if os.path.isdir(item):
+            raise UserError(f"{item}: is a folder; name its files, for example {os.path.join(item, '*.jsonl*')!r}")
+        matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+        matches = [match for match in matches if not os.path.isdir(match)]
+        if not matches:
+            raise UserError(f"{item}: no such file; check the path (relative paths start at {os.getcwd()})")
+        for match in matches:
+            if not os.access(match, os.R_OK):
+                raise UserError(f"{match}: may not be read by this user; mend its permissions")
+        found += matches
+    return list(dict.fromkeys(found))
+
+
+def open_text(path: str | os.PathLike[str]) -> Iterator[str]:
+    """The lines of a UTF-8 file, decompressed by suffix, without their line ends.
+
+    Raises:
+        UserError: naming ``file:line``: invalid UTF-8, damaged or cut-off compressed data; missing file.
+    """
+    for where, line in raw_lines(os.fspath(path)):
+        yield decode_line(line, where).rstrip("\r\n")
+
+
+def read_json_lines(
+    path: str | os.PathLike[str], on_error: OnError = "error", rejected: Rejected | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """``("file:line", object)`` for every line of a JSONL file that is not blank.
+
+    Args:
+        path: the file; ``.gz`` and ``.zst`` are decompressed.
+        on_error: ``"skip"`` appends a malformed line to ``rejected`` and goes on; ``"error"`` raises.
+        rejected: receives ``("file:line", reason)``.
+
+    Raises:
+        UserError: a malformed line (``on_error="error"``); a missing, unreadable or empty file (always).
+    """
+    yield from parse_lines(raw_lines(os.fspath(path)), on_error, rejected)
+
+
+class _ZstdReader(io.RawIOBase):
+    """Decompresses a ``.zst`` file of one or more frames; refuses a cut-off one, unlike zstandard's own reader."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        import zstandard  # only who reads .zst needs it
+
+        self._raw = raw
+        self._error = zstandard.ZstdError
+        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._frame: Any = None
+        self._out = memoryview(b"")
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._out:
+            data = self._rest or self._raw.read(_READ_BYTES)
+            self._rest = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the compressed data is cut off")
+                return 0
+            if self._frame is None:
+                self._frame = self._new()
+            try:
+                self._out = memoryview(self._frame.decompress(data))
+            except self._error as error:
+                raise OSError(str(error)) from error
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        count = min(len(self._out), len(buffer))
+        buffer[:count] = self._out[:count]
+        self._out = self._out[count:]
+        return count
+
+
+def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
+    """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged.
+
+    A byte order mark at the start of a line is left out. ``most_bytes``: longer lines come in pieces of that size, so
+    that memory does not depend on what a line holds.
+    """
+    number, blank, begins = 0, True, True  # begins: the next piece is the beginning of a line
+    try:
+        with ExitStack() as stack:
+            stream: Any = stack.enter_context(open(path, "rb"))
+            if path.endswith(".gz"):
+                stream = stack.enter_context(gzip.open(stream))
+            elif path.endswith(".zst"):
+                stream = io.BufferedReader(_ZstdReader(stream), _READ_BYTES)
+            refuse_foreign(path, stream.peek(16))
+            for number, line in enumerate(stream, 1) if most_bytes is None else _pieces(stream, most_bytes):
+                if begins and line.startswith(_BOM):  # also within a file: several files were joined
+                    line = line[len(_BOM) :]
+                begins = most_bytes is None or line.endswith(b"\n")
+                blank = blank and (not line or line.isspace())
+                yield f"{path}:{number}", line
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; check the path") from error
+    except (OSError, EOFError, zlib.error) as error:
+        line_number = f":{number + 1}" if number else ""
+        raise UserError(f"{path}{line_number}: cannot be read ({error}); fetch or write the file again") from error
+    if blank:
+        raise UserError(f"{path}: the file is empty; it needs one JSON object per line")
+
+
+def _pieces(stream: IO[bytes], most_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """``(line number, piece)``."""
+    number = 1
+    while piece := stream.readline(most_bytes):
+        yield number, piece
+        number += piece.endswith(b"\n")
 
 
 # Reading
@@ -203,7 +322,7 @@ def _message(item: Any, where: str, index: int, schema: AttributeSchema | None) 
     attributes = item.get("attributes")
     extra = {} if item.keys() <= _MESSAGE_KEYS else {k: v for k, v in item.items() if k not in _MESSAGE_KEYS}
     if extra and _calls(extra):
-        raise UserError(f"{where}: messages[{index}] {_TOOL}")
+        raise UserError(f"{where}: messages[{index}] {TOOL_RULE}")
     if role != "assistant":  # other switches there say what is so anyway
         if attributes or item.get("weight") is not None:
             key = "attributes" if attributes else "weight"
@@ -283,7 +402,7 @@ def _present_items(items: list[Any]) -> list[Any]:
     return made
 
 
-_TOOL = "calls or is a tool; only system, user and assistant text can be trained on"
+TOOL_RULE = "calls or is a tool; only system, user and assistant text can be trained on"
 
 
 def _calls(item: Mapping[str, Any]) -> bool:
@@ -295,7 +414,7 @@ def _other_role(role: Any, where: str) -> str:
     if role == "developer":
         return "system"
     if role in ("tool", "function"):
-        raise UserError(f"{where} {_TOOL}")
+        raise UserError(f"{where} {TOOL_RULE}")
     raise UserError(f"{where}.role={_brief(role)}; legal: {' '.join(_ROLES)}")
 
 
@@ -303,7 +422,7 @@ def _joined_parts(item: Mapping[str, Any], where: str) -> str:
     """The text of OpenAI's content in parts (``[{"type": "text", "text": "…"}]``)."""
     parts = item.get("content")
     if parts is None and _calls(item):
-        raise UserError(f"{where} {_TOOL}")
+        raise UserError(f"{where} {TOOL_RULE}")
     if not isinstance(parts, list) or not parts:
         raise UserError(f"{where}.content={_brief(parts)} must be a string of text")
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):

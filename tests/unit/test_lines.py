@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from data_tools.rows import read_files
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer.lines import parse_object, raw_lines
-from steerlm_megatron.steer.records import read_records
+from steerlm_megatron.steer.lines import parse_object
+from steerlm_megatron.steer.records import raw_lines, read_records
 
 GOOD = {"id": "a", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
 LINE = json.dumps(GOOD).encode()
