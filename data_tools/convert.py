@@ -39,7 +39,8 @@ from data_tools.writing import REJECTED_FILE, NothingLeftError, Progress, counte
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, nearest
 from steerlm_megatron.steer.lines import OnError, Rejected, reject
-from steerlm_megatron.steer.records import Conversation, without_null_objects
+from steerlm_megatron.steer.messages import without_null_objects
+from steerlm_megatron.steer.records import Conversation
 
 __all__ = ["REJECTED_FILE", "ROWS", "SOURCES", "Options", "convert", "deal", "main"]
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import Conversation, Message, content_hash, count_empty_replies
+from steerlm_megatron.steer.messages import count_empty_replies
+from steerlm_megatron.steer.records import Conversation, Message, content_hash
 from steerlm_megatron.steer.templates import TEMPLATES
 
 _ROLES = ("system", "user", "assistant")

@@ -15,7 +15,7 @@ from data_tools.rows import Row
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, is_number
 from steerlm_megatron.steer.lines import OnError, Rejected, reject
-from steerlm_megatron.steer.records import without_null_objects
+from steerlm_megatron.steer.messages import without_null_objects
 
 _ROLES = {"prompter": "user", "user": "user", "assistant": "assistant"}
 

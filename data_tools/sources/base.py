@@ -20,7 +20,8 @@ from data_tools.rows import Row, read_files
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, is_number
 from steerlm_megatron.steer.lines import OnError, Rejected
-from steerlm_megatron.steer.records import LOSS_WEIGHT, SWITCHES, TOOL_RULE, Conversation, from_json
+from steerlm_megatron.steer.messages import LOSS_WEIGHT, SWITCHES, TOOL_RULE
+from steerlm_megatron.steer.records import Conversation, from_json
 
 HELPSTEER_NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 STEERLM_NAMES = ("quality", "toxicity", "humor", "creativity", *HELPSTEER_NAMES)  # slots of the regression format

@@ -22,7 +22,7 @@ from typing import Any
 from data_tools.rows import Row
 from data_tools.sources.base import Context, Converter, Found, brief, build, extras, list_of, trained_by
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer.records import has_text
+from steerlm_megatron.steer.messages import has_text
 
 SIDES = ("chosen", "rejected")
 _TURN = re.compile(r"\n\n(Human|Assistant):")

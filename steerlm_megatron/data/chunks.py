@@ -37,7 +37,8 @@ from steerlm_megatron.data.views import TURN
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.lines import OnError, Rejected, reject
-from steerlm_megatron.steer.records import Conversation, count_empty_replies, parse_records, raw_lines
+from steerlm_megatron.steer.messages import count_empty_replies
+from steerlm_megatron.steer.records import Conversation, parse_records, raw_lines
 from steerlm_megatron.steer.templates import Template
 
 FORMAT = 2  # raise when the same chunk gives other documents

@@ -19,7 +19,8 @@ from types import GenericAlias
 from typing import TYPE_CHECKING, Any, Literal
 
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer.records import LOSS_WEIGHT, SWITCHES, from_json, has_text
+from steerlm_megatron.steer.messages import LOSS_WEIGHT, SWITCHES, has_text
+from steerlm_megatron.steer.records import from_json
 
 if TYPE_CHECKING:
     from steerlm_megatron.data.build import Spoke

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.messages import count_empty_replies
 from steerlm_megatron.steer.records import (
     Conversation,
     Message,
     content_hash,
-    count_empty_replies,
     expand_paths,
     from_json,
     open_text,
