@@ -38,7 +38,9 @@ from data_tools.sources.hh_rlhf import HH_RLHF
 from data_tools.writing import REJECTED_FILE, NothingLeftError, Progress, counted, keep_rejected, write_splits
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, nearest
-from steerlm_megatron.steer.records import Conversation, OnError, Rejected, reject
+from steerlm_megatron.steer.lines import OnError, Rejected, reject
+from steerlm_megatron.steer.messages import without_null_objects
+from steerlm_megatron.steer.records import Conversation
 
 __all__ = ["REJECTED_FILE", "ROWS", "SOURCES", "Options", "convert", "deal", "main"]
 
@@ -221,7 +223,7 @@ def _stream_rows(
     for files, part in parts:
         for where, row, own in converter.read(files, context, mode, rejected):
             try:
-                candidates = converter.convert(row, where, context)
+                candidates = converter.convert(without_null_objects(row, where), where, context)
             except UserError as error:
                 reject(error, mode, rejected)
                 continue

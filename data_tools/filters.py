@@ -5,7 +5,8 @@ not own: any format. Invariant: every candidate is passed on or counted under ex
 
     reply_occurrences = trained_replies + context_replies + repeated_replies_avoided + filtered_replies
 
-over all candidates (context: weight 0 in the source; filtered: failed a filter, alone or with its conversation).
+over all candidates (context: weight 0 in the source, or without text, of which ``empty_replies`` is the number;
+filtered: failed a filter, alone or with its conversation).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.messages import count_empty_replies
 from steerlm_megatron.steer.records import Conversation, Message, content_hash
 from steerlm_megatron.steer.templates import TEMPLATES
 
@@ -91,7 +93,7 @@ class Filters:
 
 COUNTS = (
     "in", "out", "reply_occurrences", "trained_replies", "context_replies", "repeated_replies_avoided",
-    "filtered_replies", "labelled_replies", "control_like_text", "ids_made_unique",
+    "filtered_replies", "labelled_replies", "empty_replies", "control_like_text", "ids_made_unique",
 )  # fmt: skip
 
 
@@ -132,7 +134,9 @@ class Sieve:
         replies = sum(message.role == "assistant" for message in conversation.messages)
         counts["reply_occurrences"] += replies
         counts["context_replies"] += replies - before
-        reason = self._unwanted(conversation, lang)
+        empty = count_empty_replies(conversation.messages)
+        counts["empty_replies"] += empty
+        reason = self._unwanted(conversation, lang) or ("empty_response" if replies and empty == replies else "")
         kept, repeated = conversation, 0
         if not reason and self._rules:
             kept = _weighted(kept, self._meets)

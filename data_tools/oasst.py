@@ -3,9 +3,9 @@
 A nested file has a tree a line (``prompt`` with ``replies``); a flat one has a message a line (``message_id``,
 ``parent_id``), in any order; ``oasst_trees.py`` reads both, plain, ``.gz`` or ``.zst``.
 
-Pruning: a message that is deleted, without text, or in a language not asked for ends its path: what is below it goes
-too. So does a message of a flat file whose parent is nowhere (an orphan). Of a tree or message that occurs again, the
-first occurrence counts.
+Pruning: a message that is deleted (its text may be null), without text, or in a language not asked for ends its path:
+what is below it goes too. So does a message of a flat file whose parent is nowhere (an orphan). Of a tree or message
+that occurs again, the first occurrence counts.
 
 A message with a negative review (``review_result`` false) is kept, for its labels say how bad it is, and counted (note
 ``review_result_false``), as are labels outside the schema.
@@ -40,14 +40,8 @@ from data_tools.oasst_trees import Node, preorder, read_trees
 from data_tools.rows import Row, read_file
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import (
-    Conversation,
-    Message,
-    OnError,
-    Rejected,
-    expand_paths,
-    write_records,
-)
+from steerlm_megatron.steer.lines import OnError, Rejected
+from steerlm_megatron.steer.records import Conversation, Message, expand_paths, write_records
 
 OASST = AttributeSchema(
     name="oasst",

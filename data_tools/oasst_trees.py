@@ -14,7 +14,8 @@ from typing import Any
 from data_tools.rows import Row
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, is_number
-from steerlm_megatron.steer.records import OnError, Rejected, reject
+from steerlm_megatron.steer.lines import OnError, Rejected, reject
+from steerlm_megatron.steer.messages import without_null_objects
 
 _ROLES = {"prompter": "user", "user": "user", "assistant": "assistant"}
 
@@ -55,6 +56,7 @@ def read_trees(
         nested: bool | None = None
         for where, row in rows:
             try:
+                row = without_null_objects(row, where)
                 if nested is None:
                     nested = _is_nested(row, where)
                 if nested:
@@ -159,6 +161,8 @@ def preorder(root: Node) -> Iterator[Node]:
 def _node(raw: dict[str, Any], where: str, schema: AttributeSchema) -> Node:
     """A checked message; raises UserError naming file, line, and key."""
     name, text, role = raw.get("message_id"), raw.get("text"), raw.get("role")
+    if raw.get("deleted"):  # it is pruned and counted, whatever was left of it
+        text, role = "" if text is None else text, "prompter" if role is None else role
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: message_id={name!r} must be a string")
     if not isinstance(text, str):

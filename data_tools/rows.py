@@ -8,13 +8,13 @@ one line too), or one line.
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer.records import OnError, Rejected, expand_paths, raw_lines, read_json_lines, reject
+from steerlm_megatron.steer.lines import OnError, Rejected, parse_object, reject
+from steerlm_megatron.steer.records import expand_paths, raw_lines, read_json_lines
 
 Row = dict[str, Any]
 
@@ -81,7 +81,7 @@ def _read_array(path: str, on_error: OnError, rejected: Rejected | None) -> Iter
                 if depth == 1:
                     parts.append(text[begin:at])
                     try:
-                        row = parse_row("".join(parts), first)
+                        row = parse_object("".join(parts), first)
                     except UserError as error:
                         reject(error, on_error, rejected)
                         continue
@@ -117,21 +117,3 @@ def _check_between(text: str, after: str, where: str) -> None:
         raise UserError(
             f"{where}: {(text + after).strip()[:40]!r} stands in the JSON array; its elements must be objects"
         )
-
-
-def parse_row(text: str, where: str) -> Row:
-    """One JSON object. Raises ``UserError`` for malformed JSON, NaN, or another type."""
-    try:
-        value = _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: malformed JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number; leave an unknown value out")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)

@@ -16,16 +16,8 @@ from typing import Any
 
 from data_tools.rows import is_array
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer.records import (
-    Conversation,
-    Rejected,
-    from_json,
-    json_line,
-    raw_lines,
-    rejected_json,
-    to_json,
-    write_records,
-)
+from steerlm_megatron.steer.lines import Rejected, json_line, rejected_json
+from steerlm_megatron.steer.records import Conversation, from_json, raw_lines, to_json, write_records
 
 REJECTED_FILE = "rejected.jsonl"
 _PROGRESS_EVERY = 200

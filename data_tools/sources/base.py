@@ -12,18 +12,26 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from data_tools.rows import Row, read_files
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, is_number
-from steerlm_megatron.steer.records import Conversation, OnError, Rejected, from_json
+from steerlm_megatron.steer.lines import OnError, Rejected
+from steerlm_megatron.steer.messages import LOSS_WEIGHT, SWITCHES, TOOL_RULE
+from steerlm_megatron.steer.records import Conversation, from_json
 
 HELPSTEER_NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
 STEERLM_NAMES = ("quality", "toxicity", "humor", "creativity", *HELPSTEER_NAMES)  # slots of the regression format
 _RESERVED = frozenset(("id", "messages", "source"))  # keys of a record that an extra key must not replace
+_RESERVED_IN_MESSAGE = frozenset(("role", "content", "attributes", "weight"))
+_TRAINED_BY = frozenset(("weight", LOSS_WEIGHT, *SWITCHES))  # keys that say whether a reply is trained
+_TOOLS = frozenset(
+    "tool tools tool_call tool_calls tool_result tool_response tool_output function function_call function_response "
+    "function_output observation environment ipython".split()
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,48 @@ def extras(row: Mapping[str, Any], *used: str) -> dict[str, Any]:
         for key, value in row.items()
         if key not in used and value is not None
     }
+
+
+def trained_by(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an assistant's turn, what says whether it is trained; ``steer.records`` has the rule."""
+    return {key: turn[key] for key in _TRAINED_BY if turn.get(key) is not None}
+
+
+def turn_extras(turn: Mapping[str, Any], is_reply: bool, *used: str) -> dict[str, Any]:
+    """The turn's other keys, to be kept; one that a message has itself becomes ``original_<key>``. Nulls are absent.
+
+    A reply's ``weight`` of 0 or 1 is the message's; any other number under that name means something else.
+    """
+    own = {"weight"} if is_reply and is_number(turn.get("weight")) and turn["weight"] in (0, 1) else set()
+    return {
+        f"original_{key}" if key in _RESERVED_IN_MESSAGE - own else key: value
+        for key, value in turn.items()
+        if key not in used and value is not None
+    }
+
+
+def is_tool(speaker: str) -> bool:
+    """Whether a speaker's name is a tool's, in any of the published formats."""
+    return speaker.strip().lower() in _TOOLS
+
+
+def roles_of(speakers: Iterable[str], users: Collection[str], where: str) -> dict[str, str]:
+    """The role of every speaker: ``user`` for ``users``, ``system`` for that name, ``assistant`` for the one left.
+
+    Raises:
+        UserError: a tool, or several that are left: their texts would be trained as the assistant's.
+    """
+    roles = {name: "user" if name in users else "system" if name.lower() == "system" else "" for name in speakers}
+    others = [name for name, role in roles.items() if not role]
+    for name in others:
+        if is_tool(name):
+            raise UserError(f"{where}: speaker {name!r} {TOOL_RULE}")
+    if len({name.lower() for name in others}) > 1:
+        raise UserError(
+            f"{where}: {' '.join(map(repr, others))} all speak beside the user ({' '.join(users) or 'none'}); one of "
+            "them can be the assistant that is trained"
+        )
+    return {name: role or "assistant" for name, role in roles.items()}
 
 
 def build(

@@ -8,11 +8,13 @@ by dots. Two forms::
 
 * ``prompt``, ``response`` (both needed), ``context`` (set below the prompt after a blank line, if it has text).
 * ``turns``: the list of turns. ``text``: the text's key in a turn (without it a turn is the text itself). ``speaker``:
-  the speaker's key. ``user``: the user's names there, joined by ``|``; without it the first speaker is the user, and
-  there may be two. Without ``speaker`` the turns alternate, user first.
+  the speaker's key. ``user``: the user's names there, joined by ``|``; without it the first speaker is the user. One
+  other speaker is the assistant; ``system`` is the system's, a tool or a third speaker is an error. Without ``speaker``
+  the turns alternate, user first.
 * in both: ``id``, ``system``, ``lang``, ``attributes`` (an object of values on the schema's scale, for the last reply).
 
-Keys that the mapping does not name are kept in the record, those of a turn in its message.
+Keys that the mapping does not name are kept in the record, those of a turn in its message. A reply's ``weight``,
+and what else says so (``steer/records.py``), decides whether it is trained.
 """
 
 from __future__ import annotations
@@ -21,7 +23,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_tools.rows import Row
-from data_tools.sources.base import Context, Converter, Found, brief, build, extras, list_of
+from data_tools.sources.base import (
+    Context,
+    Converter,
+    Found,
+    brief,
+    build,
+    extras,
+    is_tool,
+    list_of,
+    roles_of,
+    turn_extras,
+)
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import nearest
 from steerlm_megatron.steer.records import from_json
@@ -32,7 +45,6 @@ _SHAREGPT_ROLES = {
     "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
     "bing": "assistant", "bard": "assistant", "claude": "assistant",
 }  # fmt: skip
-_MESSAGE_KEYS = frozenset(("role", "content", "attributes", "weight"))
 
 
 def parse_map(text: str) -> dict[str, str]:
@@ -101,16 +113,9 @@ def convert_sharegpt(row: Row, where: str, context: Context) -> list[Found]:
         if role is None:
             legal = " ".join(_SHAREGPT_ROLES)
             raise UserError(f"{where}: conversations[{index}].from={brief(speaker)}; legal: {legal}")
-        messages.append({**_turn_extras(turn, "from", "value"), "role": role, "content": turn.get("value")})
+        extra = turn_extras(turn, role == "assistant", "from", "value")
+        messages.append({**extra, "role": role, "content": turn.get("value")})
     return [Found(build(where, messages, context, extras(row, "id", "conversations"), row.get("id")))]
-
-
-def _turn_extras(turn: Mapping[str, Any], *used: str) -> dict[str, Any]:
-    return {
-        f"original_{key}" if key in _MESSAGE_KEYS else key: value
-        for key, value in turn.items()
-        if key not in used and value is not None
-    }
 
 
 def _mapped(row: Row, where: str, context: Context, messages: list[dict[str, Any]]) -> Any:
@@ -156,27 +161,28 @@ def _turns(row: Row, where: str, context: Context) -> Any:
     if not isinstance(turns, list):
         keys = " ".join(row) or "none"
         raise UserError(f"{where}: data.map has turns={paths['turns']}, which is {brief(turns)} here; its keys: {keys}")
-    users = paths["user"].split("|") if "user" in paths else None
-    speakers: list[str] = []
+    speakers = [str(look_up(turn, paths["speaker"])) for turn in turns] if "speaker" in paths else []
+    roles = _speakers(speakers, paths.get("user"), where) if speakers else {}
+    used = [paths[name].split(".")[0] for name in ("text", "speaker") if name in paths]
     messages: list[dict[str, Any]] = []
     for index, turn in enumerate(turns):
         text = look_up(turn, paths["text"]) if "text" in paths else turn
         if not isinstance(text, str):
             raise UserError(f"{where}: {paths['turns']}[{index}] has no text: {brief(text)}; see text= in data.map")
-        is_user = index % 2 == 0
-        if "speaker" in paths:
-            speaker = str(look_up(turn, paths["speaker"]))
-            if users is None and speaker not in speakers:
-                speakers.append(speaker)
-            is_user = speaker in users if users is not None else speaker == speakers[0]
-        if len(speakers) > 2:
-            raise UserError(
-                f"{where}: more than two speakers ({', '.join(speakers)}); say which are the user: user=a|b"
-            )
-        used = [paths[name].split(".")[0] for name in ("text", "speaker") if name in paths]
-        extra = _turn_extras(turn, *used) if isinstance(turn, Mapping) else {}
-        messages.append({**extra, "role": "user" if is_user else "assistant", "content": text})
+        role = roles[speakers[index]] if speakers else ("user", "assistant")[index % 2]
+        extra = turn_extras(turn, role == "assistant", *used) if isinstance(turn, Mapping) else {}
+        messages.append({**extra, "role": role, "content": text})
     return _mapped(row, where, context, messages)
+
+
+def _speakers(speakers: list[str], user: str | None, where: str) -> dict[str, str]:
+    """Speaker → role."""
+    if user is not None:
+        return roles_of(speakers, user.split("|"), where)
+    names = [name for name in dict.fromkeys(speakers) if name.lower() != "system"]
+    if len(names) > 2 and not any(map(is_tool, names)):
+        raise UserError(f"{where}: more than two speakers ({', '.join(names)}); say which are the user: user=a|b")
+    return roles_of(speakers, names[:1], where)
 
 
 MESSAGES = Converter("messages", "OpenAI messages; with --map any JSON row", convert_messages)

@@ -1,8 +1,10 @@
 """Hugging Face ``datasets``, by hub name or local path: rows that another source's converter understands.
 
 ``datasets`` is imported when it is asked for. A local folder is what ``save_to_disk`` wrote, or anything that
-``load_dataset`` opens. Splits: ``split`` names one, which is dealt to train and valid like any other source; without
-it ``train`` is train, the first of ``validation valid val dev test`` is valid, and others are left out (a note).
+``load_dataset`` opens. A local file is read by what it is (Parquet, Arrow, JSON, CSV), never looked for on the hub, and
+neither is a name that can only be a file's. Splits: ``split`` names one, which is dealt to train and valid like any
+other source; without it ``train`` is train, the first of ``validation valid val dev test`` is valid, and others are
+left out (a note).
 """
 
 from __future__ import annotations
@@ -14,8 +16,14 @@ from typing import Any
 from data_tools.rows import Row
 from data_tools.sources.base import Context
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer.records import OnError, Rejected
+from steerlm_megatron.steer.lines import OnError, Rejected
+from steerlm_megatron.steer.records import expand_paths
 
+_READERS = {
+    ".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv",
+    ".tsv": "csv",
+}  # fmt: skip
+_MARKS = {b"PAR1": "parquet", b"ARROW1": "arrow", b"\xff\xff\xff\xff": "arrow"}
 _VALID = ("validation", "valid", "val", "dev", "test")
 
 
@@ -27,7 +35,7 @@ def read(
     Raises:
         UserError: ``datasets`` is not installed, the hub cannot be reached, there is no such data set or split.
     """
-    for name in inputs:
+    for name in _names(inputs):
         loaded = _load(name, context)
         if not isinstance(loaded, dict):
             splits: list[tuple[str, Any, str | None]] = [(context.split or "all", loaded, None)]
@@ -36,6 +44,35 @@ def read(
         for split, rows, own in splits:
             for number, row in enumerate(rows, 1):
                 yield f"{name}:{split}:{number}", dict(row), own
+
+
+def _names(inputs: Sequence[str]) -> list[str]:
+    """The inputs, with the files that a glob names in its place."""
+    names: list[str] = []
+    for name in inputs:
+        names += expand_paths(name) if any(sign in name for sign in "*?[") else [name]
+    return names
+
+
+def _reader(name: str) -> str | None:
+    """Which reader of ``datasets`` a local file needs; None for a folder, or a name on the hub.
+
+    Raises:
+        UserError: a file that is not there, or of another kind.
+    """
+    path = Path(name)
+    suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst", ".bz2", ".xz", ".zip")]
+    reader = _READERS.get(suffixes[-1].lower()) if suffixes else None
+    if path.is_file():
+        with open(path, "rb") as file:
+            start = file.read(8)
+        reader = next((kind for mark, kind in _MARKS.items() if start.startswith(mark)), reader)
+        if reader is None:
+            raise UserError(f"{name}: a file of a kind that data.source=hf does not read; legal: {' '.join(_READERS)}")
+        return reader
+    if not path.exists() and (reader is not None or path.is_absolute() or name.startswith((".", "~"))):
+        raise UserError(f"{name}: no such file; check the path (relative paths start at {Path.cwd()})")
+    return None
 
 
 def _choose(name: str, loaded: dict[str, Any], context: Context) -> list[tuple[str, Any, str | None]]:
@@ -51,6 +88,9 @@ def _choose(name: str, loaded: dict[str, Any], context: Context) -> list[tuple[s
 
 
 def _load(name: str, context: Context) -> Any:
+    reader = _reader(name)
+    if reader is not None and context.subset is not None:
+        raise UserError(f"data.hf_subset={context.subset} is set, but {name} is one file; leave it out")
     try:
         import datasets
     except ImportError as error:
@@ -67,6 +107,10 @@ def _load(name: str, context: Context) -> Any:
                     raise UserError(f"{name}: data.hf_split={context.split!r} is not there; its splits: {has}")
                 loaded = loaded[context.split]
             return loaded
+        if reader is not None:
+            more = {"delimiter": "\t"} if ".tsv" in path.suffixes else {}
+            files = {context.split or "train": name}
+            return datasets.load_dataset(reader, data_files=files, split=context.split, **more)
         return datasets.load_dataset(name, context.subset, split=context.split)
     except UserError:
         raise

@@ -20,8 +20,9 @@ import re
 from typing import Any
 
 from data_tools.rows import Row
-from data_tools.sources.base import Context, Converter, Found, brief, build, extras, list_of
+from data_tools.sources.base import Context, Converter, Found, brief, build, extras, list_of, trained_by
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.messages import has_text
 
 SIDES = ("chosen", "rejected")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -36,8 +37,15 @@ def convert_row(row: Row, where: str, context: Context) -> list[Found]:
     for side in SIDES:
         mine = extra | {"pair": pair, "preference": side}
         if isinstance(row.get(side), list):
-            messages = [{"role": m.get("role"), "content": m.get("content")} for m in list_of(row, side, where)]
-            found.append(Found(build(where, messages, context, mine, f"{pair}:{side}")))
+            messages = [
+                {"role": m.get("role"), "content": m.get("content")}
+                | (trained_by(m) if m.get("role") == "assistant" else {})
+                for m in list_of(row, side, where)
+            ]
+            made = build(where, messages, context, mine, f"{pair}:{side}")
+            compared = made.messages[-1]
+            empty = compared.role == "assistant" and not has_text(compared.content)
+            found.append(Found(None, "empty_response") if empty else Found(made))
             continue
         if not isinstance(row.get(side), str):
             raise UserError(

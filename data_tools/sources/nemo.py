@@ -29,12 +29,15 @@ from data_tools.sources.base import (
     extras,
     list_of,
     parse_markers,
+    roles_of,
     scaled,
     text_of,
+    trained_by,
 )
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import Conversation, OnError, Rejected, expand_paths, json_line, read_records
+from steerlm_megatron.steer.attributes import AttributeSchema, nearest
+from steerlm_megatron.steer.lines import OnError, Rejected, json_line
+from steerlm_megatron.steer.records import Conversation, expand_paths, read_records
 
 _USERS = ("user", "human", "prompter")
 _MISSING = -100  # NeMo's sign for "no label"
@@ -49,25 +52,39 @@ def convert_row(row: Row, where: str, context: Context) -> list[Found]:
     system = row.get("system")
     if system:
         messages.append({"role": "system", "content": system})
-    for index, turn in enumerate(list_of(row, "conversations", where)):
-        here = f"{where}: conversations[{index}]"
-        speaker, value = turn.get("from"), turn.get("value")
-        if not isinstance(speaker, str) or not isinstance(value, str):
-            raise UserError(f"{here} needs 'from' and 'value' as strings, found {brief(speaker)} and {brief(value)}")
+    turns = list_of(row, "conversations", where)
+    roles = _roles(turns, row.get("mask"), where)
+    for index, turn in enumerate(turns):
+        here, value = f"{where}: conversations[{index}]", turn["value"]
         labels, lang = _labels(turn.get("label"), here, context)
         if lang is not None:
             extra.setdefault("lang", lang)
-        if speaker == row["mask"] if row.get("mask") else speaker.lower() in _USERS:
+        role = roles[turn["from"]]
+        if role == "user":
             context.notes["user_labels_dropped"] += bool(labels)
             messages += parse_markers(value, where, context)
             continue
-        reply: dict[str, Any] = {"role": "assistant", "content": value}
-        if labels:
-            reply["attributes"] = labels
-        if turn.get("weight") is not None:
-            reply["weight"] = turn["weight"]
-        messages.append(reply)
+        message: dict[str, Any] = {"role": role, "content": value}
+        if role == "assistant":
+            message |= trained_by(turn) | ({"attributes": labels} if labels else {})
+        messages.append(message)
     return [Found(build(where, messages, context, extra, row.get("id")))]
+
+
+def _roles(turns: list[dict[str, Any]], mask: Any, where: str) -> dict[str, str]:
+    """Speaker → role; ``mask`` names the user."""
+    for index, turn in enumerate(turns):
+        speaker, value = turn.get("from"), turn.get("value")
+        if not isinstance(speaker, str) or not isinstance(value, str):
+            raise UserError(
+                f"{where}: conversations[{index}] needs 'from' and 'value' as strings, found {brief(speaker)} and "
+                f"{brief(value)}"
+            )
+    speakers = dict.fromkeys(turn["from"] for turn in turns)
+    if mask and mask not in speakers:
+        near = nearest(str(mask), tuple(speakers))
+        raise UserError(f"{where}: mask {brief(mask)} names no speaker{near}; speakers: {' '.join(speakers) or 'none'}")
+    return roles_of(speakers, [name for name in speakers if (name == mask if mask else name.lower() in _USERS)], where)
 
 
 def _labels(label: Any, where: str, context: Context) -> tuple[dict[str, float], str | None]:

@@ -36,10 +36,12 @@ from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.data.views import TURN
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import OnError, Rejected, parse_records, raw_lines, reject
+from steerlm_megatron.steer.lines import OnError, Rejected, reject
+from steerlm_megatron.steer.messages import count_empty_replies
+from steerlm_megatron.steer.records import Conversation, parse_records, raw_lines
 from steerlm_megatron.steer.templates import Template
 
-FORMAT = 1  # raise when the same chunk gives other documents
+FORMAT = 2  # raise when the same chunk gives other documents
 CHUNK_LINES = 4096
 CHUNK_BYTES = 2 << 20  # a chunk is closed with the line that reaches this
 SUFFIX = ".chunk"  # of its file
@@ -131,7 +133,7 @@ class Tokenized:
         blocks: the documents for training and for validation (``TRAIN``, ``VALID``).
         lines, sides, hashes: of every accepted record, in order: its line, its side, 16 bytes of the hash of its id
             (zeros: it has none of its own, and cannot be repeated).
-        no_target, control_like: records of each side without any target; messages that look like control strings.
+        control_like, empty: of each side, messages that look like control strings, and replies without text.
         refused: under ``control_strings=reject``, records of each side that hold one.
         rejected: ``(line, where, reason)`` of what is to be listed.
         malformed: how many of them are malformed (the others are refused).
@@ -144,6 +146,7 @@ class Tokenized:
     has_target: Array
     refused: list[int] = field(default_factory=lambda: [0, 0])
     control_like: list[int] = field(default_factory=lambda: [0, 0])
+    empty: list[int] = field(default_factory=lambda: [0, 0])
     rejected: list[tuple[int, str, str]] = field(default_factory=list)
     malformed: int = 0
 
@@ -153,7 +156,7 @@ class Tokenized:
         for side, block in enumerate(self.blocks):
             arrays |= {f"{side}.{name}": array for name, array in block.arrays().items()}
             arrays[f"{side}.turns"] = block.turns.view(np.uint8)
-        said = [self.refused, self.control_like, self.rejected, self.malformed]
+        said = [self.refused, self.control_like, self.empty, self.rejected, self.malformed]
         about = {name: [array.dtype.str, array.shape] for name, array in arrays.items()}
         data = [np.ascontiguousarray(array).view(np.uint8).data for array in arrays.values()]
         head = json.dumps([about, said]).encode()
@@ -182,7 +185,7 @@ class Tokenized:
         (magic, checksum, at), rest = _HEAD.unpack_from(stored), memoryview(stored)[_HEAD.size :]
         if magic != _MAGIC or checksum != zlib.crc32(rest, at):
             return None
-        about, (refused, control_like, rejected, malformed) = json.loads(bytes(rest[:at]))
+        about, (refused, control_like, empty, rejected, malformed) = json.loads(bytes(rest[:at]))
         arrays: dict[str, Array] = {}
         for name, (code, shape) in about.items():
             dtype, count = np.dtype(code), math.prod(shape)
@@ -202,6 +205,7 @@ class Tokenized:
             arrays["has_target"],
             refused,
             control_like,
+            empty,
             [(line, where, reason) for line, where, reason in rejected],
             malformed,
         )
@@ -227,7 +231,7 @@ class _Tokenizing:
         self.control_like = _ControlLike(job)
         self.parts: tuple[list[Block], list[Block]] = ([], [])
         self.records: list[tuple[Array, Array, Array, Array]] = []
-        self.refused, self.messages, self.malformed = [0, 0], [0, 0], 0
+        self.refused, self.messages, self.empty, self.malformed = [0, 0], [0, 0], [0, 0], 0
         self.rejected: list[tuple[int, str, str]] = []
 
     def run(self) -> Tokenized:
@@ -247,6 +251,7 @@ class _Tokenizing:
             has_target,
             self.refused,
             self.messages,
+            self.empty,
             sorted(self.rejected),
             self.malformed,
         )
@@ -271,6 +276,9 @@ class _Tokenizing:
         conversations, lines = [conversation for _, conversation in batch], [line for line, _ in batch]
         block, has_target = self.job.builder.build(conversations, lines)
         sides = np.array([self._side(conversation) for conversation in conversations], np.uint8)
+        for side, conversation in zip(sides.tolist(), conversations, strict=True):
+            if isinstance(conversation, Conversation):  # lines that are parsed quickly have no such reply
+                self.empty[side] += count_empty_replies(conversation.messages)
         name = os.path.basename(self.chunk.path)
         hashes = [
             bytes(16) if conversation.id == f"{name}:{line}" else _id_hash(conversation.id)

@@ -29,7 +29,8 @@ from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter
 from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import OnError, expand_paths, read_records, rejected_json
+from steerlm_megatron.steer.lines import OnError, rejected_json
+from steerlm_megatron.steer.records import expand_paths, read_records
 from steerlm_megatron.steer.templates import Template
 
 REJECTED_FILE = "rejected.jsonl"
@@ -68,7 +69,8 @@ def preprocess(
     ``converted``: of what, and how, the record files were made; the manifests keep it. ``rejected_before``: the lines
     that this rejected, which then stand in ``rejected.jsonl`` before those of the records.
     ``progress(done, total)``: records read, and an estimate of all (lines of the files).
-    Returns ``{"in", "out", "skipped": {reason: n}, "splits": {split: counts}}`` with in = out + skipped; reasons are
+    Returns ``{"in", "out", "skipped": {reason: n}, "splits": {split: counts}}`` with in = out + skipped, and
+    ``empty_replies`` where there are some (replies without text, which are context); reasons are
     ``rejected`` (malformed, or of an id that occurred before in its split, under ``data.on_error=skip``; see
     ``rejected.jsonl``), ``control_string`` (holds one, under ``data.control_strings=reject``; listed there too) and
     ``no_target`` (no trained token and no labelled response). Errors: ``UserError`` as from ``read_records``; an id
@@ -130,7 +132,7 @@ class _Run:
             tokenizer, schema, template, data.on_error, fraction, data.split_seed, data.control_strings
         )  # fmt: skip
         self.work = output_dir / WORK / self.job.key
-        names = ("in", *SKIPPED, "control_like")
+        names = ("in", *SKIPPED, "control_like", "empty_replies")
         self.counts: dict[str, dict[str, int]] = {split: dict.fromkeys(names, 0) for split in self.splits}
         self.done = self.total = 0
 
@@ -290,6 +292,7 @@ class _Run:
             counts["no_target"] += int((mine & ~found.has_target).sum())
             counts["control_string"] += found.refused[side]
             counts["control_like"] += found.control_like[side]
+            counts["empty_replies"] += found.empty[side]
         refused = int(repeated.sum()) + found.malformed
         self.counts[chunk.split]["rejected"] += refused
         self.counts[chunk.split]["in"] += refused
@@ -300,7 +303,8 @@ class _Run:
     def _counted(self, split: str) -> dict[str, Any]:
         counts = self.counts[split]
         skipped = {reason: counts[reason] for reason in SKIPPED if counts[reason]}
-        return {"in": counts["in"], "out": counts["in"] - sum(skipped.values()), "skipped": skipped}
+        counted: dict[str, Any] = {"in": counts["in"], "out": counts["in"] - sum(skipped.values()), "skipped": skipped}
+        return counted | ({"empty_replies": counts["empty_replies"]} if counts["empty_replies"] else {})
 
     def _policies(self, split: str) -> dict[str, Any]:
         """What was decided about doubtful input, and how often it was met."""
@@ -308,6 +312,7 @@ class _Run:
         return {
             "on_error": {"policy": self.data.on_error, "records": counts["rejected"]},
             "control_strings": {"policy": self.data.control_strings, "messages": counts["control_like"]},
+            "empty_replies": {"policy": "context", "messages": counts["empty_replies"]},
         }
 
     def _nothing_left(self, split: str) -> str:
@@ -316,7 +321,8 @@ class _Run:
         first = f"; the first: {self.first_rejected}" if self.first_rejected else ""
         return (
             f"{files} (split {split!r}): all tokens are masked: of {counts['in']} conversations "
-            f"{counts['rejected']} are malformed{held} and {counts['no_target']} have no response of weight 1{first}"
+            f"{counts['rejected']} are malformed{held} and {counts['no_target']} have no response of weight 1 with "
+            f"text{first}"
         )
 
     def _keep_rejected(self, file: IO[str], path: Path) -> None:
@@ -334,10 +340,12 @@ class _Run:
         self, counted: Mapping[str, dict[str, Any]], manifests: Mapping[str, dict[str, Any]]
     ) -> dict[str, Any]:
         skipped = {reason: sum(counts["skipped"].get(reason, 0) for counts in counted.values()) for reason in SKIPPED}
+        empty = sum(counts.get("empty_replies", 0) for counts in counted.values())
         return {
             "in": sum(counts["in"] for counts in counted.values()),
             "out": sum(counts["out"] for counts in counted.values()),
             "skipped": {reason: count for reason, count in skipped.items() if count},
+            **({"empty_replies": empty} if empty else {}),
             "splits": {split: manifest["counts"] for split, manifest in manifests.items()},
         }
 

@@ -19,6 +19,7 @@ from types import GenericAlias
 from typing import TYPE_CHECKING, Any, Literal
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.messages import LOSS_WEIGHT, SWITCHES, has_text
 from steerlm_megatron.steer.records import from_json
 
 if TYPE_CHECKING:
@@ -38,12 +39,13 @@ _SAMPLE_BYTES = 2048
 _DIGITS = re.compile(rb"[0-9][0-9]")
 _MOST_KINDS = 4096
 _LARGEST = sys.float_info.max
+_LEFT = ("tool_calls", "function_call", LOSS_WEIGHT, *SWITCHES)  # with any of these a message is left
 
 
 def _kind(role: str, fields: list[Any], **fixed: Any) -> Any:
     """The type of messages of a role: ``views.Spoken``."""
     given = {"role": role, **fixed}
-    fields = [("content", str), *fields, ("tool_calls", None, None), ("function_call", None, None)]
+    fields = [("content", str), *fields, *((key, None, None) for key in _LEFT)]
     return msgspec.defstruct(role, fields, tag_field="role", tag=role, gc=False, namespace=given)
 
 
@@ -87,11 +89,8 @@ class QuickRecords:
         if not self._in_order(tuple(map(type, messages))):
             return None
         for message in messages:
-            if type(message) is _ASSISTANT and message.content and not message.content.isspace():
-                break
-        else:
-            return None
-        for message in messages:
+            if type(message) is _ASSISTANT and not has_text(message.content):
+                return None
             if message.attributes and not self._right(message):
                 return None
         if type(record.id) is not str:

@@ -177,6 +177,7 @@ class ShardWriter:
                 "vocab_size": self._tokenizer.vocab_size,
                 "base_size": self._tokenizer.base_size,
                 "added": self._tokenizer.added,
+                **({"losses": list(self._tokenizer.losses)} if self._tokenizer.losses else {}),
             },
             "counts": {**counts, **self.counts},
             "policies": dict(policies or {}),

@@ -1,27 +1,29 @@
-"""What turns plain text into ids: SentencePiece, Hugging Face ``tokenizers``, or bytes.
+"""What turns plain text into ids: SentencePiece, Hugging Face ``tokenizers`` (``hugging_face.py``), or bytes.
 
-Owns: each library's way of encoding a text as it is (no dummy prefix, no clean-up, no special token out of text) and of
-telling which of its ids are atomic. Does not own: control strings, added ids, files beside the model
-(``tokenizer.py``). Invariant: ``encode`` yields no id for which ``atomic`` says "never in text".
+Owns: what all of these have in common (``TextModel``), SentencePiece's way of encoding a text as it is (no dummy
+prefix, no clean-up) and of telling which of its ids are atomic, opening a path. Does not own: control strings, added
+ids, files beside the model (``tokenizer.py``). Invariant: ``encode`` yields no id for which ``atomic`` says "never in
+text".
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import sentencepiece
 
+from steerlm_megatron.data.hugging_face import HuggingFaceModel
 from steerlm_megatron.data.word_cache import WordCache, applies
 from steerlm_megatron.errors import UserError
 
 MAX_TRAINING_CHARS = 100_000_000  # text beyond this is not read when training: SentencePiece holds its corpus in memory
 BYTES = "bytes"  # tokenizer.path=bytes: one id per byte of UTF-8
 
+_SPACE = "\u2581"  # how SentencePiece writes a blank
 _TYPE_USER_DEFINED = 4  # ModelProto.SentencePiece.Type
 # A serialised `normalizer_spec {add_dummy_prefix: false, remove_extra_whitespaces: false}`. Protocol Buffers merge a
 # repeated sub-message into the earlier one, so appending these bytes to a model overrides just the two fields.
@@ -38,6 +40,10 @@ class TextModel(Protocol):
     unk_id: int  # -1: the model has none
     byte_ids: list[int]  # the ids of the 256 bytes, or nothing if the model has none
     words: WordCache | None  # its memory of words, where it encodes a text word by word
+    guarded: tuple[str, ...]  # strings that ``encode`` would take for a token that is no text
+    never: frozenset[int]  # the ids of these, which no text may become
+    signs: tuple[str, ...]  # what ``decode`` makes something else of, such as the sign for a blank
+    surfaces: Mapping[int, str]  # the text of an id, where ``decode`` gives another
 
     def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
         """Ids of each text. ``TypeError`` or ``UnicodeEncodeError`` for a text that has no UTF-8."""
@@ -50,12 +56,19 @@ class TextModel(Protocol):
         user-defined one. None where there is no such piece (an ordinary piece of that spelling does not count).
         """
 
+    def losses(self) -> list[str]:
+        """What of a text does not come back, by the setting of the model's file that loses it."""
+
 
 class SentencePieceModel:
     """A serialised SentencePiece model. ``source`` names it in errors."""
 
     kind: str = "sentencepiece"
     file_name: str | None = "tokenizer.model"
+    guarded: tuple[str, ...] = ()  # the library tells apart pieces that are text from those that are not
+    never: frozenset[int] = frozenset()
+    signs: tuple[str, ...] = (_SPACE,)
+    surfaces: Mapping[int, str] = {}
 
     def __init__(self, data: bytes, source: str = "") -> None:
         self.data = data
@@ -68,6 +81,7 @@ class SentencePieceModel:
         self.unk_id = int(self.processor.unk_id())
         ids = [self.processor.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
         self.byte_ids = ids if all(self.processor.is_byte(i) for i in ids) else []
+        self._normalizes = ""  # by which rule
         self.words = self._word_cache()
 
     def _word_cache(self) -> WordCache | None:
@@ -80,7 +94,10 @@ class SentencePieceModel:
                 spec[number] |= dict(_fields(value))
         model_type = spec[2].get(3, 1)
         assert isinstance(model_type, int)
-        identity = not spec[3].get(2) and spec[3].get(5, 1) == 1  # no character map; spaces become U+2581
+        if spec[3].get(2):
+            rule = spec[3].get(1, b"")
+            self._normalizes = rule.decode() if isinstance(rule, bytes) and rule else "user_defined"
+        identity = not self._normalizes and spec[3].get(5, 1) == 1  # no character map; spaces become U+2581
         if not applies(model_type, identity, bool(self.byte_ids)):
             return None
         assert len(pieces) == self.size
@@ -100,58 +117,9 @@ class SentencePieceModel:
             return i, False
         return (i, True) if _piece_type(self.data, i) == _TYPE_USER_DEFINED else None
 
-
-class HuggingFaceModel:
-    """A ``tokenizer.json`` of Hugging Face's ``tokenizers``, made to encode text as it is.
-
-    Taken out of it: the post-processor (``<s>`` in front), padding and truncation, the blank that Metaspace,
-    ``Prepend`` or ``add_prefix_space`` put before a text and that the decoder takes away again. Special tokens are not
-    found in text.
-    """
-
-    kind: str = "huggingface"
-    file_name: str | None = "tokenizer.json"
-
-    def __init__(self, data: bytes, source: str = "") -> None:
-        self.data = data
-        try:
-            import tokenizers
-        except ImportError:
-            raise UserError(f"{source} is a Hugging Face tokenizer: pip install tokenizers") from None
-        try:
-            raw = json.loads(data)
-            if not isinstance(raw, dict) or "model" not in raw:
-                raise ValueError("it has no 'model'")
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(_as_it_is(raw)))
-        except Exception as error:  # the library raises bare Exception for what it cannot read
-            raise UserError(f"{source or 'tokenizer.json'} is not a Hugging Face tokenizer: {error}") from None
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True
-        self._added = {
-            token.content: (i, token.special) for i, token in self._tokenizer.get_added_tokens_decoder().items()
-        }
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.size = max(vocabulary.values(), default=-1) + 1
-        unknown = raw["model"].get("unk_token")
-        self.unk_id = int(vocabulary.get(unknown, -1)) if unknown else -1
-        pieces = [vocabulary.get(f"<0x{b:02X}>") for b in range(256)]
-        ids = [i for i in pieces if i is not None]
-        self.byte_ids = ids if len(ids) == 256 and raw["model"].get("byte_fallback") else []
-        self.words: WordCache | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return HuggingFaceModel, (self.data,)  # the library's own pickle forgets that specials are not found in text
-
-    def encode(self, texts: list[str], num_threads: int) -> list[list[int]]:
-        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
-
-    def atomic(self, text: str) -> tuple[int, bool] | None:
-        found = self._added.get(text)
-        return None if found is None else (found[0], not found[1])
+    def losses(self) -> list[str]:
+        found = [f"normalizer_spec {self._normalizes}: characters become others"] if self._normalizes else []
+        return found if self.byte_ids else [*found, "vocabulary: it has no bytes for characters that it lacks"]
 
 
 class ByteModel:
@@ -160,6 +128,10 @@ class ByteModel:
     kind: str = "bytes"
     file_name: str | None = None
     data, size, unk_id = b"", 256, -1
+    guarded: tuple[str, ...] = ()
+    never: frozenset[int] = frozenset()
+    signs: tuple[str, ...] = ()
+    surfaces: Mapping[int, str] = {}
 
     def __init__(self) -> None:
         self.byte_ids = list(range(256))
@@ -173,6 +145,9 @@ class ByteModel:
 
     def atomic(self, text: str) -> tuple[int, bool] | None:
         return None
+
+    def losses(self) -> list[str]:
+        return []
 
 
 def open_model(path: str | Path, key: str = "tokenizer.path") -> TextModel:
@@ -257,45 +232,6 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
                 chars += len(line)
         if chars >= MAX_TRAINING_CHARS:
             return
-
-
-def _as_it_is(raw: dict[str, Any]) -> dict[str, Any]:
-    """A ``tokenizer.json`` without what adds to a text or takes from it."""
-    decoder = _without(raw.get("decoder"), "Strip")
-    return {
-        **raw,
-        "post_processor": None,
-        "normalizer": _without(raw.get("normalizer"), "Prepend", "Strip"),
-        "pre_tokenizer": _no_prefix(raw.get("pre_tokenizer")),
-        "decoder": _no_prefix(decoder),
-    }
-
-
-def _without(part: Any, *types: str) -> Any:
-    """A component without its members of the given types; None if nothing is left."""
-    if not isinstance(part, dict):
-        return part
-    if part.get("type") in types:
-        return None
-    for key in ("normalizers", "pretokenizers", "decoders"):
-        if key in part:
-            part = {**part, key: [kept for kept in (_without(p, *types) for p in part[key]) if kept is not None]}
-    return part
-
-
-def _no_prefix(part: Any) -> Any:
-    """A component, and those inside it, with no blank put before a text."""
-    if isinstance(part, list):
-        return [_no_prefix(p) for p in part]
-    if not isinstance(part, dict):
-        return part
-    part = {key: _no_prefix(value) if isinstance(value, dict | list) else value for key, value in part.items()}
-    if part.get("type") == "Metaspace":
-        part.pop("add_prefix_space", None)  # the name of older versions
-        part["prepend_scheme"] = "never"
-    elif "add_prefix_space" in part:
-        part["add_prefix_space"] = False
-    return part
 
 
 def _piece_type(model: bytes, index: int) -> int:

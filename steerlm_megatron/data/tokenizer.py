@@ -14,6 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ import numpy.typing as npt
 
 from steerlm_megatron.data.text_models import SentencePieceModel, TextModel, make_model, open_model, train_sentencepiece
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.log import get_logger
 
 if TYPE_CHECKING:
     from steerlm_megatron.config.schema import TokenizerConfig
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 META_FILE = "steerlm_tokenizer.json"
 FORMAT = 2
 
-_SPACE = "\u2581"  # SentencePiece's sign for a blank, other libraries' too; in text it would decode to a blank
 _REPLACEMENT = "\ufffd"
 
 
@@ -69,8 +70,12 @@ class Tokenizer:
             self._controls[text], in_text = own
             if in_text:
                 self._matchable[text] = own[0]
-        self._matchable_ids = frozenset(self._matchable.values())
-        self._surface = {i: text for text, i in (*self._added.items(), *self._controls.items())}
+        self._never = self._model.never | frozenset(self._matchable.values())  # what no text may become
+        if not self._never.isdisjoint(self._bytes):
+            byte = next(byte for byte, i in enumerate(self._bytes) if i in self._never)
+            raise UserError(_no_spelling(bytes([byte]).decode("latin-1")))
+        self._surface = dict(self._model.surfaces)
+        self._surface |= {i: text for text, i in (*self._added.items(), *self._controls.items())}
         self._literals = self._make_literals()
         self._special = (
             re.compile("(" + "|".join(re.escape(t) for t in sorted(self._literals, key=len, reverse=True)) + ")")
@@ -113,7 +118,10 @@ class Tokenizer:
         strings that it lacks are added), or ``bytes``.
         """
         if not (Path(path) / META_FILE).is_file():
-            return cls(open_model(path), control_strings, source=str(path))
+            opened = cls(open_model(path), control_strings, source=str(path))
+            if opened.losses:
+                _warn_once(f"{path} does not keep every text as it is: {'; '.join(opened.losses)}")
+            return opened
         saved = cls.load(path)
         missing = [text for text in control_strings if text not in saved._controls]
         if not missing:
@@ -204,6 +212,16 @@ class Tokenizer:
         digest.update(json.dumps(self._describe(), sort_keys=True).encode())
         return digest.hexdigest()
 
+    @cached_property
+    def losses(self) -> tuple[str, ...]:
+        """What does not come back of a text that is encoded and decoded, by the setting of the model that loses it."""
+        model = self._model
+        back = {sign: self.decode(self.encode(sign)) for sign in model.signs}
+        signs = [f"decoder: {sign!r} comes back as {text!r}" for sign, text in back.items() if text != sign]
+        unwritten = [text for text in model.guarded if self.unk_id in self._literals[text]]
+        tokens = [f"vocabulary: {text!r} is a token of its own, and cannot be spelt" for text in unwritten]
+        return (*model.losses(), *signs, *tokens)
+
     def control_id(self, text: str) -> int:
         """The id of a control string. ``KeyError`` (our bug) if the template never announced it."""
         return self._controls[text]
@@ -241,10 +259,10 @@ class Tokenizer:
                 for literal in parts_or_none[1::2]:
                     ids = ids + self._literals[literal] + next(encoded)
             out.append(ids)
-        if self._matchable_ids:
+        if self._never:
             # A model whose normalisation makes a control string out of other characters (full-width letters, say).
             out = [
-                ids if self._matchable_ids.isdisjoint(ids) else self._encode_by_character(text)
+                ids if self._never.isdisjoint(ids) else self._encode_by_character(text)
                 for text, ids in zip(texts, out, strict=True)
             ]
         return out
@@ -285,7 +303,7 @@ class Tokenizer:
     def encode_flat(self, texts: list[str]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
         """``encode_batch`` as one array of ids, end to end, and how many each text has: what a corpus takes."""
         words = self._model.words
-        if words is None or self._matchable_ids:
+        if words is None or self._never:
             return _flat(self.encode_batch(texts))
         together = "".join(texts)
         literals = [literal for literal in self._literals if literal in together]
@@ -343,18 +361,15 @@ class Tokenizer:
 
     def _encode_character(self, char: str) -> list[int]:
         ids = self._model.encode([char], 1)[0]
-        if self._matchable_ids.isdisjoint(ids):
+        if self._never.isdisjoint(ids):
             return ids
         return self._encode_bytes(char)  # the control string is this single character
 
     def _encode_bytes(self, text: str) -> list[int]:
-        if self._bytes:
-            return [self._bytes[b] for b in text.encode()]
-        if self.unk_id < 0:
-            raise UserError(
-                f"the tokenizer cannot write the text {text!r} other than with the control token of that name"
-            )
-        return [self.unk_id]
+        ids = [self._bytes[b] for b in text.encode()] if self._bytes else [self.unk_id]
+        if ids == [-1] or not self._never.isdisjoint(ids):
+            raise UserError(_no_spelling(text))
+        return ids
 
     def _survives(self, text: str) -> bool:
         return self._model.decode(self._model.encode([text], 1)[0]) == text
@@ -366,16 +381,24 @@ class Tokenizer:
     def _make_literals(self) -> dict[str, list[int]]:
         """Substrings that must not reach the model as they are, and the ids they get instead."""
         literals: dict[str, list[int]] = {}
-        if self._bytes and not self._survives(_SPACE):
-            literals[_SPACE] = self._encode_bytes(_SPACE)
+        for sign in self._model.signs:
+            if self._bytes and not self._survives(sign):
+                literals[sign] = self._encode_bytes(sign)
         if "\n" in self._added:
             literals["\n"] = [self._added["\n"]]
-        for text in self._matchable:
+        for text in (*self._matchable, *self._model.guarded):
             literals[text] = [i for char in text for i in (literals.get(char) or self._encode_character(char))]
         return literals
 
 
 _NO_IDS = np.zeros(0, np.int32)
+
+
+def _no_spelling(text: str) -> str:
+    return (
+        f"the tokenizer cannot write the text {text!r} other than with a control token (in tokenizer.json: "
+        "added_tokens, special); choose a tokenizer in which no special token is a character of text"
+    )
 
 
 def _flat(ids: list[list[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
@@ -386,6 +409,12 @@ def _flat(ids: list[list[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.i
 def _with(texts: list[str], others: Mapping[int, str]) -> list[str]:
     """``texts``, with others at some places."""
     return [others.get(i, text) for i, text in enumerate(texts)] if others else texts
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """Opening a tokenizer to check it, and again to use it, is one opening to whoever reads the log."""
+    get_logger(__name__).warning("tokenizer.path=%s", message)
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

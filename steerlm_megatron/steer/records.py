@@ -3,10 +3,14 @@
 ``{"id": "…", "messages": [{"role": "system|user|assistant", "content": "…", "attributes": {"quality": 6.75},
 "weight": 1}], "source": "…"}``. ``attributes`` are floats on the schema's scale, on assistant messages only; absent or
 partial is fine, and a null value is an absent one. ``weight`` is 0 or 1 on assistant messages, as in OpenAI's
-fine-tuning format: 0 is context only. Of OpenAI's variants, ``developer`` is ``system`` and content in parts of text is
-their text; tools are refused. Unknown keys of a record and of a message are kept and written back.
+fine-tuning format: 0 is context only; so say ``train``, ``training`` or ``loss`` = false, ``mask`` = true and
+``loss_weight`` = 0. A reply without text is context, whatever else it says: there is nothing in it to learn. An object
+of nothing but nulls is absent, wherever it stands (Arrow gives every struct all keys). Of OpenAI's variants,
+``developer`` is ``system`` and content in parts of text is their text; tools are refused. Unknown keys of a record and
+of a message are kept and written back.
 
-Owns: the record's shape and its checks, reading line by line, writing. Does not own: prompt text (``templates.py``).
+Owns: opening files, the record's shape and its checks, writing. Does not own: lines that are no JSON (``lines.py``),
+prompt text (``templates.py``).
 
 Invariants: a file is read in constant memory; every line becomes a record, an error naming ``file:line``, or an entry
 of ``rejected``; a written file appears only when it is whole.
@@ -18,46 +22,22 @@ import glob
 import gzip
 import hashlib
 import io
-import json
 import os
-import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, NoReturn
+from typing import IO, Any
 
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer.attributes import AttributeSchema, is_number
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.lines import OnError, Rejected, decode_line, json_line, parse_lines, refuse_foreign, reject
+from steerlm_megatron.steer.messages import Message, brief, message_from_json, without_null_objects
 
-OnError = Literal["error", "skip"]
-Rejected = list[tuple[str, str]]  # ("file:line", reason)
-
-_ROLES = ("system", "user", "assistant")
 _RECORD_KEYS = frozenset(("id", "messages", "source"))
-_MESSAGE_KEYS = frozenset(("role", "content", "attributes", "weight"))
-_LINE_ERROR = re.compile(r"(.*?:\d+): (.*)", re.DOTALL)
 _READ_BYTES = 1 << 18
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One message.
-
-    Args:
-        role: ``system``, ``user`` or ``assistant``.
-        content: its text.
-        attributes: values on the schema's scale (assistant only); None if there are none.
-        weight: assistant only: 1 is trained on and a label target, 0 is context only.
-        extra: the other keys of the message, as read.
-    """
-
-    role: str
-    content: str
-    attributes: Mapping[str, float] | None = None
-    weight: int = 1
-    extra: Mapping[str, Any] = field(default_factory=dict)
+_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +50,7 @@ class Conversation:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-# Reading
+# Files
 
 
 def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
@@ -104,7 +84,7 @@ def open_text(path: str | os.PathLike[str]) -> Iterator[str]:
         UserError: naming ``file:line``: invalid UTF-8, damaged or cut-off compressed data; missing file.
     """
     for where, line in raw_lines(os.fspath(path)):
-        yield _decode(line, where).rstrip("\r\n")
+        yield decode_line(line, where).rstrip("\r\n")
 
 
 def read_json_lines(
@@ -123,23 +103,83 @@ def read_json_lines(
     yield from parse_lines(raw_lines(os.fspath(path)), on_error, rejected)
 
 
-def parse_lines(
-    lines: Iterator[tuple[str, bytes]], on_error: OnError = "error", rejected: Rejected | None = None
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``("file:line", object)`` for every line that is not blank; ``lines`` and errors as of ``raw_lines``."""
-    where = ""
-    while True:
-        try:
-            where, line = next(lines, ("", b""))
-            if not where:
-                break
-            if line.isspace():
-                continue
-            value = _parse(line, where)
-        except UserError as error:
-            reject(error, on_error, rejected)
-            continue
-        yield where, value
+class _ZstdReader(io.RawIOBase):
+    """Decompresses a ``.zst`` file of one or more frames; refuses a cut-off one, unlike zstandard's own reader."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        import zstandard  # only who reads .zst needs it
+
+        self._raw = raw
+        self._error = zstandard.ZstdError
+        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._frame: Any = None
+        self._out = memoryview(b"")
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._out:
+            data = self._rest or self._raw.read(_READ_BYTES)
+            self._rest = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the compressed data is cut off")
+                return 0
+            if self._frame is None:
+                self._frame = self._new()
+            try:
+                self._out = memoryview(self._frame.decompress(data))
+            except self._error as error:
+                raise OSError(str(error)) from error
+            if self._frame.eof:
+                self._rest, self._frame = self._frame.unused_data, None
+        count = min(len(self._out), len(buffer))
+        buffer[:count] = self._out[:count]
+        self._out = self._out[count:]
+        return count
+
+
+def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
+    """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged.
+
+    A byte order mark at the start of a line is left out. ``most_bytes``: longer lines come in pieces of that size, so
+    that memory does not depend on what a line holds.
+    """
+    number, blank, begins = 0, True, True  # begins: the next piece is the beginning of a line
+    try:
+        with ExitStack() as stack:
+            stream: Any = stack.enter_context(open(path, "rb"))
+            if path.endswith(".gz"):
+                stream = stack.enter_context(gzip.open(stream))
+            elif path.endswith(".zst"):
+                stream = io.BufferedReader(_ZstdReader(stream), _READ_BYTES)
+            refuse_foreign(path, stream.peek(16))
+            for number, line in enumerate(stream, 1) if most_bytes is None else _pieces(stream, most_bytes):
+                if begins and line.startswith(_BOM):  # also within a file: several files were joined
+                    line = line[len(_BOM) :]
+                begins = most_bytes is None or line.endswith(b"\n")
+                blank = blank and (not line or line.isspace())
+                yield f"{path}:{number}", line
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; check the path") from error
+    except (OSError, EOFError, zlib.error) as error:
+        line_number = f":{number + 1}" if number else ""
+        raise UserError(f"{path}{line_number}: cannot be read ({error}); fetch or write the file again") from error
+    if blank:
+        raise UserError(f"{path}: the file is empty; it needs one JSON object per line")
+
+
+def _pieces(stream: IO[bytes], most_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """``(line number, piece)``."""
+    number = 1
+    while piece := stream.readline(most_bytes):
+        yield number, piece
+        number += piece.endswith(b"\n")
+
+
+# Reading
 
 
 def read_records(
@@ -195,126 +235,6 @@ def parse_records(
         yield where, conversation
 
 
-def reject(error: UserError, on_error: OnError, rejected: Rejected | None) -> None:
-    """Raise ``error`` (``file:line: reason``) or, if ``on_error`` is ``skip``, note it in ``rejected``."""
-    match = _LINE_ERROR.fullmatch(str(error))
-    if on_error != "skip" or match is None:  # an error of the whole file is never skipped
-        raise error
-    if rejected is not None:
-        rejected.append((match[1], match[2].encode("utf-8", "backslashreplace").decode()))
-
-
-def rejected_json(where: str, reason: str, line: bytes | None) -> str:
-    """A line of ``rejected.jsonl``; ``line``: what was rejected, None where it cannot be told (what is no UTF-8: �)."""
-    entry = {"where": where, "reason": reason}
-    if line is not None:
-        entry["line"] = line.decode("utf-8", "replace").rstrip("\r\n")
-    return json_line(entry).decode()
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompresses a ``.zst`` file of one or more frames; refuses a cut-off one, unlike zstandard's own reader."""
-
-    def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard  # only who reads .zst needs it
-
-        self._raw = raw
-        self._error = zstandard.ZstdError
-        self._new = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
-        self._frame: Any = None
-        self._out = memoryview(b"")
-        self._rest = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._out:
-            data = self._rest or self._raw.read(_READ_BYTES)
-            self._rest = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("the compressed data is cut off")
-                return 0
-            if self._frame is None:
-                self._frame = self._new()
-            try:
-                self._out = memoryview(self._frame.decompress(data))
-            except self._error as error:
-                raise OSError(str(error)) from error
-            if self._frame.eof:
-                self._rest, self._frame = self._frame.unused_data, None
-        count = min(len(self._out), len(buffer))
-        buffer[:count] = self._out[:count]
-        self._out = self._out[count:]
-        return count
-
-
-def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
-    """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged.
-
-    ``most_bytes``: longer lines come in pieces of that size, so that memory does not depend on what a line holds.
-    """
-    number, blank, begins = 0, True, True
-    try:
-        with ExitStack() as stack:
-            stream: Any = stack.enter_context(open(path, "rb"))
-            if path.endswith(".gz"):
-                stream = stack.enter_context(gzip.open(stream))
-            elif path.endswith(".zst"):
-                stream = io.BufferedReader(_ZstdReader(stream), _READ_BYTES)
-            for number, line in enumerate(stream, 1) if most_bytes is None else _pieces(stream, most_bytes):
-                if begins:
-                    line, begins = line.removeprefix(b"\xef\xbb\xbf"), False
-                blank = blank and (not line or line.isspace())
-                yield f"{path}:{number}", line
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file; check the path") from error
-    except (OSError, EOFError, zlib.error) as error:
-        line_number = f":{number + 1}" if number else ""
-        raise UserError(f"{path}{line_number}: cannot be read ({error}); fetch or write the file again") from error
-    if blank:
-        raise UserError(f"{path}: the file is empty; it needs one JSON object per line")
-
-
-def _pieces(stream: IO[bytes], most_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """``(line number, piece)``."""
-    number = 1
-    while piece := stream.readline(most_bytes):
-        yield number, piece
-        number += piece.endswith(b"\n")
-
-
-def _decode(line: bytes, where: str) -> str:
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: invalid UTF-8 at byte {error.start}; save the file as UTF-8") from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number; leave an unknown value out")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-
-
-def _parse(line: bytes, where: str) -> dict[str, Any]:
-    """One line as a JSON object; raises UserError."""
-    text = _decode(line, where)
-    try:
-        value = _DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        if not line.endswith(b"\n"):
-            raise UserError(
-                f"{where}: torn last line, the file was cut off while it was written ({error}); delete the line"
-            ) from error
-        raise UserError(f"{where}: malformed JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}; write one record per line")
-    return value
-
-
 def from_json(
     data: Mapping[str, Any], where: str, schema: AttributeSchema | None = None, require_response: bool = True
 ) -> Conversation:
@@ -329,13 +249,14 @@ def from_json(
     Raises:
         UserError: naming ``where``, the value, the rule.
     """
+    data = without_null_objects(data, where)
     raw = data.get("messages")
     if raw is None:
         keys = " ".join(data) or "none"
         raise UserError(f"{where}: the row has no list 'messages' (its keys: {keys}); set data.source or data.map")
     if not isinstance(raw, list) or not raw:
-        raise UserError(f"{where}: messages={_brief(raw)} must be a list of at least one message")
-    messages = tuple([_message(item, where, index, schema) for index, item in enumerate(raw)])
+        raise UserError(f"{where}: messages={brief(raw)} must be a list of at least one message")
+    messages = tuple([message_from_json(item, where, index, schema) for index, item in enumerate(raw)])
     roles = [message.role for message in messages]
     first = roles[1] if roles[0] == "system" and len(roles) > 1 else roles[0]
     if "system" in roles[1:]:
@@ -344,100 +265,20 @@ def from_json(
         raise UserError(f"{where}: the conversation begins with an assistant message; begin it with a user message")
     if "user" not in roles:
         raise UserError(f"{where}: the conversation has no user message")
-    if require_response and not any(m.role == "assistant" and m.content and not m.content.isspace() for m in messages):
-        raise UserError(f"{where}: the conversation has no response: it needs an assistant message with text")
+    if require_response and "assistant" not in roles:
+        raise UserError(f"{where}: the conversation has no response: it needs an assistant message")
     name = data.get("id")
     if name is None:
         name = os.path.basename(where)
     elif not isinstance(name, str):
         if not isinstance(name, int) or isinstance(name, bool):
-            raise UserError(f"{where}: id={_brief(name)} must be a string")
+            raise UserError(f"{where}: id={brief(name)} must be a string")
         name = str(name)
     source = data.get("source") or ""
     if not isinstance(source, str):
-        raise UserError(f"{where}: source={_brief(source)} must be a string")
+        raise UserError(f"{where}: source={brief(source)} must be a string")
     extra = {} if data.keys() <= _RECORD_KEYS else {k: v for k, v in data.items() if k not in _RECORD_KEYS}
     return Conversation(name, messages, source, extra)
-
-
-def _message(item: Any, where: str, index: int, schema: AttributeSchema | None) -> Message:
-    if not isinstance(item, dict):
-        raise UserError(f"{where}: messages[{index}]={_brief(item)} must be an object with role and content")
-    role, content = item.get("role"), item.get("content")
-    if role not in _ROLES:
-        role = _other_role(role, f"{where}: messages[{index}]")
-    if not isinstance(content, str):
-        content = _joined_parts(item, f"{where}: messages[{index}]")
-    if not content.isascii():
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{where}: messages[{index}].content has half a surrogate pair at character {error.start}; mend it"
-            ) from error
-    attributes, weight = item.get("attributes"), item.get("weight")
-    extra = {} if item.keys() <= _MESSAGE_KEYS else {k: v for k, v in item.items() if k not in _MESSAGE_KEYS}
-    if extra and _calls(extra):
-        raise UserError(f"{where}: messages[{index}] {_TOOL}")
-    if role != "assistant":
-        if attributes or weight is not None:
-            key = "attributes" if attributes else "weight"
-            raise UserError(f"{where}: messages[{index}].{key} is on a {role} message; only assistant messages have it")
-        return Message(role, content, None, 1, extra)
-    if weight is None:
-        weight = 1
-    elif not is_number(weight) or weight not in (0, 1):
-        raise UserError(f"{where}: messages[{index}].weight={_brief(weight)} must be 0 (context only) or 1")
-    if attributes is not None:
-        attributes = _attributes(attributes, f"{where}: messages[{index}].attributes", schema)
-    return Message(role, content, attributes, int(weight), extra)
-
-
-_TOOL = "calls or is a tool; only system, user and assistant text can be trained on"
-
-
-def _calls(item: Mapping[str, Any]) -> bool:
-    return bool(item.get("tool_calls") or item.get("function_call"))  # the second: OpenAI's older name
-
-
-def _other_role(role: Any, where: str) -> str:
-    """OpenAI's other roles: ``developer`` is ``system``; tools are not text."""
-    if role == "developer":
-        return "system"
-    if role in ("tool", "function"):
-        raise UserError(f"{where} {_TOOL}")
-    raise UserError(f"{where}.role={_brief(role)}; legal: {' '.join(_ROLES)}")
-
-
-def _joined_parts(item: Mapping[str, Any], where: str) -> str:
-    """The text of OpenAI's content in parts (``[{"type": "text", "text": "…"}]``)."""
-    parts = item.get("content")
-    if parts is None and _calls(item):
-        raise UserError(f"{where} {_TOOL}")
-    if not isinstance(parts, list) or not parts:
-        raise UserError(f"{where}.content={_brief(parts)} must be a string of text")
-    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        raise UserError(f"{where}.content={_brief(parts)} has a part that is no text; only text can be trained on")
-    return "".join(part["text"] for part in parts)
-
-
-def _attributes(data: Any, where: str, schema: AttributeSchema | None) -> dict[str, float] | None:
-    if not isinstance(data, dict):
-        raise UserError(f"{where}={_brief(data)} must be an object of numbers")
-    values = {name: value for name, value in data.items() if value is not None} if None in data.values() else data
-    try:
-        (schema or _ANY).check_values(values)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    return values or None
-
-
-_ANY = AttributeSchema("any", (), 1)  # knows no names: checks only that values are numbers
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 # Writing
@@ -469,14 +310,6 @@ def content_hash(conversation: Conversation) -> str:
         digest.update(f"{message.role}:{len(content)}:".encode())
         digest.update(content)
     return digest.hexdigest()
-
-
-_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
-
-
-def json_line(data: Mapping[str, Any]) -> bytes:
-    """One line of JSON in UTF-8. Half a surrogate pair (in an id or an unknown key) stays the escape that it was."""
-    return (_encode(data) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_records(path: str | os.PathLike[str], conversations: Iterable[Conversation]) -> int:

@@ -92,6 +92,9 @@ LITERALS += [
     "[[{}]]",
     '{"a": {"b": [NaN]}}',
     '{"a": "\\ud800"}',
+    '{"a": null}',
+    '{"quality": null, "b": {"c": null}}',
+    "false",
     "tru",
     '"',
     '"é日🙂"',
@@ -101,11 +104,14 @@ ROLE = st.sampled_from(['"user"', '"assistant"', '"assistant"', '"system"', '"\\
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8).map(json.dumps)
 
 
+ODD_KEYS = ["other", "tool_calls", "function_call", "r\\u006fle", "train", "loss_weight", "mask"]
+
+
 def objects(members: dict[str, st.SearchStrategy[str]], always: tuple[str, ...]) -> st.SearchStrategy[str]:
     """Objects of such members in any order; few of them again, few with any value, few unknown."""
     named = {name: st.tuples(st.just(json.dumps(name)), value) for name, value in members.items()}
     wild = st.tuples(
-        st.sampled_from([*named, "other", "tool_calls", "function_call", "r\\u006fle"]).map(lambda name: f'"{name}"'),
+        st.sampled_from([*named, *ODD_KEYS]).map(lambda name: f'"{name}"'),
         LITERAL,
     )
     some = st.just([]) | st.just([]) | st.lists(st.one_of(*named.values()) | wild, max_size=2)
@@ -202,7 +208,6 @@ def test_what_is_common_is_taken(tmp_path: Path) -> None:
         '{"messages": [{"role": "assistant", "content": "b"}]}',
         '{"messages": [{"role": "user", "content": "b"}]}',
         '{"messages": [{"role": "system", "content": "b"}, {"role": "assistant", "content": "b"}]}',
-        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " \\n"}]}',
         '{"messages": [{"role": "user", "content": "a", "weight": 1}, {"role": "assistant", "content": "b"}]}',
         '{"messages": []}',
         "[]",
@@ -218,6 +223,22 @@ def test_what_is_common_is_taken(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_is_left(line: str) -> None:
     assert not check(line.encode(), corpora.SCHEMA) and slowly(line.encode(), corpora.SCHEMA) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " \\n"}]}',
+        TALK % (', "train": false', ""),
+        TALK % (', "loss_weight": 0', ""),
+        TALK % (', "mask": true', ""),
+        TALK % (', "tool_calls": {"id": null}', ""),
+        '{"messages": [{"role": "user", "content": "a", "attributes": {"quality": null}}, '
+        '{"role": "assistant", "content": "b"}]}',
+    ],
+)
+def test_what_needs_a_closer_look_is_left(line: str) -> None:
+    assert not check(line.encode(), corpora.SCHEMA) and slowly(line.encode(), corpora.SCHEMA) is not None
 
 
 def test_orders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.messages import count_empty_replies
 from steerlm_megatron.steer.records import (
     Conversation,
     Message,
@@ -52,6 +53,7 @@ TURNS = st.lists(
     min_size=1,
     max_size=3,
 )
+NULL_KEYS = ["id", "source", "meta2", "attributes", "weight", "tool_calls", "function_call", "levels", "train", "mask"]
 CONVERSATIONS = st.builds(
     lambda name, turns, source, extra: Conversation(name, tuple(m for turn in turns for m in turn), source, extra),
     TEXT,
@@ -146,7 +148,6 @@ def test_several_files_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (reply(tool_calls=[{"id": "1"}]), r"messages\[1\] calls or is a tool"),
         (reply(content=None, tool_calls=[{"id": "1"}]), r"messages\[1\] calls or is a tool"),
         (record(("user", "q")), "no response"),
-        (record(("user", "q"), ("assistant", " \n")), "no response"),
         (record(("assistant", "r")), "begins with an assistant"),
         (record(("system", "s"), ("assistant", "r"), ("user", "q"), ("assistant", "r")), "begins with an assistant"),
         (record(("system", "s")), "no user message"),
@@ -237,6 +238,86 @@ def test_prompts_need_no_response(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(record(("user", "q"))) + "\n")
     assert len(next(read_records(path, require_response=False)).messages) == 1
+
+
+@pytest.mark.parametrize("nothing", ["", " \n", "\t", "\u00a0\u2003"])
+def test_a_reply_without_text_is_context(tmp_path: Path, nothing: str) -> None:
+    path = tmp_path / "generated.jsonl"
+    messages = [("user", "q"), ("assistant", nothing), ("user", "q2"), ("assistant", "r")]
+    rows = [record(*messages), record(*messages[:2])]  # a file that holds nothing but such replies can be read, too
+    for row in rows:
+        row["messages"][1] |= {"attributes": {"quality": 3}, "finish_reason": "stop", "weight": 1}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    whole, alone = read_records(path, SCHEMA)
+    empty = Message("assistant", nothing, {"quality": 3}, 0, {"finish_reason": "stop"})
+    assert whole.messages[1] == alone.messages[1] == empty and whole.messages[3].weight == 1
+    assert count_empty_replies(whole.messages) == 1
+    assert from_json(to_json(alone), "f:1", SCHEMA) == alone
+
+
+SAYS = {"weight": (1, 0), "loss_weight": (1.0, 0.0), "train": (True, False), "training": (True, False)}
+SAYS |= {"loss": (True, False), "mask": (False, True)}
+
+
+@given(st.dictionaries(st.sampled_from(list(SAYS)), st.booleans(), max_size=3))
+def test_whatever_says_that_a_reply_is_not_trained_is_a_weight(said: dict[str, bool]) -> None:
+    data = reply(**{key: SAYS[key][0 if trained else 1] for key, trained in said.items()}, lang="en")
+    if len(set(said.values())) == 2:
+        with pytest.raises(UserError, match="contradict each other"):
+            from_json(data, "f:1")
+        return
+    made = from_json(data, "f:1")
+    assert made.messages[1] == Message("assistant", "r", None, 0 if False in said.values() else 1, {"lang": "en"})
+    assert from_json(to_json(made), "f:1") == made
+
+
+def test_what_only_looks_like_a_switch_is_kept() -> None:
+    data = reply(loss=2.25, mask="User", train=None)
+    data["messages"][0]["train"] = False  # a user's text is never trained
+    made = from_json(data, "f:1")
+    assert made.messages[1] == Message("assistant", "r", None, 1, {"loss": 2.25, "mask": "User", "train": None})
+    assert made.messages[0] == Message("user", "q", extra={"train": False})
+    with pytest.raises(UserError, match=r"messages\[1\].loss_weight=0.5 must be 0"):
+        from_json(reply(loss_weight=0.5), "f:1")
+
+
+NULLS = st.recursive(
+    st.dictionaries(st.sampled_from(["quality", "id", "function"]), st.none(), min_size=1),
+    lambda inner: st.dictionaries(st.sampled_from(["a", "b"]), st.none() | inner, min_size=1),
+    max_leaves=4,
+)
+
+
+@given(
+    conversation=CONVERSATIONS,
+    at=st.lists(st.tuples(st.integers(-1, 6), st.sampled_from(NULL_KEYS), NULLS), max_size=5),
+    more=st.lists(st.tuples(st.integers(0, 6), NULLS), max_size=2),
+)
+def test_an_object_of_nothing_but_nulls_is_absent(
+    conversation: Conversation, at: list[tuple[int, str, Any]], more: list[tuple[int, Any]]
+) -> None:
+    """Arrow fills up every struct with all keys: in the record (-1), in a message, among the messages."""
+    plain, filled = to_json(conversation), json.loads(json.dumps(to_json(conversation)))
+    for index, key, nulls in at:
+        for data, value in ((plain, None), (filled, nulls)):
+            place = data["messages"][index % len(data["messages"])] if index >= 0 else data
+            if key not in place:
+                place[key] = value
+    for index, nulls in more:
+        filled["messages"].insert(index, nulls)
+    assert from_json(filled, "f:1", SCHEMA) == from_json(plain, "f:1", SCHEMA)
+
+
+def test_an_object_with_something_in_it_is_kept() -> None:
+    deep = {"a": {"b": None, "c": [{"d": None}, {"d": 0}]}, "e": {}}
+    assert from_json({**GOOD, "meta": deep}, "f:1").extra["meta"] == {"a": {"b": None, "c": [{"d": 0}]}, "e": {}}
+    with pytest.raises(UserError, match=r"messages\[0\].attributes is on a user message"):
+        from_json({"messages": [{"role": "user", "content": "q", "attributes": {"quality": 1, "humor": None}}]}, "f:1")
+    nested: Any = 1
+    for _ in range(3000):
+        nested = {"a": nested}
+    with pytest.raises(UserError, match="f:1: the record is nested too deep"):
+        from_json({**GOOD, "meta": nested}, "f:1")
 
 
 def test_content_hash_is_of_the_text_alone() -> None:

@@ -296,7 +296,7 @@ def test_map_prompt_and_response(tmp_path: Path) -> None:
         UserError, match=r"rows\.jsonl:1: data\.map has response=reply, which is None here; its keys: a"
     ):
         run(tmp_path, "messages", [{"a": "x"}], map="prompt=a,response=reply")
-    with pytest.raises(UserError, match=r"rows\.jsonl:1: the conversation has no response"):
+    with pytest.raises(UserError, match="no conversation is left for training: 1 in, skipped: empty_response 1"):
         run(tmp_path, "messages", [{"a": "x", "b": " "}], map="prompt=a,response=b")
 
 
