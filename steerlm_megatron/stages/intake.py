@@ -19,17 +19,8 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import write_text_atomic
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.session import Session
-from steerlm_megatron.steer.records import (
-    Conversation,
-    OnError,
-    Rejected,
-    expand_paths,
-    json_line,
-    parse_records,
-    raw_lines,
-    rejected_json,
-    to_json,
-)  # fmt: skip
+from steerlm_megatron.steer.lines import OnError, Rejected, json_line, rejected_json
+from steerlm_megatron.steer.records import Conversation, expand_paths, parse_records, raw_lines, to_json
 
 REJECTED_FILE = "rejected.jsonl"  # in the run folder
 _MOST_LINES_LOGGED = 100  # of one reason; the others are in the file

@@ -17,6 +17,11 @@ from tests.integration.commands import summary
 pytestmark = pytest.mark.integration
 FAST = ("sampling.max_tokens=8", "evaluate.levels=[0,4]", "evaluate.max_prompts=3")
 LONG = "The fox is red. " * 3000
+ENDING = ("sampling.max_tokens=64", "sampling.temperature=9")  # a model that was hardly trained ends some responses so
+SHARDS = ("experiment=quickstart", "data.source=messages", "data.valid_fraction=0", "tokenizer.train=false",
+          "tokenizer.path=run/01-data/shards/train")  # fmt: skip
+MODEL = ("experiment=quickstart", "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64",
+         "train.row_tokens=512", "train.steps=1")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +71,7 @@ def lines(seed: int) -> tuple[list[str], dict[str, int]]:
         "wrong role": lambda n: json.dumps({"id": f"{n}", "messages": [{"role": "oracle", "content": "x"}]}),
         "not an object": lambda n: json.dumps([n]),
         "long": lambda n: json.dumps(
-            {"id": f"long {n}", "messages": [{"role": "user", "content": LONG}, {"role": "assistant", "content": "Ok."}]}
+            {"id": f"long {n}", "messages": [{**prompt, "content": LONG}, {"role": "assistant", "content": "Ok."}]}
         ),
         "blank": lambda n: "  ",
         "empty reply": lambda n: json.dumps(
@@ -84,7 +89,7 @@ def lines(seed: int) -> tuple[list[str], dict[str, int]]:
 def test_in_is_out_and_what_was_skipped(name: str, seed: int, caplog: pytest.LogCaptureFixture) -> None:
     content, of = lines(seed)
     Path("mixed.jsonl").write_text("\n".join(content) + "\n")
-    assert run(*command(name, "mixed.jsonl", "data.on_error=skip")) == 0
+    assert run(*command(name, "mixed.jsonl", "data.on_error=skip", *(ENDING if name == "bootstrap" else ()))) == 0
     counts = summary(Path(name))["counts"]
     broken = of["torn"] + of["no user"] + of["wrong role"] + of["not an object"]
     read = len(content) - of["blank"]
@@ -160,12 +165,11 @@ def test_what_one_command_writes_the_next_one_reads() -> None:
     assert run(*command("annotate", "generate.jsonl")) == 0
     counts = summary(Path("annotate"))["counts"]
     assert counts["in"] == counts["out"] == 60 and counts["empty_replies"] >= 1
-    shards = ("data.output_dir=shards", "data.valid_fraction=0", "tokenizer.path=run/01-data/shards/train")
     for name in ("generate", "annotate"):
-        assert run("preprocess", "attributes=demo", f"data.input={name}.jsonl", *shards, "overwrite=true") == 0
+        assert run("preprocess", *SHARDS, f"data.input={name}.jsonl", f"data.output_dir={name} shards") == 0
     assert run(*command("evaluate", "annotate.jsonl")) == 0
-    assert run(*command("bootstrap", "annotate.jsonl", "sampling.max_tokens=64", "sampling.temperature=9")) == 0
-    assert run("preprocess", "attributes=demo", "data.input=bootstrap.jsonl", *shards, "overwrite=true") == 0
+    assert run(*command("bootstrap", "annotate.jsonl", *ENDING)) == 0
+    assert run("preprocess", *SHARDS, "data.input=bootstrap.jsonl", "data.output_dir=round two") == 0
 
 
 PARTIAL = {"quality": 3.0, "verbosity": 2.0}
@@ -181,19 +185,14 @@ def test_attributes_without_a_label_are_never_made_up(capsys: pytest.CaptureFixt
                     message["attributes"] = {name: message["attributes"][name] for name in PARTIAL}
                     message.pop("levels", None)
             file.write(json.dumps(record) + "\n")
-    shape = json.loads(Path("run/03-train_ap/checkpoints").joinpath("best.json").read_text())
-    assert shape
-    train = ("experiment=quickstart", "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64",
-             "train.row_tokens=512", "train.steps=1", "init_from=run/02-base")  # fmt: skip
-    shards = ("attributes=demo", 'template={system: "", system_suffix: "\\n"}', "data.valid_fraction=0",
-              "tokenizer.path=run/01-data/shards/train")  # fmt: skip
-    assert run("preprocess", *shards, "data.input=partial.jsonl", "data.output_dir=one") == 0
+    train = (*MODEL, "init_from=run/02-base")
+    assert run("preprocess", *SHARDS, "data.input=partial.jsonl", "data.output_dir=one") == 0
     assert run("train_ap", *train, "data.train=one/train", "run_dir=ap") == 0
     assert "helpfulness, humor, toxicity" in capsys.readouterr().err
     assert run("annotate", "checkpoint=ap", "input=partial.jsonl", "output=annotated.jsonl", "run_dir=annotate") == 0
     values = [m.attributes for r in read_records("annotated.jsonl") for m in r.messages if m.role == "assistant"]
     assert values and all(v is not None and set(v) == set(PARTIAL) for v in values)
-    assert run("preprocess", *shards, "data.input=annotated.jsonl", "data.output_dir=two") == 0
+    assert run("preprocess", *SHARDS, "data.input=annotated.jsonl", "data.output_dir=two") == 0
     assert run("train_sft", *train, "data.train=two/train", "run_dir=sft") == 0
     one = ("checkpoint=sft", "input=partial.jsonl", "output=answers.jsonl", "run_dir=answers", *FAST)
     assert run("generate", *one) == 0
@@ -213,10 +212,8 @@ def test_no_model_is_conditioned_on_nothing(command_name: str, capsys: pytest.Ca
     context = [*messages, {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     context[1] = {**context[1], "weight": 0, "attributes": {"quality": 3}}  # a label that no trained response has
     Path("bare.jsonl").write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": context}) + "\n")
-    assert run("preprocess", "attributes=demo", 'template={system: "", system_suffix: "\\n"}', "data.input=bare.jsonl",
-               "data.output_dir=bare", "data.valid_fraction=0", "tokenizer.path=run/01-data/shards/train") == 0  # fmt: skip
-    tiny = ("experiment=quickstart", "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64",
-            "train.row_tokens=512", "train.steps=1", "data.train=bare/train")  # fmt: skip
+    assert run("preprocess", *SHARDS, "data.input=bare.jsonl", "data.output_dir=bare") == 0
+    tiny = (*MODEL, "data.train=bare/train")
     assert run(command_name, *tiny, "run_dir=refused") == 2
     assert "no trained response has a value of attributes=demo" in capsys.readouterr().err
     if command_name == "train_sft":
