@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NoReturn
 
@@ -139,7 +140,7 @@ def parse_object(text: str, where: str, whole: bool = True) -> dict[str, Any]:
 
 _BRACKETS = re.compile(r"[\[{\s]*\n")
 _SPARE_COMMA = re.compile(r",\s*([}\]])")
-_MOST_TRIED = 1 << 20  # characters of a line that is looked at again
+_MOST_TRIED = 1 << 16  # characters of a line that is looked at again
 
 
 def _why_malformed(text: str, error: Exception) -> str:
@@ -173,7 +174,9 @@ def _is_json(text: str) -> bool:
 def _is_python(text: str) -> bool:
     """Whether it is a literal of Python (which is parsed, never run)."""
     try:
-        ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an escape that Python does not know is no news about the line
+            ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return False
     return True
