@@ -22,7 +22,8 @@ from steerlm_megatron.stages.intake import Intake, Record
 from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.scoring import Scorer, Values
 from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
-from steerlm_megatron.steer.records import Conversation, Message, expand_paths, write_records
+from steerlm_megatron.steer.messages import Message, has_text
+from steerlm_megatron.steer.records import Conversation, expand_paths, write_records
 from steerlm_megatron.train.signals import StopRequest
 
 _CHUNK = 512  # conversations scored between two writes of the journal
@@ -124,4 +125,4 @@ def _labelled(
 
 def _is_empty(message: Message) -> bool:
     """Whether it is a response without text."""
-    return message.role == "assistant" and not message.content.strip()
+    return message.role == "assistant" and not has_text(message.content)

@@ -28,12 +28,13 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import write_json_atomic
 from steerlm_megatron.runtime.collectives import on_main
+from steerlm_megatron.stages.intake import Reject, read_lines
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import Conversation, OnError, expand_paths, read_records, write_records
+from steerlm_megatron.steer.records import Conversation, OnError, expand_paths, write_records
 from steerlm_megatron.steer.templates import Template
 from steerlm_megatron.train.signals import StopRequest
 
-_CONVERSION_FORMAT = 2  # raise when a converter gives other records for the same files
+_CONVERSION_FORMAT = 3  # raise when a converter gives other records for the same files
 _SPLITS = ("train", "valid")
 
 # What conf/attributes/demo.yaml says; a test keeps the two equal.
@@ -135,10 +136,11 @@ def _convert_once(config: Config, options: Options, output_dir: Path, shards: Pa
         report = convert(data.source, data.input, str(output_dir), schema, options, progress=bar.set)
     skipped = sum(report["skipped"]["conversations"].values())
     get_logger(__name__).info(
-        "%s: %d conversations in, %d out, %d skipped %s; replies: %d trained, %d context, %d repeated, %d filtered",
+        "%s: %d conversations in, %d out, %d skipped %s; replies: %d trained, %d context, %d repeated, %d filtered, "
+        "%d empty",
         data.source, report["in"], report["out"], skipped, report["skipped"]["conversations"],
         report["trained_replies"], report["context_replies"], report["repeated_replies_avoided"],
-        report["filtered_replies"],
+        report["filtered_replies"], report["empty_replies"],
     )  # fmt: skip
     if report["notes"]:
         get_logger(__name__).info("%s: %s", data.source, report["notes"])
@@ -200,13 +202,15 @@ def _converted(report: Mapping[str, Any]) -> dict[str, Any] | None:
     if "sources" not in report:
         return None
     kept = ("source", "key", "sources", "in", "out", "skipped", "rejected_lines", "trained_replies", "context_replies",
-            "repeated_replies_avoided", "filtered_replies", "notes")  # fmt: skip
+            "repeated_replies_avoided", "filtered_replies", "empty_replies", "notes")  # fmt: skip
     return {name: report[name] for name in kept}
 
 
-def split_records(config: Config, files: Sequence[str], output_dir: Path) -> dict[str, list[str]]:
+def split_records(
+    config: Config, files: Sequence[str], output_dir: Path, rejects: list[Reject]
+) -> dict[str, list[str]]:
     """Deal records without a split of their own to ``train`` and ``valid`` files, all answers to one prompt on one
-    side.
+    side. Lines that are no good records are added to ``rejects``, or an error (``data.on_error``).
 
     For what needs the splits as records (annotation, evaluation); ``preprocess`` alone deals while it writes.
     """
@@ -220,8 +224,9 @@ def split_records(config: Config, files: Sequence[str], output_dir: Path) -> dic
     out: dict[str, list[str]] = {}
     for split in ("train", "valid"):
         path = output_dir / f"{split}.jsonl.zst"
-        records = read_records(list(files), schema_of(config), cast(OnError, data.on_error), [])
-        if write_records(path, (c for c in records if side(c) == split)):
+        rejects.clear()  # each split reads all files
+        lines = read_lines(files, cast(OnError, data.on_error), rejects, schema=schema_of(config))
+        if write_records(path, (r.conversation for r in lines if side(r.conversation) == split)):
             out[split] = [str(path)]
         else:
             path.unlink()

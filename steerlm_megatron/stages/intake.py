@@ -19,6 +19,7 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import write_text_atomic
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.session import Session
+from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.lines import OnError, Rejected, json_line, rejected_json
 from steerlm_megatron.steer.records import Conversation, expand_paths, parse_records, raw_lines, to_json
 
@@ -32,6 +33,18 @@ class Record:
 
     where: str
     conversation: Conversation
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A line that is no good record: ``file:line``, why, and what stands there (None where it cannot be told)."""
+
+    where: str
+    reason: str
+    line: bytes | None
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
 
 
 @dataclass
@@ -72,24 +85,15 @@ class Intake:
         Raises:
             UserError: a bad line with ``data.on_error=error``; no good record at all.
         """
-        rejected: Rejected = []
-        lines: dict[str, bytes] = {}
-        found: list[Record] = []
-        for path in expand_paths(paths):
-            at = len(rejected)
-            seen = _Latest(raw_lines(path))
-            for where, record in parse_records(seen, None, self.on_error, rejected, require_response):
-                _keep(lines, seen, rejected, at)
-                at = len(rejected)
-                found.append(Record(where, record))
-            _keep(lines, seen, rejected, at)
+        rejects: list[Reject] = []
+        found = list(read_lines(paths, self.on_error, rejects, require_response))
         account = self._parts.setdefault(part, _Part())
-        account.read += each * (len(found) + len(rejected))
-        for where, reason in rejected:
-            self.skip(part, "rejected", where, reason, lines.get(where), each)
+        account.read += each * (len(found) + len(rejects))
+        for reject in rejects:
+            self.skip(part, "rejected", reject.where, reject.reason, reject.line, each)
         self.list_rejected()
         if not found:
-            told = f"; {len(rejected)} lines were rejected, the first: {': '.join(rejected[0])}" if rejected else ""
+            told = f"; {len(rejects)} lines were rejected, the first: {rejects[0]}" if rejects else ""
             raise UserError(f"{key}={paths} holds no record that can be used{told}")
         return found
 
@@ -133,23 +137,43 @@ class Intake:
         return total if len(parts) == 1 else total | parts
 
 
-class _Latest(Iterator[tuple[str, bytes]]):
-    """Lines on their way to be parsed; ``where`` and ``line`` are those of the last one that was taken."""
+def read_lines(
+    paths: str | Sequence[str],
+    on_error: OnError,
+    rejects: list[Reject],
+    require_response: bool = True,
+    schema: AttributeSchema | None = None,
+) -> Iterator[Record]:
+    """The good records of ``paths``, streamed; with ``on_error="skip"`` the others are added to ``rejects``. ``schema``
+    checks attributes, as in ``steer.records.read_records``.
+    """
+    for path in expand_paths(paths):
+        rejected: Rejected = []
+        lines = _Remembered(raw_lines(path))
+        for where, record in parse_records(lines, schema, on_error, rejected, require_response):
+            rejects += lines.of(rejected)
+            yield Record(where, record)
+        rejects += lines.of(rejected)
+
+
+class _Remembered(Iterator[tuple[str, bytes]]):
+    """Lines on their way to be parsed, kept until it is known whether they are good."""
 
     def __init__(self, lines: Iterator[tuple[str, bytes]]) -> None:
         self._lines = lines
-        self.taken: list[tuple[str, bytes]] = []
+        self._taken: dict[str, bytes] = {}
 
     def __next__(self) -> tuple[str, bytes]:
-        self.taken.append(next(self._lines))
-        return self.taken[-1]
+        where, line = next(self._lines)
+        self._taken[where] = line
+        return where, line
 
-
-def _keep(lines: dict[str, bytes], seen: _Latest, rejected: Rejected, start: int) -> None:
-    """Keep those of the lines taken since the last call that were rejected, and forget the others."""
-    wanted = {where for where, _ in rejected[start:]}
-    lines.update({where: line for where, line in seen.taken if where in wanted})
-    seen.taken.clear()
+    def of(self, rejected: Rejected) -> list[Reject]:
+        """What was rejected since the last call, with its lines; empties ``rejected``."""
+        found = [Reject(where, reason, self._taken.get(where)) for where, reason in rejected]
+        self._taken.clear()
+        rejected.clear()
+        return found
 
 
 def told_skipped(counts: Mapping[str, Any]) -> str:
@@ -158,6 +182,13 @@ def told_skipped(counts: Mapping[str, Any]) -> str:
     if not skipped:
         return ""
     return f", {sum(skipped.values())} skipped ({', '.join(f'{reason}: {n}' for reason, n in skipped.items())})"
+
+
+def write_rejects(folder: Path, rejects: Sequence[Reject]) -> None:
+    """Name ``rejects`` in the log and list them in the ``rejected.jsonl`` of a run folder. Main rank only."""
+    for reject in rejects[:_MOST_LINES_LOGGED]:
+        get_logger(__name__).warning("skipped %s", reject)
+    write_rejected(folder / REJECTED_FILE, [rejected_json(r.where, r.reason, r.line) for r in rejects])
 
 
 def write_rejected(path: Path, entries: Sequence[str]) -> None:

@@ -27,7 +27,8 @@ from steerlm_megatron.observe.runfolder import fingerprint, is_complete, read_su
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import any_rank, broadcast_object, on_main
 from steerlm_megatron.stages import annotate, bootstrap, corpus, evaluate, report, train
-from steerlm_megatron.stages.intake import Intake
+from steerlm_megatron.stages.intake import Intake, Reject, write_rejects
+from steerlm_megatron.stages.preprocess import total_counts
 from steerlm_megatron.stages.prompt_check import check_bootstrap_prompts, check_evaluation_prompts
 from steerlm_megatron.stages.session import Session, load_model, session
 from steerlm_megatron.steer.records import expand_paths
@@ -262,12 +263,18 @@ def _data(state: _Run, here: Session) -> None:
 
     def convert() -> None:
         splits, converted = corpus.collect_records(here.config, here.folder / "records")
+        rejects: list[Reject] = []
         if "valid" not in splits and here.config.data.valid_fraction > 0 and here.config.data.source == "messages":
-            splits = corpus.split_records(here.config, splits["train"], here.folder / "records")
+            splits = corpus.split_records(here.config, splits["train"], here.folder / "records", rejects)
         summary = corpus.make_shards(here.config, splits, here.folder / "shards", converted=converted)
         files = {split: [str(p) for p in paths] for split, paths in splits.items()}
         (here.folder / "splits.json").write_text(json.dumps(files), encoding="utf-8")
-        here.run.update(counts={k: summary[k] for k in ("in", "out", "skipped")} | {"source": converted})
+        counts = total_counts(converted, summary)
+        if rejects:
+            write_rejects(here.folder, rejects)
+            counts["in"] += len(rejects)
+            counts["skipped"]["rejected"] = counts["skipped"].get("rejected", 0) + len(rejects)
+        here.run.update(counts=counts | {"source": converted})
         _require_labels(here, summary)
 
     on_main(convert)

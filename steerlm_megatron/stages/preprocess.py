@@ -35,12 +35,13 @@ def run(config: Config) -> None:
 
 def total_counts(converted: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
     """Conversion and tokenisation as one: ``in`` = ``out`` + Σ ``skipped``, what one passes on being what the other
-    takes.
+    takes; ``empty_replies`` if there are any.
     """
+    empty = {"empty_replies": n} if (n := converted.get("empty_replies", summary.get("empty_replies", 0))) else {}
     if "skipped" not in converted:  # nothing was converted, or the embedded corpus was made
-        return {key: summary[key] for key in ("in", "out", "skipped")}
+        return {key: summary[key] for key in ("in", "out", "skipped")} | empty
     assert converted["out"] == summary["in"], "the records of the converter are not those that were tokenized"
     skipped = dict(converted["skipped"]["conversations"])
     for reason, count in summary["skipped"].items():
         skipped[reason] = skipped.get(reason, 0) + count
-    return {"in": converted["in"], "out": summary["out"], "skipped": skipped}
+    return {"in": converted["in"], "out": summary["out"], "skipped": skipped} | empty

@@ -218,3 +218,18 @@ def test_no_model_is_conditioned_on_nothing(command_name: str, capsys: pytest.Ca
     assert "no trained response has a value of attributes=demo" in capsys.readouterr().err
     if command_name == "train_sft":
         assert run(command_name, *tiny, "attributes=none", "run_dir=plain") == 0
+
+
+def test_a_run_accounts_for_the_lines_that_it_deals_to_training_and_validation() -> None:
+    content, of = lines(3)
+    Path("mixed.jsonl").write_text("\n".join(content) + "\n")
+    tiny = (*MODEL, "data.source=messages", "data.input=mixed.jsonl", "data.on_error=skip", "tokenizer.train=false",
+            "tokenizer.path=run/01-data/shards/train", "data.valid_fraction=0.3", *FAST,
+            "bootstrap.prompts=4")  # fmt: skip
+    # An hour's run is not needed to see its first step's account; the last one's error says that it got there.
+    assert run("run", *tiny, "run_dir=all", "evaluate.judge=ap", "sampling.max_tokens=1") in (0, 2)
+    counts = summary(Path("all/01-data"))["counts"]
+    broken = of["torn"] + of["no user"] + of["wrong role"] + of["not an object"]
+    assert counts["in"] == len(content) - of["blank"] == counts["out"] + sum(counts["skipped"].values())
+    assert counts["skipped"]["rejected"] == broken
+    assert len(Path("all/01-data/rejected.jsonl").read_text().splitlines()) == broken
