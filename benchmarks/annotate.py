@@ -23,7 +23,7 @@ from benchmarks.measure import Spread, commit, interleave, machine, markdown, ra
 from benchmarks.peers import Doc
 from benchmarks.train_packed import ATTRIBUTES, SHAPES, documents, our_samples
 from steerlm_megatron.config.schema import EngineConfig, ParallelConfig
-from steerlm_megatron.data.collate import collate
+from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.model.predict import predict_values
 from steerlm_megatron.runtime import parallel

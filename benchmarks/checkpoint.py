@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.measure import Spread, commit, machine, markdown, ratio
 from benchmarks.train_packed import OPTIM, SHAPES
 from steerlm_megatron.config.schema import EngineConfig, ParallelConfig
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.model.gpt import build_model
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import broadcast_object

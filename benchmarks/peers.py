@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from steerlm_megatron.config.schema import ModelConfig
-from steerlm_megatron.data.packing import pack
+from steerlm_megatron.data.feed.packing import pack
 from steerlm_megatron.model.gpt import PackedGPTModel
 
 IGNORED = -100

@@ -37,13 +37,13 @@ import sentencepiece
 from data_tools import oasst
 from data_tools.convert import Options, convert
 from steerlm_megatron.config.schema import DataConfig
-from steerlm_megatron.data.blocks import Block
-from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.packing import pack
-from steerlm_megatron.data.preprocess import preprocess
+from steerlm_megatron.data.feed.dataset import ShardDataset
+from steerlm_megatron.data.feed.packing import pack
 from steerlm_megatron.data.shards import ShardWriter
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.views import TURN
+from steerlm_megatron.data.write.blocks import Block
+from steerlm_megatron.data.write.preprocess import preprocess
 from steerlm_megatron.steer.records import Conversation, Message, open_text, read_records, write_records
 from steerlm_megatron.steer.templates import Template, join
 
@@ -254,7 +254,8 @@ def opening(folder: Path, repeats: int) -> None:
     found = []
     for _ in range(repeats):
         code = (
-            "import sys, time\nfrom steerlm_megatron.data.dataset import ShardDataset\nstart = time.perf_counter()\n"
+            "import sys, time\n"
+            "from steerlm_megatron.data.feed.dataset import ShardDataset\nstart = time.perf_counter()\n"
             f"data = ShardDataset.open(sys.argv[1])\nassert len(data) == {count}\n"
             f"data.sample({count // 2}, 'acsft')\nprint(time.perf_counter() - start)"
         )

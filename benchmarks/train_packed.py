@@ -24,9 +24,10 @@ from benchmarks import peers
 from benchmarks.measure import Spread, commit, gemm_peak, interleave, machine, markdown, rates, ratio
 from benchmarks.peers import Doc
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
-from steerlm_megatron.data.collate import RowBatch, collate
-from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.packing import pack
+from steerlm_megatron.data.batch import RowBatch
+from steerlm_megatron.data.feed.collate import collate
+from steerlm_megatron.data.feed.dataset import ShardDataset
+from steerlm_megatron.data.feed.packing import pack
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.observe.metrics import model_flops

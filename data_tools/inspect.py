@@ -24,7 +24,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.text import Text
 
-from steerlm_megatron.data.dataset import ShardDataset
+from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.shards import ShardReader
 from steerlm_megatron.data.views import ASSISTANT, VIEWS, View, make_sample
 from steerlm_megatron.errors import UserError

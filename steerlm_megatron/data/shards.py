@@ -12,8 +12,8 @@
     shard-00000.ids.npy       uint8: the documents' ids as UTF-8, end to end
 
 Owns: writing and reading this folder. Does not own: what a turn or a span is (``views.py``), where text comes from
-(``preprocess.py``). Invariants: the folder appears by one rename, when it is whole; the same documents give the same
-bytes (nothing in it tells time, host or path); opening reads the manifest and the heads of the index files only.
+(``write/preprocess.py``). Invariants: the folder appears by one rename, when it is whole; the same documents give the
+same bytes (nothing in it tells time, host or path); opening reads the manifest and the heads of the index files only.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from steerlm_megatron.data.blocks import Block, join, token_dtype
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.views import ASSISTANT, Document
+from steerlm_megatron.data.write.blocks import Block, join, token_dtype
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template

@@ -6,8 +6,8 @@ A document is stored once, as the tokens of ``template.render(conversation, sche
 marker).
 
 Owns: ``Document``, ``Sample``, the views, and the one policy for over-long samples. Does not own: where documents lie
-(``shards.py``), how samples share a row (``packing.py``). Invariant: every removal is of whole label lines, or by the
-stated over-long policy; nothing else is ever lost.
+(``shards.py``), how samples share a row (``feed/packing.py``). Invariant: every removal is of whole label lines, or by
+the stated over-long policy; nothing else is ever lost.
 
 Over-long policy (``data.overlong``), for a sample of more than ``max_tokens``:
 
@@ -38,7 +38,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.templates import Part
 
 if TYPE_CHECKING:
-    from steerlm_megatron.data.tokenizer import Tokenizer
+    from steerlm_megatron.data.text.tokenizer import Tokenizer
     from steerlm_megatron.steer.attributes import AttributeSchema
     from steerlm_megatron.steer.records import Conversation, Message
     from steerlm_megatron.steer.templates import Segment, Template

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.api import ApiError, ChatBody, CompletionBody, envelope, usage
 from steerlm_megatron.generate.generator import Generator

@@ -28,7 +28,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from steerlm_megatron.data.collate import Chunk
+from steerlm_megatron.data.batch import ContextChunk
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.context import keys_of_chunks
 from steerlm_megatron.model.fused import rotate
@@ -71,7 +71,7 @@ class PackedTokens(PackedSeqParams):
     max_seqlen_q: int = 0
     max_seqlen_kv: int = 0
     cu_keys: torch.Tensor | None = None  # int32 [docs + 1], the same of keys; None: as cu_seqlens
-    chunks: tuple[Chunk, ...] = ()  # of a context-parallel rank (model/context.py)
+    chunks: tuple[ContextChunk, ...] = ()  # of a context-parallel rank (model/context.py)
     _buckets: Buckets | None = None
     _parts: list[tuple[torch.Tensor | None, PackedTokens | None]] | None = None
     _rotary: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class PackedTokens(PackedSeqParams):
         )
 
     @classmethod
-    def from_chunks(cls, chunks: tuple[Chunk, ...], positions_T: torch.Tensor) -> PackedTokens:
+    def from_chunks(cls, chunks: tuple[ContextChunk, ...], positions_T: torch.Tensor) -> PackedTokens:
         """A context-parallel rank's tokens: those of ``chunks``, one after the other."""
         lengths = [length for chunk in chunks for length in chunk.lengths]
         longest_keys = max(max(chunk.carried + chunk.lengths[0], *chunk.lengths) for chunk in chunks)

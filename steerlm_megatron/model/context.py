@@ -14,11 +14,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
-from steerlm_megatron.data.collate import Chunk
+from steerlm_megatron.data.batch import ContextChunk
 
 
 def keys_of_chunks(
-    k_TGH: torch.Tensor, v_TGH: torch.Tensor, chunks: tuple[Chunk, ...]
+    k_TGH: torch.Tensor, v_TGH: torch.Tensor, chunks: tuple[ContextChunk, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's keys and values → those that its ``chunks`` attend to, chunk after chunk, each from ``first_key`` on.
 

@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from steerlm_megatron.data.collate import RowBatch
+from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.inputs import on_device
 

@@ -20,9 +20,9 @@ from data_tools.convert import REJECTED_FILE, Options, convert
 from data_tools.filters import Filters
 from data_tools.rows import is_array
 from steerlm_megatron.config.schema import AttributesConfig, Config, DataConfig
-from steerlm_megatron.data.preprocess import preprocess, training_texts
 from steerlm_megatron.data.shards import MANIFEST, file_hash
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
+from steerlm_megatron.data.write.preprocess import preprocess, training_texts
 from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress

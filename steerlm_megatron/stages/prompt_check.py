@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 from steerlm_megatron.config.schema import Config
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.stages.bootstrap import choose_prompts
 from steerlm_megatron.stages.generate import read_prompts
 from steerlm_megatron.stages.intake import Intake, Record

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from steerlm_megatron.config.schema import Config, ModelConfig
-from steerlm_megatron.data.blend import Corpora
+from steerlm_megatron.data.feed.blend import Corpora
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import padded_vocab_size

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from steerlm_megatron.data.collate import collate
+from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample, build_documents, make_sample
 from steerlm_megatron.model.predict import predict_values
 from steerlm_megatron.runtime.apart import apart

@@ -16,7 +16,7 @@ import torch
 
 from steerlm_megatron.config.load import TRAINING, to_yaml
 from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.observe.log import get_logger, setup_logging

@@ -19,11 +19,11 @@ import torch
 
 from steerlm_megatron.config.load import paths_of, to_container
 from steerlm_megatron.config.schema import Config, EngineConfig, ModelConfig
-from steerlm_megatron.data.blend import Corpora, Rows
-from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.loader import StepLoader, end_row
-from steerlm_megatron.data.preprocess import is_complete
+from steerlm_megatron.data.feed.blend import Corpora, Rows
+from steerlm_megatron.data.feed.dataset import ShardDataset
+from steerlm_megatron.data.feed.loader import StepLoader, end_row
 from steerlm_megatron.data.views import View
+from steerlm_megatron.data.write.preprocess import is_complete
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import build_model, freeze_trunk
 from steerlm_megatron.observe.log import get_logger

@@ -1,7 +1,7 @@
 """Prompt templates: a conversation as a list of segments, for training and for inference alike.
 
 Owns: where control tokens, role names, label lines, text and stop strings stand, and which of it is trained. Does not
-own: the label string (``attributes.py``), token ids (``data/tokenizer.py``).
+own: the label string (``attributes.py``), token ids (``data/text/tokenizer.py``).
 
 Invariants: only a segment with ``control=True`` ever becomes a control token: text that merely looks like one stays
 text, since it stands in a text segment. The segments of ``prefix`` are, piece by piece, those that ``render`` puts
@@ -113,7 +113,7 @@ class Template(ABC):
 
         Texts do not decide what surrounds them, but for being empty: conversations without empty texts, of the same
         roles, weights and presence of label lines, have the same segments but for the contents and label strings, each
-        of which stands in one segment as it is. (``data/forms.py`` builds on that.)
+        of which stands in one segment as it is. (``data/write/forms.py`` builds on that.)
 
         Raises:
             UserError: an attribute that the schema lacks, or NaN.

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from steerlm_megatron.data.collate import RowBatch
+from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.runtime.parallel import Layout
 from steerlm_megatron.train.sharded import save_sharded
 

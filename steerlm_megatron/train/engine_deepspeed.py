@@ -28,7 +28,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from steerlm_megatron.config.schema import EngineConfig, OptimConfig
-from steerlm_megatron.data.collate import RowBatch
+from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.runtime.collectives import sum_from_last_stage, sum_over_data_parallel

@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
 
 from steerlm_megatron.config.schema import EngineConfig, OptimConfig
-from steerlm_megatron.data.collate import RowBatch
+from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.runtime.collectives import sum_from_last_stage

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from steerlm_megatron.config.schema import TrainConfig
-from steerlm_megatron.data.collate import RowBatch
-from steerlm_megatron.data.loader import StepLoader
+from steerlm_megatron.data.batch import RowBatch
+from steerlm_megatron.data.feed.loader import StepLoader
 from steerlm_megatron.errors import Interrupted
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput

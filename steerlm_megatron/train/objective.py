@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from steerlm_megatron.data.collate import RowBatch
+from steerlm_megatron.data.batch import RowBatch
 
 
 class Objective(ABC):

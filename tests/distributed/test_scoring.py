@@ -14,7 +14,7 @@ from unit import corpora
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig
 from steerlm_megatron.config.schema import ParallelConfig as P
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.model.gpt import build_model
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.stages.scoring import Scorer, Values, score_all

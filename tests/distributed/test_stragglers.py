@@ -15,7 +15,7 @@ from helpers.dist import run_ranks
 from helpers.engines import Case, make, step_batches
 
 from steerlm_megatron.config.schema import ParallelConfig
-from steerlm_megatron.data.loader import StepLoader
+from steerlm_megatron.data.feed.loader import StepLoader
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import barrier

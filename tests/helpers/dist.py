@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-_PRELOAD = ["steerlm_megatron.train.engine_mcore", "steerlm_megatron.data.loader"]
+_PRELOAD = ["steerlm_megatron.train.engine_mcore", "steerlm_megatron.data.feed.loader"]
 _GRACE_SEC = 2.0  # after one rank has failed, for the others to say what they saw
 
 

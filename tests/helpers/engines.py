@@ -11,7 +11,8 @@ import torch
 from helpers.reference import Document, Params
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
-from steerlm_megatron.data.collate import RowBatch, collate
+from steerlm_megatron.data.batch import RowBatch
+from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk, global_names
 from steerlm_megatron.runtime import parallel

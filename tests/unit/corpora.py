@@ -13,8 +13,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from steerlm_megatron.data.text_models import ByteModel, HuggingFaceModel
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.text_models import ByteModel, HuggingFaceModel
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import Template

@@ -11,9 +11,9 @@ import pytest
 
 from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import Config, TrainConfig
-from steerlm_megatron.data.blend import Corpora, Rows
-from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.loader import StepLoader
+from steerlm_megatron.data.feed.blend import Corpora, Rows
+from steerlm_megatron.data.feed.dataset import ShardDataset
+from steerlm_megatron.data.feed.loader import StepLoader
 from steerlm_megatron.data.shards import ShardWriter
 from steerlm_megatron.data.views import build_documents
 from steerlm_megatron.errors import UserError

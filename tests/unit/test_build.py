@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlm_megatron.data import forms
-from steerlm_megatron.data.blocks import Block, join
-from steerlm_megatron.data.build import Builder
-from steerlm_megatron.data.chunks import Job
-from steerlm_megatron.data.forms import Forms
 from steerlm_megatron.data.views import build_documents
+from steerlm_megatron.data.write import forms
+from steerlm_megatron.data.write.blocks import Block, join
+from steerlm_megatron.data.write.builder import Builder
+from steerlm_megatron.data.write.chunks import Job
+from steerlm_megatron.data.write.forms import Forms
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import Part, Segment, SteerLMTemplate, Template

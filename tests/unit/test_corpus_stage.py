@@ -19,8 +19,8 @@ from data_tools.convert import ROWS
 from data_tools.convert import SOURCES as CONVERTERS
 from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import SOURCES, Config, DataConfig
-from steerlm_megatron.data import chunks
-from steerlm_megatron.data.preprocess import preprocess
+from steerlm_megatron.data.write import chunks
+from steerlm_megatron.data.write.preprocess import preprocess
 from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.stages.corpus import check_tokenizer, collect_records, make_shards, make_tokenizer
 from steerlm_megatron.stages.preprocess import total_counts
@@ -153,7 +153,7 @@ def test_asked_to_stop_it_exits_to_be_requeued(tmp_path: Path, monkeypatch: pyte
             os.kill(os.getpid(), signal.SIGTERM)
         return real(chunk, job)
 
-    monkeypatch.setattr("steerlm_megatron.data.pool.tokenize", signalled)
+    monkeypatch.setattr("steerlm_megatron.data.write.pool.tokenize", signalled)
     with pytest.raises(Interrupted) as stopped:
         make_shards(cfg, {"train": [str(path)]}, tmp_path / "out")
     assert stopped.value.unsaid == "SIGTERM", "for the user, who is told nothing else"

@@ -13,9 +13,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_tools.inspect import Kind, attribute_counts, length_lines, main, runs, shown
 from steerlm_megatron.config.schema import DataConfig
-from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.preprocess import preprocess
+from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.shards import ShardReader
+from steerlm_megatron.data.write.preprocess import preprocess
 from steerlm_megatron.steer.records import Conversation, Message, read_records, write_records
 
 COUNT = 120

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steerlm_megatron.config.schema import TrainConfig
-from steerlm_megatron.data.blend import Corpora
-from steerlm_megatron.data.collate import PAD_DOCUMENT_TOKENS, RowBatch, collate
-from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.loader import StepLoader, end_row
+from steerlm_megatron.data.batch import RowBatch
+from steerlm_megatron.data.feed.blend import Corpora
+from steerlm_megatron.data.feed.collate import PAD_DOCUMENT_TOKENS, collate
+from steerlm_megatron.data.feed.dataset import ShardDataset
+from steerlm_megatron.data.feed.loader import StepLoader, end_row
 from steerlm_megatron.data.shards import ShardWriter
 from steerlm_megatron.data.views import build_documents
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlm_megatron.data.packing import PackPlan, load_plan, pack, save_plan
+from steerlm_megatron.data.feed.packing import PackPlan, load_plan, pack, save_plan
 
 
 def rows_of(offsets: np.ndarray, samples: np.ndarray) -> list[list[int]]:

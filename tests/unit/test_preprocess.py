@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from steerlm_megatron.config.schema import DataConfig
-from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.preprocess import REJECTED_FILE, preprocess, training_texts
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.feed.dataset import ShardDataset
+from steerlm_megatron.data.text.tokenizer import Tokenizer
+from steerlm_megatron.data.write.preprocess import REJECTED_FILE, preprocess, training_texts
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message, open_text, write_records
 

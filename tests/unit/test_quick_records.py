@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from steerlm_megatron.data import quick_records
-from steerlm_megatron.data.quick_records import QuickRecords
+from steerlm_megatron.data.write import quick_records
+from steerlm_megatron.data.write.quick_records import QuickRecords
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, parse_records, to_json
@@ -252,7 +252,7 @@ def test_orders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_msgspec_all_is_left() -> None:
     code = (
         "import sys\nsys.modules['msgspec'] = None\n"
-        "from steerlm_megatron.data.quick_records import QuickRecords\n"
+        "from steerlm_megatron.data.write.quick_records import QuickRecords\n"
         f"assert QuickRecords('x', None).parse({(TALK % ('', '')).encode()!r}, 1) is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

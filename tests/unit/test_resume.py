@@ -18,13 +18,13 @@ import psutil
 import pytest
 
 from steerlm_megatron.config.schema import DataConfig
-from steerlm_megatron.data import chunks, seen_ids
-from steerlm_megatron.data import preprocess as module
-from steerlm_megatron.data.blocks import join
-from steerlm_megatron.data.chunks import Chunk, read_chunks
-from steerlm_megatron.data.preprocess import REJECTED_FILE, WORK, preprocess
 from steerlm_megatron.data.shards import ShardReader
 from steerlm_megatron.data.views import build_documents
+from steerlm_megatron.data.write import chunks, seen_ids
+from steerlm_megatron.data.write import preprocess as module
+from steerlm_megatron.data.write.blocks import join
+from steerlm_megatron.data.write.chunks import Chunk, read_chunks
+from steerlm_megatron.data.write.preprocess import REJECTED_FILE, WORK, preprocess
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message, write_records
 
@@ -36,8 +36,8 @@ import sys, time
 sys.path[:0] = [{unit!r}, {root!r}]
 import corpora
 from steerlm_megatron.config.schema import DataConfig
-from steerlm_megatron.data import chunks, preprocess as module
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.write import chunks, preprocess as module
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 
 def main():
     chunks.CHUNK_LINES = 16
@@ -172,7 +172,7 @@ def test_stopped_between_chunks_does_nothing_again(
 
     made: list[str] = []
     real = chunks.tokenize
-    monkeypatch.setattr("steerlm_megatron.data.pool.tokenize", lambda c, j: made.append(c.name) or real(c, j))
+    monkeypatch.setattr("steerlm_megatron.data.write.pool.tokenize", lambda c, j: made.append(c.name) or real(c, j))
     rng = random.Random(0)
     for _ in range(8):
         left = len(made) + rng.randint(1, 4)
@@ -311,7 +311,7 @@ def test_a_mended_input_keeps_the_work_on_what_did_not_change(tmp_path: Path, mo
     path.write_bytes(b"".join(lines))
     made: list[Chunk] = []
     real = chunks.tokenize
-    monkeypatch.setattr("steerlm_megatron.data.pool.tokenize", lambda c, j: made.append(c) or real(c, j))
+    monkeypatch.setattr("steerlm_megatron.data.write.pool.tokenize", lambda c, j: made.append(c) or real(c, j))
     assert run([str(path)], tmp_path / "out", on_error="error")["in"] == 100
     assert [chunk.first_line for chunk in made] == [65, 81, 97]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["train", "valid"]
@@ -326,7 +326,7 @@ def test_work_is_kept_when_errors_are_to_be_skipped(tmp_path: Path, monkeypatch:
         run([str(path)], tmp_path / "out", on_error="error")
     made: list[Chunk] = []
     real = chunks.tokenize
-    monkeypatch.setattr("steerlm_megatron.data.pool.tokenize", lambda c, j: made.append(c) or real(c, j))
+    monkeypatch.setattr("steerlm_megatron.data.write.pool.tokenize", lambda c, j: made.append(c) or real(c, j))
 
     def stop(done: int, total: int) -> None:
         if done > 90:

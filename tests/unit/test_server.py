@@ -20,7 +20,7 @@ import pytest
 from fake_model import FakeModel, limits
 
 from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.client import SamplingClient, ServerFailure
 from steerlm_megatron.generate.generator import Generator

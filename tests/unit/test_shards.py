@@ -10,7 +10,7 @@ import corpora
 import numpy as np
 import pytest
 
-from steerlm_megatron.data.dataset import ShardDataset
+from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter, _write_index
 from steerlm_megatron.data.views import VIEWS, Document, build_documents, make_sample
 from steerlm_megatron.errors import UserError

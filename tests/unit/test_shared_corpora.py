@@ -20,7 +20,7 @@ from conversion import ALPACA, TOPICAL, shared
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from steerlm_megatron.config import load
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.stages.corpus import collect_records, make_shards
 
 OASST = {"name": "oasst", "names": ["quality", "humor"], "max_level": 9, "quality": "quality"}

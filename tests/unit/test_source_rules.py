@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from data_tools.convert import Options, convert
 from data_tools.oasst import OASST
 from steerlm_megatron.config.schema import DataConfig
-from steerlm_megatron.data.preprocess import preprocess
 from steerlm_megatron.data.shards import ShardReader
+from steerlm_megatron.data.write.preprocess import preprocess
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, read_records

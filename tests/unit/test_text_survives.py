@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from steerlm_megatron.data.text_models import HuggingFaceModel
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.text_models import HuggingFaceModel
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 
 CONTROLS = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")

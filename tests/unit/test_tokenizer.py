@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerlm_megatron.config.schema import TokenizerConfig
-from steerlm_megatron.data.text_models import open_model
-from steerlm_megatron.data.tokenizer import META_FILE, Tokenizer
+from steerlm_megatron.data.text.text_models import open_model
+from steerlm_megatron.data.text.tokenizer import META_FILE, Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from steerlm_megatron.config.schema import Config
-from steerlm_megatron.data.collate import collate
+from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.stages.train import _check_profile, _flops_of

@@ -14,9 +14,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlm_megatron.data import word_cache
-from steerlm_megatron.data.tokenizer import Tokenizer
-from steerlm_megatron.data.word_cache import WordCache, applies
+from steerlm_megatron.data.text import word_cache
+from steerlm_megatron.data.text.tokenizer import Tokenizer
+from steerlm_megatron.data.text.word_cache import WordCache, applies
 from steerlm_megatron.errors import UserError
 
 WORDS = [

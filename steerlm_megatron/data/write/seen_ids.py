@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from steerlm_megatron.data.blocks import Array
+from steerlm_megatron.data.write.blocks import Array
 
 _RUN = 1 << 18  # ids held in memory before they become a file
 

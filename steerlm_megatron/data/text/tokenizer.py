@@ -22,7 +22,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from steerlm_megatron.data.text_models import SentencePieceModel, TextModel, make_model, open_model, train_sentencepiece
+from steerlm_megatron.data.text.text_models import (
+    SentencePieceModel,
+    TextModel,
+    make_model,
+    open_model,
+    train_sentencepiece,
+)
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 

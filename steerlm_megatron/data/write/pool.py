@@ -17,7 +17,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from steerlm_megatron.data.chunks import Chunk, Job, Tokenized, tokenize
+from steerlm_megatron.data.write.chunks import Chunk, Job, Tokenized, tokenize
 from steerlm_megatron.errors import UserError
 
 _MOST_WORKERS = 64

@@ -1,7 +1,7 @@
 """Samples of a shard folder: lengths and tokens through a view, and the packing plan.
 
-Owns: the vectorised lengths, the plan's cache next to the shards. Does not own: file formats (``shards.py``), what a
-view is (``views.py``). Invariant: ``lengths(view)[i]`` is the number of tokens of document i through that view,
+Owns: the vectorised lengths, the plan's cache next to the shards. Does not own: file formats (``data/shards.py``), what
+a view is (``data/views.py``). Invariant: ``lengths(view)[i]`` is the number of tokens of document i through that view,
 uncut; 0 if it has no target there.
 """
 
@@ -15,9 +15,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from steerlm_megatron.data.packing import PackPlan, load_plan, pack, save_plan
+from steerlm_megatron.data.feed.packing import PackPlan, load_plan, pack, save_plan
 from steerlm_megatron.data.shards import Shard, ShardReader
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.views import ASSISTANT, OVERLONG, VIEWS, Document, Overlong, Sample, View, make_sample
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema

@@ -1,8 +1,8 @@
 """Documents end to end: what travels from tokenising to shards.
 
 Owns: ``Block``, choosing documents of one, putting some together. Does not own: making one of conversations
-(``build.py``), its files (``chunks.py`` for work in progress, ``shards.py`` for good). Invariant: a block chosen from
-and cut anywhere has the documents it had.
+(``builder.py``), its files (``chunks.py`` for work in progress, ``data/shards.py`` for good). Invariant: a block chosen
+from and cut anywhere has the documents it had.
 """
 
 from __future__ import annotations

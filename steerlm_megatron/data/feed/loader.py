@@ -18,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from steerlm_megatron.config.schema import TrainConfig
-from steerlm_megatron.data.blend import Rows
-from steerlm_megatron.data.collate import RowBatch, collate
+from steerlm_megatron.data.batch import RowBatch
+from steerlm_megatron.data.feed.blend import Rows
+from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.runtime.device import has_cuda
 

@@ -1,8 +1,8 @@
-"""Rows of samples → one micro-batch of tensors, or a context-parallel rank's part of it.
+"""A micro-batch: the tensors that a training step or a scoring pass takes.
 
-Owns: concatenation, the shift of labels, positions, document boundaries, padding, which tokens are whose. Does not own:
-which samples share a row (``packing.py``) or a step (``loader.py``). Invariant: nothing crosses a document's end: its
-last token predicts nothing, positions restart, and padding is documents of its own with no loss.
+Owns: their names, layouts and dtypes, a context-parallel rank's part of them, the way to a device. Does not own: laying
+samples out (``feed/collate.py``). Invariant: nothing crosses a document's end: its last token predicts nothing, and
+positions restart.
 """
 
 from __future__ import annotations
@@ -15,14 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from steerlm_megatron.data.views import Sample
-
-PAD_ID = 0  # an id every embedding has, and the label where there is none: padding needs no pass of its own
-PAD_DOCUMENT_TOKENS = 64  # padding is cut into documents this short, as attention's cost grows with their square
-
 
 @dataclass(frozen=True)
-class Chunk:
+class ContextChunk:
     """Consecutive tokens ``start … stop`` of a packed sequence, which end documents and begin others anywhere.
 
     ``first_key``: where the document of token ``start`` begins; the chunk's attention needs keys from there on.
@@ -77,7 +72,7 @@ class RowBatch:
     useful_tokens: int
     target_tokens: int
     squared_tokens: int = 0
-    chunks: tuple[Chunk, ...] = ()
+    chunks: tuple[ContextChunk, ...] = ()
     cu_queries: torch.Tensor | None = None
     cu_keys: torch.Tensor | None = None
 
@@ -134,64 +129,13 @@ class RowBatch:
         return RowBatch(**values)
 
 
-def _chunk(bounds: npt.NDArray[np.int32], start: int, size: int) -> Chunk:
+def _chunk(bounds: npt.NDArray[np.int32], start: int, size: int) -> ContextChunk:
     """The chunk of ``size`` tokens from ``start`` of a sequence with documents between ``bounds``."""
     inner = bounds[(bounds > start) & (bounds < start + size)]
     lengths = np.diff(np.concatenate([[start], inner, [start + size]]))
     first_key = int(bounds[bounds <= start][-1])
-    return Chunk(start, start + size, first_key, tuple(lengths.tolist()))
+    return ContextChunk(start, start + size, first_key, tuple(lengths.tolist()))
 
 
 def _boundaries(lengths: Sequence[int]) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-
-
-def collate(rows: Sequence[Sequence[Sample]], row_tokens: int, num_attributes: int = 0) -> RowBatch:
-    """Lay out ``rows`` end to end, each padded to ``row_tokens``; a row may be empty.
-
-    ``num_attributes`` gives ``values_PA`` its width. ``ValueError`` (our bug) for a row that does not fit.
-    """
-    total = len(rows) * row_tokens
-    tokens = np.full(total, PAD_ID, np.int64)
-    targets = np.zeros(total, np.bool_)
-    starts: list[int] = []
-    pool: list[np.ndarray] = [np.zeros(0, np.int64)]
-    values: list[np.ndarray] = [np.zeros((0, num_attributes), np.float32)]
-    useful = 0
-    for number, row in enumerate(rows):
-        at, end = number * row_tokens, (number + 1) * row_tokens
-        for sample in row:
-            size = len(sample.tokens_T)
-            if at + size > end:
-                raise ValueError(f"sample {sample.id!r} does not fit its row of {row_tokens} tokens")
-            starts.append(at)
-            tokens[at : at + size] = sample.tokens_T
-            targets[at : at + size] = sample.loss_mask_T
-            if len(sample.pool_P):
-                pool.append(sample.pool_P.astype(np.int64) + at)
-                values.append(sample.values_PA)
-            useful += size
-            at += size
-        starts.extend(range(at, end, PAD_DOCUMENT_TOKENS))
-    bounds = np.array([*starts, total], np.int64)
-    labels = np.zeros(total, np.int64)
-    mask = np.zeros(total, np.float32)
-    labels[:-1] = tokens[1:]
-    mask[:-1] = targets[1:]
-    last = bounds[1:] - 1
-    labels[last] = 0
-    mask[last] = 0
-    return RowBatch(
-        tokens_T=torch.from_numpy(tokens),
-        labels_T=torch.from_numpy(labels),
-        loss_mask_T=torch.from_numpy(mask),
-        target_K=torch.from_numpy(mask.nonzero()[0]),
-        positions_T=torch.from_numpy(np.arange(total) - np.repeat(bounds[:-1], np.diff(bounds))),
-        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-        pool_P=torch.from_numpy(np.concatenate(pool)),
-        values_PA=torch.from_numpy(np.concatenate(values)),
-        sample_ids=[sample.id for row in rows for sample in row],
-        useful_tokens=useful,
-        target_tokens=int(mask.sum()),
-        squared_tokens=sum(len(sample.tokens_T) ** 2 for row in rows for sample in row),
-    )

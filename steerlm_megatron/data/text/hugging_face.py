@@ -12,8 +12,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from steerlm_megatron.data.text_losses import losses_of_file, text_parts
-from steerlm_megatron.data.word_cache import WordCache
+from steerlm_megatron.data.text.text_losses import losses_of_file, text_parts
+from steerlm_megatron.data.text.word_cache import WordCache
 from steerlm_megatron.errors import UserError
 
 _BYTE_PIECES = [f"<0x{b:02X}>" for b in range(256)]

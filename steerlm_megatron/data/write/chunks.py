@@ -29,11 +29,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from steerlm_megatron.data.blocks import Array, Block, concatenate, join
-from steerlm_megatron.data.build import Builder, Spoke
-from steerlm_megatron.data.quick_records import QuickRecords
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.views import TURN
+from steerlm_megatron.data.write.blocks import Array, Block, concatenate, join
+from steerlm_megatron.data.write.builder import Builder, Spoke
+from steerlm_megatron.data.write.quick_records import QuickRecords
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.lines import OnError, Rejected, reject

@@ -23,7 +23,7 @@ from steerlm_megatron.steer.messages import LOSS_WEIGHT, SWITCHES, has_text
 from steerlm_megatron.steer.records import from_json
 
 if TYPE_CHECKING:
-    from steerlm_megatron.data.build import Spoke
+    from steerlm_megatron.data.write.builder import Spoke
     from steerlm_megatron.steer.attributes import AttributeSchema
 
 try:

@@ -17,9 +17,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from steerlm_megatron.data.dataset import ShardDataset
-from steerlm_megatron.data.packing import PackPlan
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.feed.dataset import ShardDataset
+from steerlm_megatron.data.feed.packing import PackPlan
+from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.views import Overlong, Sample, View
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema

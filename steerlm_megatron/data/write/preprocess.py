@@ -1,8 +1,8 @@
 """Record files → shard folders, one per split.
 
 Owns: the order of the work, the counts, ``rejected.jsonl``, what a second run finds there. Does not own: tokenising
-(``chunks.py``, ``pool.py``), the folder's format (``shards.py``), where a tokenizer comes from. Invariants: in = out +
-skipped by reason; memory does not grow with the input; the same input gives the same bytes, for any number of processes
+(``chunks.py``, ``pool.py``), the folder's format (``data/shards.py``), where a tokenizer comes from. Invariants: in =
+out + skipped by reason; memory does not grow with the input; the same input gives the same bytes, for any number of processes
 and whatever number of times the job was killed on the way.
 """
 
@@ -22,11 +22,11 @@ from typing import IO, Any, cast
 import numpy as np
 
 from steerlm_megatron.config.schema import DataConfig
-from steerlm_megatron.data.chunks import CHUNK_BYTES, TRAIN, VALID, Chunk, Job, Tokenized, read_chunks
-from steerlm_megatron.data.pool import default_workers, tokenized
-from steerlm_megatron.data.seen_ids import SeenIds
 from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
+from steerlm_megatron.data.write.chunks import CHUNK_BYTES, TRAIN, VALID, Chunk, Job, Tokenized, read_chunks
+from steerlm_megatron.data.write.pool import default_workers, tokenized
+from steerlm_megatron.data.write.seen_ids import SeenIds
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.lines import OnError, rejected_json

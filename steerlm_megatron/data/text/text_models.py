@@ -16,8 +16,8 @@ from typing import Protocol
 
 import sentencepiece
 
-from steerlm_megatron.data.hugging_face import HuggingFaceModel
-from steerlm_megatron.data.word_cache import WordCache, applies
+from steerlm_megatron.data.text.hugging_face import HuggingFaceModel
+from steerlm_megatron.data.text.word_cache import WordCache, applies
 from steerlm_megatron.errors import UserError
 
 MAX_TRAINING_CHARS = 100_000_000  # text beyond this is not read when training: SentencePiece holds its corpus in memory

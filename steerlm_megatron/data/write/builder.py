@@ -1,7 +1,7 @@
 """Conversations → a block of documents, many at a time.
 
-Owns: ``Builder``. Does not own: a conversation's form (``forms.py``), ids of texts (``tokenizer.py``), what a block is
-(``blocks.py``). Invariant: the documents are those that ``views.build_documents`` gives. No object is made per segment
+Owns: ``Builder``. Does not own: a conversation's form (``forms.py``), ids of texts (``text/tokenizer.py``), what a block
+is (``blocks.py``). Invariant: the documents are those that ``views.build_documents`` gives. No object is made per segment
 or token, no array per document.
 """
 
@@ -12,11 +12,11 @@ from typing import Protocol
 
 import numpy as np
 
-from steerlm_megatron.data.blocks import Array, Block, token_dtype
-from steerlm_megatron.data.forms import GAP, Form, Forms
-from steerlm_megatron.data.tokenizer import Tokenizer
+from steerlm_megatron.data.text.tokenizer import Tokenizer
+from steerlm_megatron.data.text.word_cache import ragged
 from steerlm_megatron.data.views import TURN, Spoken, places
-from steerlm_megatron.data.word_cache import ragged
+from steerlm_megatron.data.write.blocks import Array, Block, token_dtype
+from steerlm_megatron.data.write.forms import GAP, Form, Forms
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
 
