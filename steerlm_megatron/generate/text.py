@@ -58,7 +58,9 @@ class Detokenizer:
     def rest(self) -> str:
         """The text that :meth:`push` has not returned yet, an unfinished character as the decoder shows it."""
         text = self._decode(self._ids[self._window :])
-        return text[len(self._returned) :] if text.startswith(self._returned) else self._decode(self._ids[self._clean :])
+        if not text.startswith(self._returned):
+            return self._decode(self._ids[self._clean :])
+        return text[len(self._returned) :]
 
     def _move(self, window: int, text: str) -> None:
         """Decode from ``window`` on; ``text`` is that of the present window.
@@ -120,8 +122,8 @@ class ResponseText:
         self._suffix = suffix
         self._detokenizer = Detokenizer(decode)
         self._stops = [_Match(text) for text in stop]
-        # A tail that may yet turn out to be part of a stop string, or the suffix, is held back. The whole suffix is held
-        # back too, and so it is followed here by a character that no match needs to reach.
+        # A tail that may yet turn out to be part of a stop string, or the suffix, is held back. The whole suffix is
+        # held back too, and so it is followed here by a character that no match needs to reach.
         self._held = [*self._stops, *([_Match(suffix + "\0")] if suffix else [])]
         self._returned: list[str] = []
         self._open = ""  # text that follows what was returned
