@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +44,9 @@ class TextModel(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; pieces that are not text (``<s>``) give nothing."""
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that one id stands for inside a text."""
 
     def atomic(self, text: str) -> tuple[int, bool] | None:
         """(id, whether ``encode`` may yield it) of the piece that stands for exactly ``text`` as a whole: a control or
@@ -92,6 +95,11 @@ class SentencePieceModel:
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode(list(ids))
 
+    def token_bytes(self, i: int) -> bytes:
+        if self.processor.is_byte(i):
+            return bytes([int(self.processor.id_to_piece(i)[3:-1], 16)])  # <0xAB>
+        return _twice_less_once(self.decode, i)
+
     def atomic(self, text: str) -> tuple[int, bool] | None:
         i = int(self.processor.piece_to_id(text))
         if i == self.unk_id or self.processor.id_to_piece(i) != text:
@@ -138,6 +146,8 @@ class HuggingFaceModel:
         pieces = [vocabulary.get(f"<0x{b:02X}>") for b in range(256)]
         ids = [i for i in pieces if i is not None]
         self.byte_ids = ids if len(ids) == 256 and raw["model"].get("byte_fallback") else []
+        self._byte_of = {i: byte for byte, i in enumerate(self.byte_ids)}
+        self._byte_level = "ByteLevel" in json.dumps(raw.get("decoder"))
         self.words: WordCache | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -148,6 +158,14 @@ class HuggingFaceModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self, i: int) -> bytes:
+        piece = self._tokenizer.id_to_token(i) or ""
+        if i in self._byte_of:
+            return bytes([self._byte_of[i]])
+        if self._byte_level and piece not in self._added and all(char in _BYTE_LEVEL for char in piece):
+            return bytes(_BYTE_LEVEL[char] for char in piece)
+        return _twice_less_once(self.decode, i)
 
     def atomic(self, text: str) -> tuple[int, bool] | None:
         found = self._added.get(text)
@@ -171,8 +189,26 @@ class ByteModel:
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
 
+    def token_bytes(self, i: int) -> bytes:
+        return bytes([i])
+
     def atomic(self, text: str) -> tuple[int, bool] | None:
         return None
+
+
+def _twice_less_once(decode: Callable[[Sequence[int]], str], i: int) -> bytes:
+    """The text of ``i`` after another token: a decoder may treat the first token of a text specially."""
+    return decode([i, i])[len(decode([i])) :].encode()
+
+
+def _byte_level() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes as: themselves where they are visible, others from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+_BYTE_LEVEL = _byte_level()
 
 
 def open_model(path: str | Path, key: str = "tokenizer.path") -> TextModel:

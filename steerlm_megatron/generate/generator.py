@@ -101,7 +101,8 @@ class Generator:
         self.tokenizer, self.template, self.limits = tokenizer, template, limits
         self.group: ModelGroup = group or LocalGroup()
         self.stop_ids = frozenset(_stop_ids(tokenizer, template))
-        banned = _special_ids(tokenizer, template) - self.stop_ids
+        special, self.longest_token_chars = _look_through(tokenizer, template)
+        banned = special - self.stop_ids
         self.runner = StepRunner(model, self.group, tokenizer.vocab_size, sorted(banned))
         self.scheduler: Scheduler[Job] = Scheduler(limits.max_batch, limits.max_cache_tokens)
         self.error: str | None = None
@@ -397,10 +398,11 @@ def _stop_ids(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
     return ids | ({eos} if eos is not None and eos >= 0 else set())
 
 
-def _special_ids(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
+def _look_through(tokenizer: TokenizerLike, template: TemplateLike) -> tuple[set[int], int]:
     """Ids that are not text: control strings of the template, and pieces of the tokenizer without a text (``<s>``,
-    ``<pad>``).
+    ``<pad>``). And the most characters that one token has: a longer text has more tokens.
 
     Each id is decoded twice over, since a lone blank at the start may be swallowed by a decoder."""
+    chars = [len(tokenizer.decode([i, i])) for i in range(tokenizer.vocab_size)]
     ids = {tokenizer.control_id(s) for s in template.control_strings}
-    return ids | {i for i in range(tokenizer.vocab_size) if not tokenizer.decode([i, i])}
+    return ids | {i for i, count in enumerate(chars) if not count}, -(-max(chars, default=1) // 2)

@@ -16,9 +16,11 @@ from typing import Any
 from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
 from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.api import ApiError, ChatBody, CompletionBody, envelope, usage
+from steerlm_megatron.generate.api import ChatBody, CompletionBody, envelope, usage
+from steerlm_megatron.generate.errors import ApiError
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import Request, Result, SamplingParams, derive_seed
+from steerlm_megatron.generate.text import Detokenizer
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import Template
@@ -61,8 +63,10 @@ class Service:
     def chat(self, body: ChatBody) -> Ask:
         """Understand a chat. Raises ApiError."""
         self._check_model(body.model)
-        if body.max_tokens is not None and body.max_completion_tokens is not None:
+        if body.max_completion_tokens not in (None, body.max_tokens) and body.max_tokens is not None:
             raise ApiError(400, "max_tokens and max_completion_tokens are the same thing; give one", "max_tokens")
+        self._check_choices(1, body.n)
+        self._check_chars(sum(len(part.text) for m in body.messages for part in m.content or ()), "messages")
         try:
             prompt_ids = self.chat_prompt(body)
         except UserError as e:
@@ -75,12 +79,15 @@ class Service:
         messages = []
         for i, message in enumerate(body.messages):
             where = f"messages[{i}]"
-            if message.role == "system" and i > 0:
-                raise ApiError(400, f"{where}: a system message must come first", "messages")
+            if message.speaker == "system" and i > 0:
+                raise ApiError(400, f"{where}: a {message.role} message must come first", "messages")
+            if message.content is None and message.role != "assistant":
+                missing = f"missing parameter: messages.{i}.content"
+                raise ApiError(400, missing, "messages", code="missing_required_parameter")
             if message.attributes is not None and message.role != "assistant":
                 raise ApiError(400, f"{where}: attributes belong to assistant messages", "messages")
             values = self._values(message.attributes, f"{where}.attributes")
-            messages.append(Message(message.role, message.text(), values))
+            messages.append(Message(message.speaker, message.text(), values))
         if messages[-1].role != "user":
             raise ApiError(400, "the last of messages must be the user's; the response follows it", "messages")
         levels = None
@@ -111,10 +118,18 @@ class Service:
         self._check_model(body.model)
         if body.best_of is not None and body.best_of != body.n:
             raise ApiError(400, f"best_of={body.best_of} must equal n={body.n}: choices are not ranked", "best_of")
+        self._check_choices(len(body.prompt), body.n)
+        for prompt in body.prompt:
+            if not prompt:
+                raise ApiError(400, "the prompt is empty; it needs at least one token", "prompt", code="empty_prompt")
+            if isinstance(prompt, str):
+                self._check_chars(len(prompt), "prompt")
+            else:
+                self._check_tokens(len(prompt), "prompt")
         prompts = []
-        for prompt in body.prompts():
+        for prompt in body.prompt:
             try:
-                prompts.append(self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+                prompts.append(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
             except UserError as e:
                 raise ApiError(400, str(e), "prompt") from e
         return self._ask("cmpl", "text_completion", body, prompts, body.max_tokens, body.logprobs is not None)
@@ -123,6 +138,30 @@ class Service:
         if model is not None and model != self.server.model_name:
             message = f"model {model!r} is not served here; this is {self.server.model_name!r} (server.model_name)"
             raise ApiError(404, message, "model", code="model_not_found")
+
+    def _check_choices(self, prompts: int, n: int) -> None:
+        """Refuse what the queue could never take, before any of it is worked on."""
+        limit = self.server.max_queue + self.server.max_batch
+        if prompts * n > limit:
+            message = (
+                f"{prompts * n} choices ({prompts} prompts, n={n}) are more than this server can ever queue, "
+                f"{limit} (server.max_queue={self.server.max_queue} + server.max_batch={self.server.max_batch}); "
+                "send several requests"
+            )
+            raise ApiError(400, message, "n" if prompts == 1 else "prompt", code="too_many_choices")
+
+    def _check_chars(self, chars: int, param: str) -> None:
+        """Refuse a text that is too long whatever its tokens are, before they are looked for."""
+        self._check_tokens(-(-chars // self.generator.longest_token_chars), param, "at least ")
+
+    def _check_tokens(self, tokens: int, param: str, about: str = "") -> None:
+        limit = self.generator.limits.max_sequence_tokens
+        if tokens >= limit:
+            message = (
+                f"the prompt has {about}{tokens} tokens, which leaves none for a response within "
+                f"server.max_sequence_tokens={limit}; shorten the prompt"
+            )
+            raise ApiError(400, message, param, code="context_length_exceeded")
 
     def _ask(
         self,
@@ -135,10 +174,11 @@ class Service:
     ) -> Ask:
         if logprobs and body.stream:
             raise ApiError(400, "logprobs are not available with stream=true; drop one of them", "logprobs")
-        if body.stream_options is not None and not body.stream:
+        if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
             raise ApiError(400, "stream_options needs stream=true", "stream_options")
         request_id = f"{prefix}-{uuid.uuid4().hex}"
-        base_seed = body.seed if body.seed is not None else random.SystemRandom().getrandbits(62)
+        base_seed = body.seed_from(drawn=random.SystemRandom().getrandbits(62))
+        param = "messages" if prefix == "chatcmpl" else "prompt"
         defaults = self.sampling
         requests: list[Request] = []
         for p, ids in enumerate(prompts):
@@ -146,21 +186,20 @@ class Service:
             wanted = max_tokens if max_tokens is not None else max(1, min(defaults.max_tokens, room))
             problem = self.generator.problem(len(ids), wanted)
             if problem:
-                raise ApiError(
-                    400, problem, "messages" if prefix == "chatcmpl" else "prompt", code="context_length_exceeded"
-                )
+                raise ApiError(400, problem, param, code="context_length_exceeded")
+            prompt_ids = tuple(ids)
             for choice in range(body.n):
                 params = SamplingParams(
                     temperature=_or(body.temperature, defaults.temperature),
-                    top_k=_or(body.top_k, defaults.top_k),
+                    top_k=max(0, _or(body.top_k, defaults.top_k)),
                     top_p=_or(body.top_p, defaults.top_p),
                     max_tokens=wanted,
                     # Equal prompts of a list differ too; a request on its own is reproducible from its seed.
                     seed=derive_seed(base_seed, p * body.n + choice),
-                    stop=body.stops(),
+                    stop=tuple(body.stop),
                     logprobs=logprobs,
                 )
-                requests.append(Request(f"{request_id}-{p}-{choice}", tuple(ids), params))
+                requests.append(Request(f"{request_id}-{p}-{choice}", prompt_ids, params))
         return Ask(request_id, kind, body, requests, len(prompts), int(time.time()))
 
     # ---- out ----
@@ -187,19 +226,35 @@ class Service:
         tokens = [self.tokenizer.decode([i]) for i in result.token_ids]
         if ask.is_chat:
             content = [
-                {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-                for token, logprob in zip(tokens, result.logprobs, strict=True)
+                {"token": token, "logprob": logprob, "bytes": list(part), "top_logprobs": []}
+                for token, part, logprob in zip(tokens, self._bytes(result), result.logprobs, strict=True)
             ]
             return {"content": content, "refusal": None}
-        offsets = [0]
-        for token in tokens:
-            offsets.append(offsets[-1] + len(token))
+        offsets, detokenizer = [0], Detokenizer(self.tokenizer.decode)
+        for i in result.token_ids:
+            offsets.append(offsets[-1] + len(detokenizer.push(i)))
         return {
             "tokens": tokens,
             "token_logprobs": list(result.logprobs),
             "top_logprobs": None,
             "text_offset": offsets[:-1],
         }
+
+    def _bytes(self, result: Result) -> list[bytes]:
+        """What each token of a response gave to its text: its own bytes, so that joined they are the text's. What ended
+        the response, a stop token with the template's suffix or a stop string, gave none.
+        """
+        ids, stop_ids = list(result.token_ids), self.generator.stop_ids
+        ended = bool(ids) and ids[-1] in stop_ids
+        content = ids[:-1] if ended else ids
+        parts = [self.tokenizer.token_bytes(i) for i in content]
+        whole = self.tokenizer.decode(content)
+        excess = len(whole[len(result.text) :].encode()) if whole.startswith(result.text) else 0
+        for at in range(len(parts) - 1, -1, -1):
+            kept = max(0, len(parts[at]) - excess)
+            excess -= len(parts[at]) - kept
+            parts[at] = parts[at][:kept]
+        return parts + [b""] * ended
 
     def chunk(
         self, ask: Ask, index: int, text: str | None, ids: Sequence[int], reason: str | None = None, first: bool = False
@@ -226,7 +281,15 @@ class Service:
 
     def models(self) -> dict[str, Any]:
         """``GET /v1/models``."""
-        model: dict[str, Any] = {
+        return {"object": "list", "data": [self._model()]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """``GET /v1/models/{name}``. Raises ApiError (404) for one that is not served."""
+        self._check_model(name)
+        return self._model()
+
+    def _model(self) -> dict[str, Any]:
+        return {
             "id": self.server.model_name,
             "object": "model",
             "created": self.started,
@@ -234,7 +297,6 @@ class Service:
             "max_model_len": self.generator.limits.max_sequence_tokens,
             "attributes": None if self.schema is None else self.schema.to_dict(),
         }
-        return {"object": "list", "data": [model]}
 
 
 def _or(value: Any, default: Any) -> Any:

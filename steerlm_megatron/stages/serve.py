@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.protocol import SamplingParams
 from steerlm_megatron.generate.server import check_port, serve
 from steerlm_megatron.runtime.parallel import global_rank
 from steerlm_megatron.stages.sampling import open_generator
-from steerlm_megatron.stages.session import load_model, session
+from steerlm_megatron.stages.session import load_model, requested_best, session
+from steerlm_megatron.steer.attributes import AttributeSchema
+
+_NO_ATTRIBUTES = AttributeSchema("none", (), 1)
 
 
 def run(config: Config) -> None:
-    """Serve ``checkpoint`` on ``server.host:server.port`` until SIGTERM or Ctrl-C. Collective over the world."""
+    """Serve ``checkpoint`` on ``server.host:server.port`` until SIGTERM or Ctrl-C. Collective over the world.
+
+    Requests that name no level of an attribute ask for ``attributes.best`` (``requested_best``), and those that name no
+    sampling parameter for ``sampling.*``.
+    """
     if config.checkpoint is None:
         raise UserError("checkpoint is not set: name the run folder of train_sft to serve")
+    SamplingParams.from_config(config.sampling)
     if global_rank() == 0 and config.server.port:
         check_port(config.server.host, config.server.port)
     with session(config) as here:
@@ -25,8 +35,11 @@ def run(config: Config) -> None:
                 "server per replica, each with its own server.port, and name them all in server.urls"
             )
         loaded = load_model(config.checkpoint, config, "checkpoint", head="lm", gather_logits=True)
-        generator = open_generator(config, loaded)
         schema = loaded.schema if loaded.meta.conditioned else None
+        best = requested_best(config, schema or _NO_ATTRIBUTES)
+        if schema is not None:
+            schema = replace(schema, best=best)
+        generator = open_generator(config, loaded)
         if not here.layout.is_main:
             # A launcher signals every rank; the main one finishes what is running and then stops the others.
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -24,7 +24,7 @@ from steerlm_megatron.data.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.client import SamplingClient, ServerFailure
 from steerlm_megatron.generate.generator import Generator
-from steerlm_megatron.generate.protocol import Request, SamplingParams, derive_seed
+from steerlm_megatron.generate.protocol import EngineDead, Request, SamplingParams, derive_seed
 from steerlm_megatron.generate.server import Running, check_port, serve
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Message
@@ -56,6 +56,7 @@ class Server:
     client: httpx.Client
     stop: Callable[[], None]
     thread: threading.Thread
+    ended: list[EngineDead]  # what serve() raised
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.client.post(f"{self.url}/v1/{path}", json=body)
@@ -64,35 +65,38 @@ class Server:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
 
-def make_generator(model: FakeModel | None = None, **changes: int) -> tuple[Generator, ServerConfig]:
+def make_generator(model: FakeModel | None = None, **changes: float) -> tuple[Generator, ServerConfig]:
     config = limits(**{"max_sequence_tokens": 400, "max_cache_tokens": 8192, "max_batch": 16, "port": 0, **changes})
     model = model or FakeModel(TOKENIZER.vocab_size, TOKENIZER.control_id("<extra_id_1>"))
     return Generator(model, TOKENIZER, TEMPLATE, config), config
 
 
 @contextmanager
-def running(schema: AttributeSchema | None = SCHEMA, step_sec: float = 0.0, **changes: int) -> Iterator[Server]:
+def running(schema: AttributeSchema | None = SCHEMA, step_sec: float = 0.0, **changes: float) -> Iterator[Server]:
     generator, config = make_generator(**changes)
     model = generator.runner.model
     assert isinstance(model, FakeModel)
     model.step_sec = step_sec
     listening = threading.Event()
     found: list[Running] = []
+    ended: list[EngineDead] = []
 
     def ready(server: Running) -> None:
         found.append(server)
         listening.set()
 
-    thread = threading.Thread(
-        target=serve,
-        args=(generator, schema, config, SamplingConfig(max_tokens=12)),
-        kwargs={"ready": ready, "grace_sec": 60},
-    )
+    def run() -> None:
+        try:
+            serve(generator, schema, config, SamplingConfig(max_tokens=12), ready=ready, grace_sec=60, linger_sec=60)
+        except EngineDead as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run)
     thread.start()
     assert listening.wait(60)
     with httpx.Client(timeout=120, trust_env=False) as client:
         try:
-            yield Server(found[0].url, generator, model, client, found[0].stop, thread)
+            yield Server(found[0].url, generator, model, client, found[0].stop, thread, ended)
         finally:
             found[0].stop()
             thread.join(90)
@@ -297,10 +301,17 @@ def test_queue_full_then_room_and_the_client_waits_for_it() -> None:
     with running(max_batch=1, max_queue=2) as server:
         body = {"prompt": "hello", "max_tokens": 30, "seed": 1}
         statuses: list[int] = []
-        threads = [
-            threading.Thread(target=lambda: statuses.append(server.post("completions", **body).status_code))
-            for _ in range(8)
-        ]
+        retry_after: list[str] = []
+        codes: list[str] = []
+
+        def ask() -> None:
+            answer = server.post("completions", **body)
+            if answer.status_code == 429:
+                retry_after.append(answer.headers["Retry-After"])
+                codes.append(answer.json()["error"]["code"])
+            statuses.append(answer.status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
         server.model.go.clear()
         for thread in threads:
             thread.start()
@@ -309,9 +320,10 @@ def test_queue_full_then_room_and_the_client_waits_for_it() -> None:
         for thread in threads:
             thread.join()
         assert sorted(statuses) == [200] * 3 + [429] * 5, "one in its row, two that wait"
-        full = server.post("completions", prompt="hello", n=9)
-        assert full.status_code == 429 and int(full.headers["Retry-After"]) >= 1
-        assert full.json()["error"]["code"] == "queue_full"
+        assert all(int(after) >= 1 for after in retry_after) and len(retry_after) == 5
+        assert codes == ["queue_full"] * 5
+        never = server.post("completions", prompt="hello", n=9)
+        assert never.status_code == 400 and "9 choices" in never.json()["error"]["message"]
         requests = [Request(str(i), (7, 8), SamplingParams(max_tokens=3, seed=i)) for i in range(5)]
         assert len(SamplingClient([server.url], concurrency=5).generate(requests)) == 5
 
@@ -352,6 +364,9 @@ def test_engine_failure_is_told_to_everyone() -> None:
             SamplingClient([server.url]).generate([Request("a", (1,), SamplingParams(max_tokens=3))])
         with pytest.raises(UserError, match="503"):
             SamplingClient([server.url]).check()
+        server.stop()
+        server.thread.join(60)
+        assert [str(error) for error in server.ended] == ["RuntimeError: the model broke"]
 
 
 def test_stopping_lets_running_requests_finish() -> None:
