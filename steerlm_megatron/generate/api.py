@@ -152,9 +152,13 @@ _B = TypeVar("_B", ChatBody, CompletionBody)
 
 def read(kind: type[_B], data: Mapping[str, Any]) -> _B:
     """A request's body. Null is absent, and so is what asks for nothing (``neutral.py``). ApiError."""
+    table = neutral.CHAT if kind is ChatBody else neutral.COMPLETION
+    for name, value in data.items():
+        if value is not None and name not in kind.model_fields and name not in table:
+            raise _unknown(name)
     try:
         kept = neutral.without_nulls(data, untouched=("prompt", "stop"))
-        kept = neutral.without_neutral(kept, neutral.CHAT if kind is ChatBody else neutral.COMPLETION)
+        kept = neutral.without_neutral(kept, table)
         if isinstance(options := kept.get("stream_options"), dict):
             kept["stream_options"] = neutral.without_neutral(options, neutral.STREAM_OPTIONS, "stream_options.")
         if isinstance(messages := kept.get("messages"), list):
@@ -178,14 +182,17 @@ def _message(message: Any, where: str) -> Any:
     return message
 
 
+def _unknown(name: str) -> ApiError:
+    return ApiError(400, f"unknown parameter: {shown(name)[1:-1]}", name, code="unknown_parameter")
+
+
 def validation_error(errors: Sequence[Any]) -> ApiError:
     """pydantic's first complaint as an API error that names the parameter."""
     error = errors[0]
     where = [str(part) for part in error["loc"]]
     param = where[0] if where else None
     if error["type"] == "extra_forbidden":
-        name = ".".join(where)
-        return ApiError(400, f"unknown parameter: {name}", name, code="unknown_parameter")
+        return _unknown(".".join(where))
     if error["type"] == "missing":
         return ApiError(400, f"missing parameter: {'.'.join(where)}", param, code="missing_required_parameter")
     return ApiError(400, f"{'.'.join(where)}={shown(error.get('input'))}: {error['msg']}", param)

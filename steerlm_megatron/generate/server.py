@@ -105,11 +105,10 @@ class _Endpoints:
 
     async def _whole(self, ask: Ask, http: HttpRequest) -> Response:
         handles = self.generator.submit_all(ask.requests)
-        results = asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles))
+        results = asyncio.ensure_future(_all_results(handles))
         gone = asyncio.ensure_future(_disconnected(http))
         try:
-            waits: list[asyncio.Future[Any]] = [results, gone]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([results, gone], return_when=asyncio.FIRST_COMPLETED)
             if not results.done():
                 return Response(status_code=499)  # nobody is there to read it; it counts in the metrics
             return JSONResponse(self.service.response(ask, await results))
@@ -117,6 +116,7 @@ class _Endpoints:
             gone.cancel()
             results.cancel()
             _cancel(handles)
+            await asyncio.gather(gone, results, return_exceptions=True)  # else asyncio logs what nobody asked for
 
     async def _stream(self, ask: Ask) -> Response:
         loop = asyncio.get_running_loop()
@@ -164,6 +164,11 @@ def _failure(error: BaseException) -> ApiError:
     if isinstance(error, RequestFailed):
         return ApiError(500, f"this request failed: {error}", kind="server_error", code="request_failed")
     return ApiError(500, f"the engine stopped: {error}", kind="server_error", code="engine_stopped")
+
+
+async def _all_results(handles: Sequence[Handle]) -> list[Result]:
+    """The results of all, or the first exception of any."""
+    return await asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles))
 
 
 def _cancel(handles: Sequence[Handle]) -> None:
