@@ -274,6 +274,8 @@ class Generator:
         """The job's result; its last piece of text goes out as a delta."""
         by_control = bool(job.token_ids) and job.token_ids[-1] in self.stop_ids
         text, rest = job.text.finish(job.token_ids[:-1] if by_control else job.token_ids, by_control)
+        if job.reason == "length" and job.text.stopped_at is not None:
+            job.reason = "stop"  # the text that was held back until now has a stop string in it
         if job.on_delta is not None and job.reason != "cancelled":
             job.on_delta(Delta(piece + rest, tuple(job.token_ids[-1:])))
         assert job.reason is not None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from steerlm_megatron.generate.api import ChatBody, CompletionBody, envelope, us
 from steerlm_megatron.generate.errors import ApiError
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import Request, Result, SamplingParams, derive_seed
-from steerlm_megatron.generate.text import Detokenizer
+from steerlm_megatron.generate.text import character_of_each_byte
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import Template
@@ -57,6 +57,10 @@ class Service:
         assert isinstance(template, Template)
         self.template: Template = template
         self.tokenizer: Tokenizer = tokenizer  # type: ignore[assignment]  # the generator needs less of it
+        # The tokens of a tokenizer that does not know their bytes are taken to be whole characters.
+        self._token_bytes: Callable[[int], bytes] = getattr(
+            tokenizer, "token_bytes", lambda i: tokenizer.decode([i]).encode()
+        )
 
     # ---- in ----
 
@@ -224,37 +228,42 @@ class Service:
     def _logprobs(self, ask: Ask, result: Result) -> dict[str, Any]:
         assert result.logprobs is not None
         tokens = [self.tokenizer.decode([i]) for i in result.token_ids]
+        parts, offsets = self._parts(result)
         if ask.is_chat:
             content = [
                 {"token": token, "logprob": logprob, "bytes": list(part), "top_logprobs": []}
-                for token, part, logprob in zip(tokens, self._bytes(result), result.logprobs, strict=True)
+                for token, part, logprob in zip(tokens, parts, result.logprobs, strict=True)
             ]
             return {"content": content, "refusal": None}
-        offsets, detokenizer = [0], Detokenizer(self.tokenizer.decode)
-        for i in result.token_ids:
-            offsets.append(offsets[-1] + len(detokenizer.push(i)))
         return {
             "tokens": tokens,
             "token_logprobs": list(result.logprobs),
             "top_logprobs": None,
-            "text_offset": offsets[:-1],
+            "text_offset": offsets,
         }
 
-    def _bytes(self, result: Result) -> list[bytes]:
-        """What each token of a response gave to its text: its own bytes, so that joined they are the text's. What ended
-        the response, a stop token with the template's suffix or a stop string, gave none.
+    def _parts(self, result: Result) -> tuple[list[bytes], list[int]]:
+        """What each token of a response gave to its text, and the character of the text where it begins.
+
+        A token gives its own bytes, so that joined they are the text's; what ended the response, a stop token with the
+        template's suffix or a stop string, gives none.
         """
-        ids, stop_ids = list(result.token_ids), self.generator.stop_ids
-        ended = bool(ids) and ids[-1] in stop_ids
-        content = ids[:-1] if ended else ids
-        parts = [self.tokenizer.token_bytes(i) for i in content]
+        ended = result.token_ids[-1:] and result.token_ids[-1] in self.generator.stop_ids
+        content = result.token_ids[:-1] if ended else result.token_ids
+        parts = [self._token_bytes(i) for i in content]
         whole = self.tokenizer.decode(content)
-        excess = len(whole[len(result.text) :].encode()) if whole.startswith(result.text) else 0
-        for at in range(len(parts) - 1, -1, -1):
-            kept = max(0, len(parts[at]) - excess)
-            excess -= len(parts[at]) - kept
-            parts[at] = parts[at][:kept]
-        return parts + [b""] * ended
+        characters = character_of_each_byte(b"".join(parts), whole)
+        count = characters[-1] + 1 if characters else 0
+        # Counted from the end, where text was cut off.
+        kept = count - (len(whole) - len(result.text)) if whole.startswith(result.text) else count
+        offsets: list[int] = []
+        at = 0
+        for i, part in enumerate(parts):
+            own = characters[at : at + len(part)]
+            offsets.append(own[0] if own else offsets[-1] if offsets else 0)
+            parts[i] = bytes(byte for byte, of in zip(part, own, strict=True) if of < kept)
+            at += len(part)
+        return (parts, offsets) if not ended else ([*parts, b""], [*offsets, count])
 
     def chunk(
         self, ask: Ask, index: int, text: str | None, ids: Sequence[int], reason: str | None = None, first: bool = False

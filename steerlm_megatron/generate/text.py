@@ -169,3 +169,30 @@ class ResponseText:
         if self.stopped_at is None and by_control:
             self._open = self._open.removesuffix(self._suffix)
         return "".join(self._returned) + self._open, self._open
+
+
+def character_of_each_byte(data: bytes, text: str) -> list[int]:
+    """For each byte of ``data``, the index of its character in ``text``, which a decoder made of it.
+
+    Some decoders make one U+FFFD of each byte that is of no character, others one of all bytes that begin one in vain:
+    the number of characters tells which.
+    """
+    by_byte = _characters(data, per_byte=True)
+    return by_byte if by_byte[-1:] == [len(text) - 1] else _characters(data, per_byte=False)
+
+
+def _characters(data: bytes, per_byte: bool) -> list[int]:
+    found: list[int] = []
+    count = at = 0
+    while at < len(data):
+        try:
+            valid, wrong = data[at:].decode(), 0
+        except UnicodeDecodeError as error:
+            valid, wrong = data[at : at + error.start].decode(), error.end - error.start
+        for char in valid:
+            found += [count] * len(char.encode())
+            count += 1
+        found += range(count, count + wrong) if per_byte else [count] * wrong
+        count += wrong if per_byte else wrong > 0
+        at = len(found)
+    return found

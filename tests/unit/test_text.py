@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlm_megatron.generate.text import Detokenizer, ResponseText
+from steerlm_megatron.generate.text import Detokenizer, ResponseText, character_of_each_byte
 
 # Pieces of characters, in wrong orders too, beside whole text and U+FFFD that is really there.
 PIECES = st.one_of(
@@ -74,6 +74,19 @@ def test_streamed_is_the_text_for_any_bytes(pieces: list[bytes], kind: Callable[
     whole, rest = text.finish(ids, False)
     assert streamed + rest == whole == decode(ids)
     assert ResponseText(decode, (), "").finish(ids, False) == (whole, whole)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PIECES, max_size=30), st.sampled_from([lossy, per_byte]))
+def test_each_byte_belongs_to_a_character(pieces: list[bytes], kind: Callable[..., Callable[..., str]]) -> None:
+    data = b"".join(pieces)
+    text = kind([data])([0])
+    characters = character_of_each_byte(data, text)
+    assert len(characters) == len(data) and characters == sorted(characters)
+    assert set(characters) == set(range(len(text)))
+    for i, char in enumerate(text):
+        own = bytes(byte for byte, of in zip(data, characters, strict=True) if of == i)
+        assert own == char.encode() or char == "\ufffd"
 
 
 @settings(max_examples=200, deadline=None)
