@@ -45,11 +45,13 @@ class EngineLoop:
                 self.generator.fail("the server is shutting down")
         except BaseException as e:
             # Whoever waits for a response is told by fail().
-            self.failure = f"{type(e).__name__}: {e}"
-            self.generator.fail(self.failure)
+            reason = f"{type(e).__name__}: {e}"
+            self.generator.fail(reason)
             log.exception("the engine stopped")
-            if self._on_failure is not None:
-                self._on_failure()
+            if not self._stop.is_set():
+                self.failure = reason
+                if self._on_failure is not None:
+                    self._on_failure()
 
     def problem(self) -> str | None:
         """Why no response can be expected, or None."""

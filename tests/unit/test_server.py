@@ -423,3 +423,54 @@ def test_choices_of_one_seed_are_those_of_single_requests(server: Server) -> Non
     for i, choice in enumerate(several):
         one = server.post("completions", prompt="hello", seed=derive_seed(77, i), max_tokens=10).json()["choices"][0]
         assert choice["text"] == one["text"]
+
+
+def test_a_thousand_requests_against_a_queue_of_64() -> None:
+    """As many as rows and queue hold are answered, the others are told to come again; none is lost."""
+    with running(max_batch=64, max_queue=64) as server:
+        server.model.go.clear()
+        body = {"prompt": "hello", "max_tokens": 4, "seed": 1}
+
+        async def all_of_them() -> list[int]:
+            limits = httpx.Limits(max_connections=1000)
+            async with httpx.AsyncClient(timeout=120, limits=limits, trust_env=False) as client:
+
+                async def one() -> int:
+                    status = (await client.post(f"{server.url}/v1/completions", json=body)).status_code
+                    statuses.append(status)
+                    if len(statuses) == 1000 - 128:
+                        server.model.go.set()
+                    return status
+
+                return await asyncio.gather(*(one() for _ in range(1000)))
+
+        statuses: list[int] = []
+        asyncio.run(all_of_them())
+        assert (statuses.count(200), statuses.count(429)) == (128, 872)
+        wait_for(lambda: not server.generator.scheduler.running and not server.generator._jobs)
+
+
+def test_64_streams_some_of_which_are_left_leave_no_row() -> None:
+    with running(step_sec=0.002, max_batch=64, max_cache_tokens=64 * 400) as server:
+        server.model.stop_bias = -1e9
+
+        async def one(client: openai.AsyncOpenAI, i: int) -> int:
+            stream = await client.completions.create(
+                model="steerlm", prompt=f"hello {i}", max_tokens=60, seed=i, stream=True
+            )
+            chunks = 0
+            async for _ in stream:
+                chunks += 1
+                if i % 2 and chunks > i % 16:
+                    await stream.close()
+                    break
+            return chunks
+
+        async def all_of_them() -> list[int]:
+            async with server.openai() as client:
+                return await asyncio.gather(*(one(client, i) for i in range(64)))
+
+        chunks = asyncio.run(all_of_them())
+        assert all(chunks)
+        wait_for(lambda: not server.generator.scheduler.running and not server.generator._jobs)
+        assert server.post("completions", prompt="hello", max_tokens=2).status_code == 200
