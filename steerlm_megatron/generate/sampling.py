@@ -120,7 +120,6 @@ class BatchSampler:
         logits_BV = logits_BV[:, : self.vocab_size].float()
         if self._banned.numel():
             logits_BV.index_fill_(1, self._banned, float("-inf"))
-        finite_B = logits_BV.amax(1).isfinite()  # the maximum of a row with a NaN is NaN
         ids_B: torch.Tensor | None = None
         for group in self._groups:
             part_BV = logits_BV if group.index_B is None else logits_BV.index_select(0, group.index_B)
@@ -133,9 +132,9 @@ class BatchSampler:
                 ids_B.index_copy_(0, group.index_B, drawn_B)
         assert ids_B is not None, "set_rows() before sample()"
         if not self._wants_logprobs:
-            return torch.where(finite_B, ids_B, NOT_FINITE), None
-        chosen_B = logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1)
-        return torch.where(finite_B, ids_B, NOT_FINITE), chosen_B - logits_BV.logsumexp(1)
+            return ids_B, None
+        chosen_B = logits_BV.gather(1, ids_B.clamp(min=0).unsqueeze(1)).squeeze(1)
+        return ids_B, chosen_B - logits_BV.logsumexp(1)
 
     def sample_each(
         self, rows: Sequence[RowParams], logits_BV: torch.Tensor, indices: Sequence[int]
@@ -160,7 +159,8 @@ class BatchSampler:
     def _draw(self, logits_BV: torch.Tensor, group: _Group, indices: Sequence[int]) -> torch.Tensor:
         name, size = group.method
         if name == "greedy":
-            return logits_BV.argmax(1)
+            top_B, ids_B = logits_BV.max(1)  # of a row with a NaN that NaN
+            return torch.where(top_B.isfinite(), ids_B, NOT_FINITE)
         u_B1 = (
             torch.tensor([uniform(self._rows[i].seed, indices[i]) for i in group.rows], dtype=torch.float64)
             .unsqueeze(1)
@@ -168,7 +168,7 @@ class BatchSampler:
         )
         if name == "full":
             probs_BV = torch.softmax(logits_BV.double() / group.temperature_B1, 1)
-            return _invert(probs_BV, u_B1)
+            return _invert(probs_BV, u_B1).squeeze(1)
         # Most likely first: truncation by rank and by cumulated probability are both prefixes of this order.
         top_BK, ids_BK = torch.topk(logits_BV, size, dim=1)
         scaled_BK = top_BK.double() / group.temperature_B1
@@ -179,16 +179,18 @@ class BatchSampler:
             before_BK = probs_BK.cumsum(1) - probs_BK
             # Kept: the smallest prefix that reaches top_p. The first token is always kept.
             probs_BK = torch.where((before_BK < group.top_p_B1) | (rank_K == 0), probs_BK, 0.0)
-        return ids_BK.gather(1, _invert(probs_BK, u_B1).unsqueeze(1)).squeeze(1)
+        index_B1 = _invert(probs_BK, u_B1)
+        drawn_B1 = ids_BK.gather(1, index_B1.clamp(min=0))
+        return torch.where(index_B1 >= 0, drawn_B1, NOT_FINITE).squeeze(1)
 
 
 def _invert(probs_BK: torch.Tensor, u_B1: torch.Tensor) -> torch.Tensor:
     """The first index where the cumulated (unnormalised) probability exceeds u × total; never one of probability 0.
 
-    Some index, where probabilities are NaN."""
+    ``NOT_FINITE`` where a probability is NaN, as all of a row are whose largest logit is NaN or infinite."""
     cdf_BK = probs_BK.cumsum(1)
-    target_B1 = u_B1 * cdf_BK[:, -1:]
-    index_B1 = torch.searchsorted(cdf_BK, target_B1, right=True)
+    total_B1 = cdf_BK[:, -1:].contiguous()
+    index_B1 = torch.searchsorted(cdf_BK, u_B1 * total_B1, right=True)
     # u × total can round up to the total; then the last index of positive probability is meant.
-    last_B1 = torch.searchsorted(cdf_BK, cdf_BK[:, -1:].contiguous())
-    return torch.minimum(index_B1, last_B1).clamp_(max=probs_BK.shape[1] - 1).squeeze(1)
+    last_B1 = torch.searchsorted(cdf_BK, total_B1)
+    return torch.where(total_B1.isfinite(), torch.minimum(index_B1, last_B1), NOT_FINITE)
