@@ -4,6 +4,7 @@ and one client's odd request is nobody else's."""
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -185,3 +186,55 @@ def test_a_request_that_fails_is_told_so_and_others_go_on(stream: bool) -> None:
                 again = server.post("completions", prompt="hello", seed=seed, max_tokens=20).json()
                 assert answer == again["choices"][0]["text"]
         assert server.client.get(f"{server.url}/health").status_code == 200
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(allow_nan=False), st.text(max_size=6)),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "developer", "tool"])},
+    optional={
+        "content": st.one_of(st.text(st.characters(), max_size=9), st.none(), JSON),
+        "attributes": st.one_of(st.dictionaries(st.sampled_from(["quality", "humor", "x"]), JSON, max_size=2), JSON),
+        "refusal": st.one_of(st.none(), JSON),
+        "tool_calls": st.one_of(st.none(), st.just([]), JSON),
+    },
+)
+SAMPLING: dict[str, Any] = {
+    "temperature": st.one_of(st.floats(0, 100), JSON),
+    "top_p": st.one_of(st.floats(0, 1), JSON),
+    "top_k": st.one_of(st.integers(-1, 2**65), JSON),
+    "seed": st.one_of(st.integers(-(2**64), 2**64), JSON),
+    "n": st.one_of(st.integers(0, 3), JSON),
+    "stop": st.one_of(st.text(max_size=3), st.lists(st.text(max_size=3), max_size=3), JSON),
+    "logprobs": st.one_of(st.sampled_from([0, True, None]), JSON),
+    "return_token_ids": st.one_of(st.booleans(), JSON),
+    "attributes": st.one_of(st.dictionaries(st.sampled_from(["quality", "humor", "x"]), JSON, max_size=2), JSON),
+    "stream": st.one_of(st.booleans(), JSON),
+    "stream_options": st.one_of(st.just({"include_usage": True}), JSON),
+}
+CHATS = st.fixed_dictionaries({"messages": st.one_of(st.lists(MESSAGE, max_size=4), JSON)}, optional=SAMPLING)
+PROMPTS = st.one_of(
+    st.text(st.characters(), max_size=9),
+    st.lists(st.integers(-1, 500), max_size=6),
+    st.lists(st.text(max_size=4)),
+    JSON,
+)
+COMPLETIONS = st.fixed_dictionaries({"prompt": PROMPTS}, optional=SAMPLING)
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.one_of(CHATS.map(lambda b: ("chat/completions", b)), COMPLETIONS.map(lambda b: ("completions", b))))
+def test_any_json_is_answered_or_refused(server: Server, asked: tuple[str, dict[str, Any]]) -> None:
+    """No body is an error of the server, and none ends it."""
+    path, body = asked
+    data = json.dumps({**body, "max_tokens": 3})  # lone surrogates are legal in it
+    answer = server.client.post(f"{server.url}/v1/{path}", content=data, headers={"Content-Type": "application/json"})
+    assert answer.status_code in (200, 400), answer.text
+    if answer.status_code == 400:
+        assert answer.json()["error"]["message"]
+    elif answer.headers["content-type"].startswith("text/event-stream"):
+        assert answer.text.endswith("data: [DONE]\n\n")
+    assert server.generator.error is None

@@ -196,7 +196,9 @@ def test_the_forms_of_json_that_clients_send(server: Server) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_clients_that_leave_at_any_time_leave_no_traceback(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_clients_that_leave_at_any_time_leave_no_traceback(
+    stream: bool, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     """In the head, in the body, while they wait, while they read."""
     caplog.set_level(logging.WARNING)
     with running(step_sec=0.005) as server:
@@ -213,6 +215,7 @@ def test_clients_that_leave_at_any_time_leave_no_traceback(stream: bool, caplog:
         wait_for(lambda: not server.generator.scheduler.running and not server.generator.scheduler.waiting)
         assert server.client.get(f"{server.url}/health").status_code == 200
     assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
+    assert "Traceback" not in capfd.readouterr().err  # where uvicorn's own log goes
 
 
 def test_health_answers_while_a_long_body_is_parsed() -> None:
