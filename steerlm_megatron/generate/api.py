@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from steerlm_megatron.generate import neutral
-from steerlm_megatron.generate.errors import ApiError, shown
+from steerlm_megatron.generate.errors import ApiError, shown, writable
 from steerlm_megatron.generate.protocol import MAX_SEED, Result
 
 _MAX_STOPS = 16
 _MAX_STOP_CHARS = 1000
 _INT64 = 2**63 - 1
+_UNSUPPORTED, _UNKNOWN = "unsupported_value", "unknown_parameter"
 
 
 def _number(value: Any) -> Any:
@@ -72,16 +73,34 @@ def _parts(value: Any) -> Any:
 
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Attributes = Annotated[dict[str, Any], BeforeValidator(neutral.without_nulls)]
 TokenCount = Annotated[Integer, Field(ge=1, le=_INT64)]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+    ignorable: ClassVar[Mapping[str, neutral.Values]] = {}  # parameters that it has not, and their values that it takes
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_asked_for(cls, data: Any) -> Any:
+        """Null is absent, and so is what asks for nothing; the rest must be a parameter of this body."""
+        if not isinstance(data, dict):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        for name, value in given.items():
+            if name in cls.ignorable:
+                if problem := neutral.problem(name, value, cls.ignorable):
+                    raise PydanticCustomError(_UNSUPPORTED, "{problem}", {"name": name, "problem": problem})
+            elif name not in cls.model_fields:
+                raise PydanticCustomError(_UNKNOWN, "unknown", {"name": writable(name)})
+        return {name: value for name, value in given.items() if name not in cls.ignorable}
 
 
 class StreamOptions(_Body):
     """How a stream ends."""
 
+    ignorable = neutral.STREAM_OPTIONS
     include_usage: bool = False
 
 
@@ -109,6 +128,7 @@ class _Sampling(_Body):
 class CompletionBody(_Sampling):
     """``POST /v1/completions``. A prompt is text, which never becomes control tokens, or token ids."""
 
+    ignorable = neutral.COMPLETION
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
     logprobs: Annotated[Integer, Field(ge=0, le=0)] | None = None  # 0: of the chosen tokens
     best_of: Annotated[Integer, Field(ge=1)] | None = None
@@ -117,6 +137,7 @@ class CompletionBody(_Sampling):
 class TextPart(_Body):
     """A piece of a message's content."""
 
+    ignorable = neutral.TEXT_PART
     type: Literal["text"]
     text: str
 
@@ -124,9 +145,10 @@ class TextPart(_Body):
 class ChatMessage(_Body):
     """One message; ``attributes`` on assistant messages only. ``developer`` is OpenAI's newer name for ``system``."""
 
+    ignorable = neutral.MESSAGE
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[list[TextPart], BeforeValidator(_parts)] | None = None
-    attributes: dict[str, Any] | None = None
+    attributes: Attributes | None = None
 
     @property
     def speaker(self) -> Literal["system", "user", "assistant"]:
@@ -141,8 +163,9 @@ class ChatMessage(_Body):
 class ChatBody(_Sampling):
     """``POST /v1/chat/completions``. ``attributes``: requested levels; what is not named takes the schema's best."""
 
+    ignorable = neutral.CHAT
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    attributes: dict[str, Any] | None = None
+    attributes: Attributes | None = None
     max_completion_tokens: TokenCount | None = None
     logprobs: bool = False
 
@@ -151,49 +174,25 @@ _B = TypeVar("_B", ChatBody, CompletionBody)
 
 
 def read(kind: type[_B], data: Mapping[str, Any]) -> _B:
-    """A request's body. Null is absent, and so is what asks for nothing (``neutral.py``). ApiError."""
-    table = neutral.CHAT if kind is ChatBody else neutral.COMPLETION
-    for name, value in data.items():
-        if value is not None and name not in kind.model_fields and name not in table:
-            raise _unknown(name)
+    """A request's body. ApiError names what is wrong with it."""
     try:
-        kept = neutral.without_nulls(data, untouched=("prompt", "stop"))
-        kept = neutral.without_neutral(kept, table)
-        if isinstance(options := kept.get("stream_options"), dict):
-            kept["stream_options"] = neutral.without_neutral(options, neutral.STREAM_OPTIONS, "stream_options.")
-        if isinstance(messages := kept.get("messages"), list):
-            kept["messages"] = [_message(message, f"messages.{i}.") for i, message in enumerate(messages)]
-        return kind.model_validate(kept)
+        return kind.model_validate(data)
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply") from None
     except ValidationError as error:
         raise validation_error(error.errors(include_url=False)) from None
 
 
-def _message(message: Any, where: str) -> Any:
-    if not isinstance(message, dict):
-        return message
-    message = neutral.without_neutral(message, neutral.MESSAGE, where)
-    if isinstance(parts := message.get("content"), list):
-        message["content"] = [
-            neutral.without_neutral(part, neutral.TEXT_PART, f"{where}content.{i}.") if isinstance(part, dict) else part
-            for i, part in enumerate(parts)
-        ]
-    return message
-
-
-def _unknown(name: str) -> ApiError:
-    return ApiError(400, f"unknown parameter: {shown(name)[1:-1]}", name, code="unknown_parameter")
-
-
 def validation_error(errors: Sequence[Any]) -> ApiError:
     """pydantic's first complaint as an API error that names the parameter."""
     error = errors[0]
-    where = [str(part) for part in error["loc"]]
+    kind, where = error["type"], [str(part) for part in error["loc"]]
     param = where[0] if where else None
-    if error["type"] == "extra_forbidden":
-        return _unknown(".".join(where))
-    if error["type"] == "missing":
+    if kind in (_UNSUPPORTED, _UNKNOWN):
+        name = ".".join([*where, error["ctx"]["name"]])
+        told = f"unknown parameter: {name}" if kind == _UNKNOWN else f"{name}={error['msg']}"
+        return ApiError(400, told, name, code=kind)
+    if kind == "missing":
         return ApiError(400, f"missing parameter: {'.'.join(where)}", param, code="missing_required_parameter")
     return ApiError(400, f"{'.'.join(where)}={shown(error.get('input'))}: {error['msg']}", param)
 

@@ -24,10 +24,13 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.close = status, close
-        # A lone surrogate, which JSON can write and UTF-8 cannot, may be in what a client sent.
-        told = message.encode("utf-8", "backslashreplace").decode()
-        named = None if param is None else param.encode("utf-8", "backslashreplace").decode()
-        self.body = {"error": {"message": told, "type": kind, "param": named, "code": code}}
+        named = None if param is None else writable(param)
+        self.body = {"error": {"message": writable(message), "type": kind, "param": named, "code": code}}
+
+
+def writable(text: str) -> str:
+    """``text`` with its lone surrogates, which JSON can write and UTF-8 cannot, as ``\\udcXX``."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from steerlm_megatron.generate.errors import ApiError, shown
+from steerlm_megatron.generate.errors import shown
 
 
 class _Label:
@@ -124,35 +124,20 @@ MESSAGE: Mapping[str, Values] = {
 TEXT_PART: Mapping[str, Values] = {"cache_control": LABEL, "prompt_cache_breakpoint": LABEL}
 
 
-def without_nulls(data: Mapping[str, Any], untouched: tuple[str, ...] = ()) -> dict[str, Any]:
-    """``data`` without the keys whose value is null, and the same of the objects inside it: null is absent.
-
-    A null in a list stays, to be refused there. Values of the keys ``untouched`` are not looked into.
-    """
-    return {key: value if key in untouched else _inside(value) for key, value in data.items() if value is not None}
-
-
-def _inside(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
+    """JSON without the keys whose value is null, at any depth: null is absent. A null in a list stays."""
     if isinstance(value, dict):
-        return without_nulls(value)
-    return [_inside(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def without_neutral(data: Mapping[str, Any], table: Mapping[str, Values], where: str = "") -> dict[str, Any]:
-    """``data`` without the keys of ``table``. ApiError for one whose value asks for something.
-
-    ``where``: what names the object in errors, with a dot at its end.
-    """
-    rest: dict[str, Any] = {}
-    for key, value in data.items():
-        legal = table.get(key)
-        if legal is None:
-            rest[key] = value
-        elif not isinstance(legal, _Label) and not any(_same(value, one) for one in legal):
-            remedy = "".join(f" or set it to {one!r}" for one in legal)
-            message = f"{where}{key}={shown(value)} is not supported by this server; leave it out{remedy}"
-            raise ApiError(400, message, f"{where}{key}", code="unsupported_value")
-    return rest
+def problem(name: str, value: Any, table: Mapping[str, Values]) -> str | None:
+    """Why the parameter ``name`` of ``table`` cannot have this value, or None where it asks for nothing."""
+    legal = table[name]
+    if isinstance(legal, _Label) or any(_same(without_nulls(value), one) for one in legal):
+        return None
+    remedy = "".join(f" or set it to {one!r}" for one in legal)
+    return f"{shown(value)} is not supported by this server; leave it out{remedy}"
 
 
 def _same(value: Any, neutral: Any) -> bool:
