@@ -180,31 +180,6 @@ def requested_best(config: Config, schema: AttributeSchema) -> dict[str, int]:
         raise UserError(f"attributes.best: {error}{remedy}") from None
 
 
-def requested_best(config: Config, schema: AttributeSchema) -> dict[str, int]:
-    """The levels that a model of ``schema`` is asked for where a user names none: the checkpoint's own best levels,
-    overridden by ``attributes.best``. Complete, and in schema order.
-
-    ``serve`` and ``generate`` take names and scale from the checkpoint, so they select no ``attributes`` group by
-    default: what then stands in ``attributes.best`` was written by the user, and every key of it must be an attribute
-    of the checkpoint, at one of its levels. With a group (``attributes=demo``, or an experiment that brings one) the
-    group's best levels are asked for as well, and so a group of other attributes than the checkpoint's is refused.
-    A model without attributes (``schema.names`` empty) takes no level; a group is then no error, as an experiment
-    brings it for all of its models, plain ones among them.
-
-    Raises UserError for an attribute that the checkpoint lacks, or a level outside its scale.
-    """
-    chosen = config.attributes
-    if not schema.names and chosen.names:
-        return {}
-    try:
-        return schema.complete(chosen.best)
-    except UserError as error:
-        remedy = ""
-        if chosen.names and set(chosen.names) != set(schema.names):
-            remedy = f"; attributes={chosen.name} is not what the checkpoint was trained with: leave it out"
-        raise UserError(f"attributes.best: {error}{remedy}") from None
-
-
 def check_layout(model: ModelConfig, layout: ParallelConfig, key: str) -> None:
     """Refuse a layout that the checkpoint's model cannot be split into."""
     groups = model.num_query_groups or model.num_heads
