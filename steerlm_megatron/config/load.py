@@ -94,6 +94,8 @@ _AT_LEAST: dict[str, float] = {
     "server.max_batch": 1,
     "server.max_sequence_tokens": 8,
     "server.max_cache_tokens": 8,
+    "server.max_body_bytes": 1,
+    "server.read_timeout_sec": 0.001,
     "annotate.batch_tokens": 8,
     "bootstrap.prompts": 1,
     "bootstrap.responses_per_prompt": 1,

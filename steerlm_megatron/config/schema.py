@@ -202,11 +202,13 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     urls: list[str] = field(default_factory=list)
-    max_queue: int = 1024
+    max_queue: int = 1024  # choices that wait for a row; more are refused with HTTP 429
     max_batch: int = 64  # sequences decoded together
     max_sequence_tokens: int = 4096  # prompt + response
     max_cache_tokens: int = 65536  # KV-cache slots over all sequences
     model_name: str = "steerlm"
+    max_body_bytes: int = 4_194_304  # of one request; a larger one is refused with HTTP 413
+    read_timeout_sec: float = 20.0  # a request that is not whole by then is ended
 
 
 @dataclass

@@ -1,140 +1,200 @@
-"""The server's request and response bodies: OpenAI's shapes, plus ``attributes``, ``top_k`` and ``return_token_ids``.
+"""The server's request bodies: OpenAI's shapes, plus ``attributes``, ``top_k`` and ``return_token_ids``.
 
-Owns: which parameters exist, their ranges, and the errors that name them. Invariant: no parameter is silently
-ignored: one that is unknown, or asks for what the server cannot do, is refused with HTTP 400 and its name.
+Owns: which parameters exist, their ranges, and the errors that name them. Does not own: parameters that are accepted at
+the values that ask for nothing (``neutral.py``). Invariant: no parameter is silently ignored: one that is unknown, or
+asks for what the server cannot do, is refused with HTTP 400 and its name.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
+from steerlm_megatron.generate import neutral
+from steerlm_megatron.generate.errors import ApiError, shown, writable
 from steerlm_megatron.generate.protocol import MAX_SEED, Result
 
+_MAX_STOPS = 16
+_MAX_STOP_CHARS = 1000
+_INT64 = 2**63 - 1
+_UNSUPPORTED, _UNKNOWN = "unsupported_value", "unknown_parameter"
 
-class ApiError(Exception):
-    """An error with OpenAI's body."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        kind: str = "invalid_request_error",
-        code: str | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+def _number(value: Any) -> Any:
+    """true is not 1: a boolean where a number belongs is a mistake."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "must be a number, not a boolean")
+    return value
+
+
+def _stops(value: Any) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("stop", "must be a string or a list of strings")
+    if len(stops) > _MAX_STOPS:
+        raise PydanticCustomError("stop", f"has {len(stops)} strings; at most {_MAX_STOPS} are looked for")
+    if not all(stops):
+        raise PydanticCustomError("stop", "must hold non-empty strings")
+    longest = max(map(len, stops), default=0)
+    if longest > _MAX_STOP_CHARS:
+        message = f"has a string of {longest} characters; at most {_MAX_STOP_CHARS} are looked for"
+        raise PydanticCustomError("stop", message)
+    return stops
+
+
+def _prompts(value: Any) -> list[str] | list[list[int]]:
+    """Any of the four forms of a prompt as a list of texts, or of lists of token ids."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list):
+        raise PydanticCustomError("prompt", "must be a string, a list of strings, or token ids, one list or several")
+    if not value:
+        raise PydanticCustomError("prompt", "is empty; it must be text or token ids")
+    if all(isinstance(item, str) for item in value):
+        return value
+    many = value if isinstance(value[0], list) else [value]
+    for ids in many:
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            raise PydanticCustomError("prompt", "must be all strings, all token ids, or all lists of token ids")
+    return many
+
+
+def _parts(value: Any) -> Any:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise PydanticCustomError("content", "must be a string or a list of text parts")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Attributes = Annotated[dict[str, Any], BeforeValidator(neutral.without_nulls)]
+TokenCount = Annotated[Integer, Field(ge=1, le=_INT64)]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+    ignorable: ClassVar[Mapping[str, neutral.Values]] = {}  # parameters that it has not, and their values that it takes
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_is_asked_for(cls, data: Any) -> Any:
+        """Null is absent, and so is what asks for nothing; the rest must be a parameter of this body."""
+        if not isinstance(data, dict):
+            return data
+        given = {name: value for name, value in data.items() if value is not None}
+        for name, value in given.items():
+            if name in cls.ignorable:
+                if problem := neutral.problem(name, value, cls.ignorable):
+                    raise PydanticCustomError(_UNSUPPORTED, "{problem}", {"name": name, "problem": problem})
+            elif name not in cls.model_fields:
+                raise PydanticCustomError(_UNKNOWN, "unknown", {"name": writable(name)})
+        return {name: value for name, value in given.items() if name not in cls.ignorable}
 
 
 class StreamOptions(_Body):
     """How a stream ends."""
 
+    ignorable = neutral.STREAM_OPTIONS
     include_usage: bool = False
 
 
 class _Sampling(_Body):
-    """Parameters of both completion endpoints. ``None`` takes the server's default."""
+    """Parameters of both completion endpoints. One that is absent takes the server's default."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None  # not in OpenAI's API; 0: off
-    n: Annotated[int, Field(ge=1, le=128)] = 1
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    max_tokens: TokenCount | None = None
+    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[Integer, Field(ge=-1)] | None = None  # not in OpenAI's API; 0: off; -1: the same, as in vLLM's
+    n: Annotated[Integer, Field(ge=1, le=128)] = 1
+    seed: Annotated[Integer, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
+    stop: Annotated[list[str], PlainValidator(_stops)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None  # a label of the client's own
     return_token_ids: bool = False  # not in OpenAI's API: choices carry ``token_ids``
-    # Known, and accepted at the values that change nothing.
-    frequency_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
-    presence_penalty: Literal[0] | Annotated[float, Field(ge=0, le=0)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
-    def stops(self) -> tuple[str, ...]:
-        """Stop strings as a tuple."""
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if not all(stop):
-            raise ApiError(400, "stop must hold non-empty strings", "stop")
-        return stop
+    def seed_from(self, drawn: int) -> int:
+        """The seed asked for, in [0, 2^63), or ``drawn``. Negative ones, which OpenAI's API has too, are taken modulo
+        2^63."""
+        return drawn if self.seed is None else self.seed & MAX_SEED
 
 
 class CompletionBody(_Sampling):
     """``POST /v1/completions``. A prompt is text, which never becomes control tokens, or token ids."""
 
-    prompt: str | list[int] | list[str] | list[list[int]]
-    logprobs: Annotated[int, Field(ge=0, le=0)] | None = None  # 0: of the chosen tokens
-    echo: Literal[False] = False
-    best_of: int | None = None
-    suffix: None = None
-
-    def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts as a list."""
-        prompt: Any = self.prompt
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            return [prompt]
-        if not prompt:
-            raise ApiError(400, "prompt is empty", "prompt")
-        return prompt
+    ignorable = neutral.COMPLETION
+    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
+    logprobs: Annotated[Integer, Field(ge=0, le=0)] | None = None  # 0: of the chosen tokens
+    best_of: Annotated[Integer, Field(ge=1)] | None = None
 
 
 class TextPart(_Body):
     """A piece of a message's content."""
 
+    ignorable = neutral.TEXT_PART
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(_Body):
-    """One message; ``attributes`` on assistant messages only."""
+    """One message; ``attributes`` on assistant messages only. ``developer`` is OpenAI's newer name for ``system``."""
 
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
-    attributes: dict[str, Any] | None = None
+    ignorable = neutral.MESSAGE
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[list[TextPart], BeforeValidator(_parts)] | None = None
+    attributes: Attributes | None = None
+
+    @property
+    def speaker(self) -> Literal["system", "user", "assistant"]:
+        """The role as templates know it."""
+        return "system" if self.role == "developer" else self.role
 
     def text(self) -> str:
         """The content as one string."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return "".join(part.text for part in self.content or ())
 
 
 class ChatBody(_Sampling):
     """``POST /v1/chat/completions``. ``attributes``: requested levels; what is not named takes the schema's best."""
 
+    ignorable = neutral.CHAT
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    attributes: dict[str, Any] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    attributes: Attributes | None = None
+    max_completion_tokens: TokenCount | None = None
+    logprobs: bool = False
+
+
+_B = TypeVar("_B", ChatBody, CompletionBody)
+
+
+def read(kind: type[_B], data: Mapping[str, Any]) -> _B:
+    """A request's body. ApiError names what is wrong with it."""
+    try:
+        return kind.model_validate(data)
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply") from None
+    except ValidationError as error:
+        raise validation_error(error.errors(include_url=False)) from None
 
 
 def validation_error(errors: Sequence[Any]) -> ApiError:
     """pydantic's first complaint as an API error that names the parameter."""
     error = errors[0]
-    where = [str(part) for part in error["loc"] if part != "body"]
-    # Members of a union (str, list[str], ...) appear in the location; the parameter is its first part.
+    kind, where = error["type"], [str(part) for part in error["loc"]]
     param = where[0] if where else None
-    if error["type"] == "extra_forbidden":
-        name = ".".join(where)
-        return ApiError(400, f"unknown parameter: {name}", name, code="unknown_parameter")
-    if error["type"] == "missing":
+    if kind in (_UNSUPPORTED, _UNKNOWN):
+        name = ".".join([*where, error["ctx"]["name"]])
+        told = f"unknown parameter: {name}" if kind == _UNKNOWN else f"{name}={error['msg']}"
+        return ApiError(400, told, name, code=kind)
+    if kind == "missing":
         return ApiError(400, f"missing parameter: {'.'.join(where)}", param, code="missing_required_parameter")
-    if error["type"] == "json_invalid":
-        return ApiError(400, "the body is not valid JSON", None)
-    given = repr(error.get("input"))
-    shown = given if len(given) <= 100 else given[:100] + "…"
-    return ApiError(400, f"{'.'.join(where) or 'body'}={shown}: {error['msg']}", param)
+    return ApiError(400, f"{'.'.join(where)}={shown(error.get('input'))}: {error['msg']}", param)
 
 
 def usage(results: Sequence[Result], prompts: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.observe.log import get_logger
@@ -19,10 +20,15 @@ log = get_logger(__name__)
 class EngineLoop:
     """Steps ``generator`` in a thread of its own, on the leader of a replica."""
 
-    def __init__(self, generator: Generator, stall_sec: float = 120.0) -> None:
-        """``stall_sec``: a step that takes longer counts as a fault (a first step on a large model can take long)."""
+    def __init__(
+        self, generator: Generator, stall_sec: float = 120.0, on_failure: Callable[[], None] | None = None
+    ) -> None:
+        """``stall_sec``: a step that takes longer counts as a fault (a first step on a large model can take long).
+        ``on_failure``: called once, from the engine's thread, when an error has ended it."""
         self.generator = generator
         self.stall_sec = stall_sec
+        self.failure: str | None = None  # the error that ended the engine; being stopped is none
+        self._on_failure = on_failure
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="steerlm-engine", daemon=True)
 
@@ -38,9 +44,14 @@ class EngineLoop:
                 self.generator.stop_workers()
                 self.generator.fail("the server is shutting down")
         except BaseException as e:
-            # Whoever waits for a response is told by fail(); the process stays up to say so on /health.
-            self.generator.fail(f"{type(e).__name__}: {e}")
+            # Whoever waits for a response is told by fail().
+            reason = f"{type(e).__name__}: {e}"
+            self.generator.fail(reason)
             log.exception("the engine stopped")
+            if not self._stop.is_set():
+                self.failure = reason
+                if self._on_failure is not None:
+                    self._on_failure()
 
     def problem(self) -> str | None:
         """Why no response can be expected, or None."""

@@ -3,8 +3,9 @@
 Owns: requests from submission to result, the step loop and its lockstep over the ranks of a replica, the end of a
 response.
 Does not own: rows (``scheduler.py``), tensors (``runner.py``), HTTP (``server.py``).
-Invariants: every submitted request gets exactly one result or exception, also when the engine fails; ``step`` runs in
-one thread at a time, everything else is thread-safe.
+Invariants: every submitted request gets exactly one result or exception, also when the engine fails; an exception that
+belongs to one request (its callback, its text, its logits) ends that request alone; ``step`` runs in one thread at a
+time, everything else is thread-safe.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.group import LocalGroup, ModelGroup
+from steerlm_megatron.generate.job import Handle, Job, outcome_of, resolve
 from steerlm_megatron.generate.protocol import (
     Delta,
     EngineDead,
@@ -26,12 +29,18 @@ from steerlm_megatron.generate.protocol import (
     Progress,
     QueueFull,
     Request,
+    RequestFailed,
     Result,
 )
 from steerlm_megatron.generate.runner import StepRunner
-from steerlm_megatron.generate.sampling import RowParams
+from steerlm_megatron.generate.sampling import NOT_DRAWN, NOT_FINITE
 from steerlm_megatron.generate.scheduler import Scheduler, StepPlan
 from steerlm_megatron.generate.text import ResponseText
+
+_NO_TOKEN = {
+    NOT_FINITE: "the model's logits are not finite after this prompt",
+    NOT_DRAWN: "no token could be drawn with its parameters; the log of the rank that samples has the reason",
+}
 
 
 class TokenizerLike(Protocol):
@@ -69,40 +78,6 @@ class LimitsLike(Protocol):
     max_cache_tokens: int
 
 
-class Handle:
-    """A submitted request. ``future`` resolves to its :class:`Result`, or to the error that ended the engine."""
-
-    def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
-        self.id = request.id
-        self.future: Future[Result] = Future()
-        self.future.set_running_or_notify_cancel()  # nobody but the engine may resolve it
-        self._cancel = cancel
-
-    def cancel(self) -> None:
-        """Stop soon; the result then has finish_reason ``cancelled``."""
-        self._cancel(self.id)
-
-
-class _Job:
-    """A request on its way."""
-
-    def __init__(
-        self, request: Request, handle: Handle, text: ResponseText, on_delta: Callable[[Delta], None] | None
-    ) -> None:
-        self.request, self.handle, self.text, self.on_delta = request, handle, text, on_delta
-        params = request.params
-        self.prompt_ids = request.prompt_ids
-        self.row_params = RowParams(params.temperature, params.top_k, params.top_p, params.seed, params.logprobs)
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.reason: FinishReason | None = None
-        self.needs_text = on_delta is not None or bool(params.stop)
-
-    @property
-    def total_tokens(self) -> int:
-        return len(self.prompt_ids) + self.request.params.max_tokens
-
-
 class Generator:
     """Continuous batching over one model replica (paper §3.4 samples responses; facts/performance_references §3b).
 
@@ -126,13 +101,14 @@ class Generator:
         self.tokenizer, self.template, self.limits = tokenizer, template, limits
         self.group: ModelGroup = group or LocalGroup()
         self.stop_ids = frozenset(_stop_ids(tokenizer, template))
-        banned = _special_ids(tokenizer, template) - self.stop_ids
+        special, self.longest_token_chars = _look_through(tokenizer, template)
+        banned = special - self.stop_ids
         self.runner = StepRunner(model, self.group, tokenizer.vocab_size, sorted(banned))
-        self.scheduler: Scheduler[_Job] = Scheduler(limits.max_batch, limits.max_cache_tokens)
+        self.scheduler: Scheduler[Job] = Scheduler(limits.max_batch, limits.max_cache_tokens)
         self.error: str | None = None
         self.last_beat_sec = time.monotonic()  # when the loop last showed life
         self.steps = self.sampled_tokens = 0
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, Job] = {}
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._last_message_sec = time.monotonic()
@@ -152,16 +128,25 @@ class Generator:
             )
         return None
 
-    def _check(self, request: Request) -> None:
-        request.params.checked()
-        problem = self.problem(len(request.prompt_ids), request.params.max_tokens)
-        if problem:
-            raise UserError(f"request {request.id}: {problem}")
+    def _check_alive(self) -> None:
+        if self.error is not None:
+            raise EngineDead(self.error)
+
+    def _check(self, requests: Sequence[Request]) -> None:
         vocab_size = self.tokenizer.vocab_size
-        if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab_size:
-            raise UserError(f"request {request.id}: a prompt token id is outside [0, {vocab_size})")
-        if request.id in self._jobs:
-            raise UserError(f"request {request.id}: a request of this id is being answered; ids must be unique")
+        # The choices of a prompt share it: its ids are looked at once.
+        inside: set[int] = set()
+        for request in requests:
+            request.params.checked()
+            problem = self.problem(len(request.prompt_ids), request.params.max_tokens)
+            if problem:
+                raise UserError(f"request {request.id}: {problem}")
+            if id(request.prompt_ids) not in inside:
+                if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab_size:
+                    raise UserError(f"request {request.id}: a prompt token id is outside [0, {vocab_size})")
+                inside.add(id(request.prompt_ids))
+        if len({request.id for request in requests}) < len(requests):
+            raise UserError("two requests have the same id; ids must be unique")
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> Handle:
         """Queue one request. ``on_delta`` is called from the engine's thread as text becomes certain.
@@ -177,28 +162,28 @@ class Generator:
     ) -> list[Handle]:
         """Queue all of ``requests`` or, on an exception, none. ``bounded=False`` ignores ``server.max_queue``."""
         assert self.group.is_leader, "only the leader of a replica submits"
+        self._check_alive()
+        self._check(requests)
+        jobs = [self._new_job(r, on_delta[i] if on_delta else None) for i, r in enumerate(requests)]
         with self._lock:
-            if self.error is not None:
-                raise EngineDead(self.error)
+            self._check_alive()
             for request in requests:
-                self._check(request)
-            if len({request.id for request in requests}) < len(requests):
-                raise UserError("two requests have the same id; ids must be unique")
+                if request.id in self._jobs:
+                    raise UserError(f"request {request.id}: a request of this id is being answered; ids must be unique")
             waiting = len(self.scheduler.waiting)
             # Requests that a free row awaits do not count: they leave the queue at the next step.
             free = self.limits.max_batch - len(self.scheduler.running)
             if bounded and waiting + len(requests) > self.limits.max_queue + free:
                 raise QueueFull(waiting, self._retry_after_sec())
-            handles = []
-            for i, request in enumerate(requests):
-                handle = Handle(request, self.cancel)
-                text = ResponseText(self.tokenizer.decode, request.params.stop, self.template.response_suffix)
-                job = _Job(request, handle, text, on_delta[i] if on_delta else None)
-                self._jobs[request.id] = job
+            for job in jobs:
+                self._jobs[job.request.id] = job
                 self.scheduler.waiting.append(job)
-                handles.append(handle)
             self._work.notify()
-            return handles
+        return [job.handle for job in jobs]
+
+    def _new_job(self, request: Request, on_delta: Callable[[Delta], None] | None) -> Job:
+        text = ResponseText(self.tokenizer.decode, request.params.stop, self.template.response_suffix)
+        return Job(request, Handle(request, self.cancel), text, on_delta)
 
     def _retry_after_sec(self) -> int:
         return max(1, min(30, len(self.scheduler.waiting) // max(1, self.limits.max_batch)))
@@ -212,9 +197,10 @@ class Generator:
             job.reason = "cancelled"
             if job in self.scheduler.waiting:
                 self.scheduler.waiting.remove(job)
-            result = self._result(job)
             del self._jobs[request_id]
-        job.handle.future.set_result(result)
+            outcome = outcome_of(job, lambda: self._result(job))
+        assert outcome is not None
+        resolve(job, outcome)
 
     # ---- the loop, one thread of the leader ----
 
@@ -222,8 +208,7 @@ class Generator:
         """Run one step if there is work; return whether there was. Collective over the replica when there is."""
         self.last_beat_sec = time.monotonic()
         with self._lock:
-            if self.error is not None:
-                raise EngineDead(self.error)
+            self._check_alive()
             plan = self.scheduler.plan(lambda job: job.reason is not None)
             rows = list(self.scheduler.running)
         if plan is None:
@@ -243,28 +228,38 @@ class Generator:
             self.group.broadcast(plan)
             self._last_message_sec = time.monotonic()
 
-    def _take(self, rows: list[_Job], ids: list[int], logprobs: list[float] | None) -> None:
+    def _take(self, rows: list[Job], ids: list[int], logprobs: list[float] | None) -> None:
         """Give each row its token; resolve the requests that end with it."""
-        finished: list[tuple[_Job, Result]] = []
+        ended: list[tuple[Job, Result | RequestFailed]] = []
         with self._lock:
             self.steps += 1
             for row, job in enumerate(rows):
                 if job.reason is not None:  # cancelled while the step ran
                     continue
-                job.token_ids.append(ids[row])
-                self.sampled_tokens += 1
-                if logprobs is not None and job.row_params.logprobs:
-                    job.logprobs.append(logprobs[row])
-                piece, job.reason = self._advance(job, ids[row])
-                if job.reason is not None:
-                    finished.append((job, self._result(job, piece)))
+                logprob = None if logprobs is None else logprobs[row]
+                outcome = outcome_of(job, partial(self._take_token, job, ids[row], logprob))
+                if outcome is not None:
+                    ended.append((job, outcome))
                     del self._jobs[job.request.id]
-                elif job.on_delta is not None:
-                    job.on_delta(Delta(piece, (ids[row],)))
-        for job, result in finished:
-            job.handle.future.set_result(result)
+        for job, outcome in ended:
+            resolve(job, outcome)
 
-    def _advance(self, job: _Job, token_id: int) -> tuple[str, FinishReason | None]:
+    def _take_token(self, job: Job, token_id: int, logprob: float | None) -> Result | None:
+        """Give a job its token; its result if it ends with it. What is raised here is the job's own."""
+        if token_id < 0:
+            raise RequestFailed(_NO_TOKEN[token_id])
+        job.token_ids.append(token_id)
+        self.sampled_tokens += 1
+        if logprob is not None and job.row_params.logprobs:
+            job.logprobs.append(logprob)
+        piece, job.reason = self._advance(job, token_id)
+        if job.reason is not None:
+            return self._result(job, piece)
+        if job.on_delta is not None:
+            job.on_delta(Delta(piece, (token_id,)))
+        return None
+
+    def _advance(self, job: Job, token_id: int) -> tuple[str, FinishReason | None]:
         """Text that became certain, and why the response ends here, if it does."""
         piece = ""
         if token_id in self.stop_ids:
@@ -275,10 +270,12 @@ class Generator:
                 return piece, "stop"
         return piece, "length" if len(job.token_ids) >= job.request.params.max_tokens else None
 
-    def _result(self, job: _Job, piece: str = "") -> Result:
+    def _result(self, job: Job, piece: str = "") -> Result:
         """The job's result; its last piece of text goes out as a delta."""
         by_control = bool(job.token_ids) and job.token_ids[-1] in self.stop_ids
         text, rest = job.text.finish(job.token_ids[:-1] if by_control else job.token_ids, by_control)
+        if job.reason == "length" and job.text.stopped_at is not None:
+            job.reason = "stop"  # the text that was held back until now has a stop string in it
         if job.on_delta is not None and job.reason != "cancelled":
             job.on_delta(Delta(piece + rest, tuple(job.token_ids[-1:])))
         assert job.reason is not None
@@ -403,10 +400,11 @@ def _stop_ids(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
     return ids | ({eos} if eos is not None and eos >= 0 else set())
 
 
-def _special_ids(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
+def _look_through(tokenizer: TokenizerLike, template: TemplateLike) -> tuple[set[int], int]:
     """Ids that are not text: control strings of the template, and pieces of the tokenizer without a text (``<s>``,
-    ``<pad>``).
+    ``<pad>``). And the most characters that one token has: a longer text has more tokens.
 
     Each id is decoded twice over, since a lone blank at the start may be swallowed by a decoder."""
+    chars = [len(tokenizer.decode([i, i])) for i in range(tokenizer.vocab_size)]
     ids = {tokenizer.control_id(s) for s in template.control_strings}
-    return ids | {i for i in range(tokenizer.vocab_size) if not tokenizer.decode([i, i])}
+    return ids | {i for i, count in enumerate(chars) if not count}, -(-max(chars, default=1) // 2)

@@ -64,6 +64,12 @@ class KVCache:
         for layer in self._layers.values():
             layer[:, target, :, :length] = layer[:, source, :, :length]
 
+    def wipe(self, row: int) -> None:
+        """Make all of ``row`` zeros: what it holds may be NaN, which would reach the next sequence there through masked
+        slots, as 0 × NaN is NaN."""
+        for layer in self._layers.values():
+            layer[:, row] = 0
+
     def clear(self) -> None:
         """Give the memory back."""
         self._layers.clear()

@@ -9,7 +9,7 @@ not enter.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -26,7 +26,8 @@ MAX_SEED = 2**63 - 1
 class SamplingParams:
     """How one response is drawn.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0 is off. ``seed`` in [0, 2^63). ``stop``: strings that end the response
+    ``temperature`` 0 (or below ``sampling.GREEDY_BELOW``) is greedy. ``top_k`` 0 is off, and so is one as large as the
+    vocabulary. ``seed`` in [0, 2^63). ``stop``: strings that end the response
     besides the template's own; they are not part of its text. ``logprobs``: report the log-probability of each chosen
     token under the model itself (temperature 1, no truncation).
     """
@@ -48,7 +49,7 @@ class SamplingParams:
     def checked(self) -> SamplingParams:
         """Return self, or raise UserError naming the first parameter out of range."""
         rules: list[tuple[str, bool, str]] = [
-            ("temperature", math.isfinite(self.temperature) and self.temperature >= 0, "finite and >= 0 (0 is greedy)"),
+            ("temperature", 0 <= self.temperature <= sys.float_info.max, "finite and >= 0 (0 is greedy)"),
             ("top_k", self.top_k >= 0, ">= 0 (0 is off)"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("max_tokens", self.max_tokens >= 1, ">= 1"),
@@ -110,6 +111,10 @@ class QueueFull(Exception):
     def __init__(self, waiting: int, retry_after_sec: int) -> None:
         super().__init__(f"{waiting} requests are waiting, as many as server.max_queue allows")
         self.retry_after_sec = retry_after_sec
+
+
+class RequestFailed(RuntimeError):
+    """One request ended on an error of its own; the engine goes on with the others."""
 
 
 class EngineDead(RuntimeError):

@@ -15,9 +15,12 @@ import torch
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.group import ModelGroup
 from steerlm_megatron.generate.kv_cache import KVCache
-from steerlm_megatron.generate.sampling import BatchSampler
+from steerlm_megatron.generate.sampling import BatchSampler, RowParams
 from steerlm_megatron.generate.scheduler import StepPlan
 from steerlm_megatron.model.attention import PackedTokens
+from steerlm_megatron.observe.log import get_logger
+
+log = get_logger(__name__)
 
 
 class StepRunner:
@@ -36,16 +39,20 @@ class StepRunner:
         self.cache = KVCache(self.device)
         self.sampler = BatchSampler(vocab_size, banned_ids, self.device)
         self._hidden_size: int = getattr(config, "hidden_size", 0)
+        self._rows: list[RowParams] = []
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> tuple[list[int], list[float] | None]:
         """One token for each row of the plan: ids and, where any row asked, log-probabilities. Collective over the
-        replica."""
+        replica.
+
+        A row from which no token can be drawn has a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``), and nothing
+        of it is left in the cache."""
         for source, target, length in plan.moves:
             self.cache.move(source, target, length)
         self.cache.resize(*plan.cache_shape, plan.lengths)
         if plan.params is not None:
-            self.sampler.set_rows(plan.params)
+            self._rows = plan.params
         logits_KV = self._forward(plan)
         decoding = len(plan.tokens)
         for i, twin in enumerate(plan.twin):
@@ -54,11 +61,22 @@ class StepRunner:
         sampled_2K = torch.zeros((2, plan.size), dtype=torch.float64)  # ids are exact in float64
         if self.group.is_sampler:
             assert logits_KV is not None
-            ids_K, logprobs_K = self.sampler.sample(logits_KV, plan.drawn)
+            ids_K, logprobs_K = self._sample(logits_KV, plan.drawn)
             both = [ids_K.double(), ids_K.double() if logprobs_K is None else logprobs_K.double()]
             sampled_2K = torch.stack(both).cpu()  # host sync: the scheduler needs the tokens
         ids, logprobs = self.group.broadcast_sampled(sampled_2K).tolist()
+        for row, i in enumerate(ids):
+            if i < 0:
+                self.cache.wipe(row)
         return [int(i) for i in ids], logprobs
+
+    def _sample(self, logits_KV: torch.Tensor, drawn: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        try:
+            self.sampler.set_rows(self._rows)
+            return self.sampler.sample(logits_KV, drawn)
+        except Exception:
+            log.exception("drawing tokens for a batch raised; each row is drawn on its own")
+        return self.sampler.sample_each(self._rows, logits_KV, drawn)
 
     def _forward(self, plan: StepPlan) -> torch.Tensor | None:
         """Logits [rows, V] of each row's last token, on the last stage."""

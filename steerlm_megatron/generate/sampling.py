@@ -2,8 +2,9 @@
 
 Owns: temperature, top-k and top-p truncation, the random numbers, and log-probabilities. Does not own: which tokens
 may appear at all (given as ``banned_ids``), or when a response ends.
-Invariant: the token drawn for a row depends on that row's logits and parameters and on (seed, index of the token)
-only, never on the other rows of the batch. So there is one uniform number per token, a hash of (seed, index), put
+Invariants: the token drawn for a row depends on that row's logits and parameters and on (seed, index of the token)
+only, never on the other rows of the batch; a row from which nothing can be drawn gets a negative number in place of a
+token, and takes nothing from the others. So there is one uniform number per token, a hash of (seed, index), put
 through the inverse of the truncated distribution; no generator state exists that arrival order could disturb.
 """
 
@@ -15,10 +16,20 @@ from dataclasses import dataclass
 import torch
 
 from steerlm_megatron.generate.protocol import mix64
+from steerlm_megatron.observe.log import get_logger
+
+log = get_logger(__name__)
 
 # top-k is found with one of these sizes, chosen by a row's own k: the size of torch.topk, which could decide ties,
 # must not follow the batch.
 _TOPK_SIZES = (64, 512, 4096)
+# Dividing by less than this magnifies differences of logits beyond all others, and in the end beyond what a float
+# holds: the most likely token is drawn.
+GREEDY_BELOW = 1e-5
+
+# In place of a token, for a row that has none:
+NOT_FINITE = -1  # its largest logit is NaN or infinite
+NOT_DRAWN = -2  # drawing raised an exception
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class BatchSampler:
         self._wants_logprobs = False
 
     def _method(self, row: RowParams) -> tuple[str, int]:
-        if row.temperature == 0.0 or row.top_k == 1:
+        if row.temperature < GREEDY_BELOW or row.top_k == 1:
             return ("greedy", 0)
         if row.top_k == 0 or row.top_k >= self.vocab_size:
             return ("full", 0) if row.top_p >= 1.0 else ("topk", self.vocab_size)
@@ -74,6 +85,7 @@ class BatchSampler:
         """The parameters of the batch's rows, in order."""
         if list(rows) == self._rows:
             return
+        self._groups = []  # until they are those of these rows, should making them fail
         self._rows = list(rows)
         self._wants_logprobs = any(row.logprobs for row in rows)
         by_method: dict[tuple[str, int], list[int]] = {}
@@ -94,7 +106,7 @@ class BatchSampler:
             method=(method[0], size),
             index_B=None if whole else torch.tensor(members, dtype=torch.int64).to(self.device),
             temperature_B1=column([row.temperature for row in rows], torch.float64),
-            top_k_B1=column([row.top_k or size for row in rows], torch.int64),
+            top_k_B1=column([min(row.top_k or size, size) for row in rows], torch.int64),
             top_p_B1=column([row.top_p for row in rows], torch.float64),
             truncates=any(row.top_p < 1.0 for row in rows),
         )
@@ -102,8 +114,8 @@ class BatchSampler:
     def sample(self, logits_BV: torch.Tensor, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draw one id per row; ``indices``: how many tokens each row has drawn before.
 
-        ``logits_BV`` may be overwritten. Returns ids int64 [B] and, if any row asked, log-probabilities float32 [B],
-        both on the logits' device. No host synchronisation.
+        ``logits_BV`` may be overwritten. Returns ids int64 [B] (``NOT_FINITE`` for a row without a distribution) and,
+        if any row asked, log-probabilities float32 [B], both on the logits' device. No host synchronisation.
         """
         logits_BV = logits_BV[:, : self.vocab_size].float()
         if self._banned.numel():
@@ -121,13 +133,34 @@ class BatchSampler:
         assert ids_B is not None, "set_rows() before sample()"
         if not self._wants_logprobs:
             return ids_B, None
-        chosen_B = logits_BV.gather(1, ids_B.unsqueeze(1)).squeeze(1)
+        chosen_B = logits_BV.gather(1, ids_B.clamp(min=0).unsqueeze(1)).squeeze(1)
         return ids_B, chosen_B - logits_BV.logsumexp(1)
+
+    def sample_each(
+        self, rows: Sequence[RowParams], logits_BV: torch.Tensor, indices: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`set_rows` and :meth:`sample`, row by row: one whose drawing raises gets ``NOT_DRAWN``, and the
+        others the tokens they would have got together. Slow: for a batch that raised.
+        """
+        ids: list[int] = []
+        logprobs: list[float] = []
+        for i, row in enumerate(rows):
+            try:
+                self.set_rows([row])
+                id_1, logprob_1 = self.sample(logits_BV[i : i + 1], [indices[i]])
+                ids.append(int(id_1.item()))
+                logprobs.append(0.0 if logprob_1 is None else float(logprob_1.item()))
+            except Exception:
+                log.exception("drawing a token raised for %s", row)
+                ids.append(NOT_DRAWN)
+                logprobs.append(0.0)
+        return torch.tensor(ids, dtype=torch.int64), torch.tensor(logprobs, dtype=torch.float32)
 
     def _draw(self, logits_BV: torch.Tensor, group: _Group, indices: Sequence[int]) -> torch.Tensor:
         name, size = group.method
         if name == "greedy":
-            return logits_BV.argmax(1)
+            top_B, ids_B = logits_BV.max(1)  # of a row with a NaN that NaN
+            return torch.where(top_B.isfinite(), ids_B, NOT_FINITE)
         u_B1 = (
             torch.tensor([uniform(self._rows[i].seed, indices[i]) for i in group.rows], dtype=torch.float64)
             .unsqueeze(1)
@@ -135,7 +168,7 @@ class BatchSampler:
         )
         if name == "full":
             probs_BV = torch.softmax(logits_BV.double() / group.temperature_B1, 1)
-            return _invert(probs_BV, u_B1)
+            return _invert(probs_BV, u_B1).squeeze(1)
         # Most likely first: truncation by rank and by cumulated probability are both prefixes of this order.
         top_BK, ids_BK = torch.topk(logits_BV, size, dim=1)
         scaled_BK = top_BK.double() / group.temperature_B1
@@ -146,14 +179,18 @@ class BatchSampler:
             before_BK = probs_BK.cumsum(1) - probs_BK
             # Kept: the smallest prefix that reaches top_p. The first token is always kept.
             probs_BK = torch.where((before_BK < group.top_p_B1) | (rank_K == 0), probs_BK, 0.0)
-        return ids_BK.gather(1, _invert(probs_BK, u_B1).unsqueeze(1)).squeeze(1)
+        index_B1 = _invert(probs_BK, u_B1)
+        drawn_B1 = ids_BK.gather(1, index_B1.clamp(min=0))
+        return torch.where(index_B1 >= 0, drawn_B1, NOT_FINITE).squeeze(1)
 
 
 def _invert(probs_BK: torch.Tensor, u_B1: torch.Tensor) -> torch.Tensor:
-    """The first index where the cumulated (unnormalised) probability exceeds u × total; never one of probability 0."""
+    """The first index where the cumulated (unnormalised) probability exceeds u × total; never one of probability 0.
+
+    ``NOT_FINITE`` where a probability is NaN, as all of a row are whose largest logit is NaN or infinite."""
     cdf_BK = probs_BK.cumsum(1)
-    target_B1 = u_B1 * cdf_BK[:, -1:]
-    index_B1 = torch.searchsorted(cdf_BK, target_B1, right=True)
+    total_B1 = cdf_BK[:, -1:].contiguous()
+    index_B1 = torch.searchsorted(cdf_BK, u_B1 * total_B1, right=True)
     # u × total can round up to the total; then the last index of positive probability is meant.
-    last_B1 = torch.searchsorted(cdf_BK, cdf_BK[:, -1:].contiguous())
-    return torch.minimum(index_B1, last_B1).squeeze(1)
+    last_B1 = torch.searchsorted(cdf_BK, total_B1)
+    return torch.where(total_B1.isfinite(), torch.minimum(index_B1, last_B1), NOT_FINITE)

@@ -1,9 +1,10 @@
 """The sampling server: OpenAI's HTTP API over a generator.
 
-Owns: routes, streaming, disconnects, back pressure, metrics, the port, and shutting down. Does not own: what a
-request means (``service.py``), the engine's thread (``engine_loop.py``).
+Owns: routes, streaming, disconnects, back pressure, metrics, the port, and shutting down. Does not own: how a request
+comes in (``intake.py``) and what it means (``service.py``), the engine's thread (``engine_loop.py``).
 Invariants: every request is answered or its connection is gone: an engine that dies answers all that wait with HTTP
-500; a client that leaves frees its row; more than ``server.max_queue`` waiting requests are refused with HTTP 429.
+500, and then ends the process; a client that leaves frees its row; more than ``server.max_queue`` waiting requests are
+refused with HTTP 429.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -30,10 +30,13 @@ from starlette.exceptions import HTTPException
 
 from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.api import ApiError, ChatBody, CompletionBody, validation_error
+from steerlm_megatron.generate.api import ChatBody, CompletionBody, read
 from steerlm_megatron.generate.engine_loop import EngineLoop
-from steerlm_megatron.generate.generator import Generator, Handle
-from steerlm_megatron.generate.protocol import Delta, EngineDead, QueueFull, Result
+from steerlm_megatron.generate.errors import ApiError
+from steerlm_megatron.generate.generator import Generator
+from steerlm_megatron.generate.intake import ClientGone, parse_json, read_body, timed_protocol
+from steerlm_megatron.generate.job import Handle
+from steerlm_megatron.generate.protocol import Delta, EngineDead, QueueFull, RequestFailed, Result
 from steerlm_megatron.generate.service import Ask, Service
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -75,33 +78,37 @@ class _Endpoints:
         self.service, self.loop, self.metrics = service, loop, metrics
         self.generator = service.generator
 
-    async def answer(self, name: str, understand: Callable[[], Ask], http: HttpRequest) -> Response:
-        """Understand, run, respond; count."""
+    async def answer(self, name: str, understand: Callable[[dict[str, Any]], Ask], http: HttpRequest) -> Response:
+        """Read, understand, run, respond; count. ``understand``: the request that a JSON object is; in a thread."""
         began = time.monotonic()
+        server = self.service.server
         try:
-            ask = await asyncio.to_thread(understand)
+            body = await read_body(http, server.max_body_bytes, server.read_timeout_sec)
+            # Parsing and tokenising a long body take a while, which other clients need not wait for.
+            ask = await asyncio.to_thread(lambda: understand(parse_json(body)))
             response = await (self._stream(ask) if ask.body.stream else self._whole(ask, http))
             self.metrics.prompt_tokens.inc(sum(len(r.prompt_ids) for r in ask.requests[:: ask.body.n]))
+        except ClientGone:
+            response = Response(status_code=499)
         except ApiError as e:
-            response = JSONResponse(e.body, e.status)
+            response = JSONResponse(e.body, e.status, headers={"Connection": "close"} if e.close else None)
         except UserError as e:
             response = JSONResponse(ApiError(400, str(e)).body, 400)
         except QueueFull as e:
-            body = ApiError(429, f"{e}; try again later", kind="rate_limit_error", code="queue_full").body
-            response = JSONResponse(body, 429, headers={"Retry-After": str(e.retry_after_sec)})
-        except EngineDead as e:
-            response = JSONResponse(ApiError(500, f"the engine stopped: {e}", kind="server_error").body, 500)
+            error = ApiError(429, f"{e}; try again later", kind="rate_limit_error", code="queue_full").body
+            response = JSONResponse(error, 429, headers={"Retry-After": str(e.retry_after_sec)})
+        except (EngineDead, RequestFailed) as e:
+            response = JSONResponse(_failure(e).body, 500)
         self.metrics.requests.labels(name, str(response.status_code)).inc()
         self.metrics.seconds.labels(name).observe(time.monotonic() - began)
         return response
 
     async def _whole(self, ask: Ask, http: HttpRequest) -> Response:
         handles = self.generator.submit_all(ask.requests)
-        results = asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles))
+        results = asyncio.ensure_future(_all_results(handles))
         gone = asyncio.ensure_future(_disconnected(http))
         try:
-            waits: list[asyncio.Future[Any]] = [results, gone]
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([results, gone], return_when=asyncio.FIRST_COMPLETED)
             if not results.done():
                 return Response(status_code=499)  # nobody is there to read it; it counts in the metrics
             return JSONResponse(self.service.response(ask, await results))
@@ -109,6 +116,7 @@ class _Endpoints:
             gone.cancel()
             results.cancel()
             _cancel(handles)
+            await asyncio.gather(gone, results, return_exceptions=True)  # else asyncio logs what nobody asked for
 
     async def _stream(self, ask: Ask) -> Response:
         loop = asyncio.get_running_loop()
@@ -116,7 +124,8 @@ class _Endpoints:
 
         def sink(index: int) -> Callable[[Any], None]:
             def put(event: Any) -> None:
-                loop.call_soon_threadsafe(events.put_nowait, (index, event))
+                if not loop.is_closed():  # as it is when a server that was stopped did not wait for this response
+                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
             return put
 
@@ -135,7 +144,7 @@ class _Endpoints:
             while len(results) < len(handles):
                 index, event = await events.get()
                 if isinstance(event, BaseException):
-                    yield _sse(ApiError(500, f"the engine stopped: {event}", kind="server_error").body)
+                    yield _sse(_failure(event).body)
                     return
                 if isinstance(event, Result):
                     results[index] = event
@@ -148,6 +157,18 @@ class _Endpoints:
             yield b"data: [DONE]\n\n"
         finally:
             _cancel(handles)
+
+
+def _failure(error: BaseException) -> ApiError:
+    """What a client is told whose response will not come."""
+    if isinstance(error, RequestFailed):
+        return ApiError(500, f"this request failed: {error}", kind="server_error", code="request_failed")
+    return ApiError(500, f"the engine stopped: {error}", kind="server_error", code="engine_stopped")
+
+
+async def _all_results(handles: Sequence[Handle]) -> list[Result]:
+    """The results of all, or the first exception of any."""
+    return await asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles))
 
 
 def _cancel(handles: Sequence[Handle]) -> None:
@@ -170,26 +191,30 @@ def create_app(service: Service, loop: EngineLoop) -> FastAPI:
     metrics = _Metrics(service.generator)
     endpoints = _Endpoints(service, loop, metrics)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(http: HttpRequest, e: RequestValidationError) -> Response:
-        metrics.requests.labels(http.url.path, "400").inc()
-        return JSONResponse(validation_error(e.errors()).body, 400)
-
     @app.exception_handler(HTTPException)
     async def http_error(http: HttpRequest, e: HTTPException) -> Response:
         return JSONResponse(ApiError(e.status_code, f"{http.method} {http.url.path}: {e.detail}").body, e.status_code)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatBody, http: HttpRequest) -> Response:
-        return await endpoints.answer("/v1/chat/completions", lambda: service.chat(body), http)
+    async def chat(http: HttpRequest) -> Response:
+        return await endpoints.answer("/v1/chat/completions", lambda data: service.chat(read(ChatBody, data)), http)
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionBody, http: HttpRequest) -> Response:
-        return await endpoints.answer("/v1/completions", lambda: service.completion(body), http)
+    async def completions(http: HttpRequest) -> Response:
+        return await endpoints.answer(
+            "/v1/completions", lambda data: service.completion(read(CompletionBody, data)), http
+        )
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return service.models()
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        try:
+            return JSONResponse(service.model(name))
+        except ApiError as e:
+            return JSONResponse(e.body, e.status)
 
     @app.get("/health")
     async def health() -> Response:
@@ -246,30 +271,48 @@ def serve(
     sampling: SamplingConfig,
     ready: Callable[[Running], None] | None = None,
     grace_sec: int = 30,
+    linger_sec: float = 5.0,
 ) -> None:
     """Serve until SIGTERM, SIGINT or ``Running.stop``; then refuse new connections and let what runs finish for
     ``grace_sec``.
 
     ``server.port`` 0 takes a free port. Ranks other than the replica's leader follow it and return when it ends.
-    Raises UserError if the port is taken. Collective over the replica.
+    An error that ends the engine ends the server too: for ``linger_sec`` it still says so, to those who wait and on
+    ``/health``, and then this raises EngineDead with the reason. Raises UserError if the port is taken. Collective
+    over the replica.
     """
     if not generator.group.is_leader:
         generator.worker_loop()
         return
     listener = _listen(server.host, server.port)
-    loop = EngineLoop(generator)
+
+    def end_soon() -> None:
+        timer = threading.Timer(linger_sec, stop)
+        timer.daemon = True
+        timer.start()
+
+    def stop() -> None:
+        http.should_exit = True
+
+    loop = EngineLoop(generator, on_failure=end_soon)
     app = create_app(Service(generator, schema, server, sampling), loop)
     port = listener.getsockname()[1]
     host = f"[{server.host}]" if ":" in server.host else server.host
     url = f"http://{host}:{port}"
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=grace_sec
+        app,
+        http=timed_protocol(server.read_timeout_sec),
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=grace_sec,
     )
 
     def on_ready() -> None:
         log.info("serving %s on %s", server.model_name, url)
         if ready is not None:
-            ready(Running(url, lambda: setattr(http, "should_exit", True)))
+            ready(Running(url, stop))
 
     http = _Uvicorn(config, on_ready)
     loop.start()
@@ -278,6 +321,8 @@ def serve(
     finally:
         loop.stop()
         listener.close()
+    if loop.failure is not None:
+        raise EngineDead(loop.failure)
 
 
 def _listen(host: str, port: int) -> socket.socket:

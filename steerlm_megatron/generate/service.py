@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.api import ApiError, ChatBody, CompletionBody, envelope, usage
+from steerlm_megatron.generate.api import ChatBody, CompletionBody, envelope, usage
+from steerlm_megatron.generate.errors import ApiError
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import Request, Result, SamplingParams, derive_seed
+from steerlm_megatron.generate.text import character_of_each_byte
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import Template
@@ -55,14 +57,20 @@ class Service:
         assert isinstance(template, Template)
         self.template: Template = template
         self.tokenizer: Tokenizer = tokenizer  # type: ignore[assignment]  # the generator needs less of it
+        # The tokens of a tokenizer that does not know their bytes are taken to be whole characters.
+        self._token_bytes: Callable[[int], bytes] = getattr(
+            tokenizer, "token_bytes", lambda i: tokenizer.decode([i]).encode()
+        )
 
     # ---- in ----
 
     def chat(self, body: ChatBody) -> Ask:
         """Understand a chat. Raises ApiError."""
         self._check_model(body.model)
-        if body.max_tokens is not None and body.max_completion_tokens is not None:
+        if body.max_completion_tokens not in (None, body.max_tokens) and body.max_tokens is not None:
             raise ApiError(400, "max_tokens and max_completion_tokens are the same thing; give one", "max_tokens")
+        self._check_choices(1, body.n)
+        self._check_chars(sum(len(part.text) for m in body.messages for part in m.content or ()), "messages")
         try:
             prompt_ids = self.chat_prompt(body)
         except UserError as e:
@@ -75,12 +83,15 @@ class Service:
         messages = []
         for i, message in enumerate(body.messages):
             where = f"messages[{i}]"
-            if message.role == "system" and i > 0:
-                raise ApiError(400, f"{where}: a system message must come first", "messages")
+            if message.speaker == "system" and i > 0:
+                raise ApiError(400, f"{where}: a {message.role} message must come first", "messages")
+            if message.content is None and message.role != "assistant":
+                missing = f"missing parameter: messages.{i}.content"
+                raise ApiError(400, missing, "messages", code="missing_required_parameter")
             if message.attributes is not None and message.role != "assistant":
                 raise ApiError(400, f"{where}: attributes belong to assistant messages", "messages")
             values = self._values(message.attributes, f"{where}.attributes")
-            messages.append(Message(message.role, message.text(), values))
+            messages.append(Message(message.speaker, message.text(), values))
         if messages[-1].role != "user":
             raise ApiError(400, "the last of messages must be the user's; the response follows it", "messages")
         levels = None
@@ -111,10 +122,18 @@ class Service:
         self._check_model(body.model)
         if body.best_of is not None and body.best_of != body.n:
             raise ApiError(400, f"best_of={body.best_of} must equal n={body.n}: choices are not ranked", "best_of")
+        self._check_choices(len(body.prompt), body.n)
+        for prompt in body.prompt:
+            if not prompt:
+                raise ApiError(400, "the prompt is empty; it needs at least one token", "prompt", code="empty_prompt")
+            if isinstance(prompt, str):
+                self._check_chars(len(prompt), "prompt")
+            else:
+                self._check_tokens(len(prompt), "prompt")
         prompts = []
-        for prompt in body.prompts():
+        for prompt in body.prompt:
             try:
-                prompts.append(self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt))
+                prompts.append(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
             except UserError as e:
                 raise ApiError(400, str(e), "prompt") from e
         return self._ask("cmpl", "text_completion", body, prompts, body.max_tokens, body.logprobs is not None)
@@ -123,6 +142,30 @@ class Service:
         if model is not None and model != self.server.model_name:
             message = f"model {model!r} is not served here; this is {self.server.model_name!r} (server.model_name)"
             raise ApiError(404, message, "model", code="model_not_found")
+
+    def _check_choices(self, prompts: int, n: int) -> None:
+        """Refuse what the queue could never take, before any of it is worked on."""
+        limit = self.server.max_queue + self.server.max_batch
+        if prompts * n > limit:
+            message = (
+                f"{prompts * n} choices ({prompts} prompts, n={n}) are more than this server can ever queue, "
+                f"{limit} (server.max_queue={self.server.max_queue} + server.max_batch={self.server.max_batch}); "
+                "send several requests"
+            )
+            raise ApiError(400, message, "n" if prompts == 1 else "prompt", code="too_many_choices")
+
+    def _check_chars(self, chars: int, param: str) -> None:
+        """Refuse a text that is too long whatever its tokens are, before they are looked for."""
+        self._check_tokens(-(-chars // self.generator.longest_token_chars), param, "at least ")
+
+    def _check_tokens(self, tokens: int, param: str, about: str = "") -> None:
+        limit = self.generator.limits.max_sequence_tokens
+        if tokens >= limit:
+            message = (
+                f"the prompt has {about}{tokens} tokens, which leaves none for a response within "
+                f"server.max_sequence_tokens={limit}; shorten the prompt"
+            )
+            raise ApiError(400, message, param, code="context_length_exceeded")
 
     def _ask(
         self,
@@ -135,10 +178,11 @@ class Service:
     ) -> Ask:
         if logprobs and body.stream:
             raise ApiError(400, "logprobs are not available with stream=true; drop one of them", "logprobs")
-        if body.stream_options is not None and not body.stream:
+        if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
             raise ApiError(400, "stream_options needs stream=true", "stream_options")
         request_id = f"{prefix}-{uuid.uuid4().hex}"
-        base_seed = body.seed if body.seed is not None else random.SystemRandom().getrandbits(62)
+        base_seed = body.seed_from(drawn=random.SystemRandom().getrandbits(62))
+        param = "messages" if prefix == "chatcmpl" else "prompt"
         defaults = self.sampling
         requests: list[Request] = []
         for p, ids in enumerate(prompts):
@@ -146,21 +190,20 @@ class Service:
             wanted = max_tokens if max_tokens is not None else max(1, min(defaults.max_tokens, room))
             problem = self.generator.problem(len(ids), wanted)
             if problem:
-                raise ApiError(
-                    400, problem, "messages" if prefix == "chatcmpl" else "prompt", code="context_length_exceeded"
-                )
+                raise ApiError(400, problem, param, code="context_length_exceeded")
+            prompt_ids = tuple(ids)
             for choice in range(body.n):
                 params = SamplingParams(
                     temperature=_or(body.temperature, defaults.temperature),
-                    top_k=_or(body.top_k, defaults.top_k),
+                    top_k=max(0, _or(body.top_k, defaults.top_k)),
                     top_p=_or(body.top_p, defaults.top_p),
                     max_tokens=wanted,
                     # Equal prompts of a list differ too; a request on its own is reproducible from its seed.
                     seed=derive_seed(base_seed, p * body.n + choice),
-                    stop=body.stops(),
+                    stop=tuple(body.stop),
                     logprobs=logprobs,
                 )
-                requests.append(Request(f"{request_id}-{p}-{choice}", tuple(ids), params))
+                requests.append(Request(f"{request_id}-{p}-{choice}", prompt_ids, params))
         return Ask(request_id, kind, body, requests, len(prompts), int(time.time()))
 
     # ---- out ----
@@ -185,21 +228,42 @@ class Service:
     def _logprobs(self, ask: Ask, result: Result) -> dict[str, Any]:
         assert result.logprobs is not None
         tokens = [self.tokenizer.decode([i]) for i in result.token_ids]
+        parts, offsets = self._parts(result)
         if ask.is_chat:
             content = [
-                {"token": token, "logprob": logprob, "bytes": list(token.encode()), "top_logprobs": []}
-                for token, logprob in zip(tokens, result.logprobs, strict=True)
+                {"token": token, "logprob": logprob, "bytes": list(part), "top_logprobs": []}
+                for token, part, logprob in zip(tokens, parts, result.logprobs, strict=True)
             ]
             return {"content": content, "refusal": None}
-        offsets = [0]
-        for token in tokens:
-            offsets.append(offsets[-1] + len(token))
         return {
             "tokens": tokens,
             "token_logprobs": list(result.logprobs),
             "top_logprobs": None,
-            "text_offset": offsets[:-1],
+            "text_offset": offsets,
         }
+
+    def _parts(self, result: Result) -> tuple[list[bytes], list[int]]:
+        """What each token of a response gave to its text, and the character of the text where it begins.
+
+        A token gives its own bytes, so that joined they are the text's; what ended the response, a stop token with the
+        template's suffix or a stop string, gives none.
+        """
+        ended = result.token_ids[-1:] and result.token_ids[-1] in self.generator.stop_ids
+        content = result.token_ids[:-1] if ended else result.token_ids
+        parts = [self._token_bytes(i) for i in content]
+        whole = self.tokenizer.decode(content)
+        characters = character_of_each_byte(b"".join(parts), whole)
+        count = characters[-1] + 1 if characters else 0
+        # Counted from the end, where text was cut off.
+        kept = count - (len(whole) - len(result.text)) if whole.startswith(result.text) else count
+        offsets: list[int] = []
+        at = 0
+        for i, part in enumerate(parts):
+            own = characters[at : at + len(part)]
+            offsets.append(own[0] if own else offsets[-1] if offsets else 0)
+            parts[i] = bytes(byte for byte, of in zip(part, own, strict=True) if of < kept)
+            at += len(part)
+        return (parts, offsets) if not ended else ([*parts, b""], [*offsets, count])
 
     def chunk(
         self, ask: Ask, index: int, text: str | None, ids: Sequence[int], reason: str | None = None, first: bool = False
@@ -226,7 +290,15 @@ class Service:
 
     def models(self) -> dict[str, Any]:
         """``GET /v1/models``."""
-        model: dict[str, Any] = {
+        return {"object": "list", "data": [self._model()]}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """``GET /v1/models/{name}``. Raises ApiError (404) for one that is not served."""
+        self._check_model(name)
+        return self._model()
+
+    def _model(self) -> dict[str, Any]:
+        return {
             "id": self.server.model_name,
             "object": "model",
             "created": self.started,
@@ -234,7 +306,6 @@ class Service:
             "max_model_len": self.generator.limits.max_sequence_tokens,
             "attributes": None if self.schema is None else self.schema.to_dict(),
         }
-        return {"object": "list", "data": [model]}
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -1,14 +1,115 @@
 """Response text while it grows, and where it ends.
 
-Owns: incremental detokenisation, stop strings, and the template's suffix before a stop token. Invariant: what
-:meth:`push` has returned is a prefix of the final text, and never holds a part of a stop string.
+Owns: incremental detokenisation, stop strings, and the template's suffix before a stop token. Invariants: what
+:meth:`ResponseText.push` has returned is a prefix of the final text, and never holds a part of a stop string; the
+final text is the same whether or not it was asked for along the way; the work is linear in the number of tokens,
+whatever bytes they stand for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
-_REPLACEMENT = "\ufffd"  # what decoders put for an unfinished multi-byte character
+_REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character, and for a character that is unfinished
+# A character of UTF-8 has at most four bytes, so at most three of them are an unfinished character; decoders put one
+# U+FFFD for all three or one for each. A longer run of U+FFFD is therefore certain but for its last three.
+_UNFINISHED = 3
+# While text ends in U+FFFD, the decoded window is cut to its last _KEPT tokens whenever it has _WINDOW. So many tokens
+# make more than _UNFINISHED characters, also where each U+FFFD stands for three bytes.
+_WINDOW, _KEPT = 24, 12
+
+
+class Detokenizer:
+    """The text of a growing sequence of token ids. Each id is decoded a bounded number of times."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._window = 0  # decoding starts here
+        self._returned = ""  # the part of the window's text that push() has returned
+        self._clean = 0  # ids before this one make whole characters
+
+    @property
+    def count(self) -> int:
+        """How many ids were pushed."""
+        return len(self._ids)
+
+    def push(self, token_id: int) -> str:
+        """Add an id; return the text that has become certain."""
+        self._ids.append(token_id)
+        text = self._decode(self._ids[self._window :])
+        if not text.startswith(self._returned):
+            # Some decoders show a run of bytes as U+FFFD from its beginning on while its last character is unfinished.
+            if len(self._ids) - self._clean <= _UNFINISHED:
+                return ""
+            self._window, self._returned = self._clean, ""
+            text = self._decode(self._ids[self._window :])
+        held = len(text) - len(text.rstrip(_REPLACEMENT))
+        certain = max(len(self._returned), len(text) - min(held, _UNFINISHED))
+        piece, self._returned = text[len(self._returned) : certain], text[:certain]
+        if not held:
+            self._move(self._clean, text)
+            self._clean = len(self._ids)
+        elif len(self._ids) - self._window >= _WINDOW:
+            self._move(len(self._ids) - _KEPT, text)
+        return piece
+
+    def rest(self) -> str:
+        """The text that :meth:`push` has not returned yet, an unfinished character as the decoder shows it."""
+        text = self._decode(self._ids[self._window :])
+        if not text.startswith(self._returned):
+            return self._decode(self._ids[self._clean :])
+        return text[len(self._returned) :]
+
+    def _move(self, window: int, text: str) -> None:
+        """Decode from ``window`` on; ``text`` is that of the present window.
+
+        What the new window begins with may look otherwise than inside the old one: decoders treat the first piece of a
+        text specially, and the window may begin inside a character. Its end looks the same, so what has been returned
+        is counted from there.
+        """
+        if window <= self._window:
+            return
+        new = self._decode(self._ids[window:])
+        returned = len(new) - (len(text) - len(self._returned))
+        if returned >= 0:
+            self._window, self._returned = window, new[:returned]
+
+
+@lru_cache(maxsize=512)  # the choices of one request, and the requests of one client, have the same stop strings
+def _borders(pattern: str) -> tuple[int, ...]:
+    """For each prefix of ``pattern``, the length of its longest proper prefix that is also its suffix."""
+    borders = [0] * len(pattern)
+    size = 0
+    for i in range(1, len(pattern)):
+        while size and pattern[i] != pattern[size]:
+            size = borders[size - 1]
+        if pattern[i] == pattern[size]:
+            size += 1
+        borders[i] = size
+    return tuple(borders)
+
+
+class _Match:
+    """How much of ``pattern`` the end of a growing text is (Knuth, Morris and Pratt: linear for any text)."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern, self.size = pattern, 0
+        self._borders = _borders(pattern)
+
+    def push(self, text: str) -> int | None:
+        """Add ``text``; the number of its characters up to the end of the first whole match, or None."""
+        pattern, borders, size, found = self.pattern, self._borders, self.size, None
+        for at, char in enumerate(text, 1):
+            while size and (size == len(pattern) or pattern[size] != char):
+                size = borders[size - 1]
+            if pattern[size] == char:
+                size += 1
+                if size == len(pattern) and found is None:
+                    found = at
+        self.size = size
+        return found
 
 
 class ResponseText:
@@ -18,45 +119,37 @@ class ResponseText:
         """``suffix``: the text a template puts between a response and its stop token
         (``Template.response_suffix``)."""
         self._decode = decode
-        self._stop = tuple(stop)
         self._suffix = suffix
-        # A tail that may yet turn out to be part of these is held back.
-        self._held = (*self._stop, *([suffix + "\0"] if suffix else []))
-        self._longest_stop = max((len(s) for s in stop), default=0)
-        self._ids: list[int] = []
-        self._window = 0  # decoding starts here ...
-        self._read = 0  # ... and ids before this one are in text already
-        self._text = ""
-        self._sent = 0
-        self.stopped_at: int | None = None  # where a stop string begins
+        self._detokenizer = Detokenizer(decode)
+        self._stops = [_Match(text) for text in stop]
+        # A tail that may yet turn out to be part of a stop string, or the suffix, is held back. The whole suffix is
+        # held back too, and so it is followed here by a character that no match needs to reach.
+        self._held = [*self._stops, *([_Match(suffix + "\0")] if suffix else [])]
+        self._returned: list[str] = []
+        self._open = ""  # text that follows what was returned
+        self.stopped_at: int | None = None  # where in the text a stop string begins
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that has become certain. After a hit ``stopped_at`` is set."""
-        self._ids.append(token_id)
-        # Decode a short window, with and without the new tokens: decoders treat the first piece of a text specially.
-        before = self._decode(self._ids[self._window : self._read])
-        after = self._decode(self._ids[self._window :])
-        if after.endswith(_REPLACEMENT) or len(after) <= len(before):
-            return ""
-        start = max(0, len(self._text) - self._longest_stop + 1)
-        self._text += after[len(before) :]
-        self._window, self._read = self._read, len(self._ids)
-        hits = [at for s in self._stop if (at := self._text.find(s, start)) >= 0]
-        if hits:
-            self.stopped_at = min(hits)
-        certain = self.stopped_at if self.stopped_at is not None else len(self._text) - self._tail()
-        piece = self._text[self._sent : certain]
-        self._sent = max(self._sent, certain)
+        self._add(self._detokenizer.push(token_id))
+        certain = len(self._open)
+        if self.stopped_at is None:
+            certain -= max((min(held.size, len(held.pattern) - 1) for held in self._held), default=0)
+        piece, self._open = self._open[:certain], self._open[certain:]
+        self._returned.append(piece)
         return piece
 
-    def _tail(self) -> int:
-        """Characters at the end that could be the beginning of a stop string or of the suffix."""
-        longest = max((len(s) - 1 for s in self._held), default=0)
-        for size in range(min(longest, len(self._text)), 0, -1):
-            tail = self._text[-size:]
-            if any(s.startswith(tail) for s in self._held):
-                return size
-        return 0
+    def _add(self, text: str) -> None:
+        """Take in text that is certain, up to the first stop string in it."""
+        if not text or self.stopped_at is not None:
+            return
+        ends = [(match, match.push(text)) for match in self._held]
+        before = len(self._open)
+        self._open += text
+        hits = [before + end - len(m.pattern) for m, end in ends if end is not None and m in self._stops]
+        if hits:
+            self._open = self._open[: max(0, min(hits))]
+            self.stopped_at = sum(map(len, self._returned)) + len(self._open)
 
     def finish(self, ids: Sequence[int], by_control: bool) -> tuple[str, str]:
         """The whole text and what of it :meth:`push` has not returned yet.
@@ -64,14 +157,42 @@ class ResponseText:
         ``ids``: the response without its stop token. ``by_control``: a stop token ended it, so the template's suffix
         goes.
         """
-        if self.stopped_at is not None:
-            text = self._text[: self.stopped_at]
-        else:
-            text = self._decode(ids)
-            # Text decoded only now (an unfinished character before it held it back) may hold a stop string too.
-            hits = [at for s in self._stop if (at := text.find(s)) >= 0]
-            if hits:
-                text = text[: min(hits)]
-            elif by_control and self._suffix:
-                text = text.removesuffix(self._suffix)
-        return text, text[self._sent :]
+        if self.stopped_at is None:
+            whole = "" if self._detokenizer.count else self._decode(ids)
+            if self._detokenizer.count or _REPLACEMENT in whole:
+                # Some decoders show bytes that are no character otherwise the more bytes follow: the text is the one
+                # that a client who follows along is given.
+                for token_id in ids[self._detokenizer.count :]:
+                    self._add(self._detokenizer.push(token_id))
+                whole = self._detokenizer.rest()
+            self._add(whole)
+        if self.stopped_at is None and by_control:
+            self._open = self._open.removesuffix(self._suffix)
+        return "".join(self._returned) + self._open, self._open
+
+
+def character_of_each_byte(data: bytes, text: str) -> list[int]:
+    """For each byte of ``data``, the index of its character in ``text``, which a decoder made of it.
+
+    Some decoders make one U+FFFD of each byte that is of no character, others one of all bytes that begin one in vain:
+    the number of characters tells which.
+    """
+    by_byte = _characters(data, per_byte=True)
+    return by_byte if by_byte[-1:] == [len(text) - 1] else _characters(data, per_byte=False)
+
+
+def _characters(data: bytes, per_byte: bool) -> list[int]:
+    found: list[int] = []
+    count = at = 0
+    while at < len(data):
+        try:
+            valid, wrong = data[at:].decode(), 0
+        except UnicodeDecodeError as error:
+            valid, wrong = data[at : at + error.start].decode(), error.end - error.start
+        for char in valid:
+            found += [count] * len(char.encode())
+            count += 1
+        found += range(count, count + wrong) if per_byte else [count] * wrong
+        count += wrong if per_byte else wrong > 0
+        at = len(found)
+    return found

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.protocol import SamplingParams
 from steerlm_megatron.generate.server import check_port, serve
 from steerlm_megatron.runtime import launcher
 from steerlm_megatron.stages.sampling import open_generator
-from steerlm_megatron.stages.session import load_model, session
+from steerlm_megatron.stages.session import NO_ATTRIBUTES, load_model, open_checkpoint, requested_best, session
 
 
 def run(config: Config) -> None:
-    """Serve ``checkpoint`` on ``server.host:server.port`` until SIGTERM or Ctrl-C. Collective over the world."""
+    """Serve ``checkpoint`` on ``server.host:server.port`` until SIGTERM or Ctrl-C. Collective over the world.
+
+    Requests that name no level of an attribute ask for ``attributes.best`` (``requested_best``), and those that name no
+    sampling parameter for ``sampling.*``.
+    """
     if config.checkpoint is None:
         raise UserError("checkpoint is not set: name the run folder of train_sft to serve")
+    SamplingParams.from_config(config.sampling)
     if launcher.global_rank() == 0 and config.server.port:
         check_port(config.server.host, config.server.port)
     with session(config) as here:
@@ -24,9 +31,12 @@ def run(config: Config) -> None:
                 f"{here.layout.dp_size} replicas (parallel.data x parallel.context): a server is one; start one "
                 "server per replica, each with its own server.port, and name them all in server.urls"
             )
+        schema = open_checkpoint(config.checkpoint, "checkpoint", head="lm").conditioned_on
+        best = requested_best(config, schema or NO_ATTRIBUTES)  # what is wrong with it is said before weights are read
         loaded = load_model(config.checkpoint, config, "checkpoint", head="lm", gather_logits=True)
+        if schema is not None:
+            schema = replace(schema, best=best)
         generator = open_generator(config, loaded)
-        schema = loaded.schema if loaded.meta.conditioned else None
         if not here.layout.is_main:
             # A launcher signals every rank; the main one finishes what is running and then stops the others.
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -101,6 +101,6 @@ class FakeModel(torch.nn.Module):
         return logits[None]
 
 
-def limits(**changes: int) -> ServerConfig:
+def limits(**changes: float) -> ServerConfig:
     values: dict[str, Any] = {"max_queue": 1000, "max_batch": 8, "max_sequence_tokens": 128, "max_cache_tokens": 1024}
     return ServerConfig(**{**values, **changes})

@@ -24,7 +24,7 @@ from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.client import SamplingClient, ServerFailure
 from steerlm_megatron.generate.generator import Generator
-from steerlm_megatron.generate.protocol import Request, SamplingParams, derive_seed
+from steerlm_megatron.generate.protocol import EngineDead, Request, SamplingParams, derive_seed
 from steerlm_megatron.generate.server import Running, check_port, serve
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Message
@@ -56,6 +56,7 @@ class Server:
     client: httpx.Client
     stop: Callable[[], None]
     thread: threading.Thread
+    ended: list[EngineDead]  # what serve() raised
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.client.post(f"{self.url}/v1/{path}", json=body)
@@ -64,35 +65,38 @@ class Server:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
 
-def make_generator(model: FakeModel | None = None, **changes: int) -> tuple[Generator, ServerConfig]:
+def make_generator(model: FakeModel | None = None, **changes: float) -> tuple[Generator, ServerConfig]:
     config = limits(**{"max_sequence_tokens": 400, "max_cache_tokens": 8192, "max_batch": 16, "port": 0, **changes})
     model = model or FakeModel(TOKENIZER.vocab_size, TOKENIZER.control_id("<extra_id_1>"))
     return Generator(model, TOKENIZER, TEMPLATE, config), config
 
 
 @contextmanager
-def running(schema: AttributeSchema | None = SCHEMA, step_sec: float = 0.0, **changes: int) -> Iterator[Server]:
+def running(schema: AttributeSchema | None = SCHEMA, step_sec: float = 0.0, **changes: float) -> Iterator[Server]:
     generator, config = make_generator(**changes)
     model = generator.runner.model
     assert isinstance(model, FakeModel)
     model.step_sec = step_sec
     listening = threading.Event()
     found: list[Running] = []
+    ended: list[EngineDead] = []
 
     def ready(server: Running) -> None:
         found.append(server)
         listening.set()
 
-    thread = threading.Thread(
-        target=serve,
-        args=(generator, schema, config, SamplingConfig(max_tokens=12)),
-        kwargs={"ready": ready, "grace_sec": 60},
-    )
+    def run() -> None:
+        try:
+            serve(generator, schema, config, SamplingConfig(max_tokens=12), ready=ready, grace_sec=60, linger_sec=60)
+        except EngineDead as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=run)
     thread.start()
     assert listening.wait(60)
     with httpx.Client(timeout=120, trust_env=False) as client:
         try:
-            yield Server(found[0].url, generator, model, client, found[0].stop, thread)
+            yield Server(found[0].url, generator, model, client, found[0].stop, thread, ended)
         finally:
             found[0].stop()
             thread.join(90)
@@ -297,10 +301,17 @@ def test_queue_full_then_room_and_the_client_waits_for_it() -> None:
     with running(max_batch=1, max_queue=2) as server:
         body = {"prompt": "hello", "max_tokens": 30, "seed": 1}
         statuses: list[int] = []
-        threads = [
-            threading.Thread(target=lambda: statuses.append(server.post("completions", **body).status_code))
-            for _ in range(8)
-        ]
+        retry_after: list[str] = []
+        codes: list[str] = []
+
+        def ask() -> None:
+            answer = server.post("completions", **body)
+            if answer.status_code == 429:
+                retry_after.append(answer.headers["Retry-After"])
+                codes.append(answer.json()["error"]["code"])
+            statuses.append(answer.status_code)
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
         server.model.go.clear()
         for thread in threads:
             thread.start()
@@ -309,9 +320,10 @@ def test_queue_full_then_room_and_the_client_waits_for_it() -> None:
         for thread in threads:
             thread.join()
         assert sorted(statuses) == [200] * 3 + [429] * 5, "one in its row, two that wait"
-        full = server.post("completions", prompt="hello", n=9)
-        assert full.status_code == 429 and int(full.headers["Retry-After"]) >= 1
-        assert full.json()["error"]["code"] == "queue_full"
+        assert all(int(after) >= 1 for after in retry_after) and len(retry_after) == 5
+        assert codes == ["queue_full"] * 5
+        never = server.post("completions", prompt="hello", n=9)
+        assert never.status_code == 400 and "9 choices" in never.json()["error"]["message"]
         requests = [Request(str(i), (7, 8), SamplingParams(max_tokens=3, seed=i)) for i in range(5)]
         assert len(SamplingClient([server.url], concurrency=5).generate(requests)) == 5
 
@@ -352,6 +364,9 @@ def test_engine_failure_is_told_to_everyone() -> None:
             SamplingClient([server.url]).generate([Request("a", (1,), SamplingParams(max_tokens=3))])
         with pytest.raises(UserError, match="503"):
             SamplingClient([server.url]).check()
+        server.stop()
+        server.thread.join(60)
+        assert [str(error) for error in server.ended] == ["RuntimeError: the model broke"]
 
 
 def test_stopping_lets_running_requests_finish() -> None:
@@ -408,3 +423,54 @@ def test_choices_of_one_seed_are_those_of_single_requests(server: Server) -> Non
     for i, choice in enumerate(several):
         one = server.post("completions", prompt="hello", seed=derive_seed(77, i), max_tokens=10).json()["choices"][0]
         assert choice["text"] == one["text"]
+
+
+def test_a_thousand_requests_against_a_queue_of_64() -> None:
+    """As many as rows and queue hold are answered, the others are told to come again; none is lost."""
+    with running(max_batch=64, max_queue=64) as server:
+        server.model.go.clear()
+        body = {"prompt": "hello", "max_tokens": 4, "seed": 1}
+
+        async def all_of_them() -> list[int]:
+            limits = httpx.Limits(max_connections=1000)
+            async with httpx.AsyncClient(timeout=120, limits=limits, trust_env=False) as client:
+
+                async def one() -> int:
+                    status = (await client.post(f"{server.url}/v1/completions", json=body)).status_code
+                    statuses.append(status)
+                    if len(statuses) == 1000 - 128:
+                        server.model.go.set()
+                    return status
+
+                return await asyncio.gather(*(one() for _ in range(1000)))
+
+        statuses: list[int] = []
+        asyncio.run(all_of_them())
+        assert (statuses.count(200), statuses.count(429)) == (128, 872)
+        wait_for(lambda: not server.generator.scheduler.running and not server.generator._jobs)
+
+
+def test_64_streams_some_of_which_are_left_leave_no_row() -> None:
+    with running(step_sec=0.002, max_batch=64, max_cache_tokens=64 * 400) as server:
+        server.model.stop_bias = -1e9
+
+        async def one(client: openai.AsyncOpenAI, i: int) -> int:
+            stream = await client.completions.create(
+                model="steerlm", prompt=f"hello {i}", max_tokens=60, seed=i, stream=True
+            )
+            chunks = 0
+            async for _ in stream:
+                chunks += 1
+                if i % 2 and chunks > i % 16:
+                    await stream.close()
+                    break
+            return chunks
+
+        async def all_of_them() -> list[int]:
+            async with server.openai() as client:
+                return await asyncio.gather(*(one(client, i) for i in range(64)))
+
+        chunks = asyncio.run(all_of_them())
+        assert all(chunks)
+        wait_for(lambda: not server.generator.scheduler.running and not server.generator._jobs)
+        assert server.post("completions", prompt="hello", max_tokens=2).status_code == 200

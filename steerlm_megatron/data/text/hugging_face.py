@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from steerlm_megatron.data.text.text_losses import losses_of_file, text_parts
+from steerlm_megatron.data.text.token_bytes import text_inside
 from steerlm_megatron.data.text.word_cache import WordCache
 from steerlm_megatron.errors import UserError
 
@@ -54,6 +55,9 @@ class HuggingFaceModel:
         self.size = max(vocabulary.values(), default=-1) + 1
         self.unk_id = self._unknown(vocabulary)
         self.byte_ids = self._bytes(self._tokenizer.get_vocab(with_added_tokens=False))
+        self._byte_of = {i: byte for byte, i in enumerate(self.byte_ids)}
+        letters = _byte_letters() if _has_byte_letters(self._raw) else []
+        self._letters = {letter: byte for byte, letter in enumerate(letters)}
         self.words: WordCache | None = None
         self.signs = tuple(dict.fromkeys(_signs(self._raw)))
         own = self._own_pieces()
@@ -73,6 +77,16 @@ class HuggingFaceModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def token_bytes(self, i: int) -> bytes:
+        if i in self.surfaces:
+            return self.surfaces[i].encode()
+        if i in self._byte_of:
+            return bytes([self._byte_of[i]])
+        piece = self._tokenizer.id_to_token(i) or ""
+        if self._letters and piece not in self._added and all(char in self._letters for char in piece):
+            return bytes(self._letters[char] for char in piece)
+        return text_inside(self.decode, i)
 
     def atomic(self, text: str) -> tuple[int, bool] | None:
         found = self._added.get(text)

@@ -17,6 +17,7 @@ from typing import Protocol
 import sentencepiece
 
 from steerlm_megatron.data.text.hugging_face import HuggingFaceModel
+from steerlm_megatron.data.text.token_bytes import text_inside
 from steerlm_megatron.data.text.word_cache import WordCache, applies
 from steerlm_megatron.errors import UserError
 
@@ -50,6 +51,9 @@ class TextModel(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; pieces that are not text (``<s>``) give nothing."""
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that one id stands for inside a text."""
 
     def atomic(self, text: str) -> tuple[int, bool] | None:
         """(id, whether ``encode`` may yield it) of the piece that stands for exactly ``text`` as a whole: a control or
@@ -109,6 +113,11 @@ class SentencePieceModel:
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode(list(ids))
 
+    def token_bytes(self, i: int) -> bytes:
+        if self.processor.is_byte(i):
+            return bytes([int(self.processor.id_to_piece(i)[3:-1], 16)])  # <0xAB>
+        return text_inside(self.decode, i)
+
     def atomic(self, text: str) -> tuple[int, bool] | None:
         i = int(self.processor.piece_to_id(text))
         if i == self.unk_id or self.processor.id_to_piece(i) != text:
@@ -142,6 +151,9 @@ class ByteModel:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self, i: int) -> bytes:
+        return bytes([i])
 
     def atomic(self, text: str) -> tuple[int, bool] | None:
         return None

@@ -344,6 +344,12 @@ class Tokenizer:
             out.append(self._model.decode(run))
         return "".join(out)
 
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes that one id stands for inside a text: of part of a character, that part. Joined, those of a text's
+        ids are its UTF-8."""
+        surface = self._surface.get(i) if 0 <= i < self.vocab_size else _REPLACEMENT
+        return self._model.token_bytes(i) if surface is None else surface.encode()
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def _encode_plain(self, texts: list[str], num_threads: int) -> list[list[int]]:

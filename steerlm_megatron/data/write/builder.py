@@ -1,8 +1,8 @@
 """Conversations → a block of documents, many at a time.
 
-Owns: ``Builder``. Does not own: a conversation's form (``forms.py``), ids of texts (``text/tokenizer.py``), what a block
-is (``blocks.py``). Invariant: the documents are those that ``views.build_documents`` gives. No object is made per segment
-or token, no array per document.
+Owns: ``Builder``. Does not own: a conversation's form (``forms.py``), ids of texts (``text/tokenizer.py``), what a
+block is (``blocks.py``). Invariant: the documents are those that ``views.build_documents`` gives. No object is made per
+segment or token, no array per document.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ of marks in the place of texts; where everything lies in it (``views.places``) i
 segments. So a corpus needs no segment objects, and there is still one grammar.
 
 Owns: deriving forms, remembering them. Does not own: the frame (``steer.templates``), what lies where
-(``data/views.py``). Invariant: a form's segments with the texts in its gaps are what ``render`` gives, for each conversation that gets it.
+(``data/views.py``). Invariant: a form's segments with the texts in its gaps are what ``render`` gives, for each
+conversation that gets it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Owns: the order of the work, the counts, ``rejected.jsonl``, what a second run finds there. Does not own: tokenising
 (``chunks.py``, ``pool.py``), the folder's format (``data/shards.py``), where a tokenizer comes from. Invariants: in =
-out + skipped by reason; memory does not grow with the input; the same input gives the same bytes, for any number of processes
-and whatever number of times the job was killed on the way.
+out + skipped by reason; memory does not grow with the input; the same input gives the same bytes, for any number of
+processes and whatever number of times the job was killed on the way.
 """
 
 from __future__ import annotations

@@ -1,0 +1,137 @@
+"""How a request comes in: its head, its body, and how long either may take.
+
+Owns: limits of size and time while a request is read, and JSON. Does not own: what the JSON means (``api.py``).
+Invariants: a request that is not whole after ``server.read_timeout_sec`` ends; no more than ``server.max_body_bytes``
+of a body are kept; a body that declares itself larger is refused before it is read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import h11
+from starlette.requests import Request as HttpRequest
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from steerlm_megatron.generate.errors import ApiError
+
+
+class ClientGone(Exception):
+    """The client left before its request was whole: nobody waits for an answer."""
+
+
+def timed_protocol(read_timeout_sec: float) -> type[H11Protocol]:
+    """uvicorn's HTTP protocol, which by itself waits for the rest of a request's head for ever.
+
+    A connection that is not being answered has ``read_timeout_sec`` for the head of its next request. What is left of
+    a body that was refused is read, and thrown away, for as long: a client that writes all of it before it reads would
+    see its connection reset, and not the refusal, were it closed at once.
+    """
+
+    class TimedProtocol(H11Protocol):
+        _deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._unwatch()
+            super().connection_lost(exc)
+
+        def _watch(self) -> None:
+            answering = self.cycle is not None and not self.cycle.response_complete
+            if answering or self.transport.is_closing():
+                self._unwatch()
+            elif self._deadline is None:
+                self._deadline = self.loop.call_later(read_timeout_sec, self._expire)
+
+        def _unwatch(self) -> None:
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+
+        def _expire(self) -> None:
+            self._deadline = None
+            if self.transport.is_closing():
+                return
+            if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+                self.transport.write(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            self.transport.close()
+
+    return TimedProtocol
+
+
+async def read_body(http: HttpRequest, max_bytes: int, timeout_sec: float) -> bytes:
+    """The whole body of a JSON request. ApiError (400, 408, 413, 415), ClientGone."""
+    _check_headers(http, max_bytes)
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_sec):
+            more = True
+            while more:
+                message = await http.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+                if len(body) > max_bytes:
+                    raise _too_large(f"more than {max_bytes}", max_bytes)
+    except TimeoutError:
+        late = f"the body was not whole after server.read_timeout_sec={timeout_sec:g} s; {len(body)} bytes came"
+        raise ApiError(408, late, code="request_timeout", close=True) from None
+    if not body:
+        raise ApiError(400, "the body is empty; it must be a JSON object")
+    return bytes(body)
+
+
+def _check_headers(http: HttpRequest, max_bytes: int) -> None:
+    declared = http.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        raise _too_large(declared[:20], max_bytes)
+    kind = http.headers.get("content-type", "")
+    media = kind.partition(";")[0].strip().lower()
+    if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
+        given = f"is {kind[:100]!r}" if kind else "is missing"
+        raise ApiError(400, f"the header Content-Type {given}; it must be application/json", "content-type")
+    encoding = http.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        message = f"the header Content-Encoding is {encoding[:100]!r}; send the body as it is, without that header"
+        raise ApiError(415, message, "content-encoding")
+
+
+def _too_large(given: str, max_bytes: int) -> ApiError:
+    message = f"the body has {given} bytes, and server.max_body_bytes={max_bytes}; send less at a time"
+    return ApiError(413, message, code="request_too_large")
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The object that a body holds. ApiError if it is not UTF-8, not JSON, or no object."""
+    try:
+        data = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"the body is not valid UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise ApiError(400, "the body is not valid JSON here: it is nested too deeply") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ApiError(400, f"the body is a JSON {_JSON_TYPES.get(type(data), 'number')}; it must be an object")
+    return data
+
+
+_JSON_TYPES = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")

@@ -1,0 +1,75 @@
+"""A request between submission and result.
+
+Owns: its state, the handle that the caller has, and how an error of its own ends it. Does not own: when it advances
+(``generator.py``). Invariant: a job's future is resolved once, by a result or by an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from steerlm_megatron.generate.protocol import Delta, FinishReason, Request, RequestFailed, Result
+from steerlm_megatron.generate.sampling import RowParams
+from steerlm_megatron.generate.text import ResponseText
+from steerlm_megatron.observe.log import get_logger
+
+log = get_logger(__name__)
+
+
+class Handle:
+    """A submitted request. ``future`` resolves to its :class:`Result`, to the error that ended it alone
+    (``RequestFailed``), or to the one that ended the engine (``EngineDead``)."""
+
+    def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
+        self.id = request.id
+        self.future: Future[Result] = Future()
+        self.future.set_running_or_notify_cancel()  # nobody but the engine may resolve it
+        self._cancel = cancel
+
+    def cancel(self) -> None:
+        """Stop soon; the result then has finish_reason ``cancelled``."""
+        self._cancel(self.id)
+
+
+class Job:
+    """A request on its way, and where it stands. ``reason`` is set once it has ended."""
+
+    def __init__(
+        self, request: Request, handle: Handle, text: ResponseText, on_delta: Callable[[Delta], None] | None
+    ) -> None:
+        self.request, self.handle, self.text, self.on_delta = request, handle, text, on_delta
+        params = request.params
+        self.prompt_ids = request.prompt_ids
+        self.row_params = RowParams(params.temperature, params.top_k, params.top_p, params.seed, params.logprobs)
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.reason: FinishReason | None = None
+        self.needs_text = on_delta is not None or bool(params.stop)
+
+    @property
+    def total_tokens(self) -> int:
+        return len(self.prompt_ids) + self.request.params.max_tokens
+
+
+def outcome_of(job: Job, step: Callable[[], Result | None]) -> Result | RequestFailed | None:
+    """What ``step`` returns; an exception of it ends the job, and no other."""
+    try:
+        return step()
+    except Exception as e:
+        job.reason = "cancelled"
+        if isinstance(e, RequestFailed):
+            log.error("request %s ends: %s", job.request.id, e)
+            return e
+        log.exception("request %s ends on an error of its own", job.request.id)
+        failed = RequestFailed(f"{type(e).__name__}: {e}")
+        failed.__cause__ = e
+        return failed
+
+
+def resolve(job: Job, outcome: Result | RequestFailed) -> None:
+    """Tell whoever waits for the job how it ended."""
+    if isinstance(outcome, Result):
+        job.handle.future.set_result(outcome)
+    else:
+        job.handle.future.set_exception(outcome)
