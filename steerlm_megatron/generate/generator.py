@@ -2,7 +2,7 @@
 
 Owns: requests from submission to result, the step loop and its lockstep over the ranks of a replica, the end of a
 response.
-Does not own: rows (``scheduler.py``), tensors (``runner.py``), HTTP (``server.py``).
+Does not own: rows (``scheduler.py``), tensors (``runner.py``), HTTP (``serve``).
 Invariants: every submitted request gets exactly one result or exception, also when the engine fails; an exception that
 belongs to one request (its callback, its text, its logits) ends that request alone; ``step`` runs in one thread at a
 time, everything else is thread-safe.

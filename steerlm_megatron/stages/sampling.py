@@ -13,7 +13,6 @@ from dataclasses import asdict, astuple, dataclass, replace
 
 from steerlm_megatron.config.schema import Config, SamplingConfig, ServerConfig
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.client import SamplingClient
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.group import model_group
 from steerlm_megatron.generate.protocol import Request, Result, Sampler, SamplingParams, derive_seed
@@ -22,6 +21,7 @@ from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL, remove_journal
 from steerlm_megatron.runtime.apart import apart
 from steerlm_megatron.runtime.collectives import gather_objects
+from steerlm_megatron.serve.client import SamplingClient
 from steerlm_megatron.stages.intake import REJECTED_FILE, Intake
 from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint, Session

@@ -8,8 +8,8 @@ from dataclasses import replace
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.protocol import SamplingParams
-from steerlm_megatron.generate.server import check_port, serve
 from steerlm_megatron.runtime import launcher
+from steerlm_megatron.serve.server import check_port, serve
 from steerlm_megatron.stages.sampling import open_generator
 from steerlm_megatron.stages.session import NO_ATTRIBUTES, load_model, open_checkpoint, requested_best, session
 

@@ -70,8 +70,8 @@ def requests() -> list[Any]:
 def through_server(generator: Any) -> Any:
     """One request to a server of this replica after a while of idleness; None on ranks that do not lead."""
     from steerlm_megatron.config.schema import SamplingConfig
-    from steerlm_megatron.generate.client import SamplingClient
-    from steerlm_megatron.generate.server import Running, serve
+    from steerlm_megatron.serve.client import SamplingClient
+    from steerlm_megatron.serve.server import Running, serve
 
     generator.group.heartbeat_sec = 0.1  # several fall into the idle time
     answers: list[Any] = []

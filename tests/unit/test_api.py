@@ -21,9 +21,9 @@ from openai.types.chat import (
 )
 from openai.types.chat import completion_create_params as chat_create_params
 
-from steerlm_megatron.generate import neutral
-from steerlm_megatron.generate.api import ChatBody, ChatMessage, CompletionBody, StreamOptions, TextPart, read
-from steerlm_megatron.generate.errors import ApiError
+from steerlm_megatron.serve import neutral
+from steerlm_megatron.serve.api import ChatBody, ChatMessage, CompletionBody, StreamOptions, TextPart, read
+from steerlm_megatron.serve.errors import ApiError
 
 USER = {"role": "user", "content": "hello"}
 CHAT: dict[str, Any] = {"messages": [USER]}

@@ -20,12 +20,12 @@ LEVELS = {
     "__init__": 0, "errors": 0, "steer": 0, "config": 0,
     "runtime": 1, "observe": 1,
     "data": 2, "model": 2,
-    "train": 3, "generate": 3,
+    "train": 3, "generate": 3, "serve": 3,
     "stages": 4, "plan": 4,
     "cli": 5, "slurm": 5,
     "__main__": 6,
 }  # fmt: skip
-NEVER = {("train", "generate"), ("generate", "train")}
+NEVER = {("train", "generate"), ("generate", "train"), ("train", "serve"), ("serve", "train")}
 
 # Library -> files (or folders, with a slash at the end) of the package that may import it.
 PLACES = {
@@ -37,6 +37,7 @@ PLACES = {
         "generate/", "data/shards.py",
     ),
     "data_tools": ("stages/",),
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "httpx", "h11", "prometheus_client"), ("serve/",)),
 }  # fmt: skip
 
 

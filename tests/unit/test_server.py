@@ -22,10 +22,10 @@ from fake_model import FakeModel, limits
 from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.client import SamplingClient, ServerFailure
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import EngineDead, Request, SamplingParams, derive_seed
-from steerlm_megatron.generate.server import Running, check_port, serve
+from steerlm_megatron.serve.client import SamplingClient, ServerFailure
+from steerlm_megatron.serve.server import Running, check_port, serve
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import SteerLMTemplate

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from steerlm_megatron.generate.errors import shown
+from steerlm_megatron.serve.errors import shown
 
 
 class _Label:

@@ -14,9 +14,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from steerlm_megatron.generate import neutral
-from steerlm_megatron.generate.errors import ApiError, shown, writable
 from steerlm_megatron.generate.protocol import MAX_SEED, Result
+from steerlm_megatron.serve import neutral
+from steerlm_megatron.serve.errors import ApiError, shown, writable
 
 _MAX_STOPS = 16
 _MAX_STOP_CHARS = 1000

@@ -15,7 +15,7 @@ import h11
 from starlette.requests import Request as HttpRequest
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from steerlm_megatron.generate.errors import ApiError
+from steerlm_megatron.serve.errors import ApiError
 
 
 class ClientGone(Exception):

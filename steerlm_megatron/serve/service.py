@@ -16,11 +16,11 @@ from typing import Any
 from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.api import ChatBody, CompletionBody, envelope, usage
-from steerlm_megatron.generate.errors import ApiError
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import Request, Result, SamplingParams, derive_seed
 from steerlm_megatron.generate.text import character_of_each_byte
+from steerlm_megatron.serve.api import ChatBody, CompletionBody, envelope, usage
+from steerlm_megatron.serve.errors import ApiError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import Template

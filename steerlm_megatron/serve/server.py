@@ -30,15 +30,15 @@ from starlette.exceptions import HTTPException
 
 from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.api import ChatBody, CompletionBody, read
-from steerlm_megatron.generate.engine_loop import EngineLoop
-from steerlm_megatron.generate.errors import ApiError
 from steerlm_megatron.generate.generator import Generator
-from steerlm_megatron.generate.intake import ClientGone, parse_json, read_body, timed_protocol
 from steerlm_megatron.generate.job import Handle
 from steerlm_megatron.generate.protocol import Delta, EngineDead, QueueFull, RequestFailed, Result
-from steerlm_megatron.generate.service import Ask, Service
 from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.serve.api import ChatBody, CompletionBody, read
+from steerlm_megatron.serve.engine_loop import EngineLoop
+from steerlm_megatron.serve.errors import ApiError
+from steerlm_megatron.serve.intake import ClientGone, parse_json, read_body, timed_protocol
+from steerlm_megatron.serve.service import Ask, Service
 from steerlm_megatron.steer.attributes import AttributeSchema
 
 log = get_logger(__name__)
