@@ -62,7 +62,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=16384, help="tokens of all documents, about")
     parser.add_argument("--longest", type=int, default=2048, help="longest document, in tokens")
-    parser.add_argument("--batch-tokens", type=int, default=default_batch_tokens(), help="ours: annotate.batch_tokens")
+    parser.add_argument("--batch-tokens", type=int, default=default_batch_tokens(), help="ours: scoring.batch_tokens")
     parser.add_argument(
         "--slots", type=int, nargs="+", default=[1024, 2048, 8192], help="the peer's batch sizes, in tokens"
     )

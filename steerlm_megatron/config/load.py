@@ -1,6 +1,6 @@
 """From plain data to a checked :class:`Config`.
 
-Owns: strict merging and every rule that can be checked before work starts. Does not own: Hydra (``cli.py``).
+Owns: strict merging and every rule that can be checked before work starts. Does not own: Hydra (``compose.py``).
 Invariant: :func:`finalize` reports all problems at once, each as ``key=value rule; remedy``.
 """
 
@@ -9,103 +9,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from steerlm_megatron.config.schema import SOURCES, Config, EngineConfig
+from steerlm_megatron.config.commands import COMMANDS, unset
+from steerlm_megatron.config.fields import broken_rules
+from steerlm_megatron.config.schema import KEYS, RENAMED, Config, EngineConfig
 from steerlm_megatron.errors import UserError
-
-CHOICES: dict[str, tuple[str, ...]] = {
-    "model.activation": ("swiglu", "gelu", "squared_relu"),
-    "model.norm": ("rmsnorm", "layernorm", "layernorm1p"),
-    "engine.name": ("megatron", "deepspeed"),
-    "engine.offload": ("none", "optimizer", "all"),
-    "engine.precision": ("fp32", "bf16"),
-    "engine.recompute": ("none", "selective", "full"),
-    "engine.attention": ("auto", "varlen", "sdpa"),
-    "optim.schedule": ("constant", "linear", "cosine"),
-    "data.source": SOURCES,
-    "data.hf_rows": tuple(name for name in SOURCES if name not in ("hf", "demo")),
-    "data.paths": ("reply", "leaf"),
-    "data.on_error": ("error", "skip"),
-    "data.control_strings": ("escape", "reject"),
-    "data.overlong": ("drop", "truncate_left_turns", "truncate_response", "error"),
-    "train.objective": ("sft", "lm"),
-    "train.nonfinite": ("raise", "skip"),
-    "train.trainable": ("all", "head"),
-    "evaluate.judge": ("ap", "demo"),
-    "export.precision": ("stored", "fp32", "bf16"),
-}
-
-# Commands that lay out a training run, or may: "" is a configuration that was built by hand.
-TRAINING = ("train_ap", "train_sft", "run", "")
-
-# Keys that must be at least this.
-_AT_LEAST: dict[str, float] = {
-    "model.num_layers": 1,
-    "model.hidden_size": 1,
-    "model.num_heads": 1,
-    "model.ffn_hidden_size": 1,
-    "model.num_query_groups": 1,
-    "model.head_dim": 1,
-    "model.norm_epsilon": 0,
-    "model.rotary_base": 1,
-    "model.init_std": 0,
-    "model.max_position": 2,
-    "model.vocab_multiple": 1,
-    "parallel.tensor": 1,
-    "parallel.pipeline": 1,
-    "parallel.context": 1,
-    "engine.timeout_sec": 1,
-    "optim.lr": 0,
-    "optim.min_lr": 0,
-    "optim.warmup_steps": 0,
-    "optim.weight_decay": 0,
-    "optim.eps": 0,
-    "optim.clip_grad": 0,
-    "tokenizer.vocab_size": 16,
-    "data.split_seed": 0,
-    "data.shard_tokens": 1,
-    "data.workers": 1,
-    "data.min_turns": 0,
-    "data.max_turns": 1,
-    "data.min_chars": 0,
-    "data.max_chars": 1,
-    "data.demo_conversations": 50,
-    "train.global_batch_samples": 1,
-    "train.micro_batch_samples": 1,
-    "train.row_tokens": 8,
-    "train.seed": 0,
-    "train.log_every_steps": 1,
-    "train.validate_every_steps": 1,
-    "train.save_every_steps": 1,
-    "train.keep_last": 1,
-    "train.nonfinite_in_a_row": 1,
-    "train.max_minutes": 0,
-    "train.max_restarts": 0,
-    "tracking.peak_tflops": 0,
-    "sampling.temperature": 0,
-    "sampling.top_k": 0,
-    "sampling.max_tokens": 1,
-    "sampling.seed": 0,
-    "server.max_queue": 1,
-    "server.max_batch": 1,
-    "server.max_sequence_tokens": 8,
-    "server.max_cache_tokens": 8,
-    "server.max_body_bytes": 1,
-    "server.read_timeout_sec": 0.001,
-    "annotate.batch_tokens": 8,
-    "bootstrap.prompts": 1,
-    "bootstrap.responses_per_prompt": 1,
-    "bootstrap.concurrency": 1,
-    "evaluate.max_prompts": 1,
-    "evaluate.examples": 0,
-}
-
-# Commands whose model is that of a checkpoint: it is compared with the layout when it is opened (stages/session.py).
-_OF_A_CHECKPOINT = ("annotate", "bootstrap", "serve", "generate", "evaluate", "export")
 
 
 def from_container(data: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
@@ -115,9 +28,17 @@ def from_container(data: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
-        raise UserError(f"config key {key}: {str(error).splitlines()[0]}") from None
+        raise UserError(renamed(key) or f"config key {key}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
     return config
+
+
+def renamed(key: str) -> str | None:
+    """What to say of a key that has another name now; None for any other."""
+    if key not in RENAMED:
+        return None
+    new, why = RENAMED[key]
+    return f"{key} is now {new}: {why}"
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
@@ -167,15 +88,19 @@ def paths_of(value: Any) -> list[str]:
     return paths
 
 
-def finalize(config: Config, world: int | None = None) -> Config:
-    """Check every rule; fill in what follows from others. ``world``: number of ranks, None where it is still to be
-    chosen.
+def finalize(config: Config, world: int | None = None, alone: bool = False) -> Config:
+    """Check every rule; fill in what follows from others.
 
-    Raises UserError with one line per problem.
+    Args:
+        world: number of ranks; None where it is still to be chosen.
+        alone: whether this is all that the command gets. A step of a pipeline gets its inputs when its turn comes.
+
+    Raises:
+        UserError: with one line per problem.
     """
     problems = [
-        *_check_choices(config),
-        *_check_ranges(config),
+        *(unset(config.command, partial(value_at, config)) if alone else ()),
+        *broken_rules(tuple(KEYS.values()), partial(value_at, config)),
         *_check_model(config),
         *_check_parallel(config, world),
         *_check_attributes(config),
@@ -199,37 +124,9 @@ def _as_list(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list | tuple) else [str(value)]
 
 
-def _check_choices(config: Config) -> list[str]:
-    problems = []
-    for key, legal in CHOICES.items():
-        value = value_at(config, key)
-        if value not in legal:
-            problems.append(f"{key}={value} is not one of: {' '.join(legal)}")
-    return problems
-
-
-def _check_ranges(config: Config) -> list[str]:
-    problems = []
-    for key, least in _AT_LEAST.items():
-        value = value_at(config, key)
-        if value is not None and not value >= least:
-            problems.append(f"{key}={value} must be at least {least:g}")
-        elif value == math.inf:
-            problems.append(f"{key}={value} must be finite")
-    for key, high in (
-        ("data.valid_fraction", 0.5),
-        ("sampling.top_p", 1.0),
-        ("model.rotary_percent", 1.0),
-        ("model.dropout", 0.99),
-        ("optim.beta1", 0.999999),
-        ("optim.beta2", 0.999999),
-    ):
-        value = value_at(config, key)
-        if not 0.0 <= value <= high:
-            problems.append(f"{key}={value} must be between 0 and {high:g}")
-    if not 0 <= config.server.port <= 65535:
-        problems.append(f"server.port={config.server.port} must be between 0 and 65535")
-    return problems
+def lays_out_training(config: Config) -> bool:
+    """Whether the command lays out a training run, or may: one without a name was built by hand."""
+    return config.command not in COMMANDS or COMMANDS[config.command].trains
 
 
 def _divisors(number: int) -> str:
@@ -238,11 +135,11 @@ def _divisors(number: int) -> str:
 
 def _check_model(config: Config) -> list[str]:
     m, p, problems = config.model, config.parallel, []
-    if config.command in _OF_A_CHECKPOINT:
-        return []
+    if not lays_out_training(config):
+        return []  # the model is that of a checkpoint, which is compared with the layout when it is opened
     groups = m.num_query_groups or m.num_heads
     if m.num_heads < 1 or groups < 1 or m.num_layers < 1 or p.tensor < 1 or p.pipeline < 1:
-        return []  # said by _check_ranges
+        return []  # said already
     if m.num_heads % groups:
         problems.append(
             f"model.num_query_groups={groups} must divide model.num_heads={m.num_heads}; legal: "
@@ -275,7 +172,7 @@ def _check_model(config: Config) -> list[str]:
 def _check_parallel(config: Config, world: int | None) -> list[str]:
     p, problems = config.parallel, []
     unit = math.lcm(2, max(1, p.tensor) if p.sequence else 1) * p.context
-    if p.context > 1 and config.command in TRAINING and config.train.row_tokens % unit:
+    if p.context > 1 and lays_out_training(config) and config.train.row_tokens % unit:
         problems.append(
             f"train.row_tokens={config.train.row_tokens} must be a multiple of {unit} with "
             f"parallel.context={p.context}: each of its ranks takes two equal chunks of a row"
@@ -286,14 +183,13 @@ def _check_parallel(config: Config, world: int | None) -> list[str]:
             "parallel.sequence=true splits over tensor-parallel ranks; set parallel.tensor to 2 or "
             "more, or parallel.sequence=false"
         )
-    if p.virtual_pipeline is not None and (p.virtual_pipeline < 2 or p.pipeline < 2):
+    if p.virtual_pipeline is not None and p.pipeline < 2:
         problems.append(
-            f"parallel.virtual_pipeline={p.virtual_pipeline} interleaves at least 2 chunks over at "
-            "least 2 pipeline stages "
+            f"parallel.virtual_pipeline={p.virtual_pipeline} interleaves chunks of at least 2 pipeline stages "
             f"(parallel.pipeline={p.pipeline}); set it to null"
         )
     if p.data is not None and p.data < 1:
-        problems.append(f"parallel.data={p.data} must be at least 1, or null for what the world leaves")
+        pass  # said already
     elif world is not None and min(p.tensor, p.pipeline, p.context) >= 1:
         unit = p.tensor * p.pipeline * p.context
         if p.data is not None and world != unit * p.data:
@@ -318,8 +214,6 @@ def _check_attributes(config: Config) -> list[str]:
     a, problems = config.attributes, []
     if not a.names:
         return []
-    if a.max_level < 1:
-        problems.append(f"attributes.max_level={a.max_level} must be at least 1")
     if a.quality not in a.names:
         problems.append(f"attributes.quality={a.quality} is not one of attributes.names: {' '.join(a.names)}")
     for key in a.best:
@@ -352,8 +246,6 @@ def _check_engine(config: Config) -> list[str]:
                 "engine.overlap_param_gather=true with engine.overlap_grad_reduce=false: Megatron-Core gathers beside "
                 "computing only where it reduces so; leave the second out"
             )
-        if engine.bucket_parameters is not None and engine.bucket_parameters < 1:
-            problems.append(f"engine.bucket_parameters={engine.bucket_parameters}; at least 1, or null")
         return problems
     if engine.zero_stage not in (1, 2, 3):
         problems.append(f"engine.zero_stage={engine.zero_stage}; legal: 1 2 3")
@@ -426,17 +318,11 @@ def _check_blend(config: Config) -> list[str]:
 
 def _check_train(config: Config) -> list[str]:
     t, problems = config.train, []
-    if t.steps is not None and t.steps < 1:
-        problems.append(f"train.steps={t.steps} must be at least 1, or null to go by train.epochs")
-    if t.steps is None and not t.epochs > 0:
-        problems.append(f"train.epochs={t.epochs} must be positive")
     if t.row_tokens > config.model.max_position:
         problems.append(
             f"train.row_tokens={t.row_tokens} exceeds model.max_position={config.model.max_position}; "
             "lower the one or raise the other"
         )
-    if t.validate_rows is not None and t.validate_rows < 1:
-        problems.append(f"train.validate_rows={t.validate_rows} must be at least 1, or null for all")
     if config.optim.min_lr > config.optim.lr and config.optim.schedule != "constant":
         problems.append(f"optim.min_lr={config.optim.min_lr:g} exceeds optim.lr={config.optim.lr:g}; lower it")
     return problems

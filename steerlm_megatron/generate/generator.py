@@ -26,6 +26,7 @@ from steerlm_megatron.generate.protocol import (
     Delta,
     EngineDead,
     FinishReason,
+    Limits,
     Progress,
     QueueFull,
     Request,
@@ -69,15 +70,6 @@ class TemplateLike(Protocol):
     def response_suffix(self) -> str: ...
 
 
-class LimitsLike(Protocol):
-    """The part of ``ServerConfig`` that bounds generation."""
-
-    max_queue: int
-    max_batch: int
-    max_sequence_tokens: int
-    max_cache_tokens: int
-
-
 class Generator:
     """Continuous batching over one model replica (paper §3.4 samples responses; facts/performance_references §3b).
 
@@ -90,7 +82,7 @@ class Generator:
         model: torch.nn.Module,
         tokenizer: TokenizerLike,
         template: TemplateLike,
-        limits: LimitsLike,
+        limits: Limits,
         group: ModelGroup | None = None,
     ) -> None:
         """``model``: called as ``model(input_ids, position_ids, None, labels=None, packed_seq_params=PackedTokens)``,
@@ -123,7 +115,7 @@ class Generator:
         if prompt_tokens + max_tokens > limit:
             return (
                 f"the prompt has {prompt_tokens} tokens and max_tokens={max_tokens}: "
-                f"{prompt_tokens + max_tokens} together, more than server.max_sequence_tokens={limit}; "
+                f"{prompt_tokens + max_tokens} together, more than generation.max_sequence_tokens={limit}; "
                 "shorten the prompt or lower max_tokens"
             )
         return None
@@ -381,15 +373,16 @@ class Generator:
         return [results[request.id] for request in requests]
 
 
-def check_limits(limits: LimitsLike) -> None:
+def check_limits(limits: Limits) -> None:
     """Raise UserError if no request could ever run."""
     for name in ("max_queue", "max_batch", "max_sequence_tokens", "max_cache_tokens"):
         value = getattr(limits, name)
         if value < 1:
-            raise UserError(f"server.{name}={value} must be at least 1")
+            section = "server" if name == "max_queue" else "generation"
+            raise UserError(f"{section}.{name}={value} must be at least 1")
     if limits.max_cache_tokens < limits.max_sequence_tokens:
         raise UserError(
-            f"server.max_cache_tokens={limits.max_cache_tokens} is less than server.max_sequence_tokens="
+            f"generation.max_cache_tokens={limits.max_cache_tokens} is less than generation.max_sequence_tokens="
             f"{limits.max_sequence_tokens}: the longest sequence would never fit; raise the one or lower the other"
         )
 

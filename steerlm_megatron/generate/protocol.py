@@ -105,6 +105,16 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What bounds an engine: ``generation.*``, and for a server ``server.max_queue``."""
+
+    max_batch: int
+    max_sequence_tokens: int
+    max_cache_tokens: int
+    max_queue: int = 2**31  # choices that wait for a row; what is drawn in process waits without a bound
+
+
 class QueueFull(Exception):
     """More requests wait than ``server.max_queue`` allows. ``retry_after_sec`` is a guess at when there is room."""
 

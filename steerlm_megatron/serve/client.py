@@ -52,7 +52,7 @@ class SamplingClient:
             if not url.startswith(("http://", "https://")):
                 raise UserError(f"server.urls: {url!r} must begin with http:// or https://")
         if concurrency < 1:
-            raise UserError(f"bootstrap.concurrency={concurrency} must be at least 1")
+            raise UserError(f"generation.concurrency={concurrency} must be at least 1")
         self.urls = [url.rstrip("/").removesuffix("/v1") for url in urls]
         self.concurrency, self.timeout_sec, self.max_tries, self.model = concurrency, timeout_sec, max_tries, model
 

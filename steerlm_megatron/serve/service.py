@@ -145,12 +145,12 @@ class Service:
 
     def _check_choices(self, prompts: int, n: int) -> None:
         """Refuse what the queue could never take, before any of it is worked on."""
-        limit = self.server.max_queue + self.server.max_batch
+        limit = self.server.max_queue + self.generator.limits.max_batch
         if prompts * n > limit:
             message = (
                 f"{prompts * n} choices ({prompts} prompts, n={n}) are more than this server can ever queue, "
-                f"{limit} (server.max_queue={self.server.max_queue} + server.max_batch={self.server.max_batch}); "
-                "send several requests"
+                f"{limit} (server.max_queue={self.server.max_queue} + "
+                f"generation.max_batch={self.generator.limits.max_batch}); send several requests"
             )
             raise ApiError(400, message, "n" if prompts == 1 else "prompt", code="too_many_choices")
 
@@ -163,7 +163,7 @@ class Service:
         if tokens >= limit:
             message = (
                 f"the prompt has {about}{tokens} tokens, which leaves none for a response within "
-                f"server.max_sequence_tokens={limit}; shorten the prompt"
+                f"generation.max_sequence_tokens={limit}; shorten the prompt"
             )
             raise ApiError(400, message, param, code="context_length_exceeded")
 

@@ -13,27 +13,24 @@ from pathlib import Path
 from typing import Any, cast
 
 from steerlm_megatron.config.schema import Config
-from steerlm_megatron.errors import Interrupted, UserError
+from steerlm_megatron.errors import Interrupted
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL
 from steerlm_megatron.runtime.collectives import any_rank, barrier, on_main
+from steerlm_megatron.runtime.signals import StopRequest
 from steerlm_megatron.stages.intake import Intake, Record
 from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.scoring import Scorer, Values
 from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
 from steerlm_megatron.steer.messages import Message, has_text
 from steerlm_megatron.steer.records import Conversation, expand_paths, write_records
-from steerlm_megatron.train.signals import StopRequest
 
 _CHUNK = 512  # conversations scored between two writes of the journal
 
 
 def run(config: Config) -> None:
     """``input`` → ``output``, scored by ``checkpoint``. Collective over the world."""
-    for key in ("input", "output", "checkpoint"):
-        if getattr(config, key) is None:
-            raise UserError(f"{key} is not set; annotate needs input, output and checkpoint")
     with session(config) as here:
         intake = Intake(here)
         records = intake.read("input", cast(str, config.input), "input")
@@ -53,7 +50,7 @@ def annotate(
     """
     layout, config = here.layout, here.config
     records = [record.conversation for record in read]
-    scorer = Scorer(loaded, config.annotate.batch_tokens)
+    scorer = Scorer(loaded, config.scoring.batch_tokens)
     paths = expand_paths(source)
     journal, done = open_journal(here, f"{JOURNAL}{output.name}", loaded, {"records": len(records)}, paths)
     mine = [i for i in range(len(records)) if i % layout.dp_size == layout.dp_rank and i not in done]

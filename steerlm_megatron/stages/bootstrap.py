@@ -26,9 +26,6 @@ from steerlm_megatron.steer.records import Conversation, Message, write_records
 
 def run(config: Config) -> None:
     """``input`` (annotated records) → ``output`` (drawn and scored records). Collective over the world."""
-    for key in ("input", "output", "checkpoint", "ap_checkpoint"):
-        if getattr(config, key) is None:
-            raise UserError(f"{key} is not set; bootstrap needs input, output, checkpoint (SFT) and ap_checkpoint")
     with session(config) as here:
         bootstrap(here, cast(str, config.input), Path(cast(str, config.output)))
 
@@ -109,7 +106,7 @@ def bootstrap(here: Session, source: str, output: Path) -> dict[str, Any]:
         )
         for p, r in kept
     ]
-    scores = score_all(Scorer(ap, config.annotate.batch_tokens), drawn)
+    scores = score_all(Scorer(ap, config.scoring.batch_tokens), drawn)
     ap.free()
 
     def write() -> None:

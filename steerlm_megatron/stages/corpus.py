@@ -28,11 +28,11 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import write_json_atomic
 from steerlm_megatron.runtime.collectives import on_main
+from steerlm_megatron.runtime.signals import StopRequest
 from steerlm_megatron.stages.intake import Reject, read_lines
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, OnError, expand_paths, write_records
 from steerlm_megatron.steer.templates import Template
-from steerlm_megatron.train.signals import StopRequest
 
 _CONVERSION_FORMAT = 3  # raise when a converter gives other records for the same files
 _SPLITS = ("train", "valid")

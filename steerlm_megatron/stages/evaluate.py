@@ -105,7 +105,7 @@ def evaluate(here: Session) -> dict[str, Any]:
         ap = load_model(config.ap_checkpoint, config, "ap_checkpoint", head="regression")
         if config.input is not None:
             records = [record.conversation for record in intake.read("input", config.input, "input")]
-            results["ap"], unlabelled = prediction_quality(ap, records, config.annotate.batch_tokens)
+            results["ap"], unlabelled = prediction_quality(ap, records, config.scoring.batch_tokens)
             intake.leave_out("input", "unlabelled", unlabelled)
     if models_of(config):
         judge = Judge(config, ap)
@@ -163,7 +163,7 @@ class Judge:
         self.quality = config.attributes.quality
         if self.kind == "ap":
             assert ap is not None and ap.schema is not None, "see check"
-            self.scorer = Scorer(ap, config.annotate.batch_tokens)
+            self.scorer = Scorer(ap, config.scoring.batch_tokens)
             self.measured, self.quality = ap.schema.seen, ap.schema.quality
         if self.quality not in self.measured:
             raise UserError(
@@ -238,7 +238,7 @@ def _prompts(here: Session, intake: Intake, judge: Judge) -> tuple[list[Conversa
             for name, model in opened.items():
                 for ask in asks[name].all:
                     prompt = Prompt(conversation.id, conversation.messages, ask, record.where)
-                    request_for(0, prompt, model, config.sampling, config.server)
+                    request_for(0, prompt, model, config.sampling, config.generation)
         except PromptTooLong as error:
             skip_prompt(prompt, error, intake, "prompts")
         else:
@@ -301,7 +301,7 @@ def _draw(
         for a, ask in enumerate(asks)
         for p, prompt in enumerate(prompts)
     ]
-    requests = [request_for(i, prompt, loaded, config.sampling, config.server) for i, prompt in enumerate(wanted)]
+    requests = [request_for(i, prompt, loaded, config.sampling, config.generation) for i, prompt in enumerate(wanted)]
     results = draw(here, loaded, open_generator(config, loaded), requests, name, f"evaluate {name}")
     if cut := sum(r.finish_reason == "length" for r in results):
         get_logger(__name__).info("%s: %d of %d responses reached sampling.max_tokens", name, cut, len(results))

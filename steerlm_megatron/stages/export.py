@@ -27,9 +27,6 @@ _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 def run(config: Config) -> None:
     """``checkpoint`` → ``output``, a checkpoint folder. Collective over the world."""
-    for key in ("checkpoint", "output"):
-        if getattr(config, key) is None:
-            raise UserError(f"{key} is not set; export needs checkpoint and output")
     source = resolve(str(config.checkpoint), "checkpoint")
     read_meta(source)
     target = Path(str(config.output))

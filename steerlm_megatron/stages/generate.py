@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import cast
 
 from steerlm_megatron.config.schema import Config
-from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.intake import Intake, Record, told_skipped
 from steerlm_megatron.stages.sampling import Prompt, draw, forget, open_sampler, requests_for
@@ -18,9 +17,6 @@ def run(config: Config) -> None:
     """Write ``output``: the records of ``input`` up to their last user message, each with a drawn response. Collective
     over the world.
     """
-    for key in ("input", "output", "checkpoint"):
-        if getattr(config, key) is None:
-            raise UserError(f"{key} is not set; generate needs input, output and checkpoint")
     with session(config) as here:
         intake = Intake(here)
         records = read_prompts(intake, "input", cast(str, config.input), "input")

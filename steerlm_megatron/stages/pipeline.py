@@ -26,13 +26,13 @@ from steerlm_megatron.observe.progress import pipeline_step
 from steerlm_megatron.observe.runfolder import fingerprint, is_complete, read_summary, versions
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import any_rank, broadcast_object, on_main
+from steerlm_megatron.runtime.signals import asked
 from steerlm_megatron.stages import annotate, bootstrap, corpus, evaluate, report, train
 from steerlm_megatron.stages.intake import Intake, Reject, write_rejects
 from steerlm_megatron.stages.preprocess import total_counts
 from steerlm_megatron.stages.prompt_check import check_bootstrap_prompts, check_evaluation_prompts
 from steerlm_megatron.stages.session import Session, load_model, session
 from steerlm_megatron.steer.records import expand_paths
-from steerlm_megatron.train.signals import asked
 
 # The steps in order, and what each is, for its header line. A key of ``pipeline`` names the step that its overrides
 # are for.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from steerlm_megatron.config.schema import Config
-from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.corpus import check_tokenizer, collect_records, make_shards
 from steerlm_megatron.stages.intake import told_skipped
@@ -16,11 +15,9 @@ from steerlm_megatron.stages.session import session
 
 def run(config: Config) -> None:
     """Write ``data.output_dir/{train,valid}`` and the run's summary."""
-    if config.data.output_dir is None:
-        raise UserError("data.output_dir is not set: name the folder for the shards")
     check_tokenizer(config)
     with session(config) as here:
-        output = Path(config.data.output_dir)
+        output = Path(str(config.data.output_dir))
         splits, converted = collect_records(config, output / "records", shards=output)
         summary = make_shards(config, splits, output, config.overwrite, converted)
         counts = total_counts(converted, summary)

@@ -53,7 +53,7 @@ def _check(records: Iterable[Record], config: Config, shards: Path) -> None:
     levels = model.schema.complete(None) if model.schema else None
     for record in records:
         prompt = Prompt(record.conversation.id, record.conversation.messages, levels, record.where)
-        request_for(0, prompt, model, config.sampling, config.server)
+        request_for(0, prompt, model, config.sampling, config.generation)
 
 
 def _coming_model(config: Config, tokenizer: Tokenizer) -> OpenedCheckpoint:

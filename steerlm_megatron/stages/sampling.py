@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 
-from steerlm_megatron.config.schema import Config, SamplingConfig, ServerConfig
+from steerlm_megatron.config.schema import Config, GenerationConfig, SamplingConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.group import model_group
-from steerlm_megatron.generate.protocol import Request, Result, Sampler, SamplingParams, derive_seed
+from steerlm_megatron.generate.protocol import Limits, Request, Result, Sampler, SamplingParams, derive_seed
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL, remove_journal
@@ -54,18 +54,22 @@ class Drawn:
 def open_sampler(config: Config, loaded: LoadedModel) -> Sampler:
     """What draws: the servers of ``server.urls``, or the model in this process. Collective over the replica."""
     if config.server.urls:
-        client = SamplingClient(config.server.urls, config.bootstrap.concurrency)
+        client = SamplingClient(config.server.urls, config.generation.concurrency)
         client.check()
         return client
     return open_generator(config, loaded)
 
 
-def open_generator(config: Config, loaded: LoadedModel) -> Generator:
-    """The in-process sampler over a language model. Collective over the replica."""
-    limits = replace(
-        config.server, max_sequence_tokens=min(config.server.max_sequence_tokens, loaded.model_config.max_position)
+def open_generator(config: Config, loaded: LoadedModel, max_queue: int | None = None) -> Generator:
+    """The in-process sampler over a language model. ``max_queue``: of a server. Collective over the replica."""
+    wanted, longest = config.generation, loaded.model_config.max_position
+    limits = Limits(
+        wanted.max_batch,
+        min(wanted.max_sequence_tokens, longest),
+        max(wanted.max_cache_tokens, min(wanted.max_sequence_tokens, longest)),
     )
-    limits.max_cache_tokens = max(limits.max_cache_tokens, limits.max_sequence_tokens)
+    if max_queue is not None:
+        limits = replace(limits, max_queue=max_queue)
     return Generator(loaded.model, loaded.tokenizer, loaded.template, limits, model_group(config.engine.timeout_sec))
 
 
@@ -74,7 +78,7 @@ class PromptTooLong(UserError):
 
 
 def request_for(
-    index: int, prompt: Prompt, opened: OpenedCheckpoint, sampling: SamplingConfig, server: ServerConfig
+    index: int, prompt: Prompt, opened: OpenedCheckpoint, sampling: SamplingConfig, limits: GenerationConfig
 ) -> Request:
     """The request for the ``index``-th response of a command, with a seed of its own. A prompt too long for the model
     loses its oldest turns.
@@ -82,13 +86,13 @@ def request_for(
     Raises:
         PromptTooLong: its last turn alone is too long.
     """
-    most, longest = server.max_sequence_tokens, opened.model_config.max_position
+    most, longest = limits.max_sequence_tokens, opened.model_config.max_position
     room = min(most, longest) - sampling.max_tokens
     ids, messages = _encode(prompt, prompt.messages, opened), prompt.messages
     while len(ids) > room:
         rest = _without_oldest(messages)
         if rest is None:
-            limit, raised = f"server.max_sequence_tokens={most}", "raise that, "
+            limit, raised = f"generation.max_sequence_tokens={most}", "raise that, "
             if longest <= most:
                 limit, raised = f"the model's max_position={longest}", ""
             raise PromptTooLong(
@@ -113,7 +117,7 @@ def requests_for(
     requests: list[Request] = []
     for index, prompt in enumerate(prompts):
         try:
-            requests.append(request_for(index, prompt, opened, config.sampling, config.server))
+            requests.append(request_for(index, prompt, opened, config.sampling, config.generation))
         except PromptTooLong as error:
             skip_prompt(prompt, error, intake, part)
         else:
@@ -126,7 +130,7 @@ def requests_for(
 
 def check_room(opened: OpenedCheckpoint, config: Config) -> None:
     """Refuse a ``sampling.max_tokens`` that leaves no room for any prompt."""
-    limit = min(config.server.max_sequence_tokens, opened.model_config.max_position)
+    limit = min(config.generation.max_sequence_tokens, opened.model_config.max_position)
     if config.sampling.max_tokens >= limit:
         raise UserError(
             f"sampling.max_tokens={config.sampling.max_tokens} leaves no room for a prompt in {limit} tokens; lower it"

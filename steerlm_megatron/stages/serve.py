@@ -20,8 +20,7 @@ def run(config: Config) -> None:
     Requests that name no level of an attribute ask for ``attributes.best`` (``requested_best``), and those that name no
     sampling parameter for ``sampling.*``.
     """
-    if config.checkpoint is None:
-        raise UserError("checkpoint is not set: name the run folder of train_sft to serve")
+    checkpoint = str(config.checkpoint)
     SamplingParams.from_config(config.sampling)
     if launcher.global_rank() == 0 and config.server.port:
         check_port(config.server.host, config.server.port)
@@ -31,12 +30,12 @@ def run(config: Config) -> None:
                 f"{here.layout.dp_size} replicas (parallel.data x parallel.context): a server is one; start one "
                 "server per replica, each with its own server.port, and name them all in server.urls"
             )
-        schema = open_checkpoint(config.checkpoint, "checkpoint", head="lm").conditioned_on
+        schema = open_checkpoint(checkpoint, "checkpoint", head="lm").conditioned_on
         best = requested_best(config, schema or NO_ATTRIBUTES)  # what is wrong with it is said before weights are read
-        loaded = load_model(config.checkpoint, config, "checkpoint", head="lm", gather_logits=True)
+        loaded = load_model(checkpoint, config, "checkpoint", head="lm", gather_logits=True)
         if schema is not None:
             schema = replace(schema, best=best)
-        generator = open_generator(config, loaded)
+        generator = open_generator(config, loaded, config.server.max_queue)
         if not here.layout.is_main:
             # A launcher signals every rank; the main one finishes what is running and then stops the others.
             for number in (signal.SIGTERM, signal.SIGINT):

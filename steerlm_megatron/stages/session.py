@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from steerlm_megatron.config.load import TRAINING, to_yaml
+from steerlm_megatron.config.load import lays_out_training, to_yaml
 from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
@@ -53,8 +53,10 @@ def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
 
     ``inputs``: a fingerprint of what the run depends on, stored in its summary.
     """
-    ranks = config.parallel if config.command in TRAINING else inference_parallel(config.parallel)
-    layout = parallel.initialize(ranks, config.train.seed, config.engine.timeout_sec)
+    trains = lays_out_training(config)
+    ranks = config.parallel if trains else inference_parallel(config.parallel)
+    seed = config.train.seed if trains else 0  # what other commands draw has a seed of its own
+    layout = parallel.initialize(ranks, seed, config.engine.timeout_sec)
     chosen = config.run_dir or on_main(lambda: str(default_run_dir(config.command)))
     path = broadcast_object(chosen)  # None on others than the main rank until here
     assert path is not None

@@ -26,11 +26,11 @@ from steerlm_megatron.observe.profiler import StepProfiler
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.runtime.collectives import any_rank, gather_objects, sum_over_data_parallel
 from steerlm_megatron.runtime.device import peak_memory_gib
+from steerlm_megatron.runtime.signals import StopRequest
 from steerlm_megatron.runtime.watch import Watch
 from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore
 from steerlm_megatron.train.engine import Engine, StepGivenUp, StepResult
 from steerlm_megatron.train.sharded import ShardedWriter, Write
-from steerlm_megatron.train.signals import StopRequest
 from steerlm_megatron.train.stragglers import Stragglers
 
 

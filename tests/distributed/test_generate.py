@@ -35,7 +35,7 @@ class Tokenizer:
 
 
 def make(tensor: int, pipeline: int) -> Any:
-    from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig, ServerConfig
+    from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
     from steerlm_megatron.generate.generator import Generator
     from steerlm_megatron.generate.group import model_group
     from steerlm_megatron.model.gpt import build_model
@@ -49,7 +49,9 @@ def make(tensor: int, pipeline: int) -> Any:
     )
     model = build_model(config, layout, EngineConfig(), VOCAB, seed=3, gather_logits=True)
     model.double()  # which rounds logits alike in every batch and layout, as far as float32 can tell
-    limits = ServerConfig(max_batch=6, max_sequence_tokens=96, max_cache_tokens=600, port=0)
+    from steerlm_megatron.generate.protocol import Limits
+
+    limits = Limits(max_batch=6, max_sequence_tokens=96, max_cache_tokens=600)
     return Generator(model, Tokenizer(), SteerLMTemplate(), limits, model_group())
 
 
@@ -69,7 +71,7 @@ def requests() -> list[Any]:
 
 def through_server(generator: Any) -> Any:
     """One request to a server of this replica after a while of idleness; None on ranks that do not lead."""
-    from steerlm_megatron.config.schema import SamplingConfig
+    from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
     from steerlm_megatron.serve.client import SamplingClient
     from steerlm_megatron.serve.server import Running, serve
 
@@ -84,7 +86,7 @@ def through_server(generator: Any) -> Any:
     def ready(running: Running) -> None:
         threading.Thread(target=ask, args=(running,)).start()
 
-    serve(generator, None, generator.limits, SamplingConfig(), ready=ready)
+    serve(generator, None, ServerConfig(port=0), SamplingConfig(), ready=ready)
     return answers
 
 

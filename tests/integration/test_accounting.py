@@ -138,9 +138,12 @@ def test_a_bad_line_is_an_error_unless_it_may_be_skipped(name: str, capsys: pyte
 def test_a_prompt_that_is_too_long_says_what_to_set(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     record = {"id": "long", "messages": [{"role": "user", "content": LONG}, {"role": "assistant", "content": "Ok."}]}
     Path("long.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (good(random.Random(0), 0), record)))
-    assert run(*command(name, "long.jsonl", "server.max_sequence_tokens=2048")) == 2
+    assert run(*command(name, "long.jsonl", "generation.max_sequence_tokens=2048")) == 2
     said = capsys.readouterr().err
-    assert "error: long.jsonl:2: the last turn of the prompt long" in said and "server.max_sequence_tokens=2048" in said
+    assert (
+        "error: long.jsonl:2: the last turn of the prompt long" in said
+        and "generation.max_sequence_tokens=2048" in said
+    )
     assert "sampling.max_tokens" in said and "data.on_error=skip" in said
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from steerlm_megatron.cli import conf_dir
+from steerlm_megatron.config.compose import conf_dir
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.stages.corpus import DEMO_ATTRIBUTES
 from steerlm_megatron.stages.export import check_target
@@ -150,7 +150,7 @@ def test_what_was_drawn_is_not_drawn_again(work: Path) -> None:
             message = {"role": "user", "content": f"Tell me about {index % 70}."}
             file.write(json.dumps({"id": f"p{index // 2}", "messages": [message]}) + "\n")  # ids are no keys
     command = ("generate", "checkpoint=run/07-acsft", "input=prompts.jsonl", "output=drawn.jsonl", "run_dir=drawn",
-               "sampling.max_tokens=24", "server.max_batch=8")  # fmt: skip
+               "sampling.max_tokens=24", "generation.max_batch=8")  # fmt: skip
     journal, held = work / "drawn/journal-drawn.jsonl", (str(Path(__file__).with_name("held.py")), "40")
     before: dict[int, list[object]] = {}
     for ranks, stop in ((2, kill), (1, terminate)):

@@ -125,7 +125,7 @@ COMMAND_LINES = {
     ),
     "rows that sequence parallelism cannot split": (
         ["train_sft", "parallel.tensor=2", "parallel.sequence=true", "train.row_tokens=161",
-         "train.micro_batch_samples=2"],
+         "train.micro_batch_rows=2"],
         ["train.row_tokens=161", "multiple of parallel.tensor=2"],
     ),
     "several wrong keys and values at once": (
@@ -278,7 +278,7 @@ def test_a_run_goes_on_as_what_it_was(shards: str, tmp_path: Path, capfd: pytest
     assert "head 'regression' (checkpoint: 'lm')" in capfd.readouterr().err
     summary.write_text(killed)
     allowed = ("train.steps=3", "optim.lr=1e-4", "optim.min_lr=1e-5", "model.dropout=0.1", "engine.precision=bf16",
-               "train.global_batch_samples=3", "train.micro_batch_samples=2", "train.save_every_steps=1")  # fmt: skip
+               "train.global_batch_samples=3", "train.micro_batch_rows=2", "train.save_every_steps=1")  # fmt: skip
     assert run("train_sft", "run_dir=a", *common, *allowed) == 0
     saved = json.loads((tmp_path / "a/checkpoints/step_00000003/meta.json").read_text())
     assert saved["config"]["train"]["steps"] == 3 and saved["config"]["data"]["train"] == shards

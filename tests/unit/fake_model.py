@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from steerlm_megatron.config.schema import ServerConfig
+from steerlm_megatron.generate.protocol import Limits
 from steerlm_megatron.model.attention import PackedTokens
 
 VOCAB = 64
@@ -101,6 +101,6 @@ class FakeModel(torch.nn.Module):
         return logits[None]
 
 
-def limits(**changes: float) -> ServerConfig:
+def limits(**changes: Any) -> Limits:
     values: dict[str, Any] = {"max_queue": 1000, "max_batch": 8, "max_sequence_tokens": 128, "max_cache_tokens": 1024}
-    return ServerConfig(**{**values, **changes})
+    return Limits(**{**values, **changes})

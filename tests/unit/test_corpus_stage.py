@@ -18,7 +18,7 @@ import pytest
 from data_tools.convert import ROWS
 from data_tools.convert import SOURCES as CONVERTERS
 from steerlm_megatron.config import load
-from steerlm_megatron.config.schema import SOURCES, Config, DataConfig
+from steerlm_megatron.config.schema import KEYS, SOURCES, Config, DataConfig
 from steerlm_megatron.data.write import chunks
 from steerlm_megatron.data.write.preprocess import preprocess
 from steerlm_megatron.errors import Interrupted, UserError
@@ -41,7 +41,7 @@ def write(path: Path, *rows: Any) -> str:
 
 def test_names_are_those_of_the_converters() -> None:
     assert (*CONVERTERS, "demo") == SOURCES
-    assert load.CHOICES["data.hf_rows"] == ROWS
+    assert KEYS["data.hf_rows"].choices == ROWS
 
 
 def test_records_are_read_as_they_are(tmp_path: Path) -> None:

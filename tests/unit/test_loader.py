@@ -74,7 +74,7 @@ def test_an_epoch_is_every_sample_once(dataset: ShardDataset, view: str) -> None
 def test_a_step_is_the_same_for_every_layout(dataset: ShardDataset, micro: int) -> None:
     reference = [ids(batches) for batches in itertools.islice(loader(dataset), 12)]
     for size in (1, 2, 4):
-        ranks = [loader(dataset, rank=rank, size=size, micro_batch_samples=micro) for rank in range(size)]
+        ranks = [loader(dataset, rank=rank, size=size, micro_batch_rows=micro) for rank in range(size)]
         for step in range(12):
             parts = [next(rank) for rank in ranks]
             assert len({len(part) for part in parts}) == 1
@@ -135,7 +135,7 @@ def test_a_run_by_epochs_sees_every_row_as_often_as_they_say(
                 size=sizes[0],
                 start_row=at,
                 end=end,
-                micro_batch_samples=sizes[1],
+                micro_batch_rows=sizes[1],
                 global_batch_samples=samples,
             )  # fmt: skip
             for rank in range(sizes[0])

@@ -23,7 +23,7 @@ from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator
-from steerlm_megatron.generate.protocol import EngineDead, Request, SamplingParams, derive_seed
+from steerlm_megatron.generate.protocol import EngineDead, Limits, Request, SamplingParams, derive_seed
 from steerlm_megatron.serve.client import SamplingClient, ServerFailure
 from steerlm_megatron.serve.server import Running, check_port, serve
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -66,9 +66,11 @@ class Server:
 
 
 def make_generator(model: FakeModel | None = None, **changes: float) -> tuple[Generator, ServerConfig]:
-    config = limits(**{"max_sequence_tokens": 400, "max_cache_tokens": 8192, "max_batch": 16, "port": 0, **changes})
+    of_engine = {name: changes.pop(name) for name in tuple(changes) if name in Limits.__dataclass_fields__}
+    bounds = limits(**{"max_sequence_tokens": 400, "max_cache_tokens": 8192, "max_batch": 16, **of_engine})
+    config = ServerConfig(**{"port": 0, "max_queue": bounds.max_queue, **changes})
     model = model or FakeModel(TOKENIZER.vocab_size, TOKENIZER.control_id("<extra_id_1>"))
-    return Generator(model, TOKENIZER, TEMPLATE, config), config
+    return Generator(model, TOKENIZER, TEMPLATE, bounds), config
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from steerlm_megatron.observe.log import close_logging, setup_logging
-from steerlm_megatron.train import signals
-from steerlm_megatron.train.signals import StopRequest
+from steerlm_megatron.runtime import signals
+from steerlm_megatron.runtime.signals import StopRequest
 
 # What a process does after it has said "ready"; each would take ten.
 BODIES = {
@@ -28,7 +28,7 @@ BODIES = {
 }
 PROGRAM = """
 import ctypes, os, time
-from steerlm_megatron.train import signals
+from steerlm_megatron.runtime import signals
 class Slow:
     def __init__(self, seconds):
         self.seconds = seconds

@@ -32,7 +32,7 @@ class StepLoader:
 
     A step takes ``rows_per_step`` rows, the next ones in the sequence of all epochs (a step may span two epochs), or
     what is left of them before ``end_row``. They are dealt round robin to the data-parallel ranks, then cut into
-    micro-batches of ``train.micro_batch_samples`` rows; where rows do not divide, empty rows fill up. A thread prepares
+    micro-batches of ``train.micro_batch_rows`` rows; where rows do not divide, empty rows fill up. A thread prepares
     steps ahead; ``close`` (or leaving the ``with``) ends it.
 
     Args:
@@ -62,7 +62,7 @@ class StepLoader:
         self._cp_rank, self._cp_size = cp_rank, cp_size
         self.rows_per_step = rows_per_step(rows, train.global_batch_samples)
         # Not more than a rank's share: a forward pass over rows that are all padding is work for nothing.
-        self._micro_rows = min(train.micro_batch_samples, -(-self.rows_per_step // dp_size))
+        self._micro_rows = min(train.micro_batch_rows, -(-self.rows_per_step // dp_size))
         self.micro_batches = -(-self.rows_per_step // (dp_size * self._micro_rows))
         self._num_attributes = rows.corpora.num_attributes
         self._orders: dict[int, npt.NDArray[np.int64]] = {}

@@ -1,0 +1,149 @@
+"""What commands there are, what each does, and what of the configuration it reads.
+
+Owns: :data:`COMMANDS`, and the answers that follow from it: which keys belong to a command, who reads a key that does
+not, what has to be set. Does not own: the keys themselves (``schema.py``), running anything. Standard library only.
+Invariant: ``reads`` is complete: a test runs every command and fails on a key that is read and not declared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of ``steerlm``.
+
+    Args:
+        name: what users type.
+        help: what it does, in a few words.
+        module: the module of ``steerlm_megatron.stages`` whose ``run(config)`` it is.
+        ranks: whether it runs on the ranks that ``parallel.*`` asks for.
+        reads: sections (``model``) and single keys (``data.on_error``) that its result depends on.
+        needs: keys that must be set, and what they are to name.
+        trains: whether it lays out a training run.
+    """
+
+    name: str
+    help: str
+    module: str
+    ranks: bool
+    reads: tuple[str, ...]
+    needs: dict[str, str] = field(default_factory=dict)
+    trains: bool = False
+
+    def reads_key(self, key: str) -> bool:
+        """Whether ``key`` (or, for a section, something in it) is one of this command's."""
+        return any(_covers(read, key) or read.startswith(f"{key}.") for read in (*_EVERY, *self.reads))
+
+
+# What every command reads: where it works, and whether it may replace something.
+_EVERY = ("command", "run_dir", "overwrite")
+_RANKS = ("parallel", "engine")
+_CORPUS = ("data", "tokenizer", "template", "attributes", "train.seed")
+_TRAINING = ("init_from", "model", *_RANKS, "optim", "train", *_CORPUS, "tracking", "profile")
+_LIMITS = ("generation.max_batch", "generation.max_sequence_tokens", "generation.max_cache_tokens")
+_DRAWING = ("sampling", *_LIMITS, *_RANKS)
+_SERVERS = ("server.urls", "generation.concurrency")
+_SERVER = tuple(
+    f"server.{key}" for key in ("host", "port", "max_queue", "model_name", "max_body_bytes", "read_timeout_sec")
+)
+_RECORDS = ("input", "output", "data.on_error")
+
+_TRAINED = "the run folder of train_sft, or one of its checkpoints"
+_AP = "the run folder of train_ap, or one of its checkpoints"
+
+_ALL = (
+    Command(
+        "preprocess", "records or a corpus → indexed binary shards", "preprocess", False,
+        _CORPUS, {"data.output_dir": "the folder for the shards"},
+    ),
+    Command("train_ap", "train the attribute-prediction model (step 1)", "train", True, _TRAINING, trains=True),
+    Command(
+        "annotate", "score every response of a record file (step 2)", "annotate", True,
+        (*_RECORDS, "checkpoint", "annotate", "scoring", *_RANKS),
+        {"input": "record files", "output": "the record file to write", "checkpoint": _AP},
+    ),
+    Command(
+        "train_sft", "attribute-conditioned SFT, plain SFT with attributes=none (step 3)", "train", True,
+        _TRAINING, trains=True,
+    ),
+    Command(
+        "bootstrap", "sample at the best attribute values and score the responses (step 4)", "bootstrap", True,
+        (*_RECORDS, "checkpoint", "ap_checkpoint", "bootstrap", "scoring", *_SERVERS, *_DRAWING),
+        {
+            "input": "annotated record files", "output": "the record file to write", "checkpoint": _TRAINED,
+            "ap_checkpoint": _AP,
+        },
+    ),
+    Command(
+        "serve", "OpenAI-compatible sampling server", "serve", True,
+        ("checkpoint", "attributes", *_SERVER, *_DRAWING), {"checkpoint": _TRAINED},
+    ),
+    Command(
+        "generate", "sample responses for the prompts of a record file", "generate", True,
+        (*_RECORDS, "checkpoint", "attributes", *_SERVERS, *_DRAWING),
+        {"input": "record files with prompts", "output": "the record file to write", "checkpoint": _TRAINED},
+    ),
+    Command(
+        "evaluate", "attribute-prediction quality and steering curves", "evaluate", True,
+        ("input", "data.on_error", "ap_checkpoint", "attributes", "evaluate", "scoring", *_DRAWING),
+    ),
+    Command(
+        "export", "the model of a checkpoint alone, as a checkpoint", "export", True,
+        ("checkpoint", "output", "export", *_RANKS),
+        {"checkpoint": "a run folder or checkpoint", "output": "the folder to write"},
+    ),
+    Command(
+        "report", "report.html and report.json from an evaluation", "report", False,
+        ("input",), {"input": "the run folder of steerlm evaluate, or its evaluation.json"},
+    ),
+)  # fmt: skip
+
+
+def _run() -> Command:
+    """The pipeline reads what its steps read, but for what the steps themselves pass on."""
+    passed_on = {"output", "checkpoint", "ap_checkpoint"}
+    steps = [c for c in _ALL if c.name not in ("serve", "generate", "export")]
+    reads = dict.fromkeys(read for c in steps for read in c.reads if read not in passed_on)
+    return Command("run", "all steps from one config", "pipeline", True, ("pipeline", *reads), trains=True)
+
+
+COMMANDS: dict[str, Command] = {command.name: command for command in (*_ALL, _run())}
+
+
+def _covers(read: str, key: str) -> bool:
+    return key == read or key.startswith(f"{read}.")
+
+
+def readers(key: str) -> list[str]:
+    """The commands that read ``key``."""
+    return [name for name, command in COMMANDS.items() if command.reads_key(key)]
+
+
+def declared(command: str, key: str) -> bool:
+    """Whether ``command`` says that it reads ``key``; a name that is no command's reads everything."""
+    return command not in COMMANDS or any(_covers(read, key) for read in (*_EVERY, *COMMANDS[command].reads))
+
+
+def unread(command: str, keys: Iterable[str]) -> list[str]:
+    """One sentence per key of a command line that ``command`` does not read, with the commands that do."""
+    problems = []
+    for key in keys:
+        if not COMMANDS[command].reads_key(key):
+            others = readers(key)
+            remedy = f"; {_listed(others)} {'does' if len(others) == 1 else 'do'}" if others else ""
+            problems.append(f"{key}: {command} does not read it{remedy}")
+    return problems
+
+
+def unset(command: str, value_of: Callable[[str], object]) -> list[str]:
+    """One sentence per key that ``command`` needs and that has no value; ``value_of`` gives a key's value."""
+    if command not in COMMANDS:
+        return []
+    return [f"{key} is not set: name {what}" for key, what in COMMANDS[command].needs.items() if value_of(key) is None]
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

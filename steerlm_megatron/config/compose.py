@@ -1,0 +1,228 @@
+"""Command lines through Hydra: composing a configuration, and explaining what is wrong with an override.
+
+Owns: finding ``conf/``, everything that knows Hydra. Does not own: the typed configuration and its rules (``load.py``),
+what runs (``cli.py``). Invariant: a wrong override is found before Hydra runs the command, and all of them are told at
+once, each with its remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from steerlm_megatron.config.commands import COMMANDS, unread
+from steerlm_megatron.config.load import renamed
+from steerlm_megatron.config.schema import KEYS, Config
+from steerlm_megatron.errors import UserError
+
+_FORCED = (
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=.",
+    "hydra.sweep.subdir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=disabled",
+    "hydra/hydra_logging=disabled",
+    "hydra.help.app_name=steerlm",
+)
+# Mappings whose keys no schema has. What is in them is checked later: a step's overrides against its configuration,
+# names of attributes against the schema in use.
+_FREE = ("pipeline.", "train.label_weights", "attributes.best", "data.map.")
+
+
+def conf_dir() -> Path:
+    """The Hydra configs: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "train_sft.yaml").exists():
+            return candidate
+    raise UserError(
+        f"no configuration files in {package / 'conf'} or {package.parent / 'conf'}; the installation is incomplete"
+    )
+
+
+def options(group: str) -> list[str]:
+    """What ``group=`` can be: the names of the files in ``conf/group``."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean …?`` for the known word nearest to ``word``, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+@contextmanager
+def _hydra() -> Iterator[Callable[..., Any]]:
+    """Hydra's ``compose`` over ``conf/`` and the schema."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        yield compose
+
+
+def composed(command: str, overrides: list[str]) -> Any:
+    """The configuration of a command as plain nested data, for showing it. The overrides have to be right."""
+    from omegaconf import OmegaConf
+
+    with _hydra() as compose:
+        return OmegaConf.to_container(compose(config_name=command, overrides=_marked(overrides)))
+
+
+def _marked(arguments: list[str]) -> list[str]:
+    """Keys of free mappings are added, which Hydra wants to be told."""
+    return [f"++{argument}" if argument.startswith(_FREE) else argument for argument in arguments]
+
+
+def flags_of(arguments: list[str]) -> Any:
+    """Hydra's own flags (``--cfg``, ``--multirun``, ...) and, in ``.overrides``, what is left."""
+    from hydra._internal.utils import get_args_parser
+
+    return get_args_parser().parse_intermixed_args(_marked(arguments))
+
+
+def check(command: str, arguments: list[str]) -> None:
+    """Compose once ahead of Hydra, so that a wrong override is one clear line and exit code 2.
+
+    Raises:
+        UserError: with one line for each override that is wrong, or that the command does not read.
+    """
+    flags = flags_of(arguments)
+    if flags.hydra_help or flags.info or flags.shell_completion:
+        return
+    parsed = [_parsed(override, flags.multirun) for override in flags.overrides]
+    keys = {override: one.key_or_group for override, one in zip(flags.overrides, parsed, strict=True)}
+    misplaced = {override: said for override, key in keys.items() if (said := _misplaced(command, key))}
+    rest = [(o, one) for o, one in zip(flags.overrides, parsed, strict=True) if o not in misplaced]
+    overrides, more = _choices([one for _, one in rest]) if flags.multirun else ([o for o, _ in rest], [])
+    wrong = _wrong(command, overrides, more)
+    if found := list(dict.fromkeys([*misplaced.values(), *wrong])):
+        raise UserError("\n".join(found))
+
+
+def _parsed(override: str, sweep: bool) -> Any:
+    """An override as Hydra understands it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    key, _, value = override.partition("=")
+    try:
+        (one,) = OverridesParser.create().parse_overrides([override])
+    except HydraException as error:
+        reason = str(error).splitlines()[0].partition(": ")[0]
+        in_list = value.startswith("[") and value.endswith("]")
+        quoted = "[" + ",".join(f'"{item}"' for item in value[1:-1].split(",")) + "]" if in_list else f'"{value}"'
+        raise UserError(
+            f"{override}: Hydra cannot read the value ({reason}); quote it, in the shell's quotes: '{key}={quoted}'"
+        ) from None
+    if one.is_sweep_override() and not sweep:
+        raise UserError(f"{override}: several values; write a list in brackets: '{key}=[{value}]'")
+    return one
+
+
+def _misplaced(command: str, key: str) -> str | None:
+    """What to say of a key that exists, but not for this command, or not under this name any more."""
+    if said := renamed(key):
+        return said
+    known = key in KEYS or any(name.startswith(f"{key}.") for name in KEYS) or key.startswith(_FREE)
+    if not known:  # a misspelt one is explained by what Hydra says of it; experiment= and Hydra's own are no keys
+        return None
+    return next(iter(unread(command, [key])), None)
+
+
+def _choices(parsed: list[Any]) -> tuple[list[str], list[str]]:
+    """Of overrides whose values are lists to choose from: the first of each, and all the others."""
+    first, more = [], []
+    for one in parsed:
+        values = list(one.sweep_string_iterator()) if one.is_sweep_override() else []
+        choices = [f"{one.get_key_element()}={value}" for value in values] or [one.input_line or ""]
+        first.append(choices[0])
+        more += choices[1:]
+    return first, more
+
+
+def _wrong(command: str, overrides: list[str], more: list[str]) -> list[str]:
+    """What is wrong with ``overrides``, which go together, and with each of ``more`` in the place of another."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    with _hydra() as compose:
+
+        def problem(*chosen: str) -> str | None:
+            try:
+                compose(config_name=command, overrides=list(chosen))
+            except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: experiment=null
+                return _explain(error, command)
+            return None
+
+        together, right, wrong = problem(*overrides), overrides, []
+        if together is not None:
+            # Hydra stops at the first: which others are wrong, too? A key may be there only with another's group.
+            right = [one for one in overrides if problem(one) is None]
+            wrong = [problem(*right, one) for one in overrides if one not in right]
+        wrong += [problem(*right, one) for one in more]
+    found = [text for text in wrong if text]
+    return found or ([together] if together else [])
+
+
+def _explain(error: Exception, command: str) -> str:
+    """One line for a Hydra error: the key that is wrong, and the nearest right one."""
+    chain, text = error, str(error)
+    while chain.__cause__ is not None:
+        chain = chain.__cause__  # type: ignore[assignment]
+        text = f"{text}\n{chain}"
+    if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' (?:is not in struct|not in)", text):
+        key = match.group(1) or match.group(2)
+        full = re.search(r"full_key: ([\w.]+)", text)
+        if not match.group(1) and full:
+            key = full.group(1)
+        return renamed(key) or f"{key}: no such key{_nearest_key(key, command)}"
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match.group(1).rpartition("/")
+        legal = options(group) if group else []
+        return f"{group}={option}: no such option; legal: {' '.join(legal)}{nearest(option, legal)}"
+    full = re.search(r"full_key: ([\w.\[\]]+)", text)
+    first = next((line for line in text.splitlines() if line.strip()), "invalid override")
+    for line in text.splitlines():
+        if "could not be converted" in line or "Invalid" in line or "mismatched" in line or "not assignable" in line:
+            first = line
+    return f"{full.group(1) + ': ' if full else ''}{first.strip()}"
+
+
+def _nearest_key(key: str, command: str) -> str:
+    """The key that was meant, by its whole name or by its last part; the command's own before those of others."""
+    leaf = key.rsplit(".", 1)[-1]
+    for known in ([k for k in KEYS if COMMANDS[command].reads_key(k)], list(KEYS)):
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        near = near or [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
+        near = near or difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
+        if near:
+            return f"; did you mean {near[0]}?"
+    return f"; see steerlm {command} --help"
+
+
+def own_overrides() -> list[str]:
+    """The overrides of this job alone: of a ``--multirun`` one value each."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task)
+
+
+def run(command: str, arguments: list[str], job: Callable[[Any], None]) -> None:
+    """Let Hydra compose the configuration and call ``job`` with it, once per job of a ``--multirun``."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    marked = _marked(arguments)
+    overrides = flags_of(arguments).overrides
+    # argparse takes positional arguments in one piece: flags first, in whatever order they were typed.
+    flags = [argument for argument in marked if argument not in overrides]
+    sys.argv = [f"steerlm {command}", *flags, *overrides, *_FORCED]
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(job)()

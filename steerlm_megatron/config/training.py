@@ -1,0 +1,138 @@
+"""Sections of a training run: the model and its layout, the engine, the optimizer, size and cadence, tracking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from steerlm_megatron.config.fields import above, at_least, between, one_of, option
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer: everything Megatron-Core needs to build it, none of how it is split."""
+
+    name: str = option("tiny", "what the shape is called; nothing depends on it")
+    num_layers: int = option(4, at_least(1), "transformer layers")
+    hidden_size: int = option(128, at_least(1), "width of the residual stream")
+    num_heads: int = option(4, at_least(1), "query heads")
+    num_query_groups: int | None = option(None, at_least(1), "key/value heads; null: one per query head")
+    head_dim: int | None = option(None, at_least(1), "width of a head; null: hidden_size / num_heads")
+    ffn_hidden_size: int = option(352, at_least(1), "width of the MLP")
+    activation: str = option("swiglu", one_of("swiglu", "gelu", "squared_relu"), "the MLP's non-linearity")
+    norm: str = option(
+        "rmsnorm", one_of("rmsnorm", "layernorm", "layernorm1p"), "the norm; layernorm1p stores weight - 1"
+    )
+    norm_epsilon: float = option(1e-5, at_least(0), "added to the variance in a norm")
+    rotary_base: float = option(10000.0, at_least(1), "base of the frequencies of rotary position embeddings")
+    rotary_percent: float = option(1.0, between(0, 1), "share of a head's dimensions that RoPE turns")
+    max_position: int = option(4096, at_least(2), "longest sequence that the model is meant for, in tokens")
+    tie_embeddings: bool = option(False, "the output layer has the weights of the input embedding")
+    bias: bool = option(False, "linear layers have biases")
+    dropout: float = option(0.0, between(0, 0.99), "dropout of attention and of the residual stream, in training")
+    init_std: float = option(0.02, at_least(0), "standard deviation of initial weights")
+    vocab_multiple: int = option(128, at_least(1), "embedding rows are a multiple of it and of parallel.tensor")
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks are laid out."""
+
+    tensor: int = option(1, at_least(1), "ranks that share each matrix product")
+    sequence: bool = option(False, "norms and dropout are split over the tensor-parallel ranks too")
+    pipeline: int = option(1, at_least(1), "stages of layers")
+    virtual_pipeline: int | None = option(None, at_least(2), "chunks of layers per stage, interleaved; null: one")
+    context: int = option(1, at_least(1), "ranks that share each row of tokens, in training")
+    data: int | None = option(None, at_least(1), "replicas; null: what is left of the ranks that were started")
+
+
+@dataclass
+class EngineConfig:
+    """The training engine, precision, and what trades memory for time."""
+
+    name: str = option("megatron", one_of("megatron", "deepspeed"), "deepspeed: ZeRO, with tensor parallelism alone")
+    zero_stage: int = option(1, "deepspeed: 1 optimizer states are partitioned, 2 gradients too, 3 parameters too")
+    offload: str = option(
+        "none", one_of("none", "optimizer", "all"), "deepspeed: what lives in host memory; all needs zero_stage=3"
+    )
+    precision: str = option("fp32", one_of("fp32", "bf16"), "of weights and activations; the optimizer has fp32")
+    recompute: str = option(
+        "none", one_of("none", "selective", "full"), "activations that the backward pass computes again"
+    )
+    attention: str = option("auto", one_of("auto", "varlen", "sdpa"), "the kernel of packed attention")
+    compile: bool | None = option(
+        None, "norms, activations and RoPE as one compiled kernel each; null: on GPUs with Triton and a C compiler"
+    )
+    timeout_sec: int = option(600, at_least(1), "a collective that takes longer ends the run")
+    overlap_grad_reduce: bool | None = option(
+        None, "megatron: gradients are reduced beside the backward pass; null: on GPUs"
+    )
+    overlap_param_gather: bool | None = option(
+        None, "megatron: updated weights are gathered in the next forward pass; null: on GPUs"
+    )
+    bucket_parameters: int | None = option(
+        None, at_least(1), "megatron: parameters of one such collective; null: 40 million, or 1 million a rank"
+    )
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its learning-rate schedule. The SteerLM paper (arXiv 2310.05344, §4.3): lr 5e-6, weight decay 0.01."""
+
+    lr: float = option(5e-6, at_least(0), "highest learning rate")
+    min_lr: float = option(5e-6, at_least(0), "learning rate at the end of the schedule")
+    schedule: str = option("cosine", one_of("constant", "linear", "cosine"), "the way from lr to min_lr")
+    warmup_steps: int = option(10, at_least(0), "steps from 0 up to lr")
+    weight_decay: float = option(0.01, at_least(0), "decay of all weights but biases and norms")
+    beta1: float = option(0.9, between(0, 0.999999), "decay of the mean of gradients")
+    beta2: float = option(0.98, between(0, 0.999999), "decay of the mean of their squares")
+    eps: float = option(1e-8, at_least(0), "added to the root of the mean square")
+    clip_grad: float = option(1.0, at_least(0), "largest norm of a step's gradient; 0: no clipping")
+
+
+@dataclass
+class TrainConfig:
+    """Size and cadence of one training run."""
+
+    steps: int | None = option(None, at_least(1), "optimizer steps; null: as many as train.epochs takes")
+    epochs: float = option(1.0, above(0), "passes over the training rows")
+    global_batch_samples: int = option(128, at_least(1), "conversations in a step, over all ranks; at most the corpus")
+    micro_batch_rows: int = option(1, at_least(1), "most packed rows in one forward pass")
+    row_tokens: int = option(4096, at_least(8), "length of a packed row")
+    seed: int = option(1234, at_least(0), "seed of initial weights, dropout and the order of samples")
+    objective: str = option("sft", one_of("sft", "lm"), "train_sft: loss on responses only, or on all tokens")
+    log_every_steps: int = option(10, at_least(1), "steps between two lines of metrics.jsonl")
+    validate_every_steps: int = option(100, at_least(1), "steps between two validations")
+    validate_rows: int | None = option(None, at_least(1), "rows of the validation set that are looked at; null: all")
+    save_every_steps: int = option(500, at_least(1), "steps between two checkpoints")
+    async_save: bool = option(True, "a step waits for a copy in host memory, and not for the disk")
+    keep_last: int = option(2, at_least(1), "checkpoints that are kept")
+    keep_best: bool = option(True, "the checkpoint of the lowest validation loss is kept as well")
+    nonfinite: str = option("raise", one_of("raise", "skip"), "a step whose loss or gradient is NaN or infinite")
+    nonfinite_in_a_row: int = option(10, at_least(1), "skip: so many skipped steps one after the other end the run")
+    max_restarts: int = option(0, at_least(0), "after a fault, start the local ranks again from the last checkpoint")
+    trainable: str = option("all", one_of("all", "head"), "train_ap: head trains the regression head alone")
+    max_minutes: float | None = option(None, at_least(0), "minutes of wall time; then it saves and exits with 75")
+    label_weights: dict[str, float] = option({}, "train_ap: loss weight per attribute; 1 where none is named")
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go besides metrics.jsonl, and what is measured."""
+
+    tensorboard: bool = option(False, "event files in run_dir/tensorboard")
+    wandb: bool = option(False, "Weights & Biases, with its own WANDB_* settings (WANDB_MODE=offline)")
+    mlflow: bool = option(False, "MLflow")
+    mlflow_uri: str | None = option(None, "tracking server or folder; null: MLFLOW_TRACKING_URI")
+    project: str = option("steerlm_megatron", "the project of wandb, the experiment of mlflow")
+    name: str | None = option(None, "the run's name in both; null: that of the run folder")
+    peak_tflops: float | None = option(
+        None, at_least(0), "dense TFLOP/s of one device in the run's precision, for mfu; null: known GPUs in bf16"
+    )
+
+
+@dataclass
+class ProfileConfig:
+    """Torch's profiler over some training steps: run_dir/profile/rank_R.json, for chrome://tracing or Perfetto."""
+
+    steps: list[int] = option([], "[first, last], counted from 1; empty: off")
+    ranks: list[int] = option([0], "ranks that write a trace")

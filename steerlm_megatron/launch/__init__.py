@@ -1,0 +1,1 @@
+"""Starting the processes that a command runs in."""

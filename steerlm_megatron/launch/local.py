@@ -1,0 +1,127 @@
+"""Ranks on this host: started with torchrun's agent, started again after a fault, ended together.
+
+Owns: processes, their signals and exit codes, restarts. Does not own: ranks as a launcher numbers them
+(``runtime/launcher.py``), clusters. Invariant: the exit code tells what to do next: 0 done, 2 mend the input, 75 start
+the same command again, anything else is a fault.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+from steerlm_megatron.errors import Interrupted, UserError
+from steerlm_megatron.runtime import signals
+
+
+def run_ranks(ranks: int, arguments: list[str], max_restarts: int) -> int:
+    """Run a command on ``ranks`` processes of this host, which are started up to ``max_restarts`` times more after a
+    fault: each attempt goes on from the run's last checkpoint. A stop (75), an input error (2) and a signal are no
+    faults. Returns the exit code.
+    """
+    for restart in range(max_restarts + 1):
+        code = _launch(ranks, arguments)
+        if code in (0, UserError.code, Interrupted.CODE) or code > 128 or restart == max_restarts:
+            return code
+        print(
+            f"steerlm: starting all ranks again from the last checkpoint (train.max_restarts: {restart + 1} of "
+            f"{max_restarts})",
+            file=sys.stderr,
+        )
+    raise AssertionError("the loop returns")
+
+
+_LAUNCHER = "STEERLM_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def end_with_launcher() -> None:
+    """A rank that steerlm started gets SIGTERM when its launcher is gone (kill -9): it saves and stops, as when asked.
+
+    Without it, ranks would go on unseen, and hold what a new start needs.
+    """
+    launcher = os.environ.pop(_LAUNCHER, None)  # what this rank starts is not its launcher's
+    if launcher is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(launcher):  # gone before that
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _launch(ranks: int, arguments: list[str]) -> int:
+    """Start ``ranks`` processes of this command on this host with torchrun's agent. Returns the first failing rank's
+    exit code.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    def pass_on(number: int, _frame: Any) -> None:
+        import psutil
+
+        ranks = psutil.Process().children()
+        if not ranks:
+            raise Interrupted(signal.Signals(number).name)
+        for rank in ranks:
+            rank.send_signal(number)
+
+    # How a rank ended is told by its own lines, the exit code and, after a fault, below.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    os.environ[_LAUNCHER] = str(os.getpid())
+    # How long the agent waits after SIGTERM before it kills: ranks save first, which its 30 s may not be enough for.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(signals.SAVING_SEC)))
+    signal.signal(signal.SIGUSR1, pass_on)  # SIGTERM and SIGINT are passed on by the agent itself
+    if signals.asked():
+        raise Interrupted
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=f"steerlm-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "steerlm_megatron", *arguments)
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        if UserError.code in codes.values():
+            return UserError.code
+        # Killed before they listened to signals, there was nothing to save. After a fault of one rank the agent stops
+        # the others, which end with 75 then: that is not the run's.
+        stopped = (Interrupted.CODE, -signal.SIGTERM, -signal.SIGUSR1)
+        faults = {rank: code for rank, code in codes.items() if code not in stopped}
+        if not faults:
+            return Interrupted.CODE
+        first, _ = error.get_first_failure()
+        rank = first if first in faults else min(faults)
+        print(f"steerlm: rank {rank} {_how_it_ended(faults[rank])}; its log is in run_dir/log", file=sys.stderr)
+        return 1 if faults[rank] <= 0 else faults[rank]
+    except SignalException as error:
+        return Interrupted.CODE if error.sigval == signal.SIGTERM else 128 + int(error.sigval)
+    finally:
+        del os.environ[_LAUNCHER]
+    return 0
+
+
+def _how_it_ended(code: int) -> str:
+    """Of a process that failed: ``code`` is its exit code, or minus the number of the signal that ended it."""
+    if code >= 0:
+        return f"failed with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    why = {
+        "SIGKILL": " (perhaps for want of host memory: see dmesg)",
+        "SIGBUS": " (perhaps a data file got shorter while it was read, or /dev/shm is full)",
+    }
+    return f"was killed by {name}{why.get(name, '')}"
