@@ -23,6 +23,7 @@ class Command:
         reads: sections (``model``) and single keys (``data.on_error``) that its result depends on.
         needs: keys that must be set, and what they are to name.
         trains: whether it lays out a training run.
+        sets: keys that it sets itself for what it runs, and takes from nobody.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Command:
     reads: tuple[str, ...]
     needs: dict[str, str] = field(default_factory=dict)
     trains: bool = False
+    sets: tuple[str, ...] = ()
 
     def reads_key(self, key: str) -> bool:
         """Whether ``key`` (or, for a section, something in it) is one of this command's."""
@@ -104,10 +106,10 @@ _ALL = (
 
 def _run() -> Command:
     """The pipeline reads what its steps read, but for what the steps themselves pass on."""
-    passed_on = {"output", "checkpoint", "ap_checkpoint"}
+    sets = ("output", "checkpoint", "ap_checkpoint")
     steps = [c for c in _ALL if c.name not in ("serve", "generate", "export")]
-    reads = dict.fromkeys(read for c in steps for read in c.reads if read not in passed_on)
-    return Command("run", "all steps from one config", "pipeline", True, ("pipeline", *reads), trains=True)
+    reads = dict.fromkeys(read for c in steps for read in c.reads if read not in sets)
+    return Command("run", "all steps from one config", "pipeline", True, ("pipeline", *reads), trains=True, sets=sets)
 
 
 COMMANDS: dict[str, Command] = {command.name: command for command in (*_ALL, _run())}
@@ -124,7 +126,10 @@ def readers(key: str) -> list[str]:
 
 def declared(command: str, key: str) -> bool:
     """Whether ``command`` says that it reads ``key``; a name that is no command's reads everything."""
-    return command not in COMMANDS or any(_covers(read, key) for read in (*_EVERY, *COMMANDS[command].reads))
+    if command not in COMMANDS:
+        return True
+    about = COMMANDS[command]
+    return any(_covers(read, key) for read in (*_EVERY, *about.reads, *about.sets))
 
 
 def unread(command: str, keys: Iterable[str]) -> list[str]:

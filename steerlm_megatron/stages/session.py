@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from steerlm_megatron.config.commands import COMMANDS
 from steerlm_megatron.config.load import lays_out_training, to_yaml
 from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
@@ -53,10 +54,7 @@ def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
 
     ``inputs``: a fingerprint of what the run depends on, stored in its summary.
     """
-    trains = lays_out_training(config)
-    ranks = config.parallel if trains else inference_parallel(config.parallel)
-    seed = config.train.seed if trains else 0  # what other commands draw has a seed of its own
-    layout = parallel.initialize(ranks, seed, config.engine.timeout_sec)
+    layout = _start_ranks(config)
     chosen = config.run_dir or on_main(lambda: str(default_run_dir(config.command)))
     path = broadcast_object(chosen)  # None on others than the main rank until here
     assert path is not None
@@ -69,6 +67,16 @@ def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
     run.start(to_yaml(config), inputs=inputs)
     with run:
         yield Session(config, layout, run)
+
+
+def _start_ranks(config: Config) -> Layout:
+    """The groups of a command's layout; a command that is not for ranks is alone, whatever ``parallel.*`` says."""
+    if lays_out_training(config):
+        return parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
+    seed = 0  # what other commands draw has a seed of its own
+    if not COMMANDS[config.command].ranks:
+        return parallel.initialize(ParallelConfig(), seed)
+    return parallel.initialize(inference_parallel(config.parallel), seed, config.engine.timeout_sec)
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from steerlm_megatron import cli
 from steerlm_megatron.steer.records import read_records
+from tests.helpers.cli import run_here as run
 from tests.integration.commands import summary
 
 pytestmark = pytest.mark.integration
@@ -29,13 +29,6 @@ def in_folder(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     (tmp_path / "run").symlink_to(work / "run")
     monkeypatch.chdir(tmp_path)
     yield
-
-
-def run(*arguments: str) -> int:
-    """The exit code of a command run in this process."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(list(arguments))
-    return int(ended.value.code or 0)
 
 
 def command(name: str, source: str, *more: str) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from steerlm_megatron import cli
 from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from steerlm_megatron.data.views import View
@@ -19,6 +18,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.stages.resume import _other_padding
 from steerlm_megatron.stages.session import check_layout
 from steerlm_megatron.train.checkpoint import CheckpointMeta
+from tests.helpers.cli import run_here as run
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there, friend."}]}
 LABELLED: dict[str, Any] = {
@@ -29,13 +29,6 @@ TINY = (
     "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "train.row_tokens=256",
     "train.steps=1", "train.log_every_steps=1",
 )  # fmt: skip
-
-
-def run(*arguments: str) -> int:
-    """The exit code of a command run in this process."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(list(arguments))
-    return int(ended.value.code or 0)
 
 
 def write(path: Path, *records: Any) -> str:

@@ -9,22 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.cli import run_here as run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from steerlm_megatron import cli
 from steerlm_megatron.config import compose, document, help
 from steerlm_megatron.config.commands import COMMANDS, readers
 from steerlm_megatron.config.fields import above, at_least, between, one_of
 from steerlm_megatron.config.schema import KEYS, RENAMED
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        cli.main(list(arguments))
-    return int(ended.value.code or 0)
 
 
 def test_every_key_is_read_by_a_command_and_says_what_it_means() -> None:
