@@ -24,9 +24,11 @@ from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.observe.log import console, get_logger, setup_logging
 from steerlm_megatron.observe.progress import pipeline_step
 from steerlm_megatron.observe.runfolder import fingerprint, is_complete, read_summary, versions
+from steerlm_megatron.report.terminal import terminal_table
+from steerlm_megatron.report.write import write_report
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import any_rank, broadcast_object, on_main
-from steerlm_megatron.stages import annotate, bootstrap, corpus, evaluate, report, train
+from steerlm_megatron.stages import annotate, bootstrap, corpus, evaluate, train
 from steerlm_megatron.stages.intake import Intake, Reject, write_rejects
 from steerlm_megatron.stages.preprocess import total_counts
 from steerlm_megatron.stages.prompt_check import check_bootstrap_prompts, check_evaluation_prompts
@@ -140,7 +142,7 @@ def _all_steps(state: _Run) -> None:
     )
     if state.here.layout.is_main:
         results = json.loads((state.folder("evaluate") / "evaluation.json").read_text(encoding="utf-8"))
-        console().print(report.terminal_table(results, html))
+        console().print(terminal_table(results, html))
 
 
 Body = Callable[[_Run, Session], None]
@@ -381,7 +383,7 @@ def _report(state: _Run, here: Session) -> None:
     def write() -> None:
         results = json.loads((state.folder("evaluate") / "evaluation.json").read_text(encoding="utf-8"))
         results |= {"timings": state.timings, "versions": versions(), "config": to_yaml(state.config)}
-        html, data = report.write_report(here.folder, results)
+        html, data = write_report(here.folder, results)
         here.run.update(outputs={"report": str(html), "report_json": str(data)})
 
     on_main(write)

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from steerlm_megatron.stages.report import report_data, terminal_table, write_report
+from steerlm_megatron.report.data import report_data
+from steerlm_megatron.report.terminal import terminal_table
+from steerlm_megatron.report.write import write_report
 
 RESULTS: dict[str, Any] = {
     "title": "Quick <start>",

@@ -1,6 +1,6 @@
 """The HTML page of a report: one file, light, readable without a network.
 
-Owns: the page's structure and look. Does not own: the numbers or the checks (``report.py``).
+Owns: the page's structure and look. Does not own: the numbers or the checks (``data.py``, ``checks.py``).
 Invariant: everything that came from outside is escaped, and the page refers to nothing outside itself.
 """
 
@@ -12,8 +12,8 @@ from html import escape
 from typing import Any
 
 from steerlm_megatron.observe.progress import format_seconds
-from steerlm_megatron.stages import report_plots
-from steerlm_megatron.stages.report import QUALITY_TITLES, number, verdict_word
+from steerlm_megatron.report import plots
+from steerlm_megatron.report.words import QUALITY_TITLES, number, verdict_word
 
 _CSS = """
 :root { color-scheme: light; }
@@ -133,7 +133,7 @@ def _ap(ap: Mapping[str, Mapping[str, Any]] | None) -> str:
         "<p class='muted'>On held-out labels, on the schema's scale. The constant predictor always says the mean of "
         "the training labels. A dash: no value, as for a correlation with a constant.</p>"
     )
-    return _section(title, intro + table + _image(report_plots.ap_plot(ap), "squared error per attribute", wide=True))
+    return _section(title, intro + table + _image(plots.ap_plot(ap), "squared error per attribute", wide=True))
 
 
 def _steering(steering: Mapping[str, Mapping[str, Any]] | None, max_level: int | None) -> str:
@@ -144,9 +144,9 @@ def _steering(steering: Mapping[str, Mapping[str, Any]] | None, max_level: int |
         "<p class='muted'>Responses to held-out prompts, one attribute varied at a time. Spearman over curve: "
         "requested level against mean measured level; over samples: against each response's own.</p>"
     )
-    plots = "".join(
+    curves = "".join(
         _image(
-            report_plots.steering_plot(name, curve, max_level),
+            plots.steering_plot(name, curve, max_level),
             f"measured over requested {name}",
             caption=f"Spearman {number(curve['spearman'], 2)} over curve, "
             f"{number(curve['sample_spearman'], 2)} over samples",
@@ -160,7 +160,7 @@ def _steering(steering: Mapping[str, Mapping[str, Any]] | None, max_level: int |
         rows += [[name, number(level, 0), number(mean, 2), number(std, 2)] for level, mean, std in points]
     table = _table(["attribute", "requested", "mean measured", "std"], rows)
     numbers = f"<details><summary>As numbers</summary>{table}</details>"
-    return _section(title, f"{intro}<div class='plots'>{plots}</div>{numbers}")
+    return _section(title, f"{intro}<div class='plots'>{curves}</div>{numbers}")
 
 
 def _quality(means: Mapping[str, Any] | None, detail: Mapping[str, Mapping[str, Any]]) -> str:
@@ -174,7 +174,7 @@ def _quality(means: Mapping[str, Any] | None, detail: Mapping[str, Mapping[str, 
     ]
     absent = [title for name, title in QUALITY_TITLES.items() if name not in means]
     note = _missing(", ".join(absent)) if absent else ""
-    plot = _image(report_plots.quality_plot(means, detail, titles), "mean quality per model", wide=True)
+    plot = _image(plots.quality_plot(means, detail, titles), "mean quality per model", wide=True)
     return _section(title, plot + _table(["model", "mean quality", "standard error", "responses"], rows) + note)
 
 
