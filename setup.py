@@ -40,6 +40,7 @@ INSTALL_REQUIRES = [
     "prometheus-client>=0.20",
     "rich>=13.7",
     "matplotlib>=3.8",
+    "Jinja2>=3.1",  # the report's page
     "tensorboard>=2.16",
 ]
 TRACKING = ["wandb>=0.18", "mlflow-skinny>=2.16"]
@@ -69,7 +70,10 @@ setup(
         "steerlm_megatron.conf",
     ],
     package_dir={"steerlm_megatron.conf": "conf"},
-    package_data={"steerlm_megatron.conf": ["*.yaml", "**/*.yaml"]},
+    package_data={
+        "steerlm_megatron.conf": ["*.yaml", "**/*.yaml"],
+        "steerlm_megatron.report": ["templates/*"],
+    },
     install_requires=INSTALL_REQUIRES,
     extras_require={"dev": DEV, "tracking": TRACKING},
     entry_points={"console_scripts": ["steerlm = steerlm_megatron.cli:main"]},

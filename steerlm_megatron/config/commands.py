@@ -132,6 +132,15 @@ def declared(command: str, key: str) -> bool:
     return any(_covers(read, key) for read in (*_EVERY, *about.reads, *about.sets))
 
 
+# Keys that change how a command runs, and nothing of what comes out.
+_BESIDE = ("command", "run_dir", "overwrite", "tracking", "profile", "data.workers", "data.verify", "pipeline")
+
+
+def decides(command: str, key: str) -> bool:
+    """Whether what comes out of ``command`` depends on ``key``."""
+    return declared(command, key) and not any(_covers(one, key) for one in _BESIDE)
+
+
 def unread(command: str, keys: Iterable[str]) -> list[str]:
     """One sentence per key of a command line that ``command`` does not read, with the commands that do."""
     problems = []

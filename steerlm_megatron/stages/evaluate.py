@@ -1,7 +1,7 @@
 """``evaluate``: how good is the attribute-prediction model, does each attribute steer, which model is best.
 
-Owns: what is drawn and measured, and the results that ``report.py`` renders. Does not own: metric formulas
-(``observe/stats.py``).
+Owns: what is drawn and measured, and the results that ``steerlm_megatron/report`` renders. Does not own: metric
+formulas (``observe/stats.py``).
 Invariant: held-out prompts only; every number in the results was measured by the judge that the results name.
 """
 

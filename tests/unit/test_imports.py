@@ -1,4 +1,4 @@
-"""The direction of DESIGN §4: imports point left only, and each heavy library has its few places."""
+"""The layers of docs/design.md: imports point left only, and each heavy library has its few places."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEVELS = {
     "__init__": 0, "errors": 0, "steer": 0, "config": 0,
     "runtime": 1, "observe": 1,
     "data": 2, "model": 2,
-    "train": 3, "generate": 3, "serve": 3, "launch": 3,
+    "train": 3, "generate": 3, "serve": 3, "launch": 3, "report": 3,
     "stages": 4, "plan": 4,
     "cli": 5, "slurm": 5,
     "__main__": 6,
@@ -37,6 +37,7 @@ PLACES = {
         "generate/", "data/shards.py",
     ),
     "data_tools": ("stages/",),
+    **dict.fromkeys(("jinja2", "matplotlib"), ("report/",)),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "httpx", "h11", "prometheus_client"), ("serve/",)),
 }  # fmt: skip
 

@@ -6,13 +6,16 @@ import copy
 import json
 import math
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from steerlm_megatron.stages.report import report_data, terminal_table, write_report
+from steerlm_megatron.report.data import report_data
+from steerlm_megatron.report.terminal import terminal_table
+from steerlm_megatron.report.write import write_report
 
 RESULTS: dict[str, Any] = {
     "title": "Quick <start>",
@@ -75,13 +78,71 @@ def test_page_is_escaped_self_contained_and_reproducible(tmp_path: Path) -> None
     assert write_report(tmp_path / "again", RESULTS)[0].read_text() == page
 
 
+class Elements(HTMLParser):
+    """What a browser would make of a page: its tags, the values of their attributes, its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+HOSTILE = """<script>alert('1')</script><img src=x onerror="alert(2)">' onload='x' " onclick="y" &amp; {{ 7 * 7 }}"""
+
+
+def test_html_in_any_value_is_shown_as_text_everywhere(tmp_path: Path) -> None:
+    """An answer is a stranger's text, and so may be every other value: none of it becomes a part of the page."""
+    places = {
+        where: f"{where}{HOSTILE}"
+        for where in ("title", "note", "judge", "ap", "curve", "model", "prompt", "answer", "by", "asked", "level",
+                      "got", "step", "package", "version", "config")
+    }  # fmt: skip
+    curve = {"requested": [0, 4], "measured": [1.0, 2.0], "std": [0.1, 0.1], "sample_spearman": 0.5}
+    response = {
+        "model": places["by"],
+        "text": places["answer"],
+        "attributes": {places["asked"]: places["level"]},
+        "measured": {places["got"]: 1.5},
+    }
+    results = {
+        "title": places["title"],
+        "notes": [places["note"]],
+        "judge": places["judge"],
+        "ap": {places["ap"]: {"mse": 2.0, "constant_mse": 1.0, "n": 3}},
+        "steering": {places["curve"]: curve},
+        "quality": {places["model"]: 1.0},
+        "examples": [{"prompt": places["prompt"], "responses": [response]}],
+        "timings": {places["step"]: 1.0},
+        "versions": {places["package"]: places["version"]},
+        "config": places["config"],
+    }
+    page = write_report(tmp_path, results)[0].read_text()
+    found, plain = Elements(page), Elements(write_report(tmp_path / "plain", RESULTS)[0].read_text())
+    assert found.tags <= plain.tags and "script" not in found.tags
+    assert {name for name, _ in found.attributes} == {name for name, _ in plain.attributes}
+    for where, value in places.items():
+        assert value in found.text, where
+    assert ("alt", f"measured over requested {places['curve']}") in found.attributes
+    assert "<script" not in page and "<img src=x" not in page and "49" not in found.text
+
+
 def test_nothing_measured_is_said_not_asserted(tmp_path: Path) -> None:
     html_path, json_path = write_report(tmp_path, {})
     data = json.loads(json_path.read_text())
     assert "ap" not in data and "steering" not in data and "quality" not in data
     assert all(check["measured"] is False and check["held"] is None for check in data["checks"].values())
     page = html_path.read_text()
-    assert page.count("Not measured in this run") == 6 and "class='badge yes'" not in page
+    assert page.count("Not measured in this run") == 6 and 'class="badge yes"' not in page
 
 
 @pytest.mark.parametrize(
