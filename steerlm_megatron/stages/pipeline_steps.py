@@ -378,7 +378,6 @@ _REPORT = Step(
     "report",
     "report.html, report.json",
     after=tuple(step.name for step in _BEFORE_REPORT),
-    sections=(),
     body=_report,
     command="report",
 )

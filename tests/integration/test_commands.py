@@ -348,3 +348,12 @@ def test_a_multirun_starts_ranks_for_each_of_its_jobs(work: Path) -> None:
         "run_dir=many/${train.steps}", cwd=work,
     )  # fmt: skip
     assert [len(losses(work / "many" / steps)) for steps in "12"] == [1, 2]
+
+
+def test_another_seed_makes_another_embedded_corpus(work: Path, tmp_path: Path) -> None:
+    """What a step depends on follows from what its command reads: the corpus is drawn with train.seed."""
+    shutil.copytree(work / "run", tmp_path / "run", symlinks=True)
+    before = (tmp_path / "run/01-data/records/train.jsonl").read_bytes()
+    said = steerlm("run", *TINY, "run_dir=run", "parallel.data=2", "train.seed=77", cwd=tmp_path).stderr
+    assert "step 1/12 data: complete, skipped" not in said
+    assert (tmp_path / "run/01-data/records/train.jsonl").read_bytes() != before
