@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
-from steerlm_megatron.cli import COMMANDS
-from steerlm_megatron.config.schema import Config
+from steerlm_megatron.config.commands import COMMANDS
+from steerlm_megatron.config.schema import KEYS, Config, DataConfig
 from steerlm_megatron.stages.pipeline import _without_root
 from steerlm_megatron.stages.pipeline_steps import STEPS
 
 
-def test_a_step_comes_after_what_it_needs_and_reads_what_there_is() -> None:
-    sections, before = {field.name for field in fields(Config)}, set()
+def test_a_step_comes_after_what_it_needs_and_depends_on_keys_that_are_there() -> None:
+    before: set[str] = set()
     for name, step in STEPS.items():
-        assert name == step.name and step.reads <= sections and step.command in COMMANDS
+        assert name == step.name and step.command in COMMANDS
+        depends = step.depends_on(Config())
+        assert depends.keys() <= KEYS.keys() and "tracking.wandb" not in depends and "run_dir" not in depends
         assert set(step.after) <= before, name
         before.add(name)
     assert set(STEPS["report"].after) == before - {"report"}
+
+
+def test_the_embedded_corpus_depends_on_the_seed_and_others_do_not() -> None:
+    demo = Config(data=DataConfig(source="demo"))
+    assert "train.seed" in STEPS["data"].depends_on(demo)
+    assert "train.seed" not in STEPS["data"].depends_on(Config(data=DataConfig(source="oasst")))
+    assert "train.seed" in STEPS["acsft"].depends_on(Config()) and "train.seed" not in STEPS["annotate"].depends_on(
+        demo
+    )
 
 
 def test_a_run_folder_has_no_part_in_its_steps_and_nothing_else_is_cut() -> None:
