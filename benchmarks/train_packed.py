@@ -198,7 +198,7 @@ def _moved(value: object) -> object:
 
 
 def _flops(ours: PackedGPTModel, model: ModelConfig, docs: Sequence[Doc], regression: bool) -> float:
-    """Of a step, by the exact formula (facts/performance_references §5d): embeddings multiply nothing."""
+    """Of a step, by the exact formula (docs/numerics.md): embeddings multiply nothing."""
     skipped = ("embedding.", "output_layer.") if regression else ("embedding.",)
     multiplied = sum(p.numel() for n, p in ours.named_parameters() if p.dim() > 1 and not n.startswith(skipped))
     lengths = [len(doc.tokens) for doc in docs]

@@ -13,7 +13,7 @@ A message with a negative review (``review_result`` false) is kept, for its labe
 Paths: every way from the root to a leaf of what is left, cut after its last assistant message, siblings in file order.
 ``reply`` emits only the paths that no other one continues, and a reply that an earlier path already had gets weight 0
 (context only): every reply is trained exactly once. ``leaf`` emits every path in full, all of weight 1, as the released
-SteerLM script does (facts §2), but none twice.
+SteerLM script does, but none twice.
 
 The report adds up:
 

@@ -6,11 +6,9 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Megatron-Core warns once per module that Apex and Transformer Engine are absent, and calls collectives by names
-# that torch has
-# since renamed. Here the first is the normal case (DESIGN §2) and the second is not ours to change; nothing a user
-# could act on.
-# Set here, because it has to be in force before any module imports Megatron-Core.
+# Megatron-Core warns once per module that Apex and Transformer Engine are absent, and calls collectives by names that
+# torch has since renamed. Here the first is the normal case, and the second is not for a user to change. The filters
+# stand in this file because they have to be in force before any module imports Megatron-Core.
 for _module in (
     r"megatron\..*",
     r"torch\.distributed\.c10d_logger",

@@ -71,7 +71,7 @@ class TemplateLike(Protocol):
 
 
 class Generator:
-    """Continuous batching over one model replica (paper §3.4 samples responses; facts/performance_references §3b).
+    """Continuous batching over one model replica (the SteerLM paper, arXiv 2310.05344 §3.4, samples its responses).
 
     With a replica of several ranks, every rank constructs a Generator; the leader submits and steps while the others
     sit in :meth:`worker_loop` (or all call :meth:`generate`).

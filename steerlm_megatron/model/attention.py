@@ -6,7 +6,7 @@ Megatron-Core's ``SelfAttention`` calls, and its backends. Does not own: project
 cache (``generate/kv_cache.py``).
 Invariant: no token attends outside its own document, on any backend; logits equal those of the documents run alone.
 
-Megatron-Core refuses packed input in its own core attention (facts/performance_references §2b). It hands
+Megatron-Core refuses packed input in its own core attention. It hands
 ``packed_seq_params`` on unread unless ``qkv_format == "thd"``; so a row travels as an ordinary [T, 1, ...] sequence
 without position embeddings of Megatron-Core's, and this module applies RoPE at each token's own position.
 """

@@ -1,6 +1,6 @@
 """The attribute-prediction head: hidden state → one float per attribute.
 
-HelpSteer (arXiv 2311.09528 §4.4; facts §8.1): a linear layer with bias on the hidden state at the end of the
+HelpSteer (arXiv 2311.09528 §4.4): a linear layer with bias on the hidden state at the end of the
 response. It takes
 the place of the output layer on the last pipeline stage, so the model around it stays Megatron-Core's ``GPTModel``.
 Which

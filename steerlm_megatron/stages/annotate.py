@@ -1,5 +1,4 @@
-"""``annotate``: an attribute-prediction model labels every response of a record file (SteerLM, step 2; facts §1.2,
-§8.1).
+"""``annotate``: an attribute-prediction model labels every response of a record file (arXiv 2310.05344 §3.2).
 
 Owns: sharding records over data-parallel ranks, resuming, the output file. Does not own: scoring (``scoring.py``).
 Invariants: output records are the input's, in order, once each; a killed run loses at most the chunk in flight.

@@ -1,4 +1,4 @@
-"""``bootstrap``: the model's own responses at the best attribute values, re-scored (SteerLM, step 4; facts §1.4).
+"""``bootstrap``: the model's own responses at the best attribute values, re-scored (SteerLM, arXiv 2310.05344 §3.4).
 
 Owns: the set V of combinations, pairing them with prompts, the output records. Does not own: drawing
 (``sampling.py``), scoring (``scoring.py``). Invariant: labels of the output come from the attribute-prediction model,

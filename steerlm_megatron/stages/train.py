@@ -263,7 +263,7 @@ def _objective(config: Config, view: View) -> Objective:
 
 
 def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tuple[Engine, Any]:
-    """The engine, and the function that counts its floating-point operations (facts/performance_references §5d)."""
+    """The engine, and the function that counts its floating-point operations (docs/numerics.md)."""
     chunks = []
     chunk_count = config.parallel.virtual_pipeline or 1
     for stage in range(chunk_count):
@@ -287,7 +287,7 @@ def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tupl
 
 
 def _flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, float], float]:
-    """Model FLOPs of so many useful tokens and Σ s² (facts/performance_references §5d). A frozen trunk has no backward
+    """Model FLOPs of so many useful tokens and Σ s² (docs/numerics.md). A frozen trunk has no backward
     pass: a third of training's.
     """
     model, multiplied = config.model, _multiplied_parameters(config.model, vocab_size, view)

@@ -5,7 +5,7 @@ Owns: quantisation (float *value* on the schema's scale → integer *level*), cl
 prompt the label string stands (``templates.py``) or how values are stored (``records.py``).
 
 Invariant: ``parse(format(levels)) == levels`` for all levels of the schema, and the string is always in schema order.
-Rounding is half to even, as in the released SteerLM scripts (facts §3). A schema without names conditions on nothing.
+Rounding is half to even, as in the released SteerLM scripts. A schema without names conditions on nothing.
 """
 
 from __future__ import annotations

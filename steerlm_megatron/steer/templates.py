@@ -180,7 +180,7 @@ class Template(ABC):
 
 @dataclass(frozen=True)
 class SteerLMTemplate(Template):
-    """The template of the released SteerLM code and model cards (facts §4.2)::
+    """The template of the released SteerLM code and model cards::
 
         <extra_id_0>System\\n{system}{system_suffix}
         <extra_id_1>User\\n{text}\\n

@@ -51,8 +51,8 @@ def _at_least_one(index_K: torch.Tensor) -> torch.Tensor:
 
 
 class TokenObjective(Objective):
-    """Cross-entropy of the next token where ``loss_mask_T`` says so: -log P(y_t | v, x, y_<t)  (SteerLM, step 3;
-    facts §1.3).
+    """Cross-entropy of the next token where ``loss_mask_T`` says so: -log P(y_t | v, x, y_<t)  (SteerLM,
+    arXiv 2310.05344 §3.3).
     """
 
     metric_names = ("loss", "tokens")
@@ -77,7 +77,7 @@ class TokenObjective(Objective):
 
 
 class RegressionObjective(Objective):
-    """Masked mean squared error over the labels that are present: Σ w_a m (p - v)² / Σ m  (HelpSteer; facts §8.1).
+    """Masked mean squared error over the labels that are present: Σ w_a m (p - v)² / Σ m  (HelpSteer, arXiv 2311.09528).
 
     ``weights``: w_a per attribute, 1 where absent. Values are on the schema's scale. The count Σ m is of labels, not
     of samples, and

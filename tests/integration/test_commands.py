@@ -60,7 +60,7 @@ LAYOUTS = {
 
 
 def test_losses_do_not_depend_on_the_layout(work: Path) -> None:
-    """Issue 2, show 3."""
+    """Whatever ranks compute it."""
     expected = None
     for name, layout in LAYOUTS.items():
         steerlm("train_sft", *ONE_STEP, "train.steps=6", f"run_dir={name}", *layout, cwd=work)
@@ -74,7 +74,7 @@ def test_losses_do_not_depend_on_the_layout(work: Path) -> None:
 
 @pytest.mark.parametrize("engine", [(), ("engine=deepspeed", "engine.zero_stage=3", "engine.offload=all")], ids=len)
 def test_twenty_steps_are_ten_a_kill_and_ten(engine: tuple[str, ...], tmp_path: Path) -> None:
-    """Issue 4: bit by bit, dropout and all. In one process, where no launcher sets what an engine may look for."""
+    """Bit by bit, dropout and all. In one process, where no launcher sets what an engine may look for."""
     command = (
         "train_sft", *ONE_STEP, *engine, "train.steps=20", "train.save_every_steps=4", "model.dropout=0.1",
         "data.train=data",
@@ -110,7 +110,7 @@ def test_the_embedded_schema_is_the_configured_one() -> None:
 
 
 def test_a_killed_annotation_goes_on_and_loses_nothing(work: Path) -> None:
-    """Issue 2: annotate resumes after a kill; never loses or repeats a record."""
+    """Annotate resumes after a kill; never loses or repeats a record."""
     records = work / "many.jsonl"
     lines = (work / "run/01-data/records/train.jsonl").read_text().splitlines()
     with records.open("w") as file:
@@ -179,7 +179,7 @@ def test_what_was_drawn_is_not_drawn_again(work: Path) -> None:
 
 
 def test_an_export_is_the_model_alone(work: Path) -> None:
-    """Issue 4: model-only export. It scores as its checkpoint does, starts a run, and is never taken for one."""
+    """It scores as its checkpoint does, starts a run, and is never taken for one."""
     (work / "ap.tmp").mkdir()
     (work / "ap.tmp/mine").touch()
     (work / ".ap.steerlm/old").mkdir(parents=True)  # of one that was killed
@@ -251,7 +251,7 @@ def test_generate_answers_every_prompt(work: Path) -> None:
 
 @pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",)], ids=["1 rank", "TP2"])
 def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> None:
-    """Issue 2, show 5: sixteen concurrent chats at different attribute values; then a clean end on SIGTERM."""
+    """Sixteen concurrent chats at different attribute values; then a clean end on SIGTERM."""
     openai = pytest.importorskip("openai", reason="needs the openai client (pip install -e '.[dev]')")
     server = start("serve", "checkpoint=run/10-bootstrapped", "server.port=0", *layout, cwd=work)
     lines: list[str] = []

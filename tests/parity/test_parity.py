@@ -1,4 +1,4 @@
-"""Every layout trains the model that a plain-torch reference trains; packing changes nothing (DESIGN §5.2, §5.3)."""
+"""Every layout trains the model that a plain-torch reference trains; packing changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""steer.attributes: quantisation vectors of the facts (§3, §10), the label string both ways, and every refusal."""
+"""steer.attributes: quantisation as in the released SteerLM scripts, the label string both ways, and every refusal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def oasst() -> AttributeSchema:
     ("label", "of_9", "of_4"),
     [(0.5, 4, 2), (0.125, 1, 0), (0.375, 3, 2), (0.625, 6, 2), (0.416, 4, 2), (0.16, 1, 1), (0.33, 3, 1), (1.0, 9, 4)],
 )
-def test_rounding_vectors_of_the_facts(label: float, of_9: int, of_4: int) -> None:
+def test_rounding_is_that_of_the_released_scripts(label: float, of_9: int, of_4: int) -> None:
     assert oasst().level(label * 9) == of_9
     assert AttributeSchema("h", ("quality",), 4).level(label * 4) == of_4
 

@@ -1,4 +1,4 @@
-"""steer.templates: the strings byte for byte (facts §4.2), the loss mask (§4.3), and prefix + response = training."""
+"""steer.templates: the strings byte for byte, the loss mask, and prefix + response = training."""
 
 from __future__ import annotations
 
