@@ -77,7 +77,7 @@ class TokenObjective(Objective):
 
 
 class RegressionObjective(Objective):
-    """Masked mean squared error over the labels that are present: Σ w_a m (p - v)² / Σ m  (HelpSteer, arXiv 2311.09528).
+    """Masked mean squared error over the labels that are present: Σ w_a m (p - v)² / Σ m  (arXiv 2311.09528).
 
     ``weights``: w_a per attribute, 1 where absent. Values are on the schema's scale. The count Σ m is of labels, not
     of samples, and
