@@ -67,8 +67,10 @@ format: $(STAMP)
 	@$(PY) -m ruff format .
 	@$(PY) -m ruff check --fix .
 
+# NO_MKDOCS_2_WARNING: the theme announces its successor at every build, in the midst of what this build has to say.
 docs: $(STAMP)
-	@$(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "documentation: site/index.html"
 
 # What commands and tools leave behind; environments and run folders stay.
 clean:
