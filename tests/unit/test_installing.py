@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -135,3 +137,22 @@ def test_an_environment_of_another_python_is_made_anew_when_that_is_asked_for(ch
     assert not said and not asked, "without PYTHON, the environment that is there is taken as it is"
     said, asked = installed(checkout, "PYTHON=python3.12")
     assert ".venv has Python 3.11, PYTHON=python3.12 is 3.12" in said and "-c constraints-3.12.txt" in asked
+
+
+def test_the_hooks_run_programs_of_the_environment() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    for hook in hooks:
+        folder, name = hook["entry"].split()[0].rsplit("/", 1)
+        assert folder == ".venv/bin" and (Path(sys.executable).parent / name).exists(), hook["id"]
+
+
+def test_files_that_other_programs_read_name_what_is_here() -> None:
+    for name in ("Dockerfile", "README.md", "CONTRIBUTING.md", "docs/design.md", ".devcontainer/devcontainer.json"):
+        named = set(re.findall(r"constraints[\w.-]*\.txt", (ROOT / name).read_text()))
+        assert named and named <= {path.name for path in ROOT.glob("constraints-*.txt")}, (name, named)
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = workflow["jobs"]["test"]["steps"]
+    assert steps[-1]["run"] == "bash .ci/run" and (ROOT / ".ci" / "run").exists()
+    version = re.search(r'^__version__ = "(.+)"', (ROOT / "steerlm_megatron" / "__init__.py").read_text(), re.M)
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert version and cited["version"] == version[1] and version[1] in (ROOT / "CHANGELOG.md").read_text()
