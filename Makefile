@@ -1,8 +1,10 @@
-# Needs: Python 3.11 or 3.12 with venv, git, make. Everything else is installed into .venv by the first target that needs it.
+# Needs: Python 3.12 or 3.11 with venv, git, make. Everything else is installed into .venv by the first target that needs it.
 #   make quickstart   the four SteerLM steps on the embedded corpus, ending in a report (≤ 5 minutes on 2 cores)
-#   make test         the test suite             make check   ruff + mypy             make install   .venv only
+#   make test         the test suite             make check   ruff, mypy and codespell    make install   .venv only
+#   make docs         the documentation as a site, in site/                              make format    ruff's layout of all code
 #   RANKS=1 make quickstart: on so many data-parallel ranks; the results do not depend on it, the time does
-#   PYTHON=/path/to/python3.12 chooses the interpreter; VENV=dir another place for the environment.
+#   PYTHON=python3.11 (or a path) chooses the interpreter, and with it constraints-3.11.txt or constraints-3.12.txt;
+#   VENV=.venv311 another place for the environment. Both together keep two environments side by side.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,28 +15,29 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 PYTHON ?=
 TESTS ?= tests
-TORCH := $(shell sed -n 's/^\(torch==[0-9.]*\)$$/\1/p' constraints.txt)
-PIP := $(PY) -m pip --disable-pip-version-check --no-input
 
-.PHONY: help install quickstart test check clean
+.PHONY: help install quickstart test test-model check format docs clean FORCE
 
 help:
-	@sed -n '2,5p' Makefile | sed 's/^#//'
+	@sed -n '2,8p' Makefile | sed 's/^#//'
 
 install: $(STAMP)
 	@true
 
 # The stamp is written last, so an install that was cut short is done again.
-# Torch goes first and by its exact version: with it in place, no other package can pull in a different build of it.
-# DS_BUILD_OPS=0: DeepSpeed compiles nothing now; what it needs, it compiles when it is used.
-$(STAMP): setup.py pyproject.toml constraints.txt
-	@python="$$(bash scripts/find_python.sh $(PYTHON))"; \
-	if [ ! -x $(PY) ] || ! $(PY) -c 'import pip' >/dev/null 2>&1; then \
-	  echo "creating $(VENV) with $$python"; "$$python" -m venv --clear $(VENV); fi
-	@echo "installing into $(VENV) (a few minutes the first time)"
-	@$(PIP) install -qq -c constraints.txt "$(TORCH)" setuptools
-	@DS_BUILD_OPS=0 $(PIP) install -qq -c constraints.txt -e '.[dev]'
+$(STAMP): setup.py pyproject.toml scripts/install.sh $(wildcard constraints-*.txt)
+	@bash scripts/install.sh $(VENV) $(PYTHON)
 	@touch $@
+
+# An environment of another version than PYTHON's is made anew, however new its stamp is.
+ifneq ($(PYTHON),)
+ASKED := $(shell python="$$(bash scripts/find_python.sh $(PYTHON) 2>/dev/null)" && "$$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+FOUND := $(shell sed -n 's/^version = \([0-9]*\.[0-9]*\).*/\1/p' $(VENV)/pyvenv.cfg 2>/dev/null)
+ifneq ($(ASKED),$(FOUND))
+$(STAMP): FORCE
+endif
+endif
+FORCE:
 
 # Without a GPU, one data-parallel rank per core up to four: small matrices gain more from ranks than from threads.
 RANKS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || { n=$$(nproc 2>/dev/null || echo 1); echo $$((n > 4 ? 4 : n)); })
@@ -47,11 +50,29 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(TESTS)
 
+# What Megatron-Core's version may change: CI runs it with the older one as well, and the whole suite with the newer.
+MODEL_TESTS = tests/parity tests/distributed $(shell grep -lE '$(USES_MEGATRON)' tests/unit/test_*.py)
+USES_MEGATRON := megatron\.core|steerlm_megatron\.(runtime|model|train|generate)|tests\.helpers
+
+test-model: $(STAMP)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(MODEL_TESTS)
+
 check: $(STAMP)
 	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
+	@git ls-files -z | xargs -0 $(PY) -m codespell_lib
 
-# What commands and tools leave behind; .venv and run folders stay.
+format: $(STAMP)
+	@$(PY) -m ruff format .
+	@$(PY) -m ruff check --fix .
+
+# NO_MKDOCS_2_WARNING: the theme announces its successor at every build, in the midst of what this build has to say.
+docs: $(STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@echo "documentation: site/index.html"
+
+# What commands and tools leave behind; environments and run folders stay.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv*' -not -path './$(VENV)/*' -prune -exec rm -rf {} +

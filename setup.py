@@ -1,4 +1,4 @@
-"""Packaging of steerlm_megatron: what works at all. The versions to install are in constraints.txt."""
+"""Packaging of steerlm_megatron: what works at all. The versions to install are in constraints-*.txt."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ INSTALL_REQUIRES = [
     "deepspeed>=0.19",
     "numpy>=1.26",
     "psutil>=5.9",  # megatron-core's checkpoint writer imports it and does not declare it
+    # Megatron-Core 0.19 (Python 3.12) imports Triton and does not declare it. A CUDA build of torch brings it, a CPU
+    # build does not. It is installed rather than replaced by an empty module of that name: torch, DeepSpeed and
+    # transformers look for Triton as well, and one that is half there misleads them, while the real one imports on
+    # any Linux without a GPU.
+    'triton>=3.2; python_version >= "3.12" and platform_system == "Linux"',
     "hydra-core>=1.3.2,<1.4",
     "omegaconf>=2.3,<2.4",
     "PyYAML>=6.0",
@@ -44,7 +49,9 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
 ]
 TRACKING = ["wandb>=0.18", "mlflow-skinny>=2.16"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 DEV = [
+    *TRACKING,  # tests talk to the real ones, offline
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
@@ -52,6 +59,9 @@ DEV = [
     "openai>=1.40",  # tests talk to the server with the official client
     "ruff>=0.6",
     "mypy>=1.11",
+    "codespell>=2.3",
+    "pre-commit>=4.0",
+    "pre-commit-hooks>=5.0",
 ]
 
 setup(
@@ -75,7 +85,7 @@ setup(
         "steerlm_megatron.report": ["templates/*"],
     },
     install_requires=INSTALL_REQUIRES,
-    extras_require={"dev": DEV, "tracking": TRACKING},
+    extras_require={"dev": DEV, "docs": DOCS, "tracking": TRACKING},
     entry_points={"console_scripts": ["steerlm = steerlm_megatron.cli:main"]},
     zip_safe=False,
 )

@@ -174,7 +174,7 @@ def length_lines(lengths: npt.NDArray[np.int64]) -> list[str]:
     buckets = np.floor(np.log2(used)).astype(int)
     counts = np.bincount(buckets)
     for bucket in range(int(buckets.min()), len(counts)):
-        lines.append(f"{2**bucket:>9,} – {2 ** (bucket + 1) - 1:<9,} {_bar(counts[bucket], counts.max())}")
+        lines.append(f"{2**bucket:>9,} – {2 ** (bucket + 1) - 1:<9,} {_bar(counts[bucket], int(counts.max()))}")
     return lines
 
 
@@ -199,7 +199,7 @@ def attribute_lines(reader: ShardReader, mean: npt.NDArray[np.float32]) -> list[
         total = int(counts.sum())
         lines.append(f"{name}: {total:,} values" + (f", mean {average:.3f}" if total else ""))
         if total:
-            lines += [f"{level:>4} {_bar(number, counts.max())}" for level, number in enumerate(counts)]
+            lines += [f"{level:>4} {_bar(number, int(counts.max()))}" for level, number in enumerate(counts)]
     return lines or ["no attributes"]
 
 
