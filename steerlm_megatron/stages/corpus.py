@@ -20,13 +20,13 @@ from data_tools.convert import REJECTED_FILE, Options, convert
 from data_tools.filters import Filters
 from data_tools.rows import is_array
 from steerlm_megatron.config.schema import AttributesConfig, Config, DataConfig
-from steerlm_megatron.data.shards import MANIFEST, file_hash
+from steerlm_megatron.data.shards import MANIFEST
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.write.preprocess import preprocess, training_texts
 from steerlm_megatron.errors import Interrupted, UserError
+from steerlm_megatron.files import describe_file, write_json_atomic
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
-from steerlm_megatron.observe.runfolder import write_json_atomic
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.intake import Reject, read_lines
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -159,7 +159,7 @@ def _convert_once(config: Config, options: Options, output_dir: Path, shards: Pa
 
 
 def _describe(path: str) -> dict[str, Any]:
-    return {"name": os.path.basename(path), "bytes": os.path.getsize(path), "sha256": file_hash(path)}
+    return {"name": os.path.basename(path), **describe_file(path)}
 
 
 def _refuse_other(shards: Path, key: str, sources: Sequence[Mapping[str, Any]]) -> None:

@@ -35,6 +35,7 @@ from steerlm_megatron.data.write.blocks import Array, Block, concatenate, join
 from steerlm_megatron.data.write.builder import Builder, Spoke
 from steerlm_megatron.data.write.quick_records import QuickRecords
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import atomic_path
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.lines import OnError, Rejected, reject
 from steerlm_megatron.steer.messages import count_empty_replies
@@ -163,15 +164,10 @@ class Tokenized:
         checksum = zlib.crc32(head, len(head))  # of the size as well
         for part in data:
             checksum = zlib.crc32(part, checksum)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(_HEAD.pack(_MAGIC, checksum, len(head)))
-                file.write(head)
-                file.writelines(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_path(path, sync=False) as temporary, open(temporary, "wb") as file:
+            file.write(_HEAD.pack(_MAGIC, checksum, len(head)))
+            file.write(head)
+            file.writelines(data)
 
     @staticmethod
     def load(path: Path) -> Tokenized | None:
