@@ -19,7 +19,6 @@ prompt are on one side, whatever the order of the files.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections import Counter
@@ -38,11 +37,12 @@ from data_tools.sources.hh_rlhf import HH_RLHF
 from data_tools.writing import REJECTED_FILE, NothingLeftError, Progress, counted, keep_rejected, write_splits
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, nearest
+from steerlm_megatron.steer.dealing import deal
 from steerlm_megatron.steer.lines import OnError, Rejected, reject
 from steerlm_megatron.steer.messages import without_null_objects
 from steerlm_megatron.steer.records import Conversation
 
-__all__ = ["REJECTED_FILE", "ROWS", "SOURCES", "Options", "convert", "deal", "main"]
+__all__ = ["REJECTED_FILE", "ROWS", "SOURCES", "Options", "convert", "main"]
 
 _REJECTED_SHOWN = 100
 
@@ -235,13 +235,6 @@ def _stream_rows(
                 kept = sieve.take(found.conversation)
                 if kept is not None:
                     yield part or found.split or own or deal(kept, options.valid_fraction, options.seed), kept
-
-
-def deal(conversation: Conversation, valid_fraction: float, seed: int) -> str:
-    """``train`` or ``valid``, by the hash of (seed, first user message)."""
-    prompt = next((m.content for m in conversation.messages if m.role == "user"), conversation.id)
-    digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
-    return "valid" if int.from_bytes(digest[:8], "big") < valid_fraction * 2**64 else "train"
 
 
 # OpenAssistant

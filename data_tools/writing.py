@@ -16,6 +16,7 @@ from typing import Any
 
 from data_tools.rows import is_array
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import atomic_path
 from steerlm_megatron.steer.lines import Rejected, json_line, rejected_json
 from steerlm_megatron.steer.records import Conversation, from_json, raw_lines, to_json, write_records
 
@@ -81,8 +82,7 @@ def keep_rejected(output_dir: str, rejected: Rejected) -> None:
     if not rejected:
         target.unlink(missing_ok=True)
         return
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with atomic_path(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for path, entries in groupby(rejected, key=lambda entry: entry[0].rpartition(":")[0]):
             lines, last = _lines(path), 0
             for where, reason in entries:
@@ -92,9 +92,6 @@ def keep_rejected(output_dir: str, rejected: Rejected) -> None:
                         lines = _lines(path)
                     last = int(number)
                 file.write(rejected_json(where, reason, next((line for here, line in lines if here == where), None)))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
 
 
 def _lines(path: str) -> Iterator[tuple[str, bytes]]:

@@ -35,6 +35,7 @@ from data_tools.sources.base import (
     trained_by,
 )
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import atomic_path
 from steerlm_megatron.steer.attributes import AttributeSchema, nearest
 from steerlm_megatron.steer.lines import OnError, Rejected, json_line
 from steerlm_megatron.steer.records import Conversation, expand_paths, read_records
@@ -184,20 +185,12 @@ def export(
         if str(target) in report["files"] or (target.exists() and target.samefile(path)):
             raise UserError(f"{path}: would be written to {target}, which another input needs; name another --output")
         count = 0
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                for conversation in read_records([path], schema, on_error, rejected):
-                    replies = [m for m in conversation.messages if m.role == "assistant"]
-                    report["context_only_replies"] += sum(m.weight == 0 for m in replies)
-                    file.write(json_line(to_nemo(conversation, schema)))
-                    count += 1
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_path(target) as temporary, open(temporary, "wb") as file:
+            for conversation in read_records([path], schema, on_error, rejected):
+                replies = [m for m in conversation.messages if m.role == "assistant"]
+                report["context_only_replies"] += sum(m.weight == 0 for m in replies)
+                file.write(json_line(to_nemo(conversation, schema)))
+                count += 1
         report["files"][str(target)] = count
         report["out"] += count
     report["in"] = report["out"] + len(rejected)

@@ -37,6 +37,7 @@ from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.views import ASSISTANT, Document
 from steerlm_megatron.data.write.blocks import Block, join, token_dtype
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import describe_file, file_sha256, sync_path
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
 
@@ -185,15 +186,14 @@ class ShardWriter:
             "labels": {"sum": self._label_sum.tolist(), "count": self._label_count.tolist()},
             "sources": sources,
             "converted": dict(converted) if converted else None,
-            "files": {name: _describe(self._work / name) for name in self._tokenizer.files},
+            "files": {name: _finished(self._work / name) for name in self._tokenizer.files},
             "shards": self._shards,
         }
         with open(self._work / MANIFEST, "w", encoding="utf-8", errors="backslashreplace") as file:
             json.dump(manifest, file, indent=1, ensure_ascii=False)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        _sync(self._work)
+        sync_path(self._work / MANIFEST)
+        sync_path(self._work)
         return manifest
 
     def publish(self) -> None:
@@ -203,7 +203,7 @@ class ShardWriter:
         if self.folder.exists():
             self.folder.rename(replaced)
         self._work.rename(self.folder)
-        _sync(self.folder.parent)
+        sync_path(self.folder.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
     def _prefix(self) -> str:
@@ -232,7 +232,7 @@ class ShardWriter:
         itemsize = token_dtype(self._tokenizer.vocab_size).itemsize
         files = {f"{prefix}.bin": {"bytes": self._tokens * itemsize, "sha256": self._digest.hexdigest()}}
         for name in (f"{prefix}.idx", *(f"{prefix}.{name}.npy" for name in SIDE_ARRAYS)):
-            files[name] = _describe(self._work / name)
+            files[name] = _finished(self._work / name)
         self._shards.append(
             {
                 "name": prefix,
@@ -422,14 +422,8 @@ class ShardReader:
         if size != entry["bytes"]:
             problem = "truncated" if size < entry["bytes"] else "too long"
             raise UserError(f"{path} is {problem}: it ends at byte {size}, by {MANIFEST} at {entry['bytes']}; {remedy}")
-        if verify and file_hash(path) != entry["sha256"]:
+        if verify and file_sha256(path) != entry["sha256"]:
             raise UserError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; {remedy}")
-
-
-def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
@@ -458,15 +452,7 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
     return manifest, hashlib.sha256(data).hexdigest()
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _finished(path: Path) -> dict[str, Any]:
     """Size and checksum of a finished file, which is on disk from then on."""
-    _sync(path)
-    return {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_path(path)
+    return describe_file(path)

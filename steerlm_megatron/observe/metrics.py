@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import atomic_path, to_strict_json
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.observe.runfolder import atomic_path, to_strict_json
 from steerlm_megatron.observe.sinks import Sink
 
 FILE_NAME = "metrics.jsonl"

@@ -5,12 +5,12 @@ Owns: when it runs and where its trace goes. Invariant: outside the steps asked 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from steerlm_megatron.files import atomic_path
 from steerlm_megatron.observe.log import get_logger
 
 
@@ -45,8 +45,6 @@ class StepProfiler:
             return
         profile, self._profile = self._profile, None
         profile.stop()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp.json")
-        profile.export_chrome_trace(str(temporary))
-        os.replace(temporary, self.path)
+        with atomic_path(self.path) as temporary:
+            profile.export_chrome_trace(str(temporary))
         get_logger(__name__).info("profile of steps %d to %d at most: %s", self.first, self.last, self.path)

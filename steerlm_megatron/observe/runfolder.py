@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import os
 import platform
 import shlex
@@ -20,8 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +27,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from steerlm_megatron.errors import TryLater, UserError
+from steerlm_megatron.files import file_sha256, to_strict_json, write_json_atomic, write_text_atomic
 from steerlm_megatron.observe.log import get_logger
 
 STATUSES = ("running", "complete", "failed", "interrupted")
@@ -48,62 +47,6 @@ _OWN_ENTRIES = (
 ).split()
 
 
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary name beside ``path``; what was written there is fsynced and renamed to ``path`` on success.
-
-    On an exception the temporary file is removed and ``path`` stays as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        descriptor = os.open(temporary, os.O_RDWR)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text_atomic(path: str | Path, text: str) -> None:
-    """Writes ``text`` (UTF-8) so that ``path`` is the old file or the whole new one, never a part."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json_atomic(path: str | Path, obj: Any) -> None:
-    """Writes ``obj`` as strict JSON (NaN and infinities become null), indented, by temporary file, fsync and rename."""
-    text = json.dumps(to_strict_json(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text_atomic(path, text.encode("utf-8", "backslashreplace").decode())  # half a surrogate pair: its escape
-
-
-def to_strict_json(obj: Any) -> Any:
-    """``obj`` with only what JSON has: dict, list, str, int, float, bool, None. Non-finite floats become None.
-
-    Mappings, sequences, sets (sorted), paths, and scalars with ``item()`` (numpy, torch) are turned; anything else is
-    a TypeError.
-    """
-    if obj is None or isinstance(obj, bool | int | str):
-        return obj
-    if isinstance(obj, float):
-        return obj if math.isfinite(obj) else None
-    if isinstance(obj, Mapping):
-        return {str(key): to_strict_json(value) for key, value in obj.items()}
-    if isinstance(obj, Path):
-        return str(obj)
-    if isinstance(obj, set | frozenset):
-        return [to_strict_json(value) for value in sorted(obj)]
-    if hasattr(obj, "tolist"):  # numpy and torch, arrays and scalars
-        return to_strict_json(obj.tolist())
-    if isinstance(obj, Sequence):
-        return [to_strict_json(value) for value in obj]
-    raise TypeError(f"{type(obj).__name__} cannot be written as JSON: {obj!r}")
-
-
 def fingerprint(values: Mapping[str, Any], paths: Iterable[str | Path] = ()) -> str:
     """SHA-256 (hex) of ``values`` and of what stands under ``paths``: equal inputs, equal fingerprint.
 
@@ -118,8 +61,7 @@ def fingerprint(values: Mapping[str, Any], paths: Iterable[str | Path] = ()) -> 
     for path in map(Path, paths):
         digest.update(b"\0" + str(path.name).encode() + b"\0")
         if path.is_file():
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(bytes.fromhex(file_sha256(path)))
         elif path.is_dir():
             own = (read_summary(path) or {}).get("fingerprint")
             digest.update(str(own).encode() if own else _folder_listing(path).encode())

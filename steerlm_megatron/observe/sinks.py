@@ -17,8 +17,8 @@ from typing import Any
 
 from steerlm_megatron.config.schema import TrackingConfig
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import write_json_atomic
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.observe.runfolder import write_json_atomic
 
 _IDS = "tracking.json"
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from steerlm_megatron.files import to_strict_json
 from steerlm_megatron.observe import stats
-from steerlm_megatron.observe.runfolder import to_strict_json, versions
+from steerlm_megatron.observe.runfolder import versions
 from steerlm_megatron.report.checks import checks
 from steerlm_megatron.report.words import numbers
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from steerlm_megatron.observe.runfolder import write_json_atomic, write_text_atomic
+from steerlm_megatron.files import write_json_atomic, write_text_atomic
 from steerlm_megatron.report.data import Results, report_data
 
 

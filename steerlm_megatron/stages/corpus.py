@@ -20,18 +20,19 @@ from data_tools.convert import REJECTED_FILE, Options, convert
 from data_tools.filters import Filters
 from data_tools.rows import is_array
 from steerlm_megatron.config.schema import AttributesConfig, Config, DataConfig
-from steerlm_megatron.data.shards import MANIFEST, file_hash
+from steerlm_megatron.data.shards import MANIFEST
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.write.preprocess import preprocess, training_texts
 from steerlm_megatron.errors import Interrupted, UserError
+from steerlm_megatron.files import describe_file, write_json_atomic
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
-from steerlm_megatron.observe.runfolder import write_json_atomic
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.runtime.signals import StopRequest
 from steerlm_megatron.stages.intake import Reject, read_lines
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.records import Conversation, OnError, expand_paths, write_records
+from steerlm_megatron.steer.dealing import deal
+from steerlm_megatron.steer.records import OnError, expand_paths, write_records
 from steerlm_megatron.steer.templates import Template
 
 _CONVERSION_FORMAT = 3  # raise when a converter gives other records for the same files
@@ -159,7 +160,7 @@ def _convert_once(config: Config, options: Options, output_dir: Path, shards: Pa
 
 
 def _describe(path: str) -> dict[str, Any]:
-    return {"name": os.path.basename(path), "bytes": os.path.getsize(path), "sha256": file_hash(path)}
+    return {"name": os.path.basename(path), **describe_file(path)}
 
 
 def _refuse_other(shards: Path, key: str, sources: Sequence[Mapping[str, Any]]) -> None:
@@ -215,18 +216,13 @@ def split_records(
     For what needs the splits as records (annotation, evaluation); ``preprocess`` alone deals while it writes.
     """
     data = config.data
-
-    def side(conversation: Conversation) -> str:
-        prompt = next((m.content for m in conversation.messages if m.role == "user"), conversation.id)
-        digest = hashlib.sha256(f"{data.split_seed}:{prompt}".encode()).digest()
-        return "valid" if int.from_bytes(digest[:8], "big") < data.valid_fraction * 2**64 else "train"
-
     out: dict[str, list[str]] = {}
     for split in ("train", "valid"):
         path = output_dir / f"{split}.jsonl.zst"
         rejects.clear()  # each split reads all files
         lines = read_lines(files, cast(OnError, data.on_error), rejects, schema=schema_of(config))
-        if write_records(path, (r.conversation for r in lines if side(r.conversation) == split)):
+        read = (line.conversation for line in lines)
+        if write_records(path, (c for c in read if deal(c, data.valid_fraction, data.split_seed) == split)):
             out[split] = [str(path)]
         else:
             path.unlink()

@@ -17,9 +17,9 @@ import numpy as np
 from data_tools import demo_judge
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import to_strict_json, write_json_atomic
 from steerlm_megatron.observe import stats
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.observe.runfolder import to_strict_json, write_json_atomic
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.generate import read_prompts
 from steerlm_megatron.stages.intake import Intake

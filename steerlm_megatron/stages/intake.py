@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import write_text_atomic
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.observe.runfolder import write_text_atomic
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.session import Session
 from steerlm_megatron.steer.attributes import AttributeSchema

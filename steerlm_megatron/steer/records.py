@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import atomic_path
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.lines import OnError, Rejected, decode_line, json_line, parse_lines, refuse_foreign, reject
 from steerlm_megatron.steer.messages import Message, brief, message_from_json, without_null_objects
@@ -319,31 +320,17 @@ def write_records(path: str | os.PathLike[str], conversations: Iterable[Conversa
     same bytes. Missing parent folders are made.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     count = 0
-    try:
-        with open(temporary, "wb") as raw:
-            with ExitStack() as stack:
-                stream: Any = raw
-                if target.suffix == ".gz":
-                    stream = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=6, fileobj=raw, mtime=0))
-                elif target.suffix == ".zst":
-                    import zstandard  # only who writes .zst needs it
+    with atomic_path(target) as temporary, ExitStack() as stack:
+        stream: Any = stack.enter_context(open(temporary, "wb"))
+        if target.suffix == ".gz":
+            stream = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=6, fileobj=stream, mtime=0))
+        elif target.suffix == ".zst":
+            import zstandard  # only who writes .zst needs it
 
-                    compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
-                    stream = stack.enter_context(compressor.stream_writer(raw, closefd=False))
-                for conversation in conversations:
-                    stream.write(json_line(to_json(conversation)))
-                    count += 1
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a crash
-    finally:
-        os.close(folder)
+            compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
+            stream = stack.enter_context(compressor.stream_writer(stream, closefd=False))
+        for conversation in conversations:
+            stream.write(json_line(to_json(conversation)))
+            count += 1
     return count

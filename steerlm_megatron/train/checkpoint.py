@@ -30,8 +30,8 @@ from typing import Any
 
 from steerlm_megatron.config.schema import ModelConfig
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import file_sha256, sync_path, to_strict_json, write_json_atomic
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.observe.runfolder import to_strict_json, write_json_atomic
 from steerlm_megatron.runtime.collectives import any_rank, barrier, broadcast_object, gather_objects, on_main
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -170,10 +170,9 @@ def _hashes(folder: Path, names: Sequence[str], sync: bool) -> dict[str, str]:
     """SHA-256 of files under ``folder``; ``sync`` sees to it that they are on the disk."""
     out = {}
     for name in names:
-        with open(folder / name, "rb") as file:
-            if sync:
-                os.fsync(file.fileno())
-            out[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        if sync:
+            sync_path(folder / name)
+        out[name] = file_sha256(folder / name)
     return out
 
 
@@ -305,7 +304,7 @@ def _finish(saving: _Saving) -> list[Path]:
         os.rename(saving.final, saving.aside)
         doomed = [saving.aside]
     os.rename(saving.temporary, saving.final)
-    _fsync_folder(saving.final.parent)
+    sync_path(saving.final.parent)
     return doomed
 
 
@@ -467,11 +466,3 @@ def _aside(folder: Path) -> Path:
 def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file under ``folder``."""
     return {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-
-
-def _fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from steerlm_megatron.errors import UserError
@@ -18,12 +16,10 @@ from steerlm_megatron.observe import runfolder
 from steerlm_megatron.observe.log import close_logging, get_logger, setup_logging
 from steerlm_megatron.observe.runfolder import (
     RunFolder,
-    atomic_path,
     default_run_dir,
     fingerprint,
     is_complete,
     read_summary,
-    write_json_atomic,
 )
 
 
@@ -128,19 +124,6 @@ def test_default_run_dir_is_new(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be made: Not a directory; name a run_dir"):
         default_run_dir("serve", tmp_path / "file")
-
-
-def test_json_is_strict_and_atomic(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json_atomic(path, {"x": math.nan, "y": np.float32(1.5), "z": (1, np.arange(2)), "p": tmp_path, 3: {"b", "a"}})
-    assert json.loads(path.read_text()) == {"x": None, "y": 1.5, "z": [1, [0, 1]], "p": str(tmp_path), "3": ["a", "b"]}
-    with pytest.raises(TypeError, match="object"):
-        write_json_atomic(path, {"x": object()})
-    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert json.loads(path.read_text())["y"] == 1.5
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_fingerprint_follows_the_inputs(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from data_tools.sources.base import HELPSTEER_NAMES, Context
 from data_tools.sources.chat import look_up, parse_map
 from data_tools.sources.hh_rlhf import parse_transcript
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.observe.runfolder import write_json_atomic
+from steerlm_megatron.files import write_json_atomic
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message, read_records, write_records
 

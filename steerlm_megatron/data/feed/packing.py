@@ -7,13 +7,14 @@ row exceeds ``row_tokens``; a plan is a function of (lengths, row length, seed) 
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from steerlm_megatron.files import atomic_path
 
 _PLAN_FORMAT = 1
 # Counts of a plan, as its file has them after (format, row_tokens, rows, samples).
@@ -140,14 +141,9 @@ def save_plan(path: Path, plan: PackPlan) -> bool:
     """Store a plan as one ``.npy`` array, whole or not at all; False if it cannot be written (it is only a cache)."""
     header = [_PLAN_FORMAT, plan.row_tokens, len(plan), len(plan.samples), *(getattr(plan, name) for name in _COUNTS)]
     words = np.concatenate((np.array(header, np.int64), plan.offsets, plan.samples))
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with atomic_path(path) as temporary, open(temporary, "wb") as file:
             np.save(file, words)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError:
         return False
     return True

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
@@ -30,6 +29,7 @@ from steerlm_megatron.data.text.text_models import (
     train_sentencepiece,
 )
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import write_bytes_atomic
 from steerlm_megatron.observe.log import get_logger
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Tokenizer:
         """Train a SentencePiece model (``text_models.train_sentencepiece``), written to ``out_path`` if given."""
         model = train_sentencepiece(texts, vocab_size, control_strings)
         if out_path is not None:
-            _write_atomically(Path(out_path), model)
+            write_bytes_atomic(out_path, model)
         return cls(model, control_strings)
 
     @classmethod
@@ -174,10 +174,10 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         model = self._model
         if model.file_name is not None:
-            _write_atomically(folder / model.file_name, model.data)
+            write_bytes_atomic(folder / model.file_name, model.data)
         sha256 = hashlib.sha256(model.data).hexdigest()
         meta = {"format": FORMAT, "file": model.file_name, "model_sha256": sha256, **self._describe()}
-        _write_atomically(folder / META_FILE, (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode())
+        write_bytes_atomic(folder / META_FILE, (json.dumps(meta, indent=1, ensure_ascii=False) + "\n").encode())
 
     # -- facts --------------------------------------------------------------------------------------------------------
 
@@ -427,12 +427,3 @@ def _with(texts: list[str], others: Mapping[int, str]) -> list[str]:
 def _warn_once(message: str) -> None:
     """Opening a tokenizer to check it, and again to use it, is one opening to whoever reads the log."""
     get_logger(__name__).warning("tokenizer.path=%s", message)
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

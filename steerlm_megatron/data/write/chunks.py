@@ -35,7 +35,9 @@ from steerlm_megatron.data.write.blocks import Array, Block, concatenate, join
 from steerlm_megatron.data.write.builder import Builder, Spoke
 from steerlm_megatron.data.write.quick_records import QuickRecords
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import atomic_path
 from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.dealing import deal
 from steerlm_megatron.steer.lines import OnError, Rejected, reject
 from steerlm_megatron.steer.messages import count_empty_replies
 from steerlm_megatron.steer.records import Conversation, parse_records, raw_lines
@@ -163,15 +165,10 @@ class Tokenized:
         checksum = zlib.crc32(head, len(head))  # of the size as well
         for part in data:
             checksum = zlib.crc32(part, checksum)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(_HEAD.pack(_MAGIC, checksum, len(head)))
-                file.write(head)
-                file.writelines(data)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_path(path, sync=False) as temporary, open(temporary, "wb") as file:
+            file.write(_HEAD.pack(_MAGIC, checksum, len(head)))
+            file.write(head)
+            file.writelines(data)
 
     @staticmethod
     def load(path: Path) -> Tokenized | None:
@@ -309,12 +306,7 @@ class _Tokenizing:
         return kept
 
     def _side(self, conversation: Spoke) -> int:
-        job = self.job
-        if not job.valid_fraction:
-            return TRAIN
-        prompt = next((message.content for message in conversation.messages if message.role == "user"), conversation.id)
-        digest = hashlib.sha256(f"{job.split_seed}:{prompt}".encode()).digest()
-        return VALID if int.from_bytes(digest[:8], "big") < job.valid_fraction * 2**64 else TRAIN
+        return VALID if deal(conversation, self.job.valid_fraction, self.job.split_seed) == "valid" else TRAIN
 
     def _joined(self, side: int) -> Block:
         attributes = len(self.job.schema.names) if self.job.schema else 0

@@ -9,7 +9,6 @@ processes and whatever number of times the job was killed on the way.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from steerlm_megatron.data.write.chunks import CHUNK_BYTES, TRAIN, VALID, Chunk,
 from steerlm_megatron.data.write.pool import default_workers, tokenized
 from steerlm_megatron.data.write.seen_ids import SeenIds
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import describe_file, move_into_place
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.lines import OnError, rejected_json
 from steerlm_megatron.steer.records import expand_paths, read_records
@@ -331,8 +331,7 @@ class _Run:
             counts["rejected"] or counts["control_string"] for counts in self.counts.values()
         ):
             file.flush()
-            os.fsync(file.fileno())
-            os.replace(path, target)
+            move_into_place(path, target)
         else:
             target.unlink(missing_ok=True)
 
@@ -362,16 +361,13 @@ def _stamp(path: str) -> tuple[int, int]:
 
 def _describe_source(path: str) -> dict[str, Any]:
     """Name, size and hash of an input file, and its number of lines (for progress; damage is found when it is read)."""
-    digest, lines, size = hashlib.sha256(), 0, 0
-    plain = not path.endswith((".gz", ".zst"))
-    with open(path, "rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-            size += len(block)
-            lines += block.count(b"\n") if plain else 0
-    if not plain:
-        lines = sum(block.count(b"\n") for block in _decompressed(path))
-    return {"name": os.path.basename(path), "bytes": size, "sha256": digest.hexdigest(), "lines": lines}
+    lines: list[int] = []
+    if path.endswith((".gz", ".zst")):
+        described = describe_file(path)
+        lines += (block.count(b"\n") for block in _decompressed(path))
+    else:
+        described = describe_file(path, lambda block: lines.append(block.count(b"\n")))
+    return {"name": os.path.basename(path), **described, "lines": sum(lines)}
 
 
 def _decompressed(path: str) -> Iterable[bytes]:
