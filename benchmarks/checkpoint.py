@@ -25,8 +25,9 @@ from steerlm_megatron.model.gpt import build_model
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import broadcast_object
 from steerlm_megatron.runtime.parallel import layout
-from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore
+from steerlm_megatron.train.checkpoint import CheckpointStore
 from steerlm_megatron.train.engine_mcore import MegatronEngine
+from steerlm_megatron.train.meta import CheckpointMeta
 from steerlm_megatron.train.objective import TokenObjective
 from steerlm_megatron.train.sharded import ShardedWriter, Write
 
@@ -67,7 +68,7 @@ def measure(args: argparse.Namespace, root: Path) -> Times:
     def save(background: bool) -> None:
         nonlocal step
         step += 1
-        meta = CheckpointMeta(step, "lm", {}, args.vocab, None, {}, False, "")
+        meta = CheckpointMeta(step, "lm", {}, args.vocab, None, {}, "")
 
         def begin(folder: Path) -> Write:
             live = engine.live_tensors() if background else None

@@ -19,7 +19,8 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import versions
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.session import load_model, session
-from steerlm_megatron.train.checkpoint import read_meta, resolve, write_checkpoint
+from steerlm_megatron.train.checkpoint import resolve, write_checkpoint
+from steerlm_megatron.train.meta import read_meta
 from steerlm_megatron.train.sharded import ShardedWriter, stored_dtype
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}

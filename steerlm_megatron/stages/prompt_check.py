@@ -21,7 +21,7 @@ from steerlm_megatron.stages.sampling import Prompt, check_room, request_for
 from steerlm_megatron.stages.session import OpenedCheckpoint
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
-from steerlm_megatron.train.checkpoint import CheckpointMeta
+from steerlm_megatron.train.meta import CheckpointMeta
 
 
 def check_bootstrap_prompts(intake: Intake, files: list[str], config: Config, shards: Path) -> None:
@@ -61,12 +61,11 @@ def _coming_model(config: Config, tokenizer: Tokenizer) -> OpenedCheckpoint:
     schema, template = AttributeSchema.from_config(config.attributes), Template.from_config(config.template)
     meta = CheckpointMeta(
         step=0,
-        head="lm",
+        task="acsft",
         model=dataclasses.asdict(config.model),
         vocab_size=tokenizer.vocab_size,
         schema=schema.to_dict(),
         template=template.to_dict(),
-        conditioned=True,
         tokenizer_hash=tokenizer.hash,
     )
     return OpenedCheckpoint(Path(), meta, tokenizer, schema, template)

@@ -17,7 +17,8 @@ from steerlm_megatron.data.feed.blend import Corpora
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import padded_vocab_size
-from steerlm_megatron.train.checkpoint import CheckpointMeta, read_meta, resolve
+from steerlm_megatron.train.checkpoint import resolve
+from steerlm_megatron.train.meta import CheckpointMeta, read_meta
 
 # Differences in these do not make two models different.
 _FREE_MODEL_KEYS = {"name", "dropout", "init_std", "max_position"}

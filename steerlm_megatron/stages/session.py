@@ -28,7 +28,8 @@ from steerlm_megatron.runtime.device import dtype_of
 from steerlm_megatron.runtime.parallel import Layout
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
-from steerlm_megatron.train.checkpoint import CheckpointMeta, read_meta, resolve, verify
+from steerlm_megatron.train.checkpoint import resolve, verify
+from steerlm_megatron.train.meta import CheckpointMeta, read_meta
 from steerlm_megatron.train.sharded import load_sharded
 
 NO_ATTRIBUTES = AttributeSchema("none", (), 1)  # of a model that takes none

@@ -39,10 +39,11 @@ from steerlm_megatron.stages.resume import check_init, check_resume, check_steps
 from steerlm_megatron.stages.session import Session, session
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
-from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore, read_meta, verify
+from steerlm_megatron.train.checkpoint import CheckpointStore, verify
 from steerlm_megatron.train.engine import Engine
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.loop import Trainer, TrainResult
+from steerlm_megatron.train.meta import CheckpointMeta, read_meta, task_of
 from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
 
 if TYPE_CHECKING:
@@ -240,12 +241,11 @@ def _new_meta(config: Config, data: Corpora, view: View, label_counts: dict[str,
     schema = data.schema if view in ("ap", "acsft") else None
     return CheckpointMeta(
         step=0,
-        head="regression" if view == "ap" else "lm",
+        task=task_of(view),
         model=dataclasses.asdict(config.model),
         vocab_size=data.tokenizer.vocab_size,
         schema=schema.to_dict() if schema else None,
         template=data.template.to_dict(),
-        conditioned=view == "acsft",
         tokenizer_hash=data.tokenizer.hash,
         label_mean=[None if math.isnan(v) else float(v) for v in data.label_mean()] if view == "ap" else [],
         label_counts=label_counts,

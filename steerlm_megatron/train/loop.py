@@ -28,8 +28,9 @@ from steerlm_megatron.runtime.collectives import any_rank, gather_objects, sum_o
 from steerlm_megatron.runtime.device import peak_memory_gib
 from steerlm_megatron.runtime.signals import StopRequest
 from steerlm_megatron.runtime.watch import Watch
-from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore
+from steerlm_megatron.train.checkpoint import CheckpointStore
 from steerlm_megatron.train.engine import Engine, StepGivenUp, StepResult
+from steerlm_megatron.train.meta import CheckpointMeta
 from steerlm_megatron.train.sharded import ShardedWriter, Write
 from steerlm_megatron.train.stragglers import Stragglers
 

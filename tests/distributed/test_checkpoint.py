@@ -30,8 +30,8 @@ from steerlm_megatron.data.shards import ShardWriter
 from steerlm_megatron.data.views import build_documents
 from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.stages import train as train_stage
-from steerlm_megatron.train.checkpoint import read_meta
 from steerlm_megatron.train.engine_mcore import MegatronEngine
+from steerlm_megatron.train.meta import read_meta
 
 SAVED, TOTAL, TOLERANCE = 3, 8, 1e-5
 MOVES = {

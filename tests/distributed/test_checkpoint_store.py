@@ -19,7 +19,8 @@ import pytest
 from steerlm_megatron.config.schema import ParallelConfig as P
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.runtime import parallel
-from steerlm_megatron.train.checkpoint import CheckpointMeta, CheckpointStore, read_meta, resolve, verify
+from steerlm_megatron.train.checkpoint import CheckpointStore, resolve, verify
+from steerlm_megatron.train.meta import CheckpointMeta, read_meta
 from steerlm_megatron.train.sharded import Write
 
 
@@ -30,7 +31,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 
 
 def meta(step: int, metric: float | None = None) -> CheckpointMeta:
-    return CheckpointMeta(step, "lm", {}, 300, None, {}, False, "hash", metric=metric)
+    return CheckpointMeta(step, "lm", {}, 300, None, {}, "hash", metric=metric)
 
 
 def write(folder: Path) -> None:
@@ -85,7 +86,7 @@ def change(folder: Path, old: bytes, new: bytes) -> None:
         (lambda folder: (folder / "meta.json").unlink(), ["is not a checkpoint", "meta.json"]),
         (lambda folder: change(folder, b'"step": ', b'"step": 7'), ["meta.json", "SHA-256"]),
         (lambda folder: change(folder, b'"sha256": "', b'"sha257": "'), ["meta.json", "SHA-256"]),
-        (lambda folder: change(folder, b'"head"', b'"he\xe4d'), ["meta.json", "not JSON"]),
+        (lambda folder: change(folder, b'"task"', b'"ta\xe4k'), ["meta.json", "not JSON"]),
         (lambda folder: (folder / "meta.json").write_text("[3]"), ["meta.json", "not a JSON object"]),
         (lambda folder: (folder / "__0_0.distcp").write_bytes(b"x" * 100), ["__0_0.distcp", "SHA-256"]),
     ],

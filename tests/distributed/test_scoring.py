@@ -20,7 +20,7 @@ from steerlm_megatron.runtime import parallel
 from steerlm_megatron.stages.scoring import Scorer, Values, score_all
 from steerlm_megatron.stages.session import LoadedModel
 from steerlm_megatron.steer.records import Conversation, Message
-from steerlm_megatron.train.checkpoint import CheckpointMeta
+from steerlm_megatron.train.meta import CheckpointMeta
 
 MAX_TOKENS, BATCH_TOKENS = 160, 512
 # Values are rounded to four digits: a difference of rounding in the last place can turn one of them over.
@@ -55,7 +55,7 @@ def scorer(layout: P, tokenizer: Path, batch_tokens: int = BATCH_TOKENS) -> Scor
         fill_head(model, scale=0.3, bias=4.5)
     model.eval().requires_grad_(False)
     fields = dict(vars(config))
-    meta = CheckpointMeta(1, "regression", fields, tok.vocab_size, corpora.SCHEMA.to_dict(), {}, False, tok.hash)
+    meta = CheckpointMeta(1, "ap_regression", fields, tok.vocab_size, corpora.SCHEMA.to_dict(), {}, tok.hash)
     return Scorer(LoadedModel(Path(), meta, tok, corpora.SCHEMA, corpora.STEERLM, model, layout), batch_tokens)
 
 

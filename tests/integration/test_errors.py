@@ -17,7 +17,7 @@ from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.stages.resume import _other_padding
 from steerlm_megatron.stages.session import check_layout
-from steerlm_megatron.train.checkpoint import CheckpointMeta
+from steerlm_megatron.train.meta import CheckpointMeta
 from tests.helpers.cli import run_here as run
 
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there, friend."}]}
@@ -165,7 +165,7 @@ def test_the_layout_is_compared_with_the_model_that_is_split() -> None:
 def test_rows_of_padding_stay_what_they_were() -> None:
     """400 ids have 512 rows at parallel.tensor=1 and 768 at 3: with other rows in the softmax it is another model."""
     model = ModelConfig(num_heads=6)
-    saved = CheckpointMeta(9, "lm", asdict(model), 400, None, {}, False, "hash", parallel={"tensor": 1})
+    saved = CheckpointMeta(9, "sft", asdict(model), 400, None, {}, "hash", parallel={"tensor": 1})
 
     def problems(tensor: int, view: View = "acsft") -> list[str]:
         return _other_padding(Config(model=model, parallel=ParallelConfig(tensor=tensor)), saved, view)
