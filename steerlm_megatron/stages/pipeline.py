@@ -23,9 +23,9 @@ from steerlm_megatron.report.terminal import terminal_table
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import any_rank, broadcast_object, on_main
 from steerlm_megatron.runtime.signals import asked
-from steerlm_megatron.stages import corpus
 from steerlm_megatron.stages.pipeline_steps import STEPS, Run, Step
 from steerlm_megatron.stages.session import session
+from steerlm_megatron.stages.shards import check_tokenizer
 from steerlm_megatron.steer.records import expand_paths
 
 
@@ -39,7 +39,7 @@ def run(config: Config) -> None:
                 raise UserError(f"data.input={path}: no such file")
         if not config.data.input:
             raise UserError("data.input is empty: name the corpus, or take experiment=quickstart")
-    corpus.check_tokenizer(config)
+    check_tokenizer(config)
     # A run folder that holds a complete run is looked at again, not refused: its complete steps are skipped.
     config.overwrite = False
     parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)

@@ -22,11 +22,13 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.runfolder import versions
 from steerlm_megatron.report.write import write_report
 from steerlm_megatron.runtime.collectives import on_main
-from steerlm_megatron.stages import annotate, bootstrap, corpus, evaluate, train
+from steerlm_megatron.stages import annotate, bootstrap, evaluate, train
+from steerlm_megatron.stages.collect import collect_records, split_records
 from steerlm_megatron.stages.intake import Intake, Reject, write_rejects
 from steerlm_megatron.stages.preprocess import total_counts
 from steerlm_megatron.stages.prompt_check import check_bootstrap_prompts, check_evaluation_prompts
 from steerlm_megatron.stages.session import Session, load_model
+from steerlm_megatron.stages.shards import make_shards
 
 
 @dataclass
@@ -165,11 +167,11 @@ def _data(run: Run, here: Session) -> None:
     """Convert the corpus, make or open the tokenizer, write shards with human labels; note where the records are."""
 
     def convert() -> None:
-        splits, converted = corpus.collect_records(here.config, here.folder / "records")
+        splits, converted = collect_records(here.config, here.folder / "records")
         rejects: list[Reject] = []
         if "valid" not in splits and here.config.data.valid_fraction > 0 and here.config.data.source == "messages":
-            splits = corpus.split_records(here.config, splits["train"], here.folder / "records", rejects)
-        summary = corpus.make_shards(here.config, splits, here.folder / "shards", converted=converted)
+            splits = split_records(here.config, splits["train"], here.folder / "records", rejects)
+        summary = make_shards(here.config, splits, here.folder / "shards", converted=converted)
         files = {split: [str(p) for p in paths] for split, paths in splits.items()}
         (here.folder / "splits.json").write_text(json.dumps(files), encoding="utf-8")
         counts = total_counts(converted, summary)
@@ -251,7 +253,7 @@ def _reshard(run: Run, here: Session, files: Mapping[str, list[str]], valid_frac
         if valid_fraction is not None:
             overrides["data"] = {"valid_fraction": valid_fraction}
         config = with_overrides(here.config, overrides)
-        summary = corpus.make_shards(config, files, here.folder / "shards")
+        summary = make_shards(config, files, here.folder / "shards")
         here.run.update(counts={k: summary[k] for k in ("in", "out", "skipped")})
 
     on_main(write)

@@ -8,9 +8,10 @@ from typing import Any
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.stages.corpus import check_tokenizer, collect_records, make_shards
+from steerlm_megatron.stages.collect import collect_records
 from steerlm_megatron.stages.intake import told_skipped
 from steerlm_megatron.stages.session import session
+from steerlm_megatron.stages.shards import check_tokenizer, make_shards
 
 
 def run(config: Config) -> None:

@@ -34,7 +34,7 @@ from steerlm_megatron.observe.sinks import sinks_of
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.runtime.device import device_name
 from steerlm_megatron.runtime.watch import Watch
-from steerlm_megatron.stages.corpus import ensure_shards
+from steerlm_megatron.stages.demo_corpus import ensure_shards
 from steerlm_megatron.stages.resume import check_init, check_resume, check_steps, data_order
 from steerlm_megatron.stages.session import Session, session
 from steerlm_megatron.steer.attributes import AttributeSchema

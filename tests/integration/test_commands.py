@@ -20,7 +20,7 @@ import yaml
 
 from steerlm_megatron.config.compose import conf_dir
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.stages.corpus import DEMO_ATTRIBUTES
+from steerlm_megatron.stages.demo_corpus import DEMO_ATTRIBUTES
 from steerlm_megatron.stages.export import check_target
 from steerlm_megatron.steer.records import read_records
 from tests.integration.commands import TINY, kill, losses, start, steerlm, summary, terminate

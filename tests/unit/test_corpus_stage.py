@@ -22,8 +22,9 @@ from steerlm_megatron.config.schema import KEYS, SOURCES, Config, DataConfig
 from steerlm_megatron.data.write import chunks
 from steerlm_megatron.data.write.preprocess import preprocess
 from steerlm_megatron.errors import Interrupted, UserError
-from steerlm_megatron.stages.corpus import check_tokenizer, collect_records, make_shards, make_tokenizer
+from steerlm_megatron.stages.collect import collect_records
 from steerlm_megatron.stages.preprocess import total_counts
+from steerlm_megatron.stages.shards import check_tokenizer, make_shards, make_tokenizer
 from steerlm_megatron.stages.train import _open_data
 from steerlm_megatron.steer.records import read_records, write_records
 
@@ -80,7 +81,7 @@ def test_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     cfg = config(source="hh_rlhf", input=path, valid_fraction=0)
     first = collect_records(cfg, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr("steerlm_megatron.stages.corpus.convert", None)
+        patch.setattr("steerlm_megatron.stages.collect.convert", None)
         assert collect_records(cfg, tmp_path / "out") == first
     write(tmp_path / "r.jsonl", row, row)
     assert collect_records(cfg, tmp_path / "out")[1]["in"] == 4  # the input changed

@@ -21,7 +21,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from steerlm_megatron.config import load
 from steerlm_megatron.data.text.tokenizer import Tokenizer
-from steerlm_megatron.stages.corpus import collect_records, make_shards
+from steerlm_megatron.stages.collect import collect_records
+from steerlm_megatron.stages.shards import make_shards
 
 OASST = {"name": "oasst", "names": ["quality", "humor"], "max_level": 9, "quality": "quality"}
 Path_ = list[dict[str, Any]]

@@ -1,7 +1,9 @@
-"""From what a user has to shards: ``preprocess`` for every source, and the embedded corpus made when it is absent.
+"""The record files of ``data.source``: converted, or read as they are; and their division into splits.
 
-Owns: choosing the converter of ``data.source``, the tokenizer, the shard folder. Does not own: conversion itself,
-tokenisation, file formats. Invariant: what exists and was made from the same inputs is not made again.
+Owns: what of ``data.*`` a converter is given, and when a conversion is done again. Does not own: conversion itself
+(``data_tools``), tokenizer and shards (``shards.py``).
+Invariants: what was converted from the same files with the same options is not converted again; records stand whole
+before ``source.json`` says what they were made from.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -19,33 +20,19 @@ from data_tools import make_demo_corpus
 from data_tools.convert import REJECTED_FILE, Options, convert
 from data_tools.filters import Filters
 from data_tools.rows import is_array
-from steerlm_megatron.config.schema import AttributesConfig, Config, DataConfig
+from steerlm_megatron.config.schema import Config, DataConfig
 from steerlm_megatron.data.shards import MANIFEST
-from steerlm_megatron.data.text.tokenizer import Tokenizer
-from steerlm_megatron.data.write.preprocess import preprocess, training_texts
-from steerlm_megatron.errors import Interrupted, UserError
+from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import describe_file, write_json_atomic
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
-from steerlm_megatron.runtime.collectives import on_main
-from steerlm_megatron.runtime.signals import StopRequest
 from steerlm_megatron.stages.intake import Reject, read_lines
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.dealing import deal
 from steerlm_megatron.steer.records import OnError, expand_paths, write_records
-from steerlm_megatron.steer.templates import Template
 
 _CONVERSION_FORMAT = 3  # raise when a converter gives other records for the same files
 _SPLITS = ("train", "valid")
-
-# What conf/attributes/demo.yaml says; a test keeps the two equal.
-DEMO_ATTRIBUTES = AttributesConfig(
-    name="demo",
-    names=["quality", "helpfulness", "verbosity", "humor", "toxicity"],
-    max_level=4,
-    quality="quality",
-    best={"quality": 4, "helpfulness": 4, "verbosity": 2, "humor": 0, "toxicity": 0},
-)
 
 
 def schema_of(config: Config) -> AttributeSchema | None:
@@ -198,15 +185,6 @@ def _stored_report(journal: Path, key: str) -> dict[str, Any] | None:
     return report if whole else None
 
 
-def _converted(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a manifest keeps of a converter's report; None if nothing was converted."""
-    if "sources" not in report:
-        return None
-    kept = ("source", "key", "sources", "in", "out", "skipped", "rejected_lines", "trained_replies", "context_replies",
-            "repeated_replies_avoided", "filtered_replies", "empty_replies", "notes")  # fmt: skip
-    return {name: report[name] for name in kept}
-
-
 def split_records(
     config: Config, files: Sequence[str], output_dir: Path, rejects: list[Reject]
 ) -> dict[str, list[str]]:
@@ -232,130 +210,3 @@ def split_records(
             f"data.valid_fraction={data.valid_fraction}"
         )
     return out
-
-
-def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
-    """``tokenizer.path`` opened, or one trained on ``files``."""
-    template = Template.from_config(config.template)
-    strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
-    texts = training_texts(files, schema_of(config), template, config.data) if config.tokenizer.train else None
-    tokenizer = Tokenizer.from_config(config.tokenizer, strings, texts)
-    _check_labels(tokenizer, config)
-    if tokenizer.added:
-        get_logger(__name__).info(
-            "the tokenizer's %d ids are followed by %d added ones: %s",
-            tokenizer.base_size, len(tokenizer.added), " ".join(map(repr, tokenizer.added)),
-        )  # fmt: skip
-    return tokenizer
-
-
-def check_tokenizer(config: Config) -> None:
-    """Refuse a tokenizer that cannot be opened or cannot write labels, before a corpus is read for it."""
-    if not config.tokenizer.train or config.tokenizer.path:
-        template = Template.from_config(config.template)
-        strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
-        _check_labels(Tokenizer.from_config(config.tokenizer, strings), config)
-
-
-def _check_labels(tokenizer: Tokenizer, config: Config) -> None:
-    """Refuse a tokenizer to which two labels of the schema are the same tokens: such labels could steer nothing.
-
-    A model without byte fallback makes the same unknown token (or nothing) of every character that it lacks.
-    """
-    schema = schema_of(config)
-    if schema is None:
-        return
-    labels = [schema.format({name: level}) for name in schema.names for level in range(schema.max_level + 1)]
-    seen: dict[tuple[int, ...], str] = {}
-    for label, ids in zip(labels, map(tuple, tokenizer.encode_batch(labels)), strict=True):
-        if ids in seen:
-            raise UserError(
-                f"tokenizer.path={config.tokenizer.path}: the labels {seen[ids]!r} and {label!r} become the same "
-                f"tokens, {tokenizer.decode(ids)!r}: the model cannot write them; choose a tokenizer with bytes or "
-                "with these characters, or attributes=none"
-            )
-        seen[ids] = label
-
-
-def make_shards(
-    config: Config,
-    splits: Mapping[str, Sequence[str]],
-    output_dir: Path,
-    overwrite: bool = True,
-    converted: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Tokenize ``splits`` into ``output_dir/<split>`` with a progress bar. Returns the summary of ``preprocess``.
-
-    ``converted``: the report of the converter that made them, if one did.
-
-    A ``valid`` without files: there is no validation set, and none is dealt. ``overwrite``: replace shards that other
-    inputs or settings gave. Asked to stop, it exits with 75; run again, it goes on from there.
-    """
-    data = config.data if splits.get("valid", True) else dataclasses.replace(config.data, valid_fraction=0.0)
-    splits = {split: files for split, files in splits.items() if files}
-    before = None  # what the converter rejected, beside its records
-    if converted and converted.get("rejected_lines"):
-        listed = Path(splits["train"][0]).with_name(REJECTED_FILE)
-        before = listed if listed.is_file() else None
-    tokenizer = make_tokenizer(config, list(splits["train"]))
-    with Progress(None, "preprocess", unit="record") as bar, StopRequest() as stop:
-
-        def show(done: int, total: int) -> None:
-            if stop.requested:
-                raise Interrupted(stop.reason)
-            bar.total = total
-            bar.set(done)
-
-        try:
-            return preprocess(
-                splits,
-                output_dir,
-                tokenizer,
-                schema_of(config),
-                Template.from_config(config.template),
-                data,
-                progress=show,
-                overwrite=overwrite,
-                converted=_converted(converted or {}),
-                rejected_before=before,
-            )
-        except UserError as error:
-            if stop.requested:  # the signal went to the processes that tokenise, too
-                raise Interrupted(stop.reason) from error
-            raise
-
-
-def ensure_shards(config: Config) -> tuple[str, str | None]:
-    """Shard folders for a training command that names none: those of the embedded corpus. Collective over the world."""
-    if config.data.source != "demo":
-        raise UserError(
-            "data.train is not set: name a shard folder made by steerlm preprocess, or take experiment=quickstart"
-        )
-    folder = demo_folder(config)
-    on_main(lambda: ensure_demo(config, folder))
-    return str(folder / "shards" / "train"), str(folder / "shards" / "valid")
-
-
-def demo_folder(config: Config) -> Path:
-    """Where the embedded corpus of this configuration lives: beside the runs, named by what it depends on."""
-    key = json.dumps(
-        [
-            config.data.demo_conversations, config.train.seed, dataclasses.asdict(config.tokenizer),
-            dataclasses.asdict(config.template),
-        ],
-        sort_keys=True,
-    )  # fmt: skip
-    return Path(config.data.output_dir or "runs/quickstart-data") / hashlib.sha256(key.encode()).hexdigest()[:12]
-
-
-def ensure_demo(config: Config, folder: Path) -> None:
-    """Make the embedded corpus and its shards in ``folder`` unless they stand there whole."""
-    if (folder / "shards" / "train" / MANIFEST).exists():
-        return
-    get_logger(__name__).info("making the embedded corpus in %s", folder)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    # Plain SFT (attributes=none) trains on the same labelled shards, so they do not depend on config.attributes.
-    demo = dataclasses.replace(config, attributes=DEMO_ATTRIBUTES)
-    splits, _ = collect_records(demo, folder / "records")
-    make_shards(demo, splits, folder / "shards")

@@ -1,0 +1,124 @@
+"""The tokenizer that the configuration asks for, and the shards that it makes of record files.
+
+Owns: opening or training the tokenizer and refusing one that cannot write labels; progress of tokenisation, and its end
+on a signal. Does not own: where records come from (``collect.py``), tokenisation and file formats (``data``).
+Invariant: no shards are made with a tokenizer to which two labels are the same tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from data_tools.convert import REJECTED_FILE
+from steerlm_megatron.config.schema import Config
+from steerlm_megatron.data.text.tokenizer import Tokenizer
+from steerlm_megatron.data.write.preprocess import preprocess, training_texts
+from steerlm_megatron.errors import Interrupted, UserError
+from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.observe.progress import Progress
+from steerlm_megatron.runtime.signals import StopRequest
+from steerlm_megatron.stages.collect import schema_of
+from steerlm_megatron.steer.templates import Template
+
+
+def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
+    """``tokenizer.path`` opened, or one trained on ``files``."""
+    template = Template.from_config(config.template)
+    strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
+    texts = training_texts(files, schema_of(config), template, config.data) if config.tokenizer.train else None
+    tokenizer = Tokenizer.from_config(config.tokenizer, strings, texts)
+    _check_labels(tokenizer, config)
+    if tokenizer.added:
+        get_logger(__name__).info(
+            "the tokenizer's %d ids are followed by %d added ones: %s",
+            tokenizer.base_size, len(tokenizer.added), " ".join(map(repr, tokenizer.added)),
+        )  # fmt: skip
+    return tokenizer
+
+
+def check_tokenizer(config: Config) -> None:
+    """Refuse a tokenizer that cannot be opened or cannot write labels, before a corpus is read for it."""
+    if not config.tokenizer.train or config.tokenizer.path:
+        template = Template.from_config(config.template)
+        strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
+        _check_labels(Tokenizer.from_config(config.tokenizer, strings), config)
+
+
+def _check_labels(tokenizer: Tokenizer, config: Config) -> None:
+    """Refuse a tokenizer to which two labels of the schema are the same tokens: such labels could steer nothing.
+
+    A model without byte fallback makes the same unknown token (or nothing) of every character that it lacks.
+    """
+    schema = schema_of(config)
+    if schema is None:
+        return
+    labels = [schema.format({name: level}) for name in schema.names for level in range(schema.max_level + 1)]
+    seen: dict[tuple[int, ...], str] = {}
+    for label, ids in zip(labels, map(tuple, tokenizer.encode_batch(labels)), strict=True):
+        if ids in seen:
+            raise UserError(
+                f"tokenizer.path={config.tokenizer.path}: the labels {seen[ids]!r} and {label!r} become the same "
+                f"tokens, {tokenizer.decode(ids)!r}: the model cannot write them; choose a tokenizer with bytes or "
+                "with these characters, or attributes=none"
+            )
+        seen[ids] = label
+
+
+def make_shards(
+    config: Config,
+    splits: Mapping[str, Sequence[str]],
+    output_dir: Path,
+    overwrite: bool = True,
+    converted: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Tokenize ``splits`` into ``output_dir/<split>`` with a progress bar. Returns the summary of ``preprocess``.
+
+    ``converted``: the report of the converter that made them, if one did.
+
+    A ``valid`` without files: there is no validation set, and none is dealt. ``overwrite``: replace shards that other
+    inputs or settings gave. Asked to stop, it exits with 75; run again, it goes on from there.
+    """
+    data = config.data if splits.get("valid", True) else dataclasses.replace(config.data, valid_fraction=0.0)
+    splits = {split: files for split, files in splits.items() if files}
+    before = None  # what the converter rejected, beside its records
+    if converted and converted.get("rejected_lines"):
+        listed = Path(splits["train"][0]).with_name(REJECTED_FILE)
+        before = listed if listed.is_file() else None
+    tokenizer = make_tokenizer(config, list(splits["train"]))
+    with Progress(None, "preprocess", unit="record") as bar, StopRequest() as stop:
+
+        def show(done: int, total: int) -> None:
+            if stop.requested:
+                raise Interrupted(stop.reason)
+            bar.total = total
+            bar.set(done)
+
+        try:
+            return preprocess(
+                splits,
+                output_dir,
+                tokenizer,
+                schema_of(config),
+                Template.from_config(config.template),
+                data,
+                progress=show,
+                overwrite=overwrite,
+                converted=_converted(converted or {}),
+                rejected_before=before,
+            )
+        except UserError as error:
+            if stop.requested:  # the signal went to the processes that tokenise, too
+                raise Interrupted(stop.reason) from error
+            raise
+
+
+def _converted(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a manifest keeps of a converter's report; None if nothing was converted."""
+    if "sources" not in report:
+        return None
+    kept = ("source", "key", "sources", "in", "out", "skipped", "rejected_lines", "trained_replies", "context_replies",
+            "repeated_replies_avoided", "filtered_replies", "empty_replies", "notes")  # fmt: skip
+    return {name: report[name] for name in kept}
