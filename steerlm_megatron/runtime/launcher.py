@@ -1,7 +1,7 @@
 """Which rank this process is, by what its launcher says: torchrun's variables, or those of a SLURM step.
 
 Owns: reading ranks from the environment, and completing it with what ``torch.distributed`` asks for. Does not own:
-starting processes (``cli.py``), process groups (``parallel.py``). Standard library only, so that the command line can
+starting processes (``launch``), process groups (``parallel.py``). Standard library only, so that the command line can
 ask before torch is imported.
 Invariant: inside a batch script that no launcher started, a process is alone, however many tasks the job has.
 """

@@ -1,7 +1,7 @@
 """Process groups and who this rank is in them.
 
 Owns: starting ``torch.distributed`` and Megatron-Core's model-parallel groups, seeding, and :class:`Layout`, the answer
-to "which rank am I". Does not own: starting processes (``cli.py``), ranks as a launcher numbers them
+to "which rank am I". Does not own: starting processes (``launch``), ranks as a launcher numbers them
 (``launcher.py``). Invariant: one layout per process; :func:`initialize` with the same sizes again is a no-op, so that
 the steps of a pipeline can share a process.
 """
