@@ -36,7 +36,7 @@ def answered(loaded: LoadedModel, config: Config, question: str) -> str:
     schema = loaded.conditioned_on
     levels = schema.complete({}) if schema is not None else None
     prompt = Prompt("example", (Message("user", question),), levels, "--question")
-    request = request_for(0, prompt, loaded, config.sampling, config.server)
+    request = request_for(0, prompt, loaded, config.sampling, config.generation)
     return open_generator(config, loaded).generate([request])[0].text
 
 

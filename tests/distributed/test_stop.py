@@ -15,6 +15,7 @@ from helpers.dist import run_ranks
 
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages import train as train_stage
+from steerlm_megatron.train import engine as engine_module
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 
 pytestmark = pytest.mark.distributed
@@ -85,3 +86,61 @@ def test_validation_gives_way_to_a_signal_and_is_done_when_the_run_goes_on(tmp_p
         ended, whole = found[f"{name} summary"], found["whole summary"]
         assert ended["status"] == "complete" and ended["counts"]["tokens"] == whole["counts"]["tokens"] > 0
         assert ended["metrics"] == whole["metrics"]
+
+
+class stopped_within_step:
+    """Within: the last rank gets SIGTERM when it begins micro-batch number ``number`` of this attempt; a step of many
+    micro-batches is one of more than one.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.left, self.original, self.usual = number, MegatronEngine._forward, engine_module._UNTIL_ASKED
+
+    def __enter__(self) -> None:
+        original: Callable[..., Any] = self.original
+
+        def forward(engine: MegatronEngine, *args: Any) -> Any:
+            self.left -= 1
+            if self.left == 0 and layout().rank == layout().world_size - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(engine, *args)
+
+        engine_module._UNTIL_ASKED = 1
+        MegatronEngine._forward = forward  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        engine_module._UNTIL_ASKED = self.usual
+        MegatronEngine._forward = self.original  # type: ignore[method-assign]
+
+
+def run_by_micro_batches(root: Path) -> dict[str, Any]:
+    """Runs that are stopped inside their first step, and inside a later one, and go on."""
+    out: dict[str, Any] = {}
+    for name, number in (("whole", None), ("first", 1), ("later", 8)):
+        wanted = config("train_sft", root / name, root / "data")
+        with stopped_within_step(number or 0):
+            if number is not None:
+                try:
+                    train_stage.run(wanted)
+                except SystemExit as end:
+                    out[f"{name} code"] = end.code
+                out[f"{name} saved"] = sorted(path.name for path in (root / name / "checkpoints").glob("step_*"))
+                began = (root / name / "metrics.jsonl").exists()
+                out[f"{name} stopped"] = rows_of(root / name) if began else []
+            train_stage.run(wanted)
+        out[name] = rows_of(root / name)
+    return out
+
+
+def test_a_signal_is_obeyed_within_a_step_which_is_then_done_again(tmp_path: Path) -> None:
+    write_shards(tmp_path / "data")
+    found, _ = run_ranks(2, run_by_micro_batches, tmp_path)
+    for name in ("first", "later"):
+        assert found[f"{name} code"] == 75
+        stopped = [row["step"] for row in found[f"{name} stopped"] if "loss" in row]
+        assert len(stopped) < 6 and found[f"{name} saved"] == ([f"step_{stopped[-1]:08d}"] if stopped else [])
+        for key in ("loss", "grad_norm", "samples", "valid/loss"):
+            values = [[(row["step"], row[key]) for row in found[run] if key in row] for run in (name, "whole")]
+            assert values[0] == values[1], (name, key)
+    assert not [row for row in found["first stopped"] if "loss" in row], "nothing was done, and nothing is saved"
+    assert [row for row in found["later stopped"] if "loss" in row], "the steps before it stand"
