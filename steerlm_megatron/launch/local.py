@@ -103,7 +103,7 @@ def _launch(ranks: int, arguments: list[str]) -> int:
             return Interrupted.CODE
         first, _ = error.get_first_failure()
         rank = first if first in faults else min(faults)
-        print(f"steerlm: rank {rank} {_how_it_ended(faults[rank])}; its log is in run_dir/log", file=sys.stderr)
+        print(f"steerlm: rank {rank} {how_it_ended(faults[rank])}; its log is in run_dir/log", file=sys.stderr)
         return 1 if faults[rank] <= 0 else faults[rank]
     except SignalException as error:
         return Interrupted.CODE if error.sigval == signal.SIGTERM else 128 + int(error.sigval)
@@ -112,7 +112,7 @@ def _launch(ranks: int, arguments: list[str]) -> int:
     return 0
 
 
-def _how_it_ended(code: int) -> str:
+def how_it_ended(code: int) -> str:
     """Of a process that failed: ``code`` is its exit code, or minus the number of the signal that ended it."""
     if code >= 0:
         return f"failed with exit code {code}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from steerlm_megatron.cli import _how_it_ended
+from steerlm_megatron.launch.local import how_it_ended
 
 _TWO_RUNS_AND_A_FAULT = """
 import faulthandler, sys
@@ -42,4 +42,4 @@ def test_a_fault_below_python_leaves_its_place_in_the_log_of_the_rank(tmp_path: 
     ],
 )
 def test_how_a_rank_ended_is_said_in_words(code: int, text: str) -> None:
-    assert _how_it_ended(code) == text
+    assert how_it_ended(code) == text

@@ -68,7 +68,7 @@ FOREIGN: list[tuple[bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("content", "match"), FOREIGN)
+@pytest.mark.parametrize(("content", "match"), FOREIGN, ids=[f"{n} {match}" for n, (_, match) in enumerate(FOREIGN)])
 @pytest.mark.parametrize("wrapped", ["plain", "gz", "zst"])
 def test_a_file_that_is_no_text_is_named(tmp_path: Path, content: bytes, match: str, wrapped: str) -> None:
     path = tmp_path / {"plain": "a.jsonl", "gz": "a.jsonl.gz", "zst": "a.jsonl.zst"}[wrapped]
