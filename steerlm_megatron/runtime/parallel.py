@@ -8,6 +8,7 @@ the steps of a pipeline can share a process.
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -144,6 +145,7 @@ def _destroy_groups() -> None:
     """Megatron-Core forgets its groups; torch would keep them, NCCL's buffers too, for as long as the process lives."""
     dist.barrier()  # no rank closes what another still reads
     parallel_state.destroy_model_parallel()
+    gc.collect()  # an engine is full of cycles, and holds its groups, with a thread each, until they are collected
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
