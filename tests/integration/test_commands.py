@@ -323,7 +323,7 @@ def test_a_rank_killed_with_9_is_started_again(by: str, tmp_path: Path) -> None:
     """
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1")
     process = start(
-        "train_sft", *TINY, "train.steps=200", "train.save_every_steps=20", "train.validate_every_steps=1000",
+        "train_sft", *ONE_STEP, "train.steps=200", "train.save_every_steps=20", "train.validate_every_steps=1000",
         f"train.max_restarts={int(by == 'steerlm')}", "parallel.data=2", "run_dir=run", cwd=tmp_path,
         launcher=torchrun if by == "torchrun" else (),
     )  # fmt: skip
