@@ -15,7 +15,12 @@ from tests.helpers.cli import run_here as run
 from tests.integration.commands import summary
 
 pytestmark = pytest.mark.integration
-FAST = ("sampling.max_tokens=8", "evaluate.levels=[0,4]", "evaluate.max_prompts=3")
+SHORT = "sampling.max_tokens=8"
+FAST = {
+    "evaluate": (SHORT, "evaluate.levels=[0,4]", "evaluate.max_prompts=3"),
+    "generate": (SHORT,),
+    "bootstrap": (SHORT,),
+}
 LONG = "The fox is red. " * 3000
 ENDING = ("sampling.max_tokens=64", "sampling.temperature=9")  # a model that was hardly trained ends some responses so
 SHARDS = ("experiment=quickstart", "data.source=messages", "data.valid_fraction=0", "tokenizer.train=false",
@@ -44,7 +49,7 @@ def command(name: str, source: str, *more: str) -> tuple[str, ...]:
         ),
     }[name]
     output = () if name == "evaluate" else (f"output={name}.jsonl",)
-    return (name, f"input={source}", *output, *models, f"run_dir={name}", *FAST, *more)
+    return (name, f"input={source}", *output, *models, f"run_dir={name}", *FAST.get(name, ()), *more)
 
 
 def good(rng: random.Random, number: int) -> dict[str, Any]:
@@ -190,13 +195,13 @@ def test_attributes_without_a_label_are_never_made_up(capsys: pytest.CaptureFixt
     assert values and all(v is not None and set(v) == set(PARTIAL) for v in values)
     assert run("preprocess", *SHARDS, "data.input=annotated.jsonl", "data.output_dir=two") == 0
     assert run("train_sft", *train, "data.train=two/train", "run_dir=sft") == 0
-    one = ("checkpoint=sft", "input=partial.jsonl", "output=answers.jsonl", "run_dir=answers", *FAST)
+    one = ("checkpoint=sft", "input=partial.jsonl", "output=answers.jsonl", "run_dir=answers", SHORT)
     assert run("generate", *one) == 0
     assert all(set(r.extra["requested"]) == set(PARTIAL) for r in read_records("answers.jsonl"))
     capsys.readouterr()
     assert run("generate", *one, "attributes.best.humor=1", "overwrite=true") == 2
     assert "'humor' had no label" in capsys.readouterr().err
-    assert run("evaluate", "ap_checkpoint=ap", "input=annotated.jsonl", "evaluate.models.acsft=sft", *FAST,
+    assert run("evaluate", "ap_checkpoint=ap", "input=annotated.jsonl", "evaluate.models.acsft=sft", *FAST["evaluate"],
                "evaluate.prompts=partial.jsonl", "run_dir=evaluate") == 0  # fmt: skip
     found = json.loads(Path("evaluate/evaluation.json").read_text())
     assert set(found["ap"]) == set(found["steering"]) == set(PARTIAL)
@@ -220,7 +225,7 @@ def test_a_run_accounts_for_the_lines_that_it_deals_to_training_and_validation()
     content, of = lines(3)
     Path("mixed.jsonl").write_text("\n".join(content) + "\n")
     tiny = (*MODEL, "data.source=messages", "data.input=mixed.jsonl", "data.on_error=skip", "tokenizer.train=false",
-            "tokenizer.path=run/01-data/shards/train", "data.valid_fraction=0.3", *FAST,
+            "tokenizer.path=run/01-data/shards/train", "data.valid_fraction=0.3", *FAST["evaluate"],
             "bootstrap.prompts=4")  # fmt: skip
     # An hour's run is not needed to see its first step's account; the last one's error says that it got there.
     assert run("run", *tiny, "run_dir=all", "evaluate.judge=ap", "sampling.max_tokens=1") in (0, 2)
