@@ -27,8 +27,8 @@ INSTALL_REQUIRES = [
     "psutil>=5.9",  # megatron-core's checkpoint writer imports it and does not declare it
     # Megatron-Core 0.19 (Python 3.12) imports Triton and does not declare it. A CUDA build of torch brings it, a CPU
     # build does not. It is installed rather than replaced by an empty module of that name: torch, DeepSpeed and
-    # transformers look for Triton as well, and one that is half there misleads them, while the real one imports on
-    # any Linux without a GPU.
+    # transformers look for Triton as well, and one that is half there misleads them, while the real one imports on any
+    # Linux without a GPU.
     'triton>=3.2; python_version >= "3.12" and platform_system == "Linux"',
     "hydra-core>=1.3.2,<1.4",
     "omegaconf>=2.3,<2.4",
@@ -73,8 +73,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
-    # conf/ stands at the top of the repository. A wheel carries it as package data of steerlm_megatron.conf;
-    # an editable install finds <repo>/conf beside the package.
+    # conf/ stands at the top of the repository. A wheel carries it as package data of steerlm_megatron.conf; an
+    # editable install finds <repo>/conf beside the package.
     packages=[
         *find_packages(include=["steerlm_megatron", "steerlm_megatron.*", "data_tools", "data_tools.*"]),
         "steerlm_megatron.conf",

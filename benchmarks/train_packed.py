@@ -3,12 +3,12 @@
     python -m benchmarks.train_packed [--shape 27m] [--dtype fp32] [--task sft|ap] [--rounds 9] [--shards DIR]
 
 Every contestant starts from the same weights and takes an optimizer step (AdamW, fused; clipping) on the same
-documents; a step's time is all of it. The peer runs in three configurations: length-sorted padding; pack-512
-(documents cut into rows of 512 that attend across them, which is not the same mathematics, only fast); rows of whole
-documents with one SDPA call per document. Tokens are counted once per document, padding never. In attribute
-prediction, a document's several responses are trained in one pass; the peer, a sequence classifier, sees one sequence
-per response. In bf16, ours keeps fp32 main weights and moments; the peer has bf16 ones only, which is less work.
-Before anything is timed, the first step's losses of the exact configurations are compared.
+documents; a step's time is all of it. The peer runs in three configurations: length-sorted padding; pack-512 (documents
+cut into rows of 512 that attend across them, which is not the same mathematics, only fast); rows of whole documents
+with one SDPA call per document. Tokens are counted once per document, padding never. In attribute prediction, a
+document's several responses are trained in one pass; the peer, a sequence classifier, sees one sequence per response.
+In bf16, ours keeps fp32 main weights and moments; the peer has bf16 ones only, which is less work. Before anything is
+timed, the first step's losses of the exact configurations are compared.
 """
 
 from __future__ import annotations

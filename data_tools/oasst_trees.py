@@ -200,8 +200,8 @@ def _labels(labels: Any, where: str, schema: AttributeSchema) -> tuple[dict[str,
     """Labels in [0, 1] of any published shape → values on the schema's scale, in its order, None if there are none; and
     the names that are not in it.
 
-    Shapes: ``{"name": [..], "value": [..]}``, ``{"quality": {"value": .5}}``, ``{"quality": .5}``,
-    ``[{"name": "quality", "value": .5}]``; null is absent.
+    Shapes: ``{"name": [..], "value": [..]}``, ``{"quality": {"value": .5}}``, ``{"quality": .5}``, ``[{"name":
+    "quality", "value": .5}]``; null is absent.
     """
     if not labels:
         return None, []

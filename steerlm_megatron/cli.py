@@ -121,8 +121,8 @@ def _prefix() -> str:
 
 
 def _is_first_to_say(text: str) -> bool:
-    """What is wrong with an input is found by every rank, and said by one; before ranks know each other, by one of
-    each host.
+    """What is wrong with an input is found by every rank, and said by one; before ranks know each other, by one of each
+    host.
     """
     if "steerlm_megatron.runtime.parallel" not in sys.modules:
         return launcher.local_rank() == 0

@@ -24,8 +24,8 @@ _BLOCK_BYTES = 1 << 20
 def atomic_path(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Path]:
     """Yields a temporary name beside ``path``; what was written there is put in the place of ``path`` on success.
 
-    On an exception the temporary file is removed and ``path`` stays as it was. Missing parent folders are made.
-    Without ``sync`` a power cut may tear the file: for what can tell that it is torn, and can be made again.
+    On an exception the temporary file is removed and ``path`` stays as it was. Missing parent folders are made. Without
+    ``sync`` a power cut may tear the file: for what can tell that it is torn, and can be made again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +77,8 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
 def to_strict_json(obj: Any) -> Any:
     """``obj`` with only what JSON has: dict, list, str, int, float, bool, None. Non-finite floats become None.
 
-    Mappings, sequences, sets (sorted), paths, and scalars with ``item()`` (numpy, torch) are turned; anything else is
-    a TypeError.
+    Mappings, sequences, sets (sorted), paths, and scalars with ``item()`` (numpy, torch) are turned; anything else is a
+    TypeError.
     """
     if obj is None or isinstance(obj, bool | int | str):
         return obj

@@ -210,9 +210,8 @@ def parse_markers(text: str, where: str, context: Context) -> list[dict[str, Any
     """``{user}\\n<extra_id_1>Assistant\\n{reply}\\n<extra_id_1>User\\n{user}`` → messages.
 
     Text without markers is one user message. A marker counts only at the start of a line, followed by its role and a
-    newline; anything else is text. Assistant
-    turns get weight 0: they are context, not the data set's responses. A label line in such a turn is taken off and
-    counted. Empty turns are dropped and counted.
+    newline; anything else is text. Assistant turns get weight 0: they are context, not the data set's responses. A
+    label line in such a turn is taken off and counted. Empty turns are dropped and counted.
 
     Raises:
         UserError: a ``System`` marker that is not at the very start.

@@ -13,8 +13,8 @@ by dots. Two forms::
   the turns alternate, user first.
 * in both: ``id``, ``system``, ``lang``, ``attributes`` (an object of values on the schema's scale, for the last reply).
 
-Keys that the mapping does not name are kept in the record, those of a turn in its message. A reply's ``weight``,
-and what else says so (``steer/records.py``), decides whether it is trained.
+Keys that the mapping does not name are kept in the record, those of a turn in its message. A reply's ``weight``, and
+what else says so (``steer/records.py``), decides whether it is trained.
 """
 
 from __future__ import annotations

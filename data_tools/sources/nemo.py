@@ -1,11 +1,10 @@
 """NeMo-Aligner's SteerLM JSONL, in and out.
 
 In: ``{"system", "mask", "type", "conversations": [{"from", "value", "label"}]}``, the turns of speaker ``mask`` being
-the user's; and its regression form, ``{"text": "<extra_id_0>System\\n…<extra_id_2>", "label": [9 floats]}``
-(-100: none).
-``label`` is ``name:value`` joined by commas, on the schema's scale unless ``label_max`` says otherwise; ``lang:xx`` in
-it becomes the record's ``lang``; names outside the schema and labels on user turns are dropped and counted. A user turn
-with literal ``<extra_id_1>`` markers (NeMo's HelpSteer2 files have them) is parsed into turns.
+the user's; and its regression form, ``{"text": "<extra_id_0>System\\n…<extra_id_2>", "label": [9 floats]}`` (-100:
+none). ``label`` is ``name:value`` joined by commas, on the schema's scale unless ``label_max`` says otherwise;
+``lang:xx`` in it becomes the record's ``lang``; names outside the schema and labels on user turns are dropped and
+counted. A user turn with literal ``<extra_id_1>`` markers (NeMo's HelpSteer2 files have them) is parsed into turns.
 
 Out: ``to_nemo``. Values become integer levels; a reply of weight 0 keeps ``"weight": 0``, which NeMo ignores (it trains
 every reply) and our reader takes back. ``from_nemo(to_nemo(c))`` is ``c`` with quantised values.

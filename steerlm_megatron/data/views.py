@@ -1,9 +1,8 @@
 """One stored document, four views of it: what a sample's tokens, targets and pooled positions are.
 
-A document is stored once, as the tokens of ``template.render(conversation, schema)``. From it come
-``acsft`` (as stored), ``sft`` (label lines removed), ``lm`` (label lines removed, loss on every token) and ``ap``
-(label lines removed; a label marker after each scored response, whose hidden state is regressed; cut after the last
-marker).
+A document is stored once, as the tokens of ``template.render(conversation, schema)``. From it come ``acsft`` (as
+stored), ``sft`` (label lines removed), ``lm`` (label lines removed, loss on every token) and ``ap`` (label lines
+removed; a label marker after each scored response, whose hidden state is regressed; cut after the last marker).
 
 Owns: ``Document``, ``Sample``, the views, and the one policy for over-long samples. Does not own: where documents lie
 (``shards.py``), how samples share a row (``feed/packing.py``). Invariant: every removal is of whole label lines, or by

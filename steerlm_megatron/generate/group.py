@@ -1,7 +1,7 @@
 """The ranks that hold one model replica, as generation sees them.
 
-Owns: who leads, who samples, and the three messages of a step (plan, hidden states, sampled ids). Does not own: what
-is in them.
+Owns: who leads, who samples, and the three messages of a step (plan, hidden states, sampled ids). Does not own: what is
+in them.
 Invariant: every rank of the replica makes the same calls in the same order; the leader decides, the others follow.
 """
 
@@ -87,8 +87,8 @@ class MegatronGroup:
         self.is_first_stage, self.is_last_stage = stage == 0, stage == stages - 1
         self._previous = parallel_state.get_pipeline_model_parallel_prev_rank()
         self._next = parallel_state.get_pipeline_model_parallel_next_rank()
-        # The rank that samples: the first of the last stage. Its choice goes to its stage's other tensor-parallel
-        # ranks too, so that a difference in the last bit of their logits cannot part their ways.
+        # The rank that samples: the first of the last stage. Its choice goes to its stage's other tensor-parallel ranks
+        # too, so that a difference in the last bit of their logits cannot part their ways.
         last = self.broadcast(parallel_state.get_pipeline_model_parallel_last_rank() if self.is_leader else None)
         self._sampling_rank: int = last
         self.heartbeat_sec = min(HEARTBEAT_SEC, timeout_sec / 4)

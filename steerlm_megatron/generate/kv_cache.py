@@ -5,8 +5,8 @@ sits in which row, or when the cache grows (``scheduler.py`` decides, every rank
 Invariant: rows 0..n-1 are the sequences being decoded, without holes, so that decoding is a batched product over one
 slab of memory, with no gather; what lies beyond a row's length is finite and masked.
 
-Layout, per layer: [2 (key, value), rows, G, capacity, H] with G the key/value heads of this tensor-parallel rank. A
-row and head is one contiguous slab [capacity, H].
+Layout, per layer: [2 (key, value), rows, G, capacity, H] with G the key/value heads of this tensor-parallel rank. A row
+and head is one contiguous slab [capacity, H].
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ class KVCache:
     ) -> torch.Tensor:
         """Store this step's keys and values of one layer and attend.
 
-        q [T, N, H], k and v [T, G, H], N a multiple of G, RoPE applied; T as announced by :meth:`begin`. Returns [T,
-        N, H].
+        q [T, N, H], k and v [T, G, H], N a multiple of G, RoPE applied; T as announced by :meth:`begin`. Returns [T, N,
+        H].
         """
         step = self._step
         assert step is not None, "begin() before attend()"
@@ -136,8 +136,8 @@ class KVCache:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode(self, step: _Step, layer: torch.Tensor, q_BNH: torch.Tensor, scale: float) -> torch.Tensor:
-        """One query per row against the row's cache. The N / G query heads of a key/value head stand as queries side
-        by side: all are at the same position, so no head has to be repeated."""
+        """One query per row against the row's cache. The N / G query heads of a key/value head stand as queries side by
+        side: all are at the same position, so no head has to be repeated."""
         n, length = step.decode_rows, step.length
         heads, dim = layer.shape[2], layer.shape[4]
         share = q_BNH.shape[1] // heads
@@ -149,8 +149,8 @@ class KVCache:
                 q_BGMH, layer[0, :n, :, :length], layer[1, :n, :, :length], attn_mask=mask_B11L, scale=scale
             )
             return out.reshape(n, -1, dim)
-        # On CPU two batched products beat SDPA several times at one query per head (measured: 0.8 against 2.2 ms, 64
-        # × 4 × 256).
+        # On CPU two batched products beat SDPA several times at one query per head (measured: 0.8 against 2.2 ms, 64 ×
+        # 4 × 256).
         slabs = layer.view(2, -1, self.capacity, dim)[:, : n * heads, :length]
         mask_X1L = self._mask(step, heads, q_BNH.dtype)
         q_XMH = q_BNH.reshape(n * heads, share, dim)

@@ -1,5 +1,5 @@
-"""What generation is asked for and what it answers: plain data, shared by the in-process generator, the server and
-the client.
+"""What generation is asked for and what it answers: plain data, shared by the in-process generator, the server and the
+client.
 
 Owns: :class:`SamplingParams`, :class:`Request`, :class:`Result`, and the exceptions between a generator and its
 callers.
@@ -27,9 +27,9 @@ class SamplingParams:
     """How one response is drawn.
 
     ``temperature`` 0 (or below ``sampling.GREEDY_BELOW``) is greedy. ``top_k`` 0 is off, and so is one as large as the
-    vocabulary. ``seed`` in [0, 2^63). ``stop``: strings that end the response
-    besides the template's own; they are not part of its text. ``logprobs``: report the log-probability of each chosen
-    token under the model itself (temperature 1, no truncation).
+    vocabulary. ``seed`` in [0, 2^63). ``stop``: strings that end the response besides the template's own; they are not
+    part of its text. ``logprobs``: report the log-probability of each chosen token under the model itself (temperature
+    1, no truncation).
     """
 
     temperature: float = 1.0

@@ -1,7 +1,7 @@
 """One generation step on one rank: plan in, sampled ids out.
 
-Owns: the model's inputs, the passage of hidden states between stages, the cache and the sampler of this rank. Does
-not own: the plan (``scheduler.py``).
+Owns: the model's inputs, the passage of hidden states between stages, the cache and the sampler of this rank. Does not
+own: the plan (``scheduler.py``).
 Invariant: a function of the sequence of plans alone; ranks that were given the same plans hold the same rows.
 """
 

@@ -1,11 +1,11 @@
 """From logits to token ids, reproducibly.
 
-Owns: temperature, top-k and top-p truncation, the random numbers, and log-probabilities. Does not own: which tokens
-may appear at all (given as ``banned_ids``), or when a response ends.
+Owns: temperature, top-k and top-p truncation, the random numbers, and log-probabilities. Does not own: which tokens may
+appear at all (given as ``banned_ids``), or when a response ends.
 Invariants: the token drawn for a row depends on that row's logits and parameters and on (seed, index of the token)
 only, never on the other rows of the batch; a row from which nothing can be drawn gets a negative number in place of a
-token, and takes nothing from the others. So there is one uniform number per token, a hash of (seed, index), put
-through the inverse of the truncated distribution; no generator state exists that arrival order could disturb.
+token, and takes nothing from the others. So there is one uniform number per token, a hash of (seed, index), put through
+the inverse of the truncated distribution; no generator state exists that arrival order could disturb.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from steerlm_megatron.observe.log import get_logger
 
 log = get_logger(__name__)
 
-# top-k is found with one of these sizes, chosen by a row's own k: the size of torch.topk, which could decide ties,
-# must not follow the batch.
+# top-k is found with one of these sizes, chosen by a row's own k: the size of torch.topk, which could decide ties, must
+# not follow the batch.
 _TOPK_SIZES = (64, 512, 4096)
 # Dividing by less than this magnifies differences of logits beyond all others, and in the end beyond what a float
 # holds: the most likely token is drawn.

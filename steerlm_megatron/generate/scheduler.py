@@ -2,9 +2,8 @@
 
 Owns: rows, admission, the cache's shape, and :class:`StepPlan`, the message that keeps all ranks of a replica in
 lockstep. Does not own: tensors (``runner.py``), text and callers (``generator.py``). Pure Python.
-Invariants: running sequences sit in rows 0..n-1; rows × capacity never exceeds the cache budget; a sequence is
-admitted only with room for its whole prompt and ``max_tokens``, so nothing ever has to be evicted; first come, first
-admitted.
+Invariants: running sequences sit in rows 0..n-1; rows × capacity never exceeds the cache budget; a sequence is admitted
+only with room for its whole prompt and ``max_tokens``, so nothing ever has to be evicted; first come, first admitted.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Response text while it grows, and where it ends.
 
 Owns: incremental detokenisation, stop strings, and the template's suffix before a stop token. Invariants: what
-:meth:`ResponseText.push` has returned is a prefix of the final text, and never holds a part of a stop string; the
-final text is the same whether or not it was asked for along the way; the work is linear in the number of tokens,
-whatever bytes they stand for.
+:meth:`ResponseText.push` has returned is a prefix of the final text, and never holds a part of a stop string; the final
+text is the same whether or not it was asked for along the way; the work is linear in the number of tokens, whatever
+bytes they stand for.
 """
 
 from __future__ import annotations
@@ -116,8 +116,7 @@ class ResponseText:
     """The text of one response. ``push`` is only needed where stop strings or streaming ask for text along the way."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], suffix: str) -> None:
-        """``suffix``: the text a template puts between a response and its stop token
-        (``Template.response_suffix``)."""
+        """``suffix``: the text a template puts between a response and its stop token (``Template.response_suffix``)."""
         self._decode = decode
         self._suffix = suffix
         self._detokenizer = Detokenizer(decode)

@@ -2,13 +2,12 @@
 
 Owns: :class:`PackedTokens` (what a forward pass knows about document boundaries), the ``core_attention`` module that
 Megatron-Core's ``SelfAttention`` calls, and its backends. Does not own: projections and RoPE arithmetic
-(Megatron-Core), the KV
-cache (``generate/kv_cache.py``).
+(Megatron-Core), the KV cache (``generate/kv_cache.py``).
 Invariant: no token attends outside its own document, on any backend; logits equal those of the documents run alone.
 
-Megatron-Core refuses packed input in its own core attention. It hands
-``packed_seq_params`` on unread unless ``qkv_format == "thd"``; so a row travels as an ordinary [T, 1, ...] sequence
-without position embeddings of Megatron-Core's, and this module applies RoPE at each token's own position.
+Megatron-Core refuses packed input in its own core attention. It hands ``packed_seq_params`` on unread unless
+``qkv_format == "thd"``; so a row travels as an ordinary [T, 1, ...] sequence without position embeddings of
+Megatron-Core's, and this module applies RoPE at each token's own position.
 """
 
 from __future__ import annotations
@@ -44,9 +43,7 @@ class KVCacheLike(Protocol):
     def attend(
         self, layer_number: int, q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Store this step's keys and values of a layer (1-based, global number); return the attention output [T, N,
-        H].
-        """
+        """Store this step's keys and values of a layer (1-based, global number); return the attention output [T, N, H]."""
         ...
 
 
@@ -55,11 +52,9 @@ class PackedTokens(PackedSeqParams):
     """Document boundaries of T packed tokens, for every layer of one forward pass.
 
     ``positions_T``: int64, each token's position in its own document. ``cu_seqlens``: int32 [docs + 1], covers all T
-    tokens.
-    ``lengths``: the same on the host, so that no layer synchronises. With ``kv`` set, boundaries are the cache's
-    affair.
-    ``output_index_K`` spares the output layer the positions nobody asks about: masked tokens, prompts, all but a
-    pooled one.
+    tokens. ``lengths``: the same on the host, so that no layer synchronises. With ``kv`` set, boundaries are the
+    cache's affair. ``output_index_K`` spares the output layer the positions nobody asks about: masked tokens, prompts,
+    all but a pooled one.
     """
 
     qkv_format: str = "packed"  # anything but "thd": Megatron-Core then leaves the layout alone
@@ -139,9 +134,8 @@ class Buckets:
     """Documents regrouped into batches of similar length, each padded at its documents' ends to one length.
 
     ``shapes``: (documents, length) of each batch. Their slots stand one after the other, P in all. ``index_P``: the
-    token of each
-    slot; a padding slot repeats its document's last token. ``order_T``: the slot of each token.
-    Causality keeps padding out: it stands after every real token, so no real query sees it.
+    token of each slot; a padding slot repeats its document's last token. ``order_T``: the slot of each token. Causality
+    keeps padding out: it stands after every real token, so no real query sees it.
     """
 
     shapes: list[tuple[int, int]]
@@ -216,9 +210,7 @@ def attend_sdpa(
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Causal attention inside each document through torch's SDPA, in as few calls as lengths allow. Returns [T, N,
-    H].
-    """
+    """Causal attention inside each document through torch's SDPA, in as few calls as lengths allow. Returns [T, N, H]."""
     if packed.chunks:
         return _attend_chunks(q_TNH, k_TGH, v_TGH, packed, scale, dropout)
     buckets = packed.buckets()

@@ -1,10 +1,9 @@
 """Building the Megatron-Core ``GPTModel`` of a configuration.
 
 Owns: the mapping from ``ModelConfig`` to Megatron-Core, the layer spec, initial weights. Does not own: data-parallel
-wrapping and
-precision (engines), weights from elsewhere (``train/checkpoint.py``).
-Invariant: initial weights are a function of (seed, parameter name) alone, so every TP x PP layout starts from the
-same model.
+wrapping and precision (engines), weights from elsewhere (``train/checkpoint.py``).
+Invariant: initial weights are a function of (seed, parameter name) alone, so every TP x PP layout starts from the same
+model.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ class PackedGPTModel(GPTModel):
 
     def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if self.post_process and self.config.sequence_parallel:
-            # The output layer is built for whole sequences (see build_model): what follows is the same on every rank
-            # up to its own all-reduce, so here the gradient is split, not summed.
+            # The output layer is built for whole sequences (see build_model): what follows is the same on every rank up
+            # to its own all-reduce, so here the gradient is split, not summed.
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False
             )
@@ -100,9 +99,8 @@ class LastLayer(TransformerLayer):
 def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
     """Rows of the embedding: ``vocab_size`` rounded up so that tensor parallelism divides it.
 
-    ``multiple`` is 128 by default, as in Megatron: the result is then the same for every power-of-two ``tensor``,
-    which is what
-    lets a checkpoint move between layouts.
+    ``multiple`` is 128 by default, as in Megatron: the result is then the same for every power-of-two ``tensor``, which
+    is what lets a checkpoint move between layouts.
     """
     unit = math.lcm(multiple, tensor)
     return -(-vocab_size // unit) * unit
@@ -142,15 +140,14 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         # Interleaved stages exchange both directions at once. Batched, two stages would pair the wrong messages;
-        # unbatched,
-        # Megatron-Core keeps the directions apart in two groups.
+        # unbatched, Megatron-Core keeps the directions apart in two groups.
         overlap_p2p_comm=parallel.virtual_pipeline is not None,
         batch_p2p_comm=parallel.virtual_pipeline is None,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=per_token_loss,
         deterministic_mode=False,
-        # Megatron-Core marks split parameters while it draws them; initialize_parameters or a checkpoint then
-        # replaces the values.
+        # Megatron-Core marks split parameters while it draws them; initialize_parameters or a checkpoint then replaces
+        # the values.
         perform_initialization=True,
         use_cpu_initialization=not has_cuda(),
         use_te_activation_func=model.activation == "swiglu",  # Megatron-Core's name for "as the layer spec says"
@@ -226,8 +223,7 @@ def build_model(
     """This rank's part of the model, on its device, in float32 (engines convert).
 
     ``attributes``: build the regression head with that many outputs in place of the output layer. ``vocab_size``: of
-    the
-    tokenizer; the embedding has :func:`padded_vocab_size` rows. ``gather_logits``: full-vocabulary logits on every
+    the tokenizer; the embedding has :func:`padded_vocab_size` rows. ``gather_logits``: full-vocabulary logits on every
     tensor-parallel rank (generation). ``initialize=False`` leaves the weights to a checkpoint.
     """
     config = transformer_config(model, parallel, engine)
@@ -283,9 +279,8 @@ def global_names(gpt: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
 def initialize_parameters(gpt: GPTModel, model: ModelConfig, seed: int, vocab_size: int) -> None:
     """Draw the initial weights: N(0, init_std²), and N(0, init_std² / 2L) for the projections into the residual stream.
 
-    Each whole parameter is drawn from a generator seeded by (seed, name), and this rank keeps its slice. Embedding
-    rows beyond
-    the tokenizer's vocabulary start at zero.
+    Each whole parameter is drawn from a generator seeded by (seed, name), and this rank keeps its slice. Embedding rows
+    beyond the tokenizer's vocabulary start at zero.
     """
     world, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     for name, parameter in global_names(gpt):

@@ -1,9 +1,7 @@
 """The attribute-prediction head: hidden state → one float per attribute.
 
-HelpSteer (arXiv 2311.09528 §4.4): a linear layer with bias on the hidden state at the end of the
-response. It takes
-the place of the output layer on the last pipeline stage, so the model around it stays Megatron-Core's ``GPTModel``.
-Which
+HelpSteer (arXiv 2311.09528 §4.4): a linear layer with bias on the hidden state at the end of the response. It takes the
+place of the output layer on the last pipeline stage, so the model around it stays Megatron-Core's ``GPTModel``. Which
 positions it is applied to is said by ``PackedTokens.output_index_K``.
 """
 
@@ -29,8 +27,7 @@ class RegressionHead(MegatronModule):
     """Linear(D, A), computed in float32, the same on every tensor-parallel rank.
 
     Starts at zero weight: before training it predicts its bias, which :meth:`set_bias` puts at the labels' mean, the
-    best
-    constant. Training then only has to find what the text adds.
+    best constant. Training then only has to find what the text adds.
     """
 
     def __init__(self, config: TransformerConfig, attributes: int) -> None:

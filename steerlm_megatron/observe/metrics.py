@@ -1,8 +1,8 @@
 """Numbers over time: ``metrics.jsonl``, what else takes them (``sinks.py``), throughput and model FLOPs.
 
 Owns: the file's format and the definition of the rates. Does not own: which numbers a stage logs.
-Invariant: every line of ``metrics.jsonl`` that ends in a newline is one strict-JSON object; a step occurs at most
-once per run, resumed or not, when the caller says where it resumed (``truncate_after``).
+Invariant: every line of ``metrics.jsonl`` that ends in a newline is one strict-JSON object; a step occurs at most once
+per run, resumed or not, when the caller says where it resumed (``truncate_after``).
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 class MetricsWriter:
     """Appends one JSON object per logged step to ``run_dir/metrics.jsonl``, flushed line by line.
 
-    Non-finite numbers are written as null and their names listed under ``nonfinite``: the file stays strict JSON and
-    a NaN loss stays visible. With ``active=False`` (ranks other than 0) nothing is opened or written.
+    Non-finite numbers are written as null and their names listed under ``nonfinite``: the file stays strict JSON and a
+    NaN loss stays visible. With ``active=False`` (ranks other than 0) nothing is opened or written.
     """
 
     def __init__(self, run_dir: str | Path, *, sinks: Sequence[Sink] = (), active: bool = True) -> None:
@@ -225,8 +225,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 class Throughput:
     """Rates since the last ``take``: useful tokens per second of working time.
 
-    Useful tokens are those of documents; padding counts only in ``fill``. Time inside ``paused()`` (validation,
-    saving) is left out. Counts are of whatever was added: add global sums to get global rates.
+    Useful tokens are those of documents; padding counts only in ``fill``. Time inside ``paused()`` (validation, saving)
+    is left out. Counts are of whatever was added: add global sums to get global rates.
     """
 
     def __init__(

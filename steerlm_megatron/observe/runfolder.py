@@ -2,8 +2,8 @@
 
 Owns: ``config.yaml command.txt env.json summary.json`` and the rule that a complete run is not overwritten. Does not
 own: ``metrics.jsonl`` (``metrics.py``), ``log/`` (``log.py``), ``checkpoints/`` (``train``).
-Invariants: each of these files is whole or absent, and ``summary.json`` says ``complete`` only after everything else
-is written; one run at a time works in a folder.
+Invariants: each of these files is whole or absent, and ``summary.json`` says ``complete`` only after everything else is
+written; one run at a time works in a folder.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ _OWN_ENTRIES = (
 def fingerprint(values: Mapping[str, Any], paths: Iterable[str | Path] = ()) -> str:
     """SHA-256 (hex) of ``values`` and of what stands under ``paths``: equal inputs, equal fingerprint.
 
-    A file counts by its content. A run folder counts by the fingerprint in its own summary. Any other folder counts
-    by the names, sizes and modification times in it: reading a checkpoint whole would take longer than a step it saves.
+    A file counts by its content. A run folder counts by the fingerprint in its own summary. Any other folder counts by
+    the names, sizes and modification times in it: reading a checkpoint whole would take longer than a step it saves.
 
     Raises:
         UserError: a path does not exist.

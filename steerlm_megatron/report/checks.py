@@ -19,8 +19,8 @@ def checks(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The three expectations, each ``{statement, measured, held, detail, cases}``.
 
     ``measured``: the numbers are there. ``held``: true or false, None if not measured. ``detail``: the numbers in
-    words. ``cases``: per attribute (or per comparison) true, false, or None for one not measured; ``held`` needs
-    every measured case, and at least one.
+    words. ``cases``: per attribute (or per comparison) true, false, or None for one not measured; ``held`` needs every
+    measured case, and at least one.
     """
     return {
         "ap_beats_constant": _check_ap(data.get("ap") or {}),

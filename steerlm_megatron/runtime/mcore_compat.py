@@ -145,8 +145,8 @@ def _patch_generators() -> None:
 
 
 def _patch_groups_of_one() -> None:
-    """A lone data-parallel rank has its reduced gradients and gathered weights in place already; gloo would copy all
-    of them onto themselves, twice a step (3 % of it). NCCL sees that they are in place.
+    """A lone data-parallel rank has its reduced gradients and gathered weights in place already; gloo would copy all of
+    them onto themselves, twice a step (3 % of it). NCCL sees that they are in place.
     """
     from megatron.core.distributed import param_and_grad_buffer
 

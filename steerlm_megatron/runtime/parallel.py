@@ -1,9 +1,9 @@
 """Process groups and who this rank is in them.
 
 Owns: starting ``torch.distributed`` and Megatron-Core's model-parallel groups, seeding, and :class:`Layout`, the answer
-to "which rank am I". Does not own: starting processes (``launch``), ranks as a launcher numbers them
-(``launcher.py``). Invariant: one layout per process; :func:`initialize` with the same sizes again is a no-op, so that
-the steps of a pipeline can share a process.
+to "which rank am I". Does not own: starting processes (``launch``), ranks as a launcher numbers them (``launcher.py``).
+Invariant: one layout per process; :func:`initialize` with the same sizes again is a no-op, so that the steps of a
+pipeline can share a process.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> L
 
     Megatron-Core's order: tensor-parallel ranks are neighbours, then context, then data, then pipeline. Seeds follow
     its rule too: the same everywhere outside tensor-parallel regions, different per tensor-parallel rank inside,
-    different per pipeline stage.
-    Context-parallel ranks differ as well: they hold different tokens, and one mask for two would be no dropout of each.
+    different per pipeline stage. Context-parallel ranks differ as well: they hold different tokens, and one mask for
+    two would be no dropout of each.
     """
     mcore_compat.apply()
     launcher.set_torch_variables()

@@ -92,8 +92,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_anyway(reader: int) -> None:
-    """Python runs a handler when the main thread comes back to Python: not while it waits for other ranks to start.
-    And what the handler raises may be raised inside a destructor or a callback, where Python drops it.
+    """Python runs a handler when the main thread comes back to Python: not while it waits for other ranks to start. And
+    what the handler raises may be raised inside a destructor or a callback, where Python drops it.
     """
     while received := os.read(reader, 1):
         if received[0] not in _SIGNALS:
@@ -132,8 +132,8 @@ def _slurm_times() -> tuple[float, float] | None:
 
 class StopRequest:
     """Context manager. Inside, ``requested`` turns true on SIGTERM or SIGUSR1, after ``max_minutes`` of this process's
-    life, or shortly before a SLURM job's time is over. Handlers are put back on leaving.
-    A process that listens and was asked once is asked in every later one, too.
+    life, or shortly before a SLURM job's time is over. Handlers are put back on leaving. A process that listens and was
+    asked once is asked in every later one, too.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:

@@ -1,9 +1,9 @@
 """A client for bulk sampling over HTTP, with the call shape of ``Generator.generate``.
 
-Owns: spreading requests over servers, bounded concurrency, retries, time limits. Does not own: prompts (token ids
-come in), or what becomes of results. Invariants: results come in the order of requests, or an exception says what
-went wrong; a request is sent again only if its server has surely not answered it, and then gives the same result, as
-its seed goes with it.
+Owns: spreading requests over servers, bounded concurrency, retries, time limits. Does not own: prompts (token ids come
+in), or what becomes of results. Invariants: results come in the order of requests, or an exception says what went
+wrong; a request is sent again only if its server has surely not answered it, and then gives the same result, as its
+seed goes with it.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ class SamplingClient:
         max_tries: int = 8,
         model: str | None = None,
     ) -> None:
-        """``concurrency``: requests under way at a time, over all servers. ``timeout_sec``: for one try of one
-        request.
+        """``concurrency``: requests under way at a time, over all servers. ``timeout_sec``: for one try of one request.
         ``max_tries``: with backoff in between; the default waits about two minutes in all, servers that say when to
         come back (429) do not count. ``model``: what to ask for; None takes what is served."""
         if not urls:
@@ -96,8 +95,7 @@ class SamplingClient:
     async def generate_async(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
         """:meth:`generate` for callers with an event loop."""
         results: list[Result | None] = [None] * len(requests)
-        # Longest first: stragglers start early. Workers take from one iterator, so at most `concurrency` are under
-        # way.
+        # Longest first: stragglers start early. Workers take from one iterator, so at most `concurrency` are under way.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids) - requests[i].params.max_tokens)
         todo = iter(order)
         turns = itertools.cycle(self.urls)

@@ -25,8 +25,8 @@ class ClientGone(Exception):
 def timed_protocol(read_timeout_sec: float) -> type[H11Protocol]:
     """uvicorn's HTTP protocol, which by itself waits for the rest of a request's head for ever.
 
-    A connection that is not being answered has ``read_timeout_sec`` for the head of its next request. What is left of
-    a body that was refused is read, and thrown away, for as long: a client that writes all of it before it reads would
+    A connection that is not being answered has ``read_timeout_sec`` for the head of its next request. What is left of a
+    body that was refused is read, and thrown away, for as long: a client that writes all of it before it reads would
     see its connection reset, and not the refusal, were it closed at once.
     """
 

@@ -276,10 +276,10 @@ def serve(
     """Serve until SIGTERM, SIGINT or ``Running.stop``; then refuse new connections and let what runs finish for
     ``grace_sec``.
 
-    ``server.port`` 0 takes a free port. Ranks other than the replica's leader follow it and return when it ends.
-    An error that ends the engine ends the server too: for ``linger_sec`` it still says so, to those who wait and on
-    ``/health``, and then this raises EngineDead with the reason. Raises UserError if the port is taken. Collective
-    over the replica.
+    ``server.port`` 0 takes a free port. Ranks other than the replica's leader follow it and return when it ends. An
+    error that ends the engine ends the server too: for ``linger_sec`` it still says so, to those who wait and on
+    ``/health``, and then this raises EngineDead with the reason. Raises UserError if the port is taken. Collective over
+    the replica.
     """
     if not generator.group.is_leader:
         generator.worker_loop()

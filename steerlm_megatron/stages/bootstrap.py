@@ -1,8 +1,8 @@
 """``bootstrap``: the model's own responses at the best attribute values, re-scored (SteerLM, arXiv 2310.05344 §3.4).
 
-Owns: the set V of combinations, pairing them with prompts, the output records. Does not own: drawing
-(``sampling.py``), scoring (``scoring.py``). Invariant: labels of the output come from the attribute-prediction model,
-never from what was asked for.
+Owns: the set V of combinations, pairing them with prompts, the output records. Does not own: drawing (``sampling.py``),
+scoring (``scoring.py``). Invariant: labels of the output come from the attribute-prediction model, never from what was
+asked for.
 """
 
 from __future__ import annotations

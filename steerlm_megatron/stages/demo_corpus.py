@@ -1,7 +1,7 @@
 """The embedded corpus for a training command that names no data: made where it is absent.
 
-Owns: its attributes, its folder, when it is made. Does not own: its text (``data_tools/make_demo_corpus.py``),
-records and shards (``collect.py``, ``shards.py``).
+Owns: its attributes, its folder, when it is made. Does not own: its text (``data_tools/make_demo_corpus.py``), records
+and shards (``collect.py``, ``shards.py``).
 Invariant: the folder's name says what the corpus depends on, and a whole one is not made again.
 """
 

@@ -163,8 +163,7 @@ def draw(
     """Responses in the order of ``requests``, on every rank. Collective over the world.
 
     What each replica draws is noted in the journal ``name`` of the run every two seconds: the next attempt starts from
-    there. The servers of ``server.urls`` are taken to have ``loaded``, then as now. ``label``: for
-    the progress.
+    there. The servers of ``server.urls`` are taken to have ``loaded``, then as now. ``label``: for the progress.
     """
     at = here.layout
     asked = [(request.id, request.prompt_ids, asdict(request.params)) for request in requests]

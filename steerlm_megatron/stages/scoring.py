@@ -1,8 +1,8 @@
 """Scoring responses with an attribute-prediction model.
 
-Owns: turning conversations into packed rows for the regression head and its output back into values per assistant
-turn. Does not own: files (``annotate.py``). Invariant: a turn's value depends on the conversation up to that turn and
-on nothing it shares a batch with.
+Owns: turning conversations into packed rows for the regression head and its output back into values per assistant turn.
+Does not own: files (``annotate.py``). Invariant: a turn's value depends on the conversation up to that turn and on
+nothing it shares a batch with.
 """
 
 from __future__ import annotations

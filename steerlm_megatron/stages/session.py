@@ -172,9 +172,9 @@ def requested_best(config: Config, schema: AttributeSchema) -> dict[str, int]:
     default: what then stands in ``attributes.best`` was written by the user, and every key of it must be an attribute
     of the checkpoint, at one of its levels. With a group (``attributes=demo``, or an experiment that brings one) the
     group's best levels are asked for as well, and so a group of other attributes than the checkpoint's is refused.
-    Levels of a group for attributes that the model never saw a label of are not asked for.
-    A model without attributes (``schema.names`` empty) takes no level; a group is then no error, as an experiment
-    brings it for all of its models, plain ones among them.
+    Levels of a group for attributes that the model never saw a label of are not asked for. A model without attributes
+    (``schema.names`` empty) takes no level; a group is then no error, as an experiment brings it for all of its models,
+    plain ones among them.
 
     Raises UserError for an attribute that the checkpoint lacks, or a level outside its scale.
     """

@@ -287,8 +287,8 @@ def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tupl
 
 
 def _flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, float], float]:
-    """Model FLOPs of so many useful tokens and Σ s² (docs/numerics.md). A frozen trunk has no backward
-    pass: a third of training's.
+    """Model FLOPs of so many useful tokens and Σ s² (docs/numerics.md). A frozen trunk has no backward pass: a third of
+    training's.
     """
     model, multiplied = config.model, _multiplied_parameters(config.model, vocab_size, view)
     width = (model.head_dim or model.hidden_size // model.num_heads) * model.num_heads

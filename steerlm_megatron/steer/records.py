@@ -1,13 +1,13 @@
 """Conversation records: JSONL files (plain, ``.gz`` or ``.zst``) of the field's ``messages`` shape, read and written.
 
-``{"id": "…", "messages": [{"role": "system|user|assistant", "content": "…", "attributes": {"quality": 6.75},
-"weight": 1}], "source": "…"}``. ``attributes`` are floats on the schema's scale, on assistant messages only; absent or
-partial is fine, and a null value is an absent one. ``weight`` is 0 or 1 on assistant messages, as in OpenAI's
-fine-tuning format: 0 is context only; so say ``train``, ``training`` or ``loss`` = false, ``mask`` = true and
-``loss_weight`` = 0. A reply without text is context, whatever else it says: there is nothing in it to learn. An object
-of nothing but nulls is absent, wherever it stands (Arrow gives every struct all keys). Of OpenAI's variants,
-``developer`` is ``system`` and content in parts of text is their text; tools are refused. Unknown keys of a record and
-of a message are kept and written back.
+``{"id": "…", "messages": [{"role": "system|user|assistant", "content": "…", "attributes": {"quality": 6.75}, "weight":
+1}], "source": "…"}``. ``attributes`` are floats on the schema's scale, on assistant messages only; absent or partial is
+fine, and a null value is an absent one. ``weight`` is 0 or 1 on assistant messages, as in OpenAI's fine-tuning format:
+0 is context only; so say ``train``, ``training`` or ``loss`` = false, ``mask`` = true and ``loss_weight`` = 0. A reply
+without text is context, whatever else it says: there is nothing in it to learn. An object of nothing but nulls is
+absent, wherever it stands (Arrow gives every struct all keys). Of OpenAI's variants, ``developer`` is ``system`` and
+content in parts of text is their text; tools are refused. Unknown keys of a record and of a message are kept and
+written back.
 
 Owns: opening files, the record's shape and its checks, writing. Does not own: lines that are no JSON (``lines.py``),
 prompt text (``templates.py``).

@@ -1,8 +1,7 @@
 """Checkpoints on disk: one folder per saved step, whole or absent.
 
-Owns: the layout of ``checkpoints/``, commit by rename, retention, finding the checkpoint a user means, and the
-metadata that
-makes a checkpoint usable alone (model, tokenizer, schema, template, loader position). Does not own: what an engine
+Owns: the layout of ``checkpoints/``, commit by rename, retention, finding the checkpoint a user means, and the metadata
+that makes a checkpoint usable alone (model, tokenizer, schema, template, loader position). Does not own: what an engine
 puts inside (``sharded.py``).
 
     checkpoints/step_00000100/   Megatron-Core's sharded tensors, common.pt, metadata.json
@@ -96,9 +95,7 @@ def _read_best(root: Path) -> tuple[Path, float] | None:
 
 
 def resolve(path: str, key: str) -> Path:
-    """The checkpoint folder that ``path`` means: itself, or a run folder's best, else its latest. Errors name
-    ``key``.
-    """
+    """The checkpoint folder that ``path`` means: itself, or a run folder's best, else its latest. Errors name ``key``."""
     root = Path(path)
     if not root.exists():
         raise UserError(f"{key}={path}: no such file or folder")

@@ -1,8 +1,7 @@
 """What the training loop asks of an engine.
 
 Owns: the interface. Invariant: after N steps on the same data from the same seed, every engine at every layout holds
-the same
-parameters, up to rounding.
+the same parameters, up to rounding.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The training loop, the same for attribute prediction, SFT and language modelling, and for every engine.
 
 Owns: cadence (log, validate, save), resuming, stopping on a signal, what goes into ``metrics.jsonl``. Does not own:
-mathematics
-(engine, objective), files (checkpoint, observe), order of data (loader).
+mathematics (engine, objective), files (checkpoint, observe), order of data (loader).
 Invariant: train 2N steps = train N, stop, resume N.
 """
 

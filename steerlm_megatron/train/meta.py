@@ -57,10 +57,10 @@ class CheckpointMeta:
     """What a checkpoint says about itself.
 
     ``task``: one of :data:`TASKS`. ``schema``: the attribute schema's dict, None for a model without attributes.
-    ``loader``: where the data stood. ``metric``: validation loss.
-    ``label_mean``: regression only, the training labels' mean per attribute (the constant predictor), None where
-    there were none. ``label_counts``: labels per attribute that this model and those it started from were trained on;
-    empty where they do not enter (plain SFT), and in checkpoints of earlier versions.
+    ``loader``: where the data stood. ``metric``: validation loss. ``label_mean``: regression only, the training labels'
+    mean per attribute (the constant predictor), None where there were none. ``label_counts``: labels per attribute that
+    this model and those it started from were trained on; empty where they do not enter (plain SFT), and in checkpoints
+    of earlier versions.
     """
 
     step: int

@@ -1,7 +1,7 @@
 """What is minimised: language modelling on masked tokens, or regression of attribute values.
 
-Owns: which positions of a row produce output, the sums of losses over them, and their counts. Does not own: scaling;
-an objective returns sums and only engines divide, once, by the count of the whole global batch (DESIGN invariant 2).
+Owns: which positions of a row produce output, the sums of losses over them, and their counts. Does not own: scaling; an
+objective returns sums and only engines divide, once, by the count of the whole global batch (DESIGN invariant 2).
 Batches are taken where they are, and nothing but :meth:`Objective.terms` reads a value on the host.
 """
 
@@ -79,9 +79,8 @@ class TokenObjective(Objective):
 class RegressionObjective(Objective):
     """Masked mean squared error over the labels that are present: Σ w_a m (p - v)² / Σ m  (arXiv 2311.09528).
 
-    ``weights``: w_a per attribute, 1 where absent. Values are on the schema's scale. The count Σ m is of labels, not
-    of samples, and
-    over the whole global batch (the reference normalises per micro-batch).
+    ``weights``: w_a per attribute, 1 where absent. Values are on the schema's scale. The count Σ m is of labels, not of
+    samples, and over the whole global batch (the reference normalises per micro-batch).
     """
 
     def __init__(self, names: Sequence[str], weights: Mapping[str, float] | None = None) -> None:

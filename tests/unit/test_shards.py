@@ -219,8 +219,7 @@ def test_ap_markers_follow_what_was_scored(tmp_path, template_name: str) -> None
             assert sample is None
             continue
         # Every assistant turn up to the last that counts gets a marker, those that do not count no target: a turn's
-        # context
-        # is then the same in training and in annotation.
+        # context is then the same in training and in annotation.
         marked = [number for number, m in enumerate(spoken) if m.role == "assistant" and number <= scored[-1]]
         assert sample.turns_P.tolist() == marked and not sample.loss_mask_T.any()
         assert (sample.tokens_T[sample.pool_P] == marker).all()

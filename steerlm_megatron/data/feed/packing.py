@@ -79,10 +79,9 @@ def pack(lengths: npt.NDArray[np.integer], row_tokens: int, seed: int) -> tuple[
     """Best-fit-decreasing. Returns ``offsets`` [rows + 1] and ``samples``; samples of length 0 are in no row.
 
     Samples go longest first, each into the fullest row that still takes it. Rows with equal room are interchangeable
-    and
-    samples of equal length too, so whole groups are placed at once: a step empties a class of rows or finishes a
-    length, which makes it O(n log n) for the sort plus O(row_tokens · classes) for the rest. ``seed`` decides which
-    of the samples of equal length go together. ``ValueError`` (our bug) for a length above ``row_tokens``.
+    and samples of equal length too, so whole groups are placed at once: a step empties a class of rows or finishes a
+    length, which makes it O(n log n) for the sort plus O(row_tokens · classes) for the rest. ``seed`` decides which of
+    the samples of equal length go together. ``ValueError`` (our bug) for a length above ``row_tokens``.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and int(lengths.max()) > row_tokens:

@@ -24,8 +24,8 @@ class HuggingFaceModel:
     """A ``tokenizer.json``, made to encode text as it is.
 
     Taken out of it: the post-processor (``<s>`` in front), padding, truncation and dropout, the blank that Metaspace,
-    ``Prepend`` or ``add_prefix_space`` put before a text and that the decoder takes away again, and the blanks that
-    an added token swallows at its sides (``lstrip``, ``rstrip``). A special token is not found in text. An added token
+    ``Prepend`` or ``add_prefix_space`` put before a text and that the decoder takes away again, and the blanks that an
+    added token swallows at its sides (``lstrip``, ``rstrip``). A special token is not found in text. An added token
     that is not special is a word of the vocabulary, and is found.
     """
 

@@ -45,8 +45,8 @@ _REPLACEMENT = "\ufffd"
 class Tokenizer:
     """A text model plus added ids. Immutable once made.
 
-    Added ids follow the model's own vocabulary: first ``"\\n"`` if the model cannot represent it (ordinary text,
-    never a control), then the control strings for which the model has no piece that stands for that very string
+    Added ids follow the model's own vocabulary: first ``"\\n"`` if the model cannot represent it (ordinary text, never
+    a control), then the control strings for which the model has no piece that stands for that very string
     (SentencePiece: CONTROL or USER_DEFINED; Hugging Face: an added token).
     """
 

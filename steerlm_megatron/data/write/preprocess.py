@@ -58,23 +58,23 @@ def preprocess(
 ) -> dict[str, Any]:
     """Write ``output_dir/<split>`` for every split of ``inputs`` (split name → record files), and sum up.
 
-    With the one split ``train`` and ``data.valid_fraction`` > 0, conversations are dealt to ``train`` and ``valid``
-    by the hash of (``data.split_seed``, first user message), so that all answers to one prompt are on one side. A
-    split that gets no conversation this way is not written (and an older one of that name is removed).
+    With the one split ``train`` and ``data.valid_fraction`` > 0, conversations are dealt to ``train`` and ``valid`` by
+    the hash of (``data.split_seed``, first user message), so that all answers to one prompt are on one side. A split
+    that gets no conversation this way is not written (and an older one of that name is removed).
 
     Killed or failed, it leaves what it has tokenised in ``output_dir/.work``, and a second call goes on from there.
     What the same inputs and settings gave is left as it is; what others gave is replaced, or refused without
     ``overwrite``.
 
     ``converted``: of what, and how, the record files were made; the manifests keep it. ``rejected_before``: the lines
-    that this rejected, which then stand in ``rejected.jsonl`` before those of the records.
-    ``progress(done, total)``: records read, and an estimate of all (lines of the files).
-    Returns ``{"in", "out", "skipped": {reason: n}, "splits": {split: counts}}`` with in = out + skipped, and
-    ``empty_replies`` where there are some (replies without text, which are context); reasons are
-    ``rejected`` (malformed, or of an id that occurred before in its split, under ``data.on_error=skip``; see
-    ``rejected.jsonl``), ``control_string`` (holds one, under ``data.control_strings=reject``; listed there too) and
-    ``no_target`` (no trained token and no labelled response). Errors: ``UserError`` as from ``read_records``; an id
-    that occurred before; nothing left in a split (all tokens are masked); the folder cannot be written.
+    that this rejected, which then stand in ``rejected.jsonl`` before those of the records. ``progress(done, total)``:
+    records read, and an estimate of all (lines of the files). Returns ``{"in", "out", "skipped": {reason: n}, "splits":
+    {split: counts}}`` with in = out + skipped, and ``empty_replies`` where there are some (replies without text, which
+    are context); reasons are ``rejected`` (malformed, or of an id that occurred before in its split, under
+    ``data.on_error=skip``; see ``rejected.jsonl``), ``control_string`` (holds one, under
+    ``data.control_strings=reject``; listed there too) and ``no_target`` (no trained token and no labelled response).
+    Errors: ``UserError`` as from ``read_records``; an id that occurred before; nothing left in a split (all tokens are
+    masked); the folder cannot be written.
     """
     run = _Run(
         inputs, Path(output_dir), tokenizer, schema, template, data, progress, overwrite, converted, rejected_before
