@@ -43,7 +43,7 @@ class KVCacheLike(Protocol):
     def attend(
         self, layer_number: int, q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Store this step's keys and values of a layer (1-based, global number); return the attention output [T, N, H]."""
+        """Store this step's keys and values of a layer (1-based, global number); return what attention gives [T, N, H]."""
         ...
 
 
@@ -210,7 +210,7 @@ def attend_sdpa(
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Causal attention inside each document through torch's SDPA, in as few calls as lengths allow. Returns [T, N, H]."""
+    """Causal attention inside each document through torch's SDPA, in as few calls as lengths allow: [T, N, H]."""
     if packed.chunks:
         return _attend_chunks(q_TNH, k_TGH, v_TGH, packed, scale, dropout)
     buckets = packed.buckets()

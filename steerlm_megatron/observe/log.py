@@ -39,7 +39,7 @@ def console() -> Console:
 
 
 def get_logger(name: str = "") -> logging.Logger:
-    """The package's logger, or the child ``name`` of it. ``__name__`` of a module of the package may be given as it is."""
+    """The package's logger, or the child ``name`` of it, which may be the ``__name__`` of a module of the package."""
     name = name.removeprefix("steerlm_megatron").strip(".")
     return logging.getLogger(f"{ROOT_NAME}.{name}" if name else ROOT_NAME)
 

@@ -52,7 +52,7 @@ Measured = dict[str, float]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measure what the configuration names; write ``evaluation.json`` into the run folder. Collective over the world."""
+    """Measure what the configuration names; write ``evaluation.json`` into the run folder. All ranks take part."""
     check(config)
     with session(config) as here:
         results = evaluate(here)

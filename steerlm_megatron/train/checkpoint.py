@@ -95,7 +95,7 @@ def _read_best(root: Path) -> tuple[Path, float] | None:
 
 
 def resolve(path: str, key: str) -> Path:
-    """The checkpoint folder that ``path`` means: itself, or a run folder's best, else its latest. Errors name ``key``."""
+    """The checkpoint folder that ``path`` means: that folder, or a run's best, else its latest. Errors name ``key``."""
     root = Path(path)
     if not root.exists():
         raise UserError(f"{key}={path}: no such file or folder")
