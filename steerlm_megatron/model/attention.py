@@ -43,7 +43,7 @@ class KVCacheLike(Protocol):
     def attend(
         self, layer_number: int, q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, scale: float
     ) -> torch.Tensor:
-        """Store this step's keys and values of a layer (1-based, global number); return what attention gives [T, N, H]."""
+        """Store this step's keys and values of a layer (1-based, global); return attention over all [T, N, H]."""
         ...
 
 

@@ -80,7 +80,7 @@ class Progress:
         terminal: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``initial`` units were done before (resume): they count in the bar, not in the rate. ``total`` None: unknown."""
+        """``initial`` units were done before (resume): the bar counts them alone. ``total`` may be unknown."""
         self.total = total
         self.completed = initial
         self.unit = unit
