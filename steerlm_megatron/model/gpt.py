@@ -39,11 +39,12 @@ from steerlm_megatron.model.fused import CompiledSwiGLU, SwiGLU
 from steerlm_megatron.model.norm import CompiledNorm, PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
+from steerlm_megatron.runtime.mcore_private import HookedGPTModel, HookedTransformerLayer
 
 _ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
 
 
-class PackedGPTModel(GPTModel):
+class PackedGPTModel(HookedGPTModel):
     """``GPTModel`` that applies its output layer only where an output is wanted (``PackedTokens.output_index_K``).
 
     With labels of the same K positions it returns their losses [1, K]; without, logits [1, K, V] (or attribute values
@@ -52,15 +53,15 @@ class PackedGPTModel(GPTModel):
 
     post_process: bool
 
-    def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def before_output(self, hidden_states: torch.Tensor, packed_seq_params: PackedTokens) -> torch.Tensor:
         if self.post_process and self.config.sequence_parallel:
             # The output layer is built for whole sequences (see build_model): what follows is the same on every rank up
             # to its own all-reduce, so here the gradient is split, not summed.
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False
             )
-            hidden_states = _wanted(hidden_states, kwargs["packed_seq_params"])  # LastLayer does it otherwise
-        return super()._postprocess(hidden_states=hidden_states, **kwargs)
+            hidden_states = _wanted(hidden_states, packed_seq_params)  # LastLayer does it otherwise
+        return hidden_states
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels [1, K] and this rank's logits [K, 1, V / tensor] → losses [1, K] in float32."""
@@ -85,15 +86,14 @@ def _wanted(hidden_TBD: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
     return hidden_TBD if index_K is None else hidden_TBD.index_select(0, index_K)
 
 
-class LastLayer(TransformerLayer):
+class LastLayer(HookedTransformerLayer):
     """The model's last layer: after its attention, nothing is computed for positions whose output nobody wants.
 
     For K of T tokens it saves 1 - K/T of that layer's MLP, forward and backward; the outputs are the same.
     """
 
-    def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        hidden_TBD, context = super()._forward_attention(*args, **kwargs)
-        return _wanted(hidden_TBD, kwargs["packed_seq_params"]), context
+    def after_attention(self, hidden_states: torch.Tensor, packed_seq_params: PackedTokens) -> torch.Tensor:
+        return _wanted(hidden_states, packed_seq_params)
 
 
 def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:

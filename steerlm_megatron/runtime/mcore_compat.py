@@ -1,7 +1,8 @@
 """Megatron-Core on a machine without CUDA, and without Transformer Engine or Apex.
 
 Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. All but those of the
-checkpoint's writer and of gradient clipping do nothing where CUDA is available.
+checkpoint's writer and of gradient clipping do nothing where CUDA is available. Does not own: the names of what is
+replaced, which stand in ``mcore_private.py``.
 Invariant: :func:`apply` is idempotent and is called before the first Megatron-Core object is built.
 
 Megatron-Core assumes CUDA in four ways (found by reading 0.16.1; 0.19.2 does so in the same files):
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from steerlm_megatron.runtime import mcore_private
 from steerlm_megatron.runtime.device import has_cuda
 
 _CPU = torch.device("cpu")
@@ -105,50 +107,36 @@ def _patch_torch_cuda() -> None:
 
 def _patch_literals() -> None:
     """Way 2, per module."""
-    from megatron.core import utils
-    from megatron.core.dist_checkpointing import exchange_utils
-    from megatron.core.dist_checkpointing.strategies import state_dict_saver
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-    from megatron.core.pipeline_parallel import schedules
-
-    for module in (utils, schedules, clip_grads, optimizer, distrib_optimizer, state_dict_saver, exchange_utils):
-        module.torch = _CpuTorch()
+    for name in mcore_private.TORCH:
+        name.set(_CpuTorch())
 
 
 def _patch_type_checks() -> None:
     """Way 3, only around the functions that compare type names."""
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-
-    for owner, name in (
-        (optimizer.Float16OptimizerWithFloat16Params, "__init__"),
-        (distrib_optimizer.DistributedOptimizer, "__init__"),
-    ):
-        setattr(owner, name, _with_cuda_type_names(getattr(owner, name)))
-    grouping = distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups
-    distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups = classmethod(
-        _with_cuda_type_names(grouping.__func__)
-    )
-    clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
-    for module in (clip_grads, optimizer):
-        module.clip_grad_by_total_norm_fp32 = clip
+    for name in mcore_private.TYPE_NAME_READERS:
+        name.set(_with_cuda_type_names(name.get()))
+    grouping = mcore_private.BUILD_GROUPS
+    grouping.set(classmethod(_with_cuda_type_names(grouping.get().__func__)))
+    clip = _with_cuda_type_names(mcore_private.CLIP[0].get())
+    for name in mcore_private.CLIP:
+        name.set(clip)
 
 
 def _patch_generators() -> None:
     """Way 4. Model-parallel RNG states are states of the CPU generator."""
-    from megatron.core.tensor_parallel import random as mcore_random
-
-    mcore_random.torch = _CpuTorch(cuda=_CpuGenerators())
-    mcore_random._get_cuda_rng_state = lambda *_a, **_k: torch.get_rng_state()
-    mcore_random._set_cuda_rng_state = lambda state, *_a, **_k: torch.set_rng_state(state)
+    mcore_private.RANDOM_TORCH.set(_CpuTorch(cuda=_CpuGenerators()))
+    mcore_private.GET_RNG_STATE.set(lambda *_a, **_k: torch.get_rng_state())
+    mcore_private.SET_RNG_STATE.set(lambda state, *_a, **_k: torch.set_rng_state(state))
     # With dropout, every fork would warn that the CPU generator moved inside a "GPU RNG context": here it has to.
-    logging.getLogger(mcore_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.msg)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.msg
+    )
 
 
 def _patch_groups_of_one() -> None:
     """A lone data-parallel rank has its reduced gradients and gathered weights in place already; gloo would copy all of
     them onto themselves, twice a step (3 % of it). NCCL sees that they are in place.
     """
-    from megatron.core.distributed import param_and_grad_buffer
 
     def needed(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -160,8 +148,8 @@ def _patch_groups_of_one() -> None:
 
         return wrapped
 
-    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
-        setattr(param_and_grad_buffer, name, needed(getattr(param_and_grad_buffer, name)))
+    for name in mcore_private.DATA_PARALLEL_COLLECTIVES:
+        name.set(needed(name.get()))
 
 
 def _patch_clipping() -> None:
@@ -170,8 +158,6 @@ def _patch_clipping() -> None:
     What Megatron-Core takes without Transformer Engine and Apex has the host read every gradient's own norm back, and
     scales each through a copy: hundreds of waits for a GPU in each step.
     """
-    from megatron.core import utils
-    from megatron.core.optimizer import clip_grads
 
     def norm(_chunk_size: int, _flag: Any, tensors: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
         return torch.nn.utils.get_total_norm([t for each in tensors for t in each]).reshape(1), None
@@ -181,8 +167,9 @@ def _patch_clipping() -> None:
         assert sources is targets, "clipping scales in place"
         torch._foreach_mul_(targets, factor)
 
-    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm, scale
+    if mcore_private.L2_NORM.get() is mcore_private.LOCAL_L2_NORM.get():
+        mcore_private.L2_NORM.set(norm)
+        mcore_private.SCALE.set(scale)
 
 
 def _patch_checkpoint_writer() -> None:
@@ -195,18 +182,15 @@ def _patch_checkpoint_writer() -> None:
     import queue
     from concurrent.futures import ThreadPoolExecutor
 
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._get_write_results_queue = queue.SimpleQueue  # 0.16
-    filesystem_async.get_write_results_queue = lambda *_: queue.SimpleQueue()  # 0.19
-    writer = filesystem_async.FileSystemWriterAsync
+    mcore_private.WRITE_RESULTS_QUEUE.set(lambda *_: queue.SimpleQueue())
+    write_one, write_all = mcore_private.WRITE_ONE.get(), mcore_private.WRITE_ALL
 
     def write(transforms: Any, use_msc: bool, _rank: int, buckets: list[Any], out: queue.SimpleQueue[Any]) -> None:
         def one(number: int) -> tuple[int, Any]:
             found: queue.Queue[Any] = queue.Queue()
             count: queue.Queue[Any] = queue.Queue()
             count.put(number)
-            writer.write_preloaded_data(transforms, number, buckets[number], found, count, True, use_msc=use_msc)
+            write_one(transforms, number, buckets[number], found, count, True, use_msc=use_msc)
             return found.get()
 
         with ThreadPoolExecutor(len(buckets)) as pool:
@@ -214,8 +198,8 @@ def _patch_checkpoint_writer() -> None:
         error = next((each for each in outcome.values() if isinstance(each, Exception)), None)
         out.put(error or outcome)
 
-    if hasattr(writer, "write_preloaded_data_multiproc"):
-        writer.write_preloaded_data_multiproc = staticmethod(write)
+    if write_all.path == write_all.paths[0]:
+        write_all.set(staticmethod(write))
 
 
 def apply() -> None:

@@ -32,7 +32,7 @@ PLACES = {
     "hydra": ("config/compose.py",),
     "deepspeed": ("train/engine_deepspeed.py",),
     "megatron": (
-        "runtime/parallel.py", "runtime/mcore_compat.py", "runtime/collectives.py", "model/", "train/engine_mcore.py",
+        "runtime/parallel.py", "runtime/mcore_private.py", "runtime/collectives.py", "model/", "train/engine_mcore.py",
         "train/sharded.py", "train/ranges.py", "train/schedule.py", "train/rng.py", "train/engine_deepspeed.py",
         "generate/", "data/shards.py",
     ),

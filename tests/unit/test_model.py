@@ -12,7 +12,6 @@ import torch.nn.attention.varlen
 import torch.nn.functional as F
 from helpers.engines import full_row
 from megatron.core.activations import squared_relu
-from megatron.core.tensor_parallel import random as mcore_random
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
@@ -25,7 +24,7 @@ from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.model.norm import PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.observe.metrics import model_flops
-from steerlm_megatron.runtime import device, mcore_compat, parallel
+from steerlm_megatron.runtime import device, mcore_compat, mcore_private, parallel
 from steerlm_megatron.stages.train import _multiplied_parameters
 
 SMALL = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=48)
@@ -364,22 +363,12 @@ def test_the_varlen_backend_asks_for_what_sdpa_computes(
 
 
 def test_megatron_core_is_patched_once(cpu: None) -> None:
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.pipeline_parallel import schedules
 
     def patched() -> list[object]:
-        return [
-            torch.cuda.current_device,
-            torch.Tensor.cuda,
-            torch.Tensor.type,
-            schedules.torch,
-            mcore_random.torch,
-            mcore_random._get_cuda_rng_state,
-            optimizer.Float16OptimizerWithFloat16Params.__init__,
-            distrib_optimizer.DistributedOptimizer.__init__,
-            distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states,
-            clip_grads.l2_norm_impl,
-        ]
+        names = [name.get() for name in mcore_private.NAMES]
+        functions = [getattr(found, "__func__", found) for found in names]  # a bound method is another at every look
+        return [torch.cuda.current_device, torch.Tensor.cuda, torch.Tensor.type, *functions]
 
     before = patched()
     mcore_compat.apply()
