@@ -30,6 +30,7 @@ from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.feed.packing import pack
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
+from steerlm_megatron.model.weights import initialize
 from steerlm_megatron.observe.metrics import model_flops
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
@@ -136,7 +137,7 @@ def contestants(
     regression, model = args.task == "ap", SHAPES[args.shape]
     engine = EngineConfig(precision=args.dtype)
     attributes = len(ATTRIBUTES) if regression else None
-    ours = build_model(model, ParallelConfig(), engine, args.vocab, attributes, seed=1)
+    ours = initialize(build_model(model, ParallelConfig(), engine, args.vocab, attributes), model, args.vocab, seed=1)
     if regression:
         ours.output_layer.regression.weight.data.normal_(0, 0.02)
     wanted = {name: a for name, a in _PEERS[args.task].items() if args.peer in name}

@@ -177,6 +177,11 @@ _name(
     why="the last layer's MLP is applied only where an output is wanted (HookedTransformerLayer)",
     takes=("packed_seq_params",),
 )
+_name(
+    "models.common.language_module.language_module",
+    "LanguageModule._is_in_embd_group",
+    why="a model that is built without values would exchange them between stages (HookedGPTModel)",
+)
 
 
 def can_fuse_gradient_accumulation() -> bool:
@@ -206,7 +211,15 @@ def replace_update(optimizer: Any, grad_norm: Callable[[], float], update: Calla
 
 
 class HookedGPTModel(GPTModel):
-    """``GPTModel`` with a method between its last layer and its output layer."""
+    """``GPTModel`` with a method between its last layer and its output layer, which may be built without values."""
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """As in Megatron-Core, without the exchange of tied weights between stages: they have no values yet, and both
+        stages then get the same ones.
+        """
+        self._is_in_embd_group = lambda: False
+        super().setup_embeddings_and_output_layer()
+        del self._is_in_embd_group
 
     def before_output(self, hidden_states: torch.Tensor, packed_seq_params: Any) -> torch.Tensor:
         """What the rest of the model gets in the place of the last layer's ``hidden_states``, on every stage."""

@@ -88,9 +88,18 @@ class Engine(ABC):
         save_sharded(self.checkpoint_state(), folder)
 
     @abstractmethod
+    def fill(self, weights: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        """Take values of parameters, each this rank's part of one in float32: rounded into what the model computes
+        with, unrounded into the main weights that are updated.
+
+        A parameter that is neither filled nor loaded has no defined values. They come one by one, so that none but the
+        current one takes memory twice.
+        """
+
+    @abstractmethod
     def load(self, folder: Path) -> None:
         """Restore a saved :meth:`checkpoint_state`, of this or another layout and engine."""
 
     @abstractmethod
     def load_model(self, folder: Path) -> None:
-        """Take the model's weights alone from a checkpoint; a head that it lacks keeps its initial weights."""
+        """Take the model's weights alone from a checkpoint; a head that it lacks keeps what it was filled with."""

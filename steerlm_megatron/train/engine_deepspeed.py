@@ -201,6 +201,11 @@ class DeepSpeedEngine(Engine):
         state["rng"] = rng_state(self.layout)
         return state
 
+    def fill(self, weights: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        for parameter, value in weights:
+            self._take(_MASTER, {names[id(parameter)]: value})
+
     def load(self, folder: Path) -> None:
         common = common_state(folder)
         if frozen := {n: e for n, e in self._empty(None).items() if not self.parameters[n].requires_grad}:

@@ -68,8 +68,6 @@ class MegatronEngine(Engine):
             )
             for number, chunk in enumerate(chunks)
         ]
-        for chunk in self.chunks:
-            chunk.broadcast_params()
         self.overlap_param_gather = ddp.overlap_param_gather
         if ddp.overlap_grad_reduce:  # not before the last micro-batch
             pauses = [chunk.no_sync for chunk in self.chunks]
@@ -308,6 +306,17 @@ class MegatronEngine(Engine):
             "layout": self.layout.shape,
             "rng": rng_state(self.layout),
         }
+
+    @torch.no_grad()
+    def fill(self, weights: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        for parameter, value in weights:
+            parameter.copy_(value)
+            main = getattr(parameter, "main_param", None)
+            if main is not None:  # of a bf16 parameter, this rank's range in float32
+                for optimizer in self._distributed_optimizers():
+                    owned = mcore_private.range_of(optimizer, parameter)
+                    if owned is not None:
+                        main.copy_(value.flatten()[slice(*owned)])
 
     def _optimizer_state(self) -> dict[str, Any]:
         """This rank's ranges of main parameters and moments, as they are: to write from, and to load into."""

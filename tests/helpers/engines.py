@@ -14,7 +14,8 @@ from steerlm_megatron.config.schema import EngineConfig, ModelConfig, OptimConfi
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
-from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk, global_names
+from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk
+from steerlm_megatron.model.weights import fill, global_names, initial_weights
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.stages.train import engine_of
 from steerlm_megatron.train.engine_mcore import MegatronEngine
@@ -155,39 +156,57 @@ def objective(case: Case) -> Objective:
 
 
 def build(case: Case, seed: int = 5) -> list[PackedGPTModel]:
-    """This rank's chunks. A regression head gets weights: its own zeros would leave the trunk without gradients."""
+    """This rank's chunks with the weights that :func:`make` starts from."""
+    chunks = _build(case)
+    fill(_weights(case, chunks, seed))
+    return chunks
+
+
+def _build(case: Case) -> list[PackedGPTModel]:
     attributes = len(NAMES) if case.objective == "ap" else None
     virtual = case.layout.virtual_pipeline
     chunks = [
-        build_model(case.model, case.layout, case.engine, VOCAB, attributes, seed, vp_stage=i if virtual else None)
+        build_model(case.model, case.layout, case.engine, VOCAB, attributes, vp_stage=i if virtual else None)
         for i in range(virtual or 1)
     ]
     for chunk in chunks:
-        if attributes and chunk.post_process:
-            fill_head(chunk)
         if case.head_only:
             freeze_trunk(chunk)
     return chunks
 
 
-def fill_head(chunk: PackedGPTModel, scale: float = 0.1, bias: float = 2.0) -> None:
-    """Weights and a bias that are the same at every layout."""
+def _weights(case: Case, chunks: Sequence[PackedGPTModel], seed: int) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Initial weights. A regression head gets some as well: with zeros the trunk would have no gradients."""
+    out = []
+    for chunk in chunks:
+        out += list(initial_weights(chunk, case.model, VOCAB, seed))
+        if case.objective == "ap" and chunk.post_process:
+            out += head_weights(chunk)
+    return out
+
+
+def head_weights(
+    chunk: PackedGPTModel, scale: float = 0.1, bias: float = 2.0
+) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Weights and a bias of a regression head that are the same at every layout."""
     head = chunk.output_layer.regression
     drawn = torch.empty(head.weight.shape).normal_(0.0, scale, generator=torch.Generator().manual_seed(9))
-    head.weight.data.copy_(drawn)
-    head.bias.data.fill_(bias)
+    return [(head.weight, drawn), (head.bias, torch.full(head.bias.shape, bias))]
 
 
 def make(case: Case, seed: int = 5, steps: int = 8) -> Any:
     """The engine of a case on the ranks that were started. Collective over the world."""
     parallel.initialize(case.layout, seed)
-    engine = engine_of(case.engine)
-    return engine(build(case, seed), objective(case), OPTIM[case.objective], case.engine, steps)
+    chunks = _build(case)
+    weights = _weights(case, chunks, seed)
+    engine = engine_of(case.engine)(chunks, objective(case), OPTIM[case.objective], case.engine, steps)
+    engine.fill(weights)
+    return engine
 
 
 def bare(engine: MegatronEngine) -> list[PackedGPTModel]:
     """The engine's chunks without their wrappers."""
-    return [chunk.module for chunk in engine.chunks]
+    return [next(m for m in chunk.modules() if isinstance(m, PackedGPTModel)) for chunk in engine.chunks]
 
 
 @dataclass

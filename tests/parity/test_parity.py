@@ -18,7 +18,7 @@ from helpers.engines import (
     Case,
     build,
     documents,
-    fill_head,
+    head_weights,
     make,
     row,
     shards,
@@ -31,7 +31,8 @@ from helpers.reference import Trainer, forward, learning_rate, loss_sum
 from steerlm_megatron.config.schema import EngineConfig
 from steerlm_megatron.config.schema import ParallelConfig as P
 from steerlm_megatron.model.attention import PackedAttention, PackedTokens
-from steerlm_megatron.model.gpt import build_model, global_names
+from steerlm_megatron.model.gpt import build_model
+from steerlm_megatron.model.weights import fill, global_names, initialize
 from steerlm_megatron.runtime import parallel
 
 STEPS, TOTAL_STEPS, TOLERANCE = 5, 8, 1e-5
@@ -192,9 +193,9 @@ class _Probe:
         self.model = replace(MODEL, num_query_groups=groups, num_layers=2)
         head = len(NAMES) if objective == "ap" else None
         engine = EngineConfig(recompute=recompute, attention="sdpa")
-        self.gpt = build_model(self.model, P(), engine, VOCAB, head, seed=3)
+        self.gpt = initialize(build_model(self.model, P(), engine, VOCAB, head), self.model, VOCAB, seed=3)
         if head:
-            fill_head(self.gpt, scale=0.5)
+            fill(head_weights(self.gpt, scale=0.5))
         self.params: dict[str, torch.Tensor] = dict(global_names(self.gpt))
         g = torch.Generator().manual_seed(0)
         self.tokens = [torch.randint(0, VOCAB, (length,), generator=g) for length in LENGTHS]
