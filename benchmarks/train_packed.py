@@ -115,7 +115,7 @@ def our_samples(docs: Sequence[Doc], regression: bool) -> list[Sample]:
     for i, doc in enumerate(docs):
         pool = doc.ends.numpy().astype(np.int32) if regression else np.zeros(0, np.int32)
         values = doc.values.numpy() if regression else np.zeros((0, 0), np.float32)
-        samples.append(Sample(str(i), doc.tokens.numpy(), doc.target.numpy(), pool, values, pool))
+        samples.append(Sample(str(i), doc.tokens.numpy(), doc.target.numpy(), pool, values))
     return samples
 
 

@@ -112,7 +112,6 @@ class Sample:
         loss_mask_T: bool; True: this token is a training target (the first token never is).
         pool_P: int32, positions whose hidden state is regressed (``ap`` only, else empty).
         values_PA: float32 regression targets, NaN where missing.
-        turns_P: int32, the scored turn's number among the conversation's messages without the system's.
         cut_tokens: tokens that the over-long policy took away.
     """
 
@@ -121,7 +120,6 @@ class Sample:
     loss_mask_T: npt.NDArray[np.bool_]
     pool_P: npt.NDArray[np.int32]
     values_PA: npt.NDArray[np.float32]
-    turns_P: npt.NDArray[np.int32]
     cut_tokens: int = 0
 
 
@@ -265,7 +263,6 @@ def make_sample(
         mask,
         pool,
         np.where((document.turns_N["weight"] > 0)[:, None], document.values_NA, np.nan)[cut.marks].astype(np.float32),
-        cut.marks.astype(np.int32),
         before - len(tokens),
     )
 

@@ -16,7 +16,6 @@ import torch
 
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.runtime.parallel import Layout
-from steerlm_megatron.train.sharded import save_sharded
 
 # Micro-batches, per pipeline stage, between two questions whether to stop: so many that filling and draining the
 # pipeline once more costs little, so few that a signal is obeyed within a minute or so.
@@ -82,10 +81,6 @@ class Engine(ABC):
     @abstractmethod
     def live_tensors(self) -> Iterable[torch.Tensor]:
         """The tensors that training changes, some of which :meth:`checkpoint_state` may hand out as they are."""
-
-    def save(self, folder: Path) -> None:
-        """Write :meth:`checkpoint_state` into an existing, uncommitted folder."""
-        save_sharded(self.checkpoint_state(), folder)
 
     @abstractmethod
     def fill(self, weights: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:

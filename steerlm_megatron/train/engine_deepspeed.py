@@ -103,11 +103,6 @@ class DeepSpeedEngine(Engine):
         self._allocate()
         self.schedule = build_schedule(self.optimizer, optim, steps)
 
-    @property
-    def model(self) -> PackedGPTModel:
-        """The model inside DeepSpeed's wrapper; under ZeRO 3 its parameters are empty outside a forward pass."""
-        return self.ds.module
-
     def _sum_sequence_parallel_gradients(self) -> None:
         """Norms and biases that see only this rank's share of the tokens get the gradient of all of them, before ZeRO
         takes it; Megatron-Core does the same when it finalizes gradients.
@@ -240,14 +235,6 @@ class DeepSpeedEngine(Engine):
                 full = full.to(self.dtypes[name]) if kind is None else full
                 out[name] = self._template(name, kind, full.detach().to("cpu", copy=True))
         return out
-
-    def whole(self, name: str) -> torch.Tensor:
-        """A parameter put together from ZeRO's partitions: fp32, or as the model has it if it is frozen. Collective
-        over the data-parallel group.
-        """
-        full = self._gather(self.parameters[name], None)
-        assert full is not None
-        return full
 
     def _gather(self, parameter: torch.nn.Parameter, kind: str | None) -> torch.Tensor | None:
         from deepspeed import zero

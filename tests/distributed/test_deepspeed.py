@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from helpers.dist import once, run_ranks
-from helpers.engines import Case, bare, make, row, shards_of, step_batches
+from helpers.engines import Case, bare, make, put_together, row, saved, shards_of, step_batches
 
 from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import Config, EngineConfig, ParallelConfig
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.runtime.collectives import barrier, gather_objects
+from steerlm_megatron.runtime.collectives import gather_objects
 
 pytestmark = pytest.mark.distributed
 
@@ -35,14 +35,6 @@ MOVES = {
 
 def losses(engine: Any, first: int, last: int) -> list[float]:
     return [engine.train_step(step_batches(step)).loss for step in range(first, last)]
-
-
-def saved(engine: Any, folder: Path) -> None:
-    if engine.layout.is_main:
-        folder.mkdir(parents=True)
-    barrier()
-    engine.save(folder)
-    barrier()
 
 
 def moved(name: str, root: Path) -> dict[str, Any]:
@@ -92,9 +84,9 @@ def weights_alone(root: Path) -> dict[str, Any]:
         engine.load_model(folder)
         out["valid"].append(engine.evaluate([step_batches(3)])["loss"])
     regression = make(Case("ap", zero=3), seed=79)
-    before = regression.whole("output_layer.regression.weight").clone()
+    before = put_together(regression, "output_layer.regression.weight").clone()
     regression.load_model(folder)
-    out["head kept"] = torch.equal(before, regression.whole("output_layer.regression.weight"))
+    out["head kept"] = torch.equal(before, put_together(regression, "output_layer.regression.weight"))
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from steerlm_megatron.data.views import Sample
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk
 from steerlm_megatron.model.weights import fill, global_names, initial_weights
 from steerlm_megatron.runtime import parallel
+from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.stages.train import engine_of
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
+from steerlm_megatron.train.sharded import ShardedWriter
 
 VOCAB, ROW_TOKENS, MICRO_BATCHES, NAMES = 300, 192, 4, ("a", "b", "c")
 LABEL_WEIGHTS = {"b": 2.0}
@@ -101,7 +104,7 @@ def row(step: int, number: int) -> RowBatch:
 
 def full_row(lengths: Sequence[int]) -> RowBatch:
     """Documents of these lengths, all targets, as one row without padding."""
-    none = (np.zeros(0, np.int32), np.zeros((0, 0), np.float32), np.zeros(0, np.int32))
+    none = (np.zeros(0, np.int32), np.zeros((0, 0), np.float32))
     rows = [Sample(str(i), np.zeros(size, np.int32), np.ones(size, np.bool_), *none) for i, size in enumerate(lengths)]
     return collate([rows], sum(lengths))
 
@@ -238,8 +241,36 @@ def shards_of(engine: Any) -> dict[str, Shard]:
     for name, p in engine.parameters.items():
         split = at.tp_size > 1 and getattr(p, "tensor_model_parallel", False)
         stride = getattr(p, "partition_stride", 1) if split else 1
-        out[name] = Shard(engine.whole(name).cpu(), p.partition_dim if split else None, stride, at.tp_rank)
+        out[name] = Shard(put_together(engine, name).cpu(), p.partition_dim if split else None, stride, at.tp_rank)
     return out
+
+
+def put_together(engine: Any, name: str) -> torch.Tensor:
+    """A parameter of the DeepSpeed engine put together from ZeRO's partitions: fp32, or as the model has it if it is
+    frozen. Collective over the data-parallel group.
+    """
+    from deepspeed import zero
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    parameter = engine.parameters[name]
+    if parameter.requires_grad:
+        return safe_get_full_fp32_param(parameter)
+    with zero.GatheredParameters([parameter], enabled=engine.stage == 3):
+        return parameter.detach().clone()
+
+
+def saved(engine: Any, folder: Path) -> Path:
+    """``folder``, with the engine's state written into it as a run does. Collective over the world."""
+    if engine.layout.is_main:
+        folder.mkdir(parents=True)
+    barrier()
+    write = ShardedWriter().begin(engine.checkpoint_state(), folder)
+    barrier()  # Megatron-Core looks for leftovers in the folder: nobody writes before that
+    write.run()
+    barrier()
+    write.finalize()
+    barrier()
+    return folder
 
 
 def unsplit(by_rank: Sequence[dict[str, Shard]]) -> Params:

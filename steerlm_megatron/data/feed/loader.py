@@ -63,7 +63,6 @@ class StepLoader:
         self.rows_per_step = rows_per_step(rows, train.global_batch_samples)
         # Not more than a rank's share: a forward pass over rows that are all padding is work for nothing.
         self._micro_rows = min(train.micro_batch_rows, -(-self.rows_per_step // dp_size))
-        self.micro_batches = -(-self.rows_per_step // (dp_size * self._micro_rows))
         self._num_attributes = rows.corpora.num_attributes
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
         self.consumed_rows = start_row
@@ -82,11 +81,6 @@ class StepLoader:
     def epoch(self) -> int:
         """Epoch of the next row, from 0."""
         return self.consumed_rows // len(self.rows)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps after which every row was seen."""
-        return -(-len(self.rows) // self.rows_per_step)
 
     def steps_to(self, row: int) -> int:
         """Steps from here to ``row``, the last of which may be a smaller one; negative if that lies behind."""
