@@ -11,7 +11,7 @@ import corpora
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerlm_megatron.config.schema import TrainConfig
@@ -114,6 +114,7 @@ def test_order_differs_by_epoch_and_seed_not_content(dataset: ShardDataset) -> N
     assert first == [tuple(next(again)[0].sample_ids) for _ in range(size)]
 
 
+@settings(deadline=None)
 @given(
     samples=st.integers(1, 10**9),
     epochs=st.floats(0.01, 3.2),
