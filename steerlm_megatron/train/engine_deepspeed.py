@@ -185,6 +185,9 @@ class DeepSpeedEngine(Engine):
                 sums_M += self._forward(batch)[1]
         return self.objective.means(sum_from_last_stage(sums_M).tolist())  # host sync
 
+    def close(self) -> None:
+        self.ds.destroy()  # removes the hooks that keep parameters and optimizer alive
+
     # ---- checkpoints
 
     def live_tensors(self) -> Iterable[torch.Tensor]:
