@@ -186,7 +186,12 @@ class DeepSpeedEngine(Engine):
         return self.objective.means(sum_from_last_stage(sums_M).tolist())  # host sync
 
     def close(self) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
+        model = self.model
         self.ds.destroy()  # removes the hooks that keep parameters and optimizer alive
+        stack = parameter_offload.FWD_MODULE_STACK  # ZeRO 3 puts every model on it, and takes none off
+        stack[:] = [module for module in stack if module is not model]
 
     # ---- checkpoints
 

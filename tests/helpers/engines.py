@@ -36,7 +36,7 @@ OPTIM = {
 }
 
 
-_ENGINES: list[Any] = []
+_ENGINES: list[tuple[ParallelConfig, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -199,14 +199,14 @@ def head_weights(
 
 def make(case: Case, seed: int = 5, steps: int = 8) -> Any:
     """The engine of a case on the ranks that were started. Collective over the world."""
-    while _ENGINES:
-        _ENGINES.pop().close()  # of another layout: the threads of its groups would stay
+    while _ENGINES and _ENGINES[-1][0] != case.layout:
+        _ENGINES.pop()[1].close()  # its groups go now, and their threads with them
     parallel.initialize(case.layout, seed)
     chunks = _build(case)
     weights = _weights(case, chunks, seed)
     engine = engine_of(case.engine)(chunks, objective(case), OPTIM[case.objective], case.engine, steps)
     engine.fill(weights)
-    _ENGINES.append(engine)
+    _ENGINES.append((case.layout, engine))
     return engine
 
 
