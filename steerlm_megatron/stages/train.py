@@ -106,14 +106,14 @@ def train(here: Session) -> TrainResult:
     if latest:
         on_main(partial(check_steps, config, steps, latest, meta))
     engine, initial, flops = _build_engine(config, data, view, steps, within=HEAD if base is not None else "")
-    if latest is None:
-        engine.fill(initial)
     if latest is not None:
         engine.load(latest)
         get_logger(__name__).info("resuming from %s at step %d of %d", latest, meta.step, steps)
-    elif base is not None:
-        verify(base)
-        engine.load_model(base)
+    else:
+        engine.fill(initial)
+        if base is not None:
+            verify(base)
+            engine.load_model(base)
     _announce(config, view, rows, loaders[0], steps)
     _check_profile(config, here.layout.world_size, meta.step, steps)
     profiler = StepProfiler(here.folder, config.profile.steps, here.layout.rank, config.profile.ranks)
@@ -130,6 +130,7 @@ def train(here: Session) -> TrainResult:
             result = trainer.fit()
         finally:
             profiler.close()
+            engine.close()
             for loader in loaders:
                 loader.close()
     _summarise(here, rows, result)

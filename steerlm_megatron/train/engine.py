@@ -62,8 +62,8 @@ class Engine(ABC):
     def train_step(self, batches: Sequence[RowBatch], stopping: Callable[[], bool] | None = None) -> StepResult:
         """Forward, backward and update on this data-parallel rank's micro-batches of one global batch.
 
-        ``stopping`` is asked now and then within a step of many micro-batches, by all ranks at the same places; it has
-        to answer all of them alike.
+        ``stopping`` is asked now and then within a step of many micro-batches, by all ranks at the same places; it
+        has to answer all of them alike.
 
         Raises:
             StepGivenUp: ``stopping`` said yes. Parameters, optimizer, schedule and generators are as before the step;
@@ -87,13 +87,19 @@ class Engine(ABC):
         """Take values of parameters, each this rank's part of one in float32: rounded into what the model computes
         with, unrounded into the main weights that are updated.
 
-        A parameter that is neither filled nor loaded has no defined values. They come one by one, so that none but the
-        current one takes memory twice.
+        A parameter that is neither filled nor loaded has no defined values. They come one by one, so that none but
+        the current one takes memory twice.
         """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Restore a saved :meth:`checkpoint_state`, of this or another layout and engine."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Undo what would keep the engine, its tensors and its groups of ranks alive when nobody refers to them any
+        more. It trains no more.
+        """
 
     @abstractmethod
     def load_model(self, folder: Path) -> None:

@@ -103,6 +103,11 @@ class DeepSpeedEngine(Engine):
         self._allocate()
         self.schedule = build_schedule(self.optimizer, optim, steps)
 
+    @property
+    def model(self) -> PackedGPTModel:
+        """The model inside DeepSpeed's wrapper; under ZeRO 3 its parameters are empty outside a forward pass."""
+        return self.ds.module
+
     def _sum_sequence_parallel_gradients(self) -> None:
         """Norms and biases that see only this rank's share of the tokens get the gradient of all of them, before ZeRO
         takes it; Megatron-Core does the same when it finalizes gradients.
@@ -179,6 +184,14 @@ class DeepSpeedEngine(Engine):
             for batch in batches:
                 sums_M += self._forward(batch)[1]
         return self.objective.means(sum_from_last_stage(sums_M).tolist())  # host sync
+
+    def close(self) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
+        model = self.model
+        self.ds.destroy()  # removes the hooks that keep parameters and optimizer alive
+        stack = parameter_offload.FWD_MODULE_STACK  # ZeRO 3 puts every model on it, and takes none off
+        stack[:] = [module for module in stack if module is not model]
 
     # ---- checkpoints
 

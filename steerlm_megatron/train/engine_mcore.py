@@ -276,6 +276,14 @@ class MegatronEngine(Engine):
             sums_M += self._run(batches, forward_only=True).sum(0)
         return self.objective.means(sum_from_last_stage(sums_M).tolist())  # host sync
 
+    def close(self) -> None:
+        # Gradient accumulators hold a hook, the hook the wrapper. The wrapper holds the accumulators, and through the
+        # configuration the optimizer, whose views of parameters hold accumulators as well: circles through C++, which
+        # Python's garbage collector cannot see.
+        for chunk in self.chunks:
+            chunk.grad_accs.clear()
+        self.config.grad_scale_func = self.config.finalize_model_grads_func = self.config.no_sync_func = None
+
     # ---- checkpoints
 
     def _model_state(self) -> dict[str, Any]:

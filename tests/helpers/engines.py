@@ -39,6 +39,9 @@ OPTIM = {
 }
 
 
+_ENGINES: list[tuple[ParallelConfig, Any]] = []
+
+
 @dataclass(frozen=True)
 class Case:
     """One engine: what it minimises (``sft`` or ``ap``), how it is laid out, and what its model and step look like."""
@@ -199,11 +202,14 @@ def head_weights(
 
 def make(case: Case, seed: int = 5, steps: int = 8) -> Any:
     """The engine of a case on the ranks that were started. Collective over the world."""
+    while _ENGINES and _ENGINES[-1][0] != case.layout:
+        _ENGINES.pop()[1].close()  # its groups go now, and their threads with them
     parallel.initialize(case.layout, seed)
     chunks = _build(case)
     weights = _weights(case, chunks, seed)
     engine = engine_of(case.engine)(chunks, objective(case), OPTIM[case.objective], case.engine, steps)
     engine.fill(weights)
+    _ENGINES.append((case.layout, engine))
     return engine
 
 
