@@ -37,10 +37,10 @@ from data_tools.sources.hh_rlhf import HH_RLHF
 from data_tools.writing import REJECTED_FILE, NothingLeftError, Progress, counted, keep_rejected, write_splits
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, nearest
-from steerlm_megatron.steer.dealing import deal
 from steerlm_megatron.steer.lines import OnError, Rejected, reject
 from steerlm_megatron.steer.messages import without_null_objects
 from steerlm_megatron.steer.records import Conversation
+from steerlm_megatron.steer.splits import assign_split
 
 __all__ = ["REJECTED_FILE", "ROWS", "SOURCES", "Options", "convert", "main"]
 
@@ -234,7 +234,7 @@ def _stream_rows(
                     continue
                 kept = sieve.take(found.conversation)
                 if kept is not None:
-                    yield part or found.split or own or deal(kept, options.valid_fraction, options.seed), kept
+                    yield part or found.split or own or assign_split(kept, options.valid_fraction, options.seed), kept
 
 
 # OpenAssistant

@@ -120,18 +120,18 @@ def _prefix() -> str:
     return f"steerlm: rank {rank}: " if rank else "steerlm: "
 
 
-def _is_first_to_say(text: str) -> bool:
+def _is_first_to_report(text: str) -> bool:
     """What is wrong with an input is found by every rank, and said by one; before ranks know each other, by one of each
     host.
     """
     if "steerlm_megatron.runtime.parallel" not in sys.modules:
         return launcher.local_rank() == 0
-    from steerlm_megatron.runtime.collectives import first_to_say
+    from steerlm_megatron.runtime.collectives import first_to_report
 
-    return first_to_say(text)
+    return first_to_report(text)
 
 
 def _print_error(error: UserError) -> None:
-    if not isinstance(error, ReportedElsewhere) and _is_first_to_say(f"{error}"):
+    if not isinstance(error, ReportedElsewhere) and _is_first_to_report(f"{error}"):
         for line in str(error).splitlines():
             print(f"{_prefix()}error: {line}", file=sys.stderr)

@@ -133,12 +133,12 @@ def declared(command: str, key: str) -> bool:
 
 
 # Keys that change how a command runs, and nothing of what comes out.
-_BESIDE = ("command", "run_dir", "overwrite", "tracking", "profile", "data.workers", "data.verify", "pipeline")
+_WITHOUT_EFFECT = ("command", "run_dir", "overwrite", "tracking", "profile", "data.workers", "data.verify", "pipeline")
 
 
-def decides(command: str, key: str) -> bool:
+def affects_result(command: str, key: str) -> bool:
     """Whether what comes out of ``command`` depends on ``key``."""
-    return declared(command, key) and not any(_covers(one, key) for one in _BESIDE)
+    return declared(command, key) and not any(_covers(one, key) for one in _WITHOUT_EFFECT)
 
 
 def unread(command: str, keys: Iterable[str]) -> list[str]:

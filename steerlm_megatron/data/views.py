@@ -51,7 +51,7 @@ OVERLONG: tuple[str, ...] = get_args(Overlong)
 Array = npt.NDArray[Any]
 
 
-class Spoken(Protocol):
+class MessageLike(Protocol):
     """What a message must have (``steer.records.Message`` has it)."""
 
     @property
@@ -145,10 +145,10 @@ def layout(
     schema: AttributeSchema | None,
 ) -> Document:
     """The document of a rendered conversation: ``lengths[i]`` is the number of ids of ``segments[i]``."""
-    turns, spans, header = places(conversation.messages, segments, lengths)
+    turns, spans, header = turn_positions(conversation.messages, segments, lengths)
     values = np.full((len(turns), len(schema.names) if schema else 0), np.nan, np.float32)
     if values.size and schema:
-        for row, message in zip(values, spoken(conversation), strict=True):
+        for row, message in zip(values, turn_messages(conversation), strict=True):
             if message.attributes:
                 row[:] = schema.vector(message.attributes)
     return Document(
@@ -156,14 +156,14 @@ def layout(
     )
 
 
-def spoken(conversation: Conversation) -> Sequence[Message]:
+def turn_messages(conversation: Conversation) -> Sequence[Message]:
     """The messages that are turns: all but the system's."""
     messages = conversation.messages
     return messages[1:] if messages and messages[0].role == "system" else messages
 
 
-def places(
-    messages: Sequence[Spoken], segments: Sequence[Segment], lengths: Sequence[int]
+def turn_positions(
+    messages: Sequence[MessageLike], segments: Sequence[Segment], lengths: Sequence[int]
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, int]], tuple[int, int]]:
     """``TURN`` rows, trained spans and header of a rendered conversation, as plain numbers."""
     turns: list[list[int]] = []

@@ -55,9 +55,9 @@ class StepRunner:
             self._rows = plan.params
         logits_KV = self._forward(plan)
         decoding = len(plan.tokens)
-        for i, twin in enumerate(plan.twin):
-            if twin != i:
-                self.cache.move(decoding + twin, decoding + i, len(plan.prompts[i]))
+        for i, first in enumerate(plan.duplicate_of):
+            if first != i:
+                self.cache.move(decoding + first, decoding + i, len(plan.prompts[i]))
         sampled_2K = torch.zeros((2, plan.size), dtype=torch.float64)  # ids are exact in float64
         if self.group.is_sampler:
             assert logits_KV is not None
@@ -83,11 +83,11 @@ class StepRunner:
         decoding = len(plan.tokens)
         tokens, last, prefill = list(plan.tokens), list(range(decoding)), []
         ends: list[int] = []
-        for i, (prompt, twin) in enumerate(zip(plan.prompts, plan.twin, strict=True)):
-            if twin == i:
+        for i, (prompt, first) in enumerate(zip(plan.prompts, plan.duplicate_of, strict=True)):
+            if first == i:
                 prefill.append((decoding + i, len(prompt)))
                 tokens.extend(prompt)
-            ends.append(len(tokens) - 1 if twin == i else ends[twin])
+            ends.append(len(tokens) - 1 if first == i else ends[first])
         last.extend(ends)
         positions_T = self.cache.begin(plan.lengths, prefill)
         every_token = last == list(range(len(tokens)))

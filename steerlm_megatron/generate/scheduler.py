@@ -45,7 +45,7 @@ class StepPlan:
     tokens: list[int] = field(default_factory=list)  # the last token of each decoding row
     lengths: list[int] = field(default_factory=list)  # tokens cached in each decoding row
     prompts: list[tuple[int, ...]] = field(default_factory=list)
-    twin: list[int] = field(default_factory=list)  # per prompt: the first equal one of this step, computed for both
+    duplicate_of: list[int] = field(default_factory=list)  # per prompt: the first equal one of this step
     drawn: list[int] = field(default_factory=list)  # tokens sampled so far, per row
     params: list[RowParams] | None = None  # per row; None: as in the last plan
 
@@ -87,7 +87,7 @@ class Scheduler(Generic[S]):
             tokens=[s.token_ids[-1] for s in decoding],
             lengths=[len(s.prompt_ids) + len(s.token_ids) - 1 for s in decoding],
             prompts=[s.prompt_ids for s in admitted],
-            twin=[first.setdefault(s.prompt_ids, i) for i, s in enumerate(admitted)],
+            duplicate_of=[first.setdefault(s.prompt_ids, i) for i, s in enumerate(admitted)],
             drawn=[len(s.token_ids) for s in self.running],
             params=[s.row_params for s in self.running] if self._params_changed else None,
         )

@@ -88,7 +88,7 @@ def on_main(action: Callable[[], T]) -> T | None:
         store.delete_key(key)
 
 
-def first_to_say(text: str) -> bool:
+def first_to_report(text: str) -> bool:
     """Whether this rank is the first that asks for this ``text``; others give the main rank a moment to be it.
 
     Not collective: ranks may call it or not.

@@ -1,7 +1,7 @@
 """The sampling server: OpenAI's HTTP API over a generator.
 
 Owns: routes, streaming, disconnects, back pressure, metrics, the port, and shutting down. Does not own: how a request
-comes in (``intake.py``) and what it means (``service.py``), the engine's thread (``engine_loop.py``).
+comes in (``read_request.py``) and what it means (``service.py``), the engine's thread (``engine_loop.py``).
 Invariants: every request is answered or its connection is gone: an engine that dies answers all that wait with HTTP
 500, and then ends the process; a client that leaves frees its row; more than ``server.max_queue`` waiting requests are
 refused with HTTP 429.
@@ -37,7 +37,7 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.serve.api import ChatBody, CompletionBody, read
 from steerlm_megatron.serve.engine_loop import EngineLoop
 from steerlm_megatron.serve.errors import ApiError
-from steerlm_megatron.serve.intake import ClientGone, parse_json, read_body, timed_protocol
+from steerlm_megatron.serve.read_request import ClientGone, parse_json, read_body, timed_protocol
 from steerlm_megatron.serve.service import Ask, Service
 from steerlm_megatron.steer.attributes import AttributeSchema
 

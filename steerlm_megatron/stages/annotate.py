@@ -18,8 +18,8 @@ from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL
 from steerlm_megatron.runtime.collectives import any_rank, barrier, on_main
 from steerlm_megatron.runtime.signals import StopRequest
-from steerlm_megatron.stages.intake import Intake, Record
 from steerlm_megatron.stages.journal import open_journal
+from steerlm_megatron.stages.record_reader import Record, RecordReader
 from steerlm_megatron.stages.scoring import Scorer, Values
 from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
 from steerlm_megatron.steer.messages import Message, has_text
@@ -31,11 +31,11 @@ _CHUNK = 512  # conversations scored between two writes of the journal
 def run(config: Config) -> None:
     """``input`` → ``output``, scored by ``checkpoint``. Collective over the world."""
     with session(config) as here:
-        intake = Intake(here)
-        records = intake.read("input", cast(str, config.input), "input")
+        reader = RecordReader(here)
+        records = reader.read("input", cast(str, config.input), "input")
         loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="regression")
         found = annotate(here, loaded, records, cast(str, config.input), Path(cast(str, config.output)))
-        here.run.update(counts=intake.counts() | found)
+        here.run.update(counts=reader.counts() | found)
         loaded.free()
 
 

@@ -16,7 +16,7 @@ from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.collectives import on_main
-from steerlm_megatron.stages.intake import Intake, Record
+from steerlm_megatron.stages.record_reader import Record, RecordReader
 from steerlm_megatron.stages.sampling import Drawn, Prompt, draw, forget, open_sampler, requests_for
 from steerlm_megatron.stages.scoring import Scorer, score_all
 from steerlm_megatron.stages.session import Session, load_model, session
@@ -87,12 +87,12 @@ def bootstrap(here: Session, source: str, output: Path) -> dict[str, Any]:
 
     Returns counts of responses: a record stands for ``bootstrap.responses_per_prompt`` of them.
     """
-    config, intake = here.config, Intake(here)
-    schema, prompts, responses = _draw(here, intake, source, output)
+    config, reader = here.config, RecordReader(here)
+    schema, prompts, responses = _draw(here, reader, source, output)
     kept = [(p, r) for p, r in zip(prompts, responses, strict=True) if r.finish_reason == "stop" and r.text.strip()]
-    intake.leave_out("input", "unfinished", sum(r.finish_reason != "stop" for r in responses))
-    intake.leave_out("input", "empty", sum(r.finish_reason == "stop" and not r.text.strip() for r in responses))
-    counts = intake.counts()
+    reader.leave_out("input", "unfinished", sum(r.finish_reason != "stop" for r in responses))
+    reader.leave_out("input", "empty", sum(r.finish_reason == "stop" and not r.text.strip() for r in responses))
+    counts = reader.counts()
     if not kept:
         raise UserError(
             f"none of {len(prompts)} responses ended within sampling.max_tokens={config.sampling.max_tokens}; raise it"
@@ -124,11 +124,11 @@ def bootstrap(here: Session, source: str, output: Path) -> dict[str, Any]:
 
 
 def _draw(
-    here: Session, intake: Intake, source: str, output: Path
+    here: Session, reader: RecordReader, source: str, output: Path
 ) -> tuple[AttributeSchema, list[Prompt], list[Drawn]]:
     """Prompts and their responses, and the attributes that they were asked for."""
     config, b = here.config, here.config.bootstrap
-    records = intake.read("input", source, "input", each=b.responses_per_prompt)
+    records = reader.read("input", source, "input", each=b.responses_per_prompt)
     loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="lm", gather_logits=True)
     schema = loaded.conditioned_on
     if schema is None:
@@ -141,9 +141,9 @@ def _draw(
     rng = random.Random(config.sampling.seed)
     chosen, left_out = choose_prompts(records, b.prompts, rng)
     for reason, count in left_out.items():
-        intake.leave_out("input", reason, count * b.responses_per_prompt)
+        reader.leave_out("input", reason, count * b.responses_per_prompt)
     paired = pair_prompts(chosen, found, b.responses_per_prompt, rng)
-    prompts, requests = requests_for(paired, loaded, config, intake, "input")
+    prompts, requests = requests_for(paired, loaded, config, reader, "input")
     responses = draw(here, loaded, open_sampler(config, loaded), requests, output.name, "bootstrap")
     loaded.free()
     return schema, prompts, responses

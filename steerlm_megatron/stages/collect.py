@@ -26,10 +26,10 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import describe_file, write_json_atomic
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
-from steerlm_megatron.stages.intake import Reject, read_lines
+from steerlm_megatron.stages.record_reader import Reject, read_lines
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.dealing import deal
 from steerlm_megatron.steer.records import OnError, expand_paths, write_records
+from steerlm_megatron.steer.splits import assign_split
 
 _CONVERSION_FORMAT = 3  # raise when a converter gives other records for the same files
 _SPLITS = ("train", "valid")
@@ -200,7 +200,7 @@ def split_records(
         rejects.clear()  # each split reads all files
         lines = read_lines(files, cast(OnError, data.on_error), rejects, schema=schema_of(config))
         read = (line.conversation for line in lines)
-        if write_records(path, (c for c in read if deal(c, data.valid_fraction, data.split_seed) == split)):
+        if write_records(path, (c for c in read if assign_split(c, data.valid_fraction, data.split_seed) == split)):
             out[split] = [str(path)]
         else:
             path.unlink()

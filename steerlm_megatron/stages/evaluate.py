@@ -22,7 +22,7 @@ from steerlm_megatron.observe import stats
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.generate import read_prompts
-from steerlm_megatron.stages.intake import Intake
+from steerlm_megatron.stages.record_reader import RecordReader
 from steerlm_megatron.stages.sampling import (
     Prompt,
     PromptTooLong,
@@ -96,24 +96,24 @@ def models_of(config: Config) -> dict[str, str]:
 
 def evaluate(here: Session) -> dict[str, Any]:
     """The results of ``write_report``, without timings. Collective over the world."""
-    config, intake = here.config, Intake(here)
+    config, reader = here.config, RecordReader(here)
     results: dict[str, Any] = {}
     ap: LoadedModel | None = None
     if config.ap_checkpoint is not None:
         ap = load_model(config.ap_checkpoint, config, "ap_checkpoint", head="regression")
         if config.input is not None:
-            records = [record.conversation for record in intake.read("input", config.input, "input")]
+            records = [record.conversation for record in reader.read("input", config.input, "input")]
             results["ap"], unlabelled = prediction_quality(ap, records, config.scoring.batch_tokens)
-            intake.leave_out("input", "unlabelled", unlabelled)
+            reader.leave_out("input", "unlabelled", unlabelled)
     if models_of(config):
         judge = Judge(config, ap)
         results["judge"] = judge.name
-        prompts, asks = _prompts(here, intake, judge)
+        prompts, asks = _prompts(here, reader, judge)
         results |= _compare(here, judge, prompts, asks)
         results["prompts"] = len(prompts)
     if ap is not None:
         ap.free()
-    here.run.update(counts=intake.counts())
+    here.run.update(counts=reader.counts())
     return results
 
 
@@ -212,7 +212,7 @@ def _key(levels: Levels | None) -> tuple[tuple[str, int], ...]:
     return tuple(sorted((levels or {}).items()))
 
 
-def _prompts(here: Session, intake: Intake, judge: Judge) -> tuple[list[Conversation], dict[str, _Asked]]:
+def _prompts(here: Session, reader: RecordReader, judge: Judge) -> tuple[list[Conversation], dict[str, _Asked]]:
     """The prompts that fit into every model with everything that is asked of it, and what that is. Nothing is loaded
     yet, so that what is wrong is said at once. Collective over the world.
     """
@@ -225,11 +225,11 @@ def _prompts(here: Session, intake: Intake, judge: Judge) -> tuple[list[Conversa
     conditioned = [name for name, model in opened.items() if model.conditioned_on is not None and name != "sft"]
     steered = config.evaluate.steer or (conditioned[-1] if conditioned else None)
     asks = {name: _asked(model, config, judge, name == steered) for name, model in opened.items()}
-    records = read_prompts(intake, "prompts", cast(str, config.evaluate.prompts), "evaluate.prompts")
+    records = read_prompts(reader, "prompts", cast(str, config.evaluate.prompts), "evaluate.prompts")
     kept: list[Conversation] = []
     for number, record in enumerate(records):
         if len(kept) == config.evaluate.max_prompts:
-            intake.leave_out("prompts", "not_drawn", len(records) - number)
+            reader.leave_out("prompts", "not_drawn", len(records) - number)
             break
         conversation = record.conversation
         try:
@@ -238,10 +238,10 @@ def _prompts(here: Session, intake: Intake, judge: Judge) -> tuple[list[Conversa
                     prompt = Prompt(conversation.id, conversation.messages, ask, record.where)
                     request_for(0, prompt, model, config.sampling, config.generation)
         except PromptTooLong as error:
-            skip_prompt(prompt, error, intake, "prompts")
+            skip_prompt(prompt, error, reader, "prompts")
         else:
             kept.append(conversation)
-    intake.list_rejected()
+    reader.list_rejected()
     if not kept:
         raise UserError(f"evaluate.prompts={config.evaluate.prompts}: none of its prompts fits into the models")
     return kept, asks

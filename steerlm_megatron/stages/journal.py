@@ -74,7 +74,7 @@ class Journal:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     @contextmanager
-    def noting(self, every_sec: float) -> Iterator[Callable[[int, Any], None]]:
+    def recorder(self, every_sec: float) -> Iterator[Callable[[int, Any], None]]:
         """Inside, ``note(index, value)`` costs nothing: a thread appends what came, every ``every_sec`` seconds. On
         leaving, however that is, all is on disk.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerlm_megatron.config.commands import decides
+from steerlm_megatron.config.commands import affects_result
 from steerlm_megatron.config.load import finalize, to_yaml, value_at, with_overrides
 from steerlm_megatron.config.schema import KEYS, Config
 from steerlm_megatron.errors import UserError
@@ -24,9 +24,9 @@ from steerlm_megatron.report.write import write_report
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages import annotate, bootstrap, evaluate, train
 from steerlm_megatron.stages.collect import collect_records, split_records
-from steerlm_megatron.stages.intake import Intake, Reject, write_rejects
 from steerlm_megatron.stages.preprocess import total_counts
 from steerlm_megatron.stages.prompt_check import check_bootstrap_prompts, check_evaluation_prompts
+from steerlm_megatron.stages.record_reader import RecordReader, Reject, write_rejects
 from steerlm_megatron.stages.session import Session, load_model
 from steerlm_megatron.stages.shards import make_shards
 
@@ -74,7 +74,7 @@ class Step:
 
     def depends_on(self, config: Config) -> dict[str, Any]:
         """The keys of ``config`` whose change runs the step again, with their values."""
-        keys = [key for key in KEYS if decides(self.command, key)]
+        keys = [key for key in KEYS if affects_result(self.command, key)]
         if config.data.source != "demo" and self.command == "preprocess":
             keys.remove("train.seed")  # of the embedded corpus alone; others would be converted again for nothing
         return {key: value_at(config, key) for key in keys}
@@ -191,9 +191,9 @@ def _check_prompts(run: Run, here: Session) -> None:
     shards = run.folder("data") / "shards" / "train"
     to_bootstrap, to_evaluate = STEPS["bootstrap"].config(run), STEPS["evaluate"].config(run)
     files = to_evaluate.evaluate.prompts or _held_out_prompts(run)
-    check_bootstrap_prompts(Intake(here), _records(run, "train"), to_bootstrap, shards)
+    check_bootstrap_prompts(RecordReader(here), _records(run, "train"), to_bootstrap, shards)
     if files:
-        check_evaluation_prompts(Intake(here), files, to_evaluate, shards)
+        check_evaluation_prompts(RecordReader(here), files, to_evaluate, shards)
 
 
 def _held_out_prompts(run: Run) -> str | None:
@@ -225,12 +225,12 @@ def _train(run: Run, here: Session) -> None:
 def _annotate(run: Run, here: Session) -> None:
     """Both splits, so that validation of SFT sees predicted labels too."""
     loaded = load_model(str(here.config.checkpoint), here.config, "checkpoint", head="regression")
-    intake, found = Intake(here), Counter[str]()
+    reader, found = RecordReader(here), Counter[str]()
     for split in ("train", "valid"):
         if paths := _records(run, split):
-            records = intake.read(split, paths, "data.input")
+            records = reader.read(split, paths, "data.input")
             found.update(annotate.annotate(here, loaded, records, paths, here.folder / f"{split}.jsonl"))
-    here.run.update(counts=intake.counts() | found)
+    here.run.update(counts=reader.counts() | found)
     loaded.free()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.collect import collect_records
-from steerlm_megatron.stages.intake import told_skipped
+from steerlm_megatron.stages.record_reader import skipped_in_words
 from steerlm_megatron.stages.session import session
 from steerlm_megatron.stages.shards import check_tokenizer, make_shards
 
@@ -27,7 +27,7 @@ def run(config: Config) -> None:
             outputs={"shards": str(output), **{f"shards/{split}": str(output / split) for split in summary["splits"]}},
         )
         get_logger(__name__).info(
-            "%d conversations in, %d out%s; shards in %s", counts["in"], counts["out"], told_skipped(counts), output
+            "%d conversations in, %d out%s; shards in %s", counts["in"], counts["out"], skipped_in_words(counts), output
         )
 
 

@@ -16,7 +16,7 @@ from steerlm_megatron.config.schema import Config
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.stages.bootstrap import choose_prompts
 from steerlm_megatron.stages.generate import read_prompts
-from steerlm_megatron.stages.intake import Intake, Record
+from steerlm_megatron.stages.record_reader import Record, RecordReader
 from steerlm_megatron.stages.sampling import Prompt, check_room, request_for
 from steerlm_megatron.stages.session import OpenedCheckpoint
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -24,7 +24,7 @@ from steerlm_megatron.steer.templates import Template
 from steerlm_megatron.train.meta import CheckpointMeta
 
 
-def check_bootstrap_prompts(intake: Intake, files: list[str], config: Config, shards: Path) -> None:
+def check_bootstrap_prompts(reader: RecordReader, files: list[str], config: Config, shards: Path) -> None:
     """The prompts that ``bootstrap`` under ``config`` will choose among the records of ``files``; ``shards`` have the
     tokenizer. With ``data.on_error=skip`` nothing is checked: what does not fit is left out when its turn comes.
     Collective over the world.
@@ -32,18 +32,18 @@ def check_bootstrap_prompts(intake: Intake, files: list[str], config: Config, sh
     Raises:
         UserError: one does not fit; no prompt ever will.
     """
-    if intake.on_error == "skip":
+    if reader.on_error == "skip":
         return
-    records = intake.read("bootstrap", files, "data.input")
+    records = reader.read("bootstrap", files, "data.input")
     chosen, _ = choose_prompts(records, config.bootstrap.prompts, Random(config.sampling.seed))
     _check(chosen, config, shards)
 
 
-def check_evaluation_prompts(intake: Intake, file: str, config: Config, shards: Path) -> None:
+def check_evaluation_prompts(reader: RecordReader, file: str, config: Config, shards: Path) -> None:
     """As :func:`check_bootstrap_prompts`, for the prompts of ``file`` that ``evaluate`` will take."""
-    if intake.on_error == "skip":
+    if reader.on_error == "skip":
         return
-    records = read_prompts(intake, "evaluate", file, "evaluate.prompts")
+    records = read_prompts(reader, "evaluate", file, "evaluate.prompts")
     _check(records[: config.evaluate.max_prompts], config, shards)
 
 

@@ -19,11 +19,11 @@ from steerlm_megatron.generate.protocol import Limits, Request, Result, Sampler,
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL, remove_journal
-from steerlm_megatron.runtime.apart import apart
 from steerlm_megatron.runtime.collectives import gather_objects
+from steerlm_megatron.runtime.independent_work import independent_work
 from steerlm_megatron.serve.client import SamplingClient
-from steerlm_megatron.stages.intake import REJECTED_FILE, Intake
 from steerlm_megatron.stages.journal import open_journal
+from steerlm_megatron.stages.record_reader import REJECTED_FILE, RecordReader
 from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint, Session
 from steerlm_megatron.steer.records import Conversation, Message
 
@@ -107,9 +107,9 @@ def request_for(
 
 
 def requests_for(
-    prompts: Sequence[Prompt], opened: OpenedCheckpoint, config: Config, intake: Intake, part: str
+    prompts: Sequence[Prompt], opened: OpenedCheckpoint, config: Config, reader: RecordReader, part: str
 ) -> tuple[list[Prompt], list[Request]]:
-    """The prompts that fit, and a request for each. One that does not is left out, counted in ``part`` of ``intake``,
+    """The prompts that fit, and a request for each. One that does not is left out, counted in ``part`` of ``reader``,
     or, with ``data.on_error=error``, raised. Collective over the world.
     """
     check_room(opened, config)
@@ -119,10 +119,10 @@ def requests_for(
         try:
             requests.append(request_for(index, prompt, opened, config.sampling, config.generation))
         except PromptTooLong as error:
-            skip_prompt(prompt, error, intake, part)
+            skip_prompt(prompt, error, reader, part)
         else:
             kept.append(prompt)
-    intake.list_rejected()
+    reader.list_rejected()
     if not kept:
         raise UserError(f"none of the {len(prompts)} prompts fits; see {REJECTED_FILE} in the run folder")
     return kept, requests
@@ -137,12 +137,12 @@ def check_room(opened: OpenedCheckpoint, config: Config) -> None:
         )
 
 
-def skip_prompt(prompt: Prompt, error: PromptTooLong, intake: Intake, part: str) -> None:
+def skip_prompt(prompt: Prompt, error: PromptTooLong, reader: RecordReader, part: str) -> None:
     """Leave a prompt out under ``data.on_error=skip``; raise ``error`` otherwise."""
-    if intake.on_error != "skip":
+    if reader.on_error != "skip":
         raise error
     record = Conversation(prompt.id, prompt.messages)
-    intake.skip(part, "prompt_too_long", prompt.where, str(error).removeprefix(f"{prompt.where}: "), record)
+    reader.skip(part, "prompt_too_long", prompt.where, str(error).removeprefix(f"{prompt.where}: "), record)
 
 
 def _encode(prompt: Prompt, messages: tuple[Message, ...], opened: OpenedCheckpoint) -> list[int]:
@@ -178,7 +178,7 @@ def draw(
     new: dict[int, Drawn] = {}
     finished, tokens = len(done), 0
     progress = Progress(len(requests), label, unit="response", initial=len(done), enabled=at.is_main)
-    with apart(), progress as bar, journal.noting(_NOTE_SEC) as note:
+    with independent_work(), progress as bar, journal.recorder(_NOTE_SEC) as note:
 
         def take(result: Result) -> None:  # on the first rank of the replica
             nonlocal finished, tokens

@@ -15,9 +15,9 @@ import numpy as np
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample, build_documents, make_sample
 from steerlm_megatron.model.predict import predict_values
-from steerlm_megatron.runtime.apart import apart
 from steerlm_megatron.runtime.collectives import broadcast_in_replica, gather_objects
 from steerlm_megatron.runtime.device import has_cuda
+from steerlm_megatron.runtime.independent_work import independent_work
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages.session import LoadedModel
 from steerlm_megatron.steer.records import Conversation
@@ -26,7 +26,7 @@ Values = dict[str, float]
 
 
 @dataclass
-class _Piece:
+class _ScoredDocument:
     """One forward-pass document and, per pooled position, which conversation and message it scores."""
 
     sample: Sample
@@ -76,7 +76,7 @@ class Scorer:
 
         ``progress`` is called with the number of turns scored by each batch. Every rank of the replica gets the result.
         """
-        pieces = self._pieces(conversations)
+        pieces = self._documents(conversations)
         out: list[dict[int, Values]] = [{} for _ in conversations]
         for row in rows_by_length([len(piece.sample.tokens_T) for piece in pieces], self.batch_tokens):
             members = [pieces[i] for i in row]
@@ -98,22 +98,22 @@ class Scorer:
             if name not in self.schema.unseen
         }
 
-    def _pieces(self, conversations: Sequence[Conversation]) -> list[_Piece]:
+    def _documents(self, conversations: Sequence[Conversation]) -> list[_ScoredDocument]:
         """One document per conversation that fits; an over-long one is scored turn by turn, oldest turns cut off."""
         # Weight says what is trained; every assistant turn is scored.
         whole = [replace(c, messages=tuple(replace(m, weight=1) for m in c.messages)) for c in conversations]
-        pieces: list[_Piece] = []
+        pieces: list[_ScoredDocument] = []
         for index, sample in enumerate(self._samples(whole)):
             turns = [i for i, m in enumerate(whole[index].messages) if m.role == "assistant"]
             if sample is not None and len(sample.pool_P) == len(turns):
-                pieces.append(_Piece(sample, [(index, turn) for turn in turns]))
+                pieces.append(_ScoredDocument(sample, [(index, turn) for turn in turns]))
                 continue
             alone = [replace(whole[index], messages=whole[index].messages[: turn + 1]) for turn in turns]
             for turn, cut in zip(turns, self._samples(alone), strict=True):
                 assert cut is not None and len(cut.pool_P) >= 1, "a response always keeps its mark"
                 self.truncated_turns += cut.cut_tokens > 0
                 last = replace(cut, pool_P=cut.pool_P[-1:], values_PA=cut.values_PA[-1:])
-                pieces.append(_Piece(last, [(index, turn)]))
+                pieces.append(_ScoredDocument(last, [(index, turn)]))
         return pieces
 
     def _samples(self, conversations: Sequence[Conversation]) -> list[Sample | None]:
@@ -139,7 +139,7 @@ def score_all(scorer: Scorer, conversations: Sequence[Conversation]) -> list[dic
     at = layout()
     if at.dp_size == 1:
         return scorer.score(conversations)
-    with apart():
+    with independent_work():
         own = scorer.score(conversations[at.dp_rank :: at.dp_size])
     parts = dict(gather_objects((at.dp_rank, own)))
     return [parts[i % at.dp_size][i // at.dp_size] for i in range(len(conversations))]

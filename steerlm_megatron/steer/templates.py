@@ -113,7 +113,7 @@ class Template(ABC):
 
         Texts do not decide what surrounds them, but for being empty: conversations without empty texts, of the same
         roles, weights and presence of label lines, have the same segments but for the contents and label strings, each
-        of which stands in one segment as it is. (``data/write/forms.py`` builds on that.)
+        of which stands in one segment as it is. (``data/write/skeletons.py`` builds on that.)
 
         Raises:
             UserError: an attribute that the schema lacks, or NaN.

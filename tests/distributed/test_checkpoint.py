@@ -14,7 +14,6 @@ import torch
 from helpers.dist import once, run_ranks
 from helpers.engines import Case, bare, make, shards, step_batches, unsplit
 from megatron.core import dist_checkpointing
-from unit import corpora
 
 from steerlm_megatron.config.schema import (
     AttributesConfig,
@@ -32,6 +31,7 @@ from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.stages import train as train_stage
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.meta import read_meta
+from tests.helpers import corpora
 
 SAVED, TOTAL, TOLERANCE = 3, 8, 1e-5
 MOVES = {

@@ -8,16 +8,16 @@ from helpers.dist import run_ranks
 
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.runtime import parallel
-from steerlm_megatron.runtime.collectives import barrier, first_to_say, sum_over_data_parallel
+from steerlm_megatron.runtime.collectives import barrier, first_to_report, sum_over_data_parallel
 
 pytestmark = pytest.mark.distributed
 
 
 def ranks_talk() -> dict[str, object]:
     at = parallel.initialize(ParallelConfig(context=2), 0)
-    said = first_to_say("everybody's error")
-    again = first_to_say("everybody's error")
-    alone = first_to_say("of the last rank") if at.rank == 1 else None
+    said = first_to_report("everybody's error")
+    again = first_to_report("everybody's error")
+    alone = first_to_report("of the last rank") if at.rank == 1 else None
     barrier()
     summed = [sum_over_data_parallel([1.0, at.rank], with_context=wide) for wide in (False, True)]
     return {"said": said, "again": again, "alone": alone, "summed": summed}

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from helpers.dist import once, run_ranks
 from helpers.engines import fill_head
-from unit import corpora
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig
 from steerlm_megatron.config.schema import ParallelConfig as P
@@ -21,6 +20,7 @@ from steerlm_megatron.stages.scoring import Scorer, Values, score_all
 from steerlm_megatron.stages.session import LoadedModel
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.train.meta import CheckpointMeta
+from tests.helpers import corpora
 
 MAX_TOKENS, BATCH_TOKENS = 160, 512
 # Values are rounded to four digits: a difference of rounding in the last place can turn one of them over.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.commands import TINY, steerlm
 from tests.helpers.dist import once
-from tests.integration.commands import TINY, steerlm
 
 
 @pytest.fixture(scope="session")

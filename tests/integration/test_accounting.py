@@ -12,7 +12,7 @@ import pytest
 
 from steerlm_megatron.steer.records import read_records
 from tests.helpers.cli import run_here as run
-from tests.integration.commands import summary
+from tests.helpers.commands import summary
 
 pytestmark = pytest.mark.integration
 SHORT = "sampling.max_tokens=8"

@@ -23,8 +23,9 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.stages.demo_corpus import DEMO_ATTRIBUTES
 from steerlm_megatron.stages.export import check_target
 from steerlm_megatron.steer.records import read_records
-from tests.integration.commands import TINY, kill, losses, start, steerlm, summary, terminate
+from tests.helpers.commands import TINY, kill, losses, start, steerlm, summary, terminate
 
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 pytestmark = pytest.mark.integration
 _OF_OTHERS = ("bootstrap.", "evaluate.", "sampling.")  # keys that a training command does not read
 ONE_STEP = ("experiment=quickstart", *(a for a in TINY[1:] if not a.startswith(_OF_OTHERS)))
@@ -82,9 +83,7 @@ def test_twenty_steps_are_ten_a_kill_and_ten(engine: tuple[str, ...], tmp_path: 
     )  # fmt: skip
     steerlm("preprocess", *ONE_STEP[:3], "data.output_dir=data", "data.valid_fraction=0", cwd=tmp_path)
     steerlm(*command, "run_dir=whole", cwd=tmp_path)
-    process = start(
-        *command, "run_dir=killed", cwd=tmp_path, launcher=(str(Path(__file__).with_name("killed.py")), "14")
-    )
+    process = start(*command, "run_dir=killed", cwd=tmp_path, launcher=(str(HELPERS / "kill_command.py"), "14"))
     output, _ = process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL, output
     assert summary(tmp_path / "killed")["status"] == "running" and len(losses(tmp_path / "killed")) == 13
@@ -118,7 +117,7 @@ def test_a_killed_annotation_goes_on_and_loses_nothing(work: Path) -> None:
         for index in range(6000):
             file.write(json.dumps({**json.loads(lines[index % len(lines)]), "id": f"r{index}"}) + "\n")
     common = ("annotate", "checkpoint=run/03-train_ap", "input=many.jsonl", "run_dir=annotate")
-    process = start(*common, "output=killed.jsonl", cwd=work, launcher=(str(Path(__file__).with_name("held.py")), "0"))
+    process = start(*common, "output=killed.jsonl", cwd=work, launcher=(str(HELPERS / "hold_command.py"), "0"))
     journal = work / "annotate" / "journal-killed.jsonl"
     try:
         _wait_for(lambda: any(part.stat().st_size for part in journal.glob("part-*")), process)
@@ -152,7 +151,7 @@ def test_what_was_drawn_is_not_drawn_again(work: Path) -> None:
             file.write(json.dumps({"id": f"p{index // 2}", "messages": [message]}) + "\n")  # ids are no keys
     command = ("generate", "checkpoint=run/07-acsft", "input=prompts.jsonl", "output=drawn.jsonl", "run_dir=drawn",
                "sampling.max_tokens=24", "generation.max_batch=8")  # fmt: skip
-    journal, held = work / "drawn/journal-drawn.jsonl", (str(Path(__file__).with_name("held.py")), "40")
+    journal, held = work / "drawn/journal-drawn.jsonl", (str(HELPERS / "hold_command.py"), "40")
     before: dict[int, list[object]] = {}
     for ranks, stop in ((2, kill), (1, terminate)):
         torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2") if ranks == 2 else ()

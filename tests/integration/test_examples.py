@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import ENVIRONMENT
+from tests.helpers.commands import ENVIRONMENT
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

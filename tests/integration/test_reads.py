@@ -17,7 +17,7 @@ from steerlm_megatron.config import load
 from steerlm_megatron.config.commands import COMMANDS, declared
 from steerlm_megatron.config.schema import Config
 from tests.helpers.cli import run_here
-from tests.integration.commands import TINY
+from tests.helpers.commands import TINY
 
 pytestmark = pytest.mark.integration
 # Who reads the configuration as a whole: to store it, to copy it, to check it.

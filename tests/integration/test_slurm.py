@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import ENVIRONMENT, TINY, losses, summary
+from tests.helpers.commands import ENVIRONMENT, TINY, losses, summary
 
 SCRIPT = Path(__file__).resolve().parents[3] / "shared" / "slurm" / "local_slurm.sh"
 pytestmark = [

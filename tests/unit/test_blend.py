@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import corpora
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from steerlm_megatron.data.feed.loader import StepLoader
 from steerlm_megatron.data.shards import ShardWriter
 from steerlm_megatron.data.views import build_documents
 from steerlm_megatron.errors import UserError
+from tests.helpers import corpora
 
 ROW_TOKENS, SEED = 160, 7
 

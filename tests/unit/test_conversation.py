@@ -13,9 +13,9 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_server import SCHEMA, TEMPLATE, TOKENIZER, USER, Server, expected, running
 
 from steerlm_megatron.steer.records import Message
+from tests.helpers.server import SCHEMA, TEMPLATE, TOKENIZER, USER, Server, expected, running
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversion import ALPACA, HELPSTEER, TOPICAL, chat, check_sums, rated, roles, run, save, shared, texts
 
 from data_tools import oasst
 from data_tools.convert import SOURCES, Options, convert, main
@@ -15,6 +14,19 @@ from data_tools.filters import Filters
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import read_records
+from tests.helpers.conversion import (
+    ALPACA,
+    HELPSTEER,
+    TOPICAL,
+    chat,
+    check_sums,
+    rated,
+    roles,
+    run,
+    save,
+    shared,
+    texts,
+)
 
 # Filters
 

@@ -12,7 +12,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import corpora
 import pytest
 
 from data_tools.convert import ROWS
@@ -27,6 +26,7 @@ from steerlm_megatron.stages.preprocess import total_counts
 from steerlm_megatron.stages.shards import check_tokenizer, make_shards, make_tokenizer
 from steerlm_megatron.stages.train import _open_data
 from steerlm_megatron.steer.records import read_records, write_records
+from tests.helpers import corpora
 
 OASST = {"name": "oasst", "names": ["quality", "humor"], "max_level": 9, "quality": "quality"}
 

@@ -6,7 +6,6 @@ import re
 import shutil
 from pathlib import Path
 
-import corpora
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -17,6 +16,7 @@ from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.shards import ShardReader
 from steerlm_megatron.data.write.preprocess import preprocess
 from steerlm_megatron.steer.records import Conversation, Message, read_records, write_records
+from tests.helpers import corpora
 
 COUNT = 120
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fake_model import VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import MAX_SEED, Delta, Request, RequestFailed, SamplingParams
 from steerlm_megatron.generate.sampling import NOT_DRAWN, NOT_FINITE, BatchSampler, RowParams
+from tests.helpers.fake_model import VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
 
 CPU = torch.device("cpu")
 KINDS = ["callback", "text", "stop", "draw", "logits", "fine"]

@@ -52,7 +52,7 @@ def test_what_a_full_disk_tore_is_cut_off_before_the_next_entry(
 
 def test_what_is_noted_is_on_disk_soon_and_when_it_ends(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 0, "key", is_main=True)
-    with pytest.raises(KeyboardInterrupt), journal.noting(0.01) as note:
+    with pytest.raises(KeyboardInterrupt), journal.recorder(0.01) as note:
         note(0, "first")
         deadline = time.monotonic() + 60
         while not journal.read() and time.monotonic() < deadline:
@@ -72,7 +72,7 @@ def test_a_full_disk_ends_the_work_and_loses_nothing(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     def work() -> None:
-        with journal.noting(0.01) as note:
+        with journal.recorder(0.01) as note:
             note(0, "first")
             assert full.wait(60)
             monkeypatch.undo()  # somebody makes room

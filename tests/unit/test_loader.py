@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-import corpora
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.feed.loader import StepLoader, end_row
 from steerlm_megatron.data.shards import ShardWriter
 from steerlm_megatron.data.views import build_documents
+from tests.helpers import corpora
 
 ROW_TOKENS = 160
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import corpora
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.write.preprocess import REJECTED_FILE, preprocess, training_texts
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message, open_text, write_records
+from tests.helpers import corpora
 
 
 def run(inputs: dict, output: Path, schema=corpora.SCHEMA, progress=None, tok: Tokenizer | None = None, **data):

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import corpora
 import numpy as np
 import psutil
 import pytest
@@ -27,14 +26,15 @@ from steerlm_megatron.data.write.chunks import Chunk, read_chunks
 from steerlm_megatron.data.write.preprocess import REJECTED_FILE, WORK, preprocess
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message, write_records
+from tests.helpers import corpora
 
 DATA = {"shard_tokens": 9000, "valid_fraction": 0.2, "on_error": "skip"}
 
 # What a killed process ran: chunks of 16 lines, and a pause after one of them so that it can be killed there.
 SCRIPT = """
 import sys, time
-sys.path[:0] = [{unit!r}, {root!r}]
-import corpora
+sys.path.insert(0, {root!r})
+from tests.helpers import corpora
 from steerlm_megatron.config.schema import DataConfig
 from steerlm_megatron.data.write import chunks, preprocess as module
 from steerlm_megatron.data.text.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def start(files: list[str], output: Path, folder: Path, workers: int, pause_at: 
     script = folder / f"script_{output.name}.py"
     script.write_text(
         SCRIPT.format(
-            unit=str(Path(__file__).parent), root=str(Path(__file__).parents[2]), pause_at=pause_at, files=files,
+            root=str(Path(__file__).parents[2]), pause_at=pause_at, files=files,
             output=str(output), workers=workers, data=DATA, tokenizer=str(folder / "tokenizer"), limit=limit,
         )
     )  # fmt: skip

@@ -6,7 +6,6 @@ import re
 import shutil
 from pathlib import Path
 
-import corpora
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import Template
+from tests.helpers import corpora
 
 CONVERSATIONS = corpora.conversations(60, seed=3)
 

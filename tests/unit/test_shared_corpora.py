@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from conversion import ALPACA, TOPICAL, shared
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from steerlm_megatron.config import load
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.stages.collect import collect_records
 from steerlm_megatron.stages.shards import make_shards
+from tests.helpers.conversion import ALPACA, TOPICAL, shared
 
 OASST = {"name": "oasst", "names": ["quality", "humor"], "max_level": 9, "quality": "quality"}
 Path_ = list[dict[str, Any]]

@@ -9,7 +9,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import corpora
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +22,7 @@ from steerlm_megatron.data.write.preprocess import preprocess
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, read_records
+from tests.helpers import corpora
 
 SCHEMA = AttributeSchema("own", ("quality", "humor"), 4)
 MAP = "turns=conversations,text=value,speaker=from"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversion import DOLLY, HELPSTEER, TOPICAL, chat, check_sums, rated, roles, run, texts
 
 from data_tools import rows
 from data_tools.convert import Options, convert, main
@@ -22,6 +21,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_json_atomic
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message, read_records, write_records
+from tests.helpers.conversion import DOLLY, HELPSTEER, TOPICAL, chat, check_sums, rated, roles, run, texts
 
 # HelpSteer
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import pickle
 
-import corpora
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -16,6 +15,7 @@ from steerlm_megatron.data.text.text_models import open_model
 from steerlm_megatron.data.text.tokenizer import META_FILE, Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message
+from tests.helpers import corpora
 
 NASTY = [
     "",

@@ -7,7 +7,6 @@ import io
 import pickle
 from typing import Any
 
-import corpora
 import numpy as np
 import pytest
 import sentencepiece
@@ -18,6 +17,7 @@ from steerlm_megatron.data.text import word_cache
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.text.word_cache import WordCache, applies
 from steerlm_megatron.errors import UserError
+from tests.helpers import corpora
 
 WORDS = [
     "river",

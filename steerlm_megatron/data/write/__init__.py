@@ -5,8 +5,8 @@ Each fast path has a slow one that is the truth, and that it must equal:
 =======================  ==========================================  =============================================
 fast path                the truth                                   the test that holds them together
 =======================  ==========================================  =============================================
-``quick_records.py``     ``steer.records.from_json``                 ``tests/unit/test_quick_records.py``
-``forms.py``             ``steer.templates.Template.render``         ``tests/unit/test_build.py``
+``fast_records.py``     ``steer.records.from_json``                 ``tests/unit/test_fast_records.py``
+``skeletons.py``             ``steer.templates.Template.render``         ``tests/unit/test_build.py``
 ``builder.py``           ``data.views.build_documents``              ``tests/unit/test_build.py``
 ``pool.py``              one process after the other                 ``tests/unit/test_preprocess.py``
 =======================  ==========================================  =============================================

@@ -32,15 +32,15 @@ import numpy as np
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.views import TURN
 from steerlm_megatron.data.write.blocks import Array, Block, concatenate, join
-from steerlm_megatron.data.write.builder import Builder, Spoke
-from steerlm_megatron.data.write.quick_records import QuickRecords
+from steerlm_megatron.data.write.builder import Builder, ConversationLike
+from steerlm_megatron.data.write.fast_records import FastRecords
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import atomic_path
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.dealing import deal
 from steerlm_megatron.steer.lines import OnError, Rejected, reject
 from steerlm_megatron.steer.messages import count_empty_replies
 from steerlm_megatron.steer.records import Conversation, parse_records, raw_lines
+from steerlm_megatron.steer.splits import assign_split
 from steerlm_megatron.steer.templates import Template
 
 FORMAT = 2  # raise when the same chunk gives other documents
@@ -253,10 +253,10 @@ class _Tokenizing:
             self.malformed,
         )
 
-    def _records(self, rejected: Rejected) -> Iterator[tuple[int, Spoke]]:
+    def _records(self, rejected: Rejected) -> Iterator[tuple[int, ConversationLike]]:
         """Line and conversation of every record; the rest as in ``read_records``."""
         job, chunk = self.job, self.chunk
-        parse = QuickRecords(chunk.path, job.schema).parse
+        parse = FastRecords(chunk.path, job.schema).parse
         for number, line in enumerate(chunk.lines, chunk.first_line):
             record = parse(line, number)
             if record is not None:
@@ -268,7 +268,7 @@ class _Tokenizing:
         if chunk.damage:
             reject(UserError(chunk.damage), cast(OnError, job.on_error), rejected)
 
-    def _take(self, batch: list[tuple[int, Spoke]]) -> None:
+    def _take(self, batch: list[tuple[int, ConversationLike]]) -> None:
         batch = self._without_control_strings(batch)
         conversations, lines = [conversation for _, conversation in batch], [line for line, _ in batch]
         block, has_target = self.job.builder.build(conversations, lines)
@@ -286,7 +286,7 @@ class _Tokenizing:
             if (chosen := has_target & (sides == side)).any():
                 self.parts[side].append(block.select(chosen))
 
-    def _without_control_strings(self, batch: list[tuple[int, Spoke]]) -> list[tuple[int, Spoke]]:
+    def _without_control_strings(self, batch: list[tuple[int, ConversationLike]]) -> list[tuple[int, ConversationLike]]:
         """Count what looks like control strings; under ``reject``, without the records that hold one."""
         if not self.control_like.anywhere([m.content for _, conversation in batch for m in conversation.messages]):
             return batch
@@ -305,8 +305,8 @@ class _Tokenizing:
             kept.append((line, conversation))
         return kept
 
-    def _side(self, conversation: Spoke) -> int:
-        return VALID if deal(conversation, self.job.valid_fraction, self.job.split_seed) == "valid" else TRAIN
+    def _side(self, conversation: ConversationLike) -> int:
+        return VALID if assign_split(conversation, self.job.valid_fraction, self.job.split_seed) == "valid" else TRAIN
 
     def _joined(self, side: int) -> Block:
         attributes = len(self.job.schema.names) if self.job.schema else 0

@@ -122,12 +122,12 @@ class _Run:
             raise UserError(f"data.valid_fraction={data.valid_fraction} must be at least 0 and below 1")
         if data.workers is not None and data.workers < 1:
             raise UserError(f"data.workers={data.workers} must be at least 1, or null for one per core")
-        self.deal = set(self.files) == {"train"} and data.valid_fraction > 0
-        self.splits = ["train", "valid"] if self.deal else list(self.files)
+        self.splits_by_hash = set(self.files) == {"train"} and data.valid_fraction > 0
+        self.splits = ["train", "valid"] if self.splits_by_hash else list(self.files)
         self.output_dir, self.data, self.progress, self.overwrite = output_dir, data, progress, overwrite
         self.converted = json.loads(json.dumps(converted))  # as a manifest gives it back
         self.rejected_before, self.first_rejected = rejected_before, ""
-        fraction = data.valid_fraction if self.deal else 0.0
+        fraction = data.valid_fraction if self.splits_by_hash else 0.0
         self.job = Job(
             tokenizer, schema, template, data.on_error, fraction, data.split_seed, data.control_strings
         )  # fmt: skip
@@ -158,7 +158,7 @@ class _Run:
                 if _stamp(path) != stamp:
                     raise UserError(f"{path} was changed while it was read; run it again when it is whole")
             for split, writer in writers.items():
-                if not writer.documents and not (self.deal and split == "valid"):
+                if not writer.documents and not (self.splits_by_hash and split == "valid"):
                     raise UserError(self._nothing_left(split))
             counted = {split: self._counted(split) for split in self.splits}
             run = {"settings": self._settings(), "counts": counted}
@@ -274,7 +274,7 @@ class _Run:
                     self.progress(self.done, max(self.total, self.done))
 
     def _target(self, chunk: Chunk, side: int) -> str:
-        return ("train", "valid")[side] if self.deal else chunk.split
+        return ("train", "valid")[side] if self.splits_by_hash else chunk.split
 
     def _repeats(self, chunk: Chunk, lines: list[int]) -> Iterator[tuple[int, str, str]]:
         """Records of an id that occurred before, as rejected lines; the first is an error under ``on_error=error``."""
@@ -286,7 +286,7 @@ class _Run:
             yield line, f"{chunk.path}:{line}", reason
 
     def _count(self, chunk: Chunk, found: Tokenized, repeated: Any) -> None:
-        for side in (TRAIN, VALID) if self.deal else (TRAIN,):
+        for side in (TRAIN, VALID) if self.splits_by_hash else (TRAIN,):
             counts, mine = self.counts[self._target(chunk, side)], (found.sides == side) & ~repeated
             counts["in"] += int(mine.sum()) + found.refused[side]
             counts["no_target"] += int((mine & ~found.has_target).sum())

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from helpers.dist import run_ranks
 
 from steerlm_megatron.config.schema import ParallelConfig
-from steerlm_megatron.runtime import apart as module
+from steerlm_megatron.runtime import independent_work as module
 from steerlm_megatron.runtime import parallel
-from steerlm_megatron.runtime.apart import apart
 from steerlm_megatron.runtime.collectives import barrier
+from steerlm_megatron.runtime.independent_work import independent_work
 
 pytestmark = pytest.mark.distributed
 
@@ -28,7 +28,7 @@ def one_is_late() -> list[float]:
     waited = []
     for seconds in (1.5 * TIMEOUT_SEC, 0.0):
         start = time.monotonic()
-        with apart():
+        with independent_work():
             time.sleep(seconds * at.rank)
         waited.append(time.monotonic() - start)
     barrier()
@@ -48,7 +48,7 @@ def one_is_stopped() -> None:
     at = parallel.initialize(ParallelConfig(data=2), 0, 60)
     module._SIGN_SEC = 0.1
     dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=5))
-    with apart():
+    with independent_work():
         if at.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
 

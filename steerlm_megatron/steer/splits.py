@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-Side = Literal["train", "valid"]
+Split = Literal["train", "valid"]
 
 
 class _Message(Protocol):
@@ -31,7 +31,7 @@ class _Conversation(Protocol):
     def messages(self) -> Sequence[_Message]: ...
 
 
-def deal(conversation: _Conversation, valid_fraction: float, seed: int) -> Side:
+def assign_split(conversation: _Conversation, valid_fraction: float, seed: int) -> Split:
     """The side that a conversation falls to, by the hash of (seed, first user message); its id where there is none.
 
     ``valid_fraction`` in [0, 1) is the share of prompts that falls to ``valid``.

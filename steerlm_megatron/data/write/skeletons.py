@@ -1,12 +1,12 @@
-"""The form of a conversation: its segments with gaps for texts, found by rendering one of that form.
+"""The skeleton of a conversation: its segments with gaps for texts, found by rendering one of that skeleton.
 
 A template puts texts into a frame that depends on roles, weights and label lines alone (``Template.render`` promises
-that), and a corpus has few such frames and many conversations. A ``Form`` is a frame, taken from what ``render`` makes
-of marks in the place of texts; where everything lies in it (``views.places``) is worked out once, as numbers of
+that), and a corpus has few such frames and many conversations. A ``Skeleton`` is a frame, taken from what ``render`` makes
+of marks in the place of texts; where everything lies in it (``views.turn_positions``) is worked out once, as numbers of
 segments. So a corpus needs no segment objects, and there is still one grammar.
 
-Owns: deriving forms, remembering them. Does not own: the frame (``steer.templates``), what lies where
-(``data/views.py``). Invariant: a form's segments with the texts in its gaps are what ``render`` gives, for each
+Owns: deriving skeletons, remembering them. Does not own: the frame (``steer.templates``), what lies where
+(``data/views.py``). Invariant: a skeleton's segments with the texts in its gaps are what ``render`` gives, for each
 conversation that gets it.
 """
 
@@ -19,25 +19,25 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from steerlm_megatron.data.views import Spoken, places
+from steerlm_megatron.data.views import MessageLike, turn_positions
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import Part, Segment, Template
 
-_MOST_FORMS = 1024
+_MOST_SKELETONS = 1024
 _MARK = re.compile("\0([0-9]+)\0")
 GAP = -1
 
 
 @dataclass(frozen=True)
-class Form:
+class Skeleton:
     """S segments, N turns. Places are edges of segments: k is where segment k starts, S where the last ends.
 
     Args:
         segments: as of ``render``; those with a gap have a text that means nothing.
         gaps: per gap, in the order of segments, what fills it (the number of a message's content; beyond contents, of
             a message's label), and what stands before and after that in the segment.
-        units: int64 [S]: ``GAP``, or the number of the segment's text or control string among ``Forms.constants``.
+        units: int64 [S]: ``GAP``, or the number of the segment's text or control string among ``SkeletonCache.constants``.
         turns: int64 [N, 7], the places of ``views.TURN``; ``marks``: uint8 [N, 2], role and weight.
         spans, header: int64 [spans, 2] and [2].
     """
@@ -55,16 +55,16 @@ class Form:
         return [before + fillings[number] + after for number, before, after in self.gaps]
 
 
-class Forms:
-    """The forms of a template's conversations."""
+class SkeletonCache:
+    """The skeletons of a template's conversations."""
 
     def __init__(self, template: Template, schema: AttributeSchema | None) -> None:
         self._template, self._schema = template, schema
-        self._forms: dict[tuple[tuple[str, ...], tuple[int, ...], tuple[bool, ...]], Form | None] = {}
+        self._skeletons: dict[tuple[tuple[str, ...], tuple[int, ...], tuple[bool, ...]], Skeleton | None] = {}
         self.constants: dict[tuple[str, bool], int] = {}  # (text, whether it is a control string) → unit
 
-    def of(self, messages: Sequence[Spoken]) -> tuple[Form, list[str]]:
-        """The form of a conversation, and the texts that fill its gaps. ``UserError`` as of ``Template.render``."""
+    def of(self, messages: Sequence[MessageLike]) -> tuple[Skeleton, list[str]]:
+        """The skeleton of a conversation, and the texts that fill its gaps. ``UserError`` as of ``Template.render``."""
         contents = [message.content for message in messages]
         attributes = [message.attributes for message in messages]
         labels: list[str] = []
@@ -77,18 +77,18 @@ class Forms:
             tuple([message.weight for message in messages]),
             tuple([bool(label) for label in labels]),
         )
-        form = self._forms.get(key)
-        if form is None:
-            if key not in self._forms:
-                if len(self._forms) >= _MOST_FORMS:
-                    self._forms.clear()
-                form = self._forms[key] = self._derive(messages, labels or [""] * len(messages))
-            if form is None:
+        skeleton = self._skeletons.get(key)
+        if skeleton is None:
+            if key not in self._skeletons:
+                if len(self._skeletons) >= _MOST_SKELETONS:
+                    self._skeletons.clear()
+                skeleton = self._skeletons[key] = self._derive(messages, labels or [""] * len(messages))
+            if skeleton is None:
                 return self._own(messages)
-        return form, form.texts(contents + labels)
+        return skeleton, skeleton.texts(contents + labels)
 
-    def _derive(self, messages: Sequence[Spoken], labels: list[str]) -> Form | None:
-        """The form of ``messages``; None if what ``render`` makes of marks does not tell it."""
+    def _derive(self, messages: Sequence[MessageLike], labels: list[str]) -> Skeleton | None:
+        """The skeleton of ``messages``; None if what ``render`` makes of marks does not tell it."""
         marked = self._render(messages, [f"\0{number}\0" for number in range(len(messages))])
         gaps: list[tuple[int, str, str]] = []
         filled = []
@@ -103,34 +103,38 @@ class Forms:
             elif found or label:  # what of it is this conversation's own cannot be told
                 return None
             filled.append(bool(found or label))
-        form = self._form(messages, marked, gaps, filled)
-        texts = iter(form.texts([message.content for message in messages] + labels))
+        skeleton = self._skeleton(messages, marked, gaps, filled)
+        texts = iter(skeleton.texts([message.content for message in messages] + labels))
         again = [s._replace(text=next(texts)) if gap else s for s, gap in zip(marked, filled, strict=True)]
-        return form if again == self._render(messages, [message.content for message in messages]) else None
+        return skeleton if again == self._render(messages, [message.content for message in messages]) else None
 
-    def _own(self, messages: Sequence[Spoken]) -> tuple[Form, list[str]]:
-        """A form for this one conversation: every text is a gap."""
+    def _own(self, messages: Sequence[MessageLike]) -> tuple[Skeleton, list[str]]:
+        """A skeleton for this one conversation: every text is a gap."""
         segments = self._render(messages, [message.content for message in messages])
         texts = [segment.text for segment in segments if not segment.control]
         gaps = [(number, "", "") for number in range(len(texts))]
-        return self._form(messages, segments, gaps, [not segment.control for segment in segments]), texts
+        return self._skeleton(messages, segments, gaps, [not segment.control for segment in segments]), texts
 
-    def _render(self, messages: Sequence[Spoken], contents: Sequence[str]) -> list[Segment]:
+    def _render(self, messages: Sequence[MessageLike], contents: Sequence[str]) -> list[Segment]:
         made = [Message(m.role, text, m.attributes, m.weight) for m, text in zip(messages, contents, strict=True)]
         return self._template.render(Conversation("", tuple(made)), self._schema)
 
-    def _form(
-        self, messages: Sequence[Spoken], segments: list[Segment], gaps: list[tuple[int, str, str]], filled: list[bool]
-    ) -> Form:
+    def _skeleton(
+        self,
+        messages: Sequence[MessageLike],
+        segments: list[Segment],
+        gaps: list[tuple[int, str, str]],
+        filled: list[bool],
+    ) -> Skeleton:
         constants = self.constants
         units = [
             GAP if gap else constants.setdefault((text, control), len(constants))
             for (text, control, _, _, _), gap in zip(segments, filled, strict=True)
         ]
         # With one token per segment a place in the tokens is the number of an edge.
-        turns, spans, header = places(messages, segments, [1] * len(segments))
+        turns, spans, header = turn_positions(messages, segments, [1] * len(segments))
         rows = np.array(turns, np.int64).reshape(-1, 9)
-        return Form(
+        return Skeleton(
             tuple(segments),
             tuple(gaps),
             np.array(units, np.int64),

@@ -59,7 +59,7 @@ class _Part:
         return {"in": self.read, "out": self.read - sum(skipped.values()), "skipped": skipped}
 
 
-class Intake:
+class RecordReader:
     """What one command reads. Every rank reads, rank 0 logs and writes; all take the same decisions."""
 
     def __init__(self, here: Session) -> None:
@@ -176,7 +176,7 @@ class _Remembered(Iterator[tuple[str, bytes]]):
         return found
 
 
-def told_skipped(counts: Mapping[str, Any]) -> str:
+def skipped_in_words(counts: Mapping[str, Any]) -> str:
     """What was skipped, in words for a log line: ``, 3 skipped (rejected: 2, prompt_too_long: 1)``, or nothing."""
     skipped = counts["skipped"]
     if not skipped:

@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import corpora
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from steerlm_megatron.data.write import quick_records
-from steerlm_megatron.data.write.quick_records import QuickRecords
+from steerlm_megatron.data.write import fast_records
+from steerlm_megatron.data.write.fast_records import FastRecords
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, parse_records, to_json
+from tests.helpers import corpora
 
 pytest.importorskip("msgspec")
 SCHEMAS = {"three": corpora.SCHEMA, "nameless": AttributeSchema("none", (), 1), "none": None}
@@ -39,7 +39,7 @@ def numbers(attributes: Any) -> list[tuple[str, str]]:
 
 def check(line: bytes, schema: AttributeSchema | None) -> bool:
     """Whether the line is taken; if so, rightly."""
-    quick = QuickRecords(PATH, schema).parse(line, 7)
+    quick = FastRecords(PATH, schema).parse(line, 7)
     if quick is None:
         return False
     slow = slowly(line, schema)
@@ -242,8 +242,8 @@ def test_what_needs_a_closer_look_is_left(line: str) -> None:
 
 
 def test_orders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quick_records, "_MOST_KINDS", 2)
-    quick = QuickRecords(PATH, None)
+    monkeypatch.setattr(fast_records, "_MOST_KINDS", 2)
+    quick = FastRecords(PATH, None)
     for conversation in corpora.conversations(50):
         assert quick.parse(json.dumps(to_json(conversation)).encode(), 1) is not None
         assert len(quick._orders) <= 2
@@ -252,7 +252,7 @@ def test_orders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_msgspec_all_is_left() -> None:
     code = (
         "import sys\nsys.modules['msgspec'] = None\n"
-        "from steerlm_megatron.data.write.quick_records import QuickRecords\n"
-        f"assert QuickRecords('x', None).parse({(TALK % ('', '')).encode()!r}, 1) is None"
+        "from steerlm_megatron.data.write.fast_records import FastRecords\n"
+        f"assert FastRecords('x', None).parse({(TALK % ('', '')).encode()!r}, 1) is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

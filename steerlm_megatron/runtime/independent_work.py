@@ -28,7 +28,7 @@ _calls = count()  # the same number on every rank
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def independent_work() -> Iterator[None]:
     """Around work that shares nothing with other replicas: on leaving, each rank waits for all, as long as they live.
 
     Collective over the world.

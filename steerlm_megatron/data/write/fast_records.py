@@ -1,6 +1,6 @@
 """Well-formed record lines, parsed and checked by msgspec in one step, several times faster than by ``steer.records``.
 
-Owns: ``QuickRecords``. Does not own: what a record is, errors (``steer.records``). Invariant: a line is either taken,
+Owns: ``FastRecords``. Does not own: what a record is, errors (``steer.records``). Invariant: a line is either taken,
 and then ``from_json`` would make the same conversation of it (apart from what preprocessing never looks at: unknown
 keys and ``source``), or left to ``steer.records``: everything doubtful is, so that errors are its errors.
 
@@ -23,7 +23,7 @@ from steerlm_megatron.steer.messages import LOSS_WEIGHT, SWITCHES, has_text
 from steerlm_megatron.steer.records import from_json
 
 if TYPE_CHECKING:
-    from steerlm_megatron.data.write.builder import Spoke
+    from steerlm_megatron.data.write.builder import ConversationLike
     from steerlm_megatron.steer.attributes import AttributeSchema
 
 try:
@@ -43,7 +43,7 @@ _LEFT = ("tool_calls", "function_call", LOSS_WEIGHT, *SWITCHES)  # with any of t
 
 
 def _kind(role: str, fields: list[Any], **fixed: Any) -> Any:
-    """The type of messages of a role: ``views.Spoken``."""
+    """The type of messages of a role: ``views.MessageLike``."""
     given = {"role": role, **fixed}
     fields = [("content", str), *fields, *((key, None, None) for key in _LEFT)]
     return msgspec.defstruct(role, fields, tag_field="role", tag=role, gc=False, namespace=given)
@@ -63,7 +63,7 @@ if msgspec is not None:
     )
 
 
-class QuickRecords:
+class FastRecords:
     """Parses the lines of one file."""
 
     def __init__(self, path: str, schema: AttributeSchema | None) -> None:
@@ -73,7 +73,7 @@ class QuickRecords:
         self._decode: Any = None if msgspec is None else msgspec.json.Decoder(_RECORD).decode
         self._orders: dict[tuple[type, ...], bool] = {}  # kinds of messages → whether they may stand in this order
 
-    def parse(self, line: bytes, number: int) -> Spoke | None:
+    def parse(self, line: bytes, number: int) -> ConversationLike | None:
         """The conversation in line ``number`` of the file; None if ``steer.records`` has to look at it."""
         if self._decode is None:
             return None

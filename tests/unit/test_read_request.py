@@ -19,7 +19,8 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_server import USER, Server, running, wait_for
+
+from tests.helpers.server import USER, Server, running, wait_for
 
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 BODY = json.dumps({"prompt": "hello", "max_tokens": 2}).encode()
@@ -242,8 +243,9 @@ def test_health_answers_while_a_long_body_is_parsed() -> None:
 
 DEAD_ENGINE = """
 import sys, threading, time, httpx
-sys.path.insert(0, "tests/unit")
-from test_server import SCHEMA, SamplingConfig, make_generator, serve
+from steerlm_megatron.config.schema import SamplingConfig
+from steerlm_megatron.serve.server import serve
+from tests.helpers.server import SCHEMA, make_generator
 generator, config = make_generator()
 generator.runner.model.fail_at = 3
 
