@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 _OUTSIDE, _INSIDE = re.compile(r'["\[\]{}]'), re.compile(r'["\\]')  # what counts outside of strings, and inside
 _BETWEEN = re.compile(r"[\s,]*")
-_PIECE_BYTES = 1 << 20  # of a line; many arrays are one line
+PIECE_BYTES = 1 << 20  # of a line; many arrays are one line
 
 
 def read_files(inputs: Sequence[str], on_error: OnError, rejected: Rejected | None) -> Iterator[tuple[str, Row]]:
@@ -98,9 +98,9 @@ def _read_array(path: str, on_error: OnError, rejected: Rejected | None) -> Iter
 
 
 def _text_pieces(path: str) -> Iterator[tuple[str, str]]:
-    """``("file:line", text)``: the file in pieces, none of more than a line nor of more than ``_PIECE_BYTES``."""
+    """``("file:line", text)``: the file in pieces, none of more than a line nor of more than ``PIECE_BYTES``."""
     decoder, before, offset = codecs.getincrementaldecoder("utf-8")(), "", 0
-    for where, piece in raw_lines(path, _PIECE_BYTES):
+    for where, piece in raw_lines(path, PIECE_BYTES):
         offset = offset if where == before else 0  # of the piece in its line
         before, held = where, len(decoder.getstate()[0])
         try:

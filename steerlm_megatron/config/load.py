@@ -107,7 +107,7 @@ def finalize(config: Config, world: int | None = None, alone: bool = False) -> C
         *_check_engine(config),
         *_check_train(config),
         *_check_blend(config),
-        *_check_profile(config),
+        *check_profile(config),
         *_check_trainable(config),
         *_check_objective(config),
     ]
@@ -287,7 +287,7 @@ def _check_trainable(config: Config) -> list[str]:
     return problems
 
 
-def _check_profile(config: Config) -> list[str]:
+def check_profile(config: Config) -> list[str]:
     steps = config.profile.steps
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         return [f"profile.steps={steps} must be two numbers, the first step and the last, counted from 1: [3,5]"]

@@ -226,7 +226,7 @@ class ShardWriter:
         for name in SIDE_ARRAYS[1:]:
             arrays[name] = np.concatenate([getattr(block, name) for block in blocks])
         self._count(arrays["turns"], arrays["spans"], arrays["values"])
-        _write_index(self._work / f"{prefix}.idx", lengths, token_dtype(self._tokenizer.vocab_size))
+        write_index(self._work / f"{prefix}.idx", lengths, token_dtype(self._tokenizer.vocab_size))
         for name in SIDE_ARRAYS:
             np.save(self._work / f"{prefix}.{name}.npy", arrays[name])
         itemsize = token_dtype(self._tokenizer.vocab_size).itemsize
@@ -256,7 +256,7 @@ class ShardWriter:
         self.counts["labelled_turns"] += int(present.any(axis=1).sum())
 
 
-def _write_index(path: Path, lengths: Array, dtype: np.dtype[Any]) -> None:
+def write_index(path: Path, lengths: Array, dtype: np.dtype[Any]) -> None:
     """Megatron-Core's index of documents of one sequence each: the bytes that its ``IndexedDatasetBuilder`` writes.
 
     At once, where the builder goes through lists of Python integers; and importing that costs seconds.

@@ -100,7 +100,7 @@ class Generator:
         self.error: str | None = None
         self.last_beat_sec = time.monotonic()  # when the loop last showed life
         self.steps = self.sampled_tokens = 0
-        self._jobs: dict[str, Job] = {}
+        self.jobs: dict[str, Job] = {}
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._last_message_sec = time.monotonic()
@@ -156,11 +156,11 @@ class Generator:
         assert self.group.is_leader, "only the leader of a replica submits"
         self._check_alive()
         self._check(requests)
-        jobs = [self._new_job(r, on_delta[i] if on_delta else None) for i, r in enumerate(requests)]
+        jobs = [self.new_job(r, on_delta[i] if on_delta else None) for i, r in enumerate(requests)]
         with self._lock:
             self._check_alive()
             for request in requests:
-                if request.id in self._jobs:
+                if request.id in self.jobs:
                     raise UserError(f"request {request.id}: a request of this id is being answered; ids must be unique")
             waiting = len(self.scheduler.waiting)
             # Requests that a free row awaits do not count: they leave the queue at the next step.
@@ -168,12 +168,12 @@ class Generator:
             if bounded and waiting + len(requests) > self.limits.max_queue + free:
                 raise QueueFull(waiting, self._retry_after_sec())
             for job in jobs:
-                self._jobs[job.request.id] = job
+                self.jobs[job.request.id] = job
                 self.scheduler.waiting.append(job)
             self._work.notify()
         return [job.handle for job in jobs]
 
-    def _new_job(self, request: Request, on_delta: Callable[[Delta], None] | None) -> Job:
+    def new_job(self, request: Request, on_delta: Callable[[Delta], None] | None) -> Job:
         text = ResponseText(self.tokenizer.decode, request.params.stop, self.template.response_suffix)
         return Job(request, Handle(request, self.cancel), text, on_delta)
 
@@ -183,13 +183,13 @@ class Generator:
     def cancel(self, request_id: str) -> None:
         """End a request; unknown or finished ids are ignored."""
         with self._lock:
-            job = self._jobs.get(request_id)
+            job = self.jobs.get(request_id)
             if job is None or job.reason is not None:
                 return
             job.reason = "cancelled"
             if job in self.scheduler.waiting:
                 self.scheduler.waiting.remove(job)
-            del self._jobs[request_id]
+            del self.jobs[request_id]
             outcome = outcome_of(job, lambda: self._result(job))
         assert outcome is not None
         resolve(job, outcome)
@@ -232,7 +232,7 @@ class Generator:
                 outcome = outcome_of(job, partial(self._take_token, job, ids[row], logprob))
                 if outcome is not None:
                     ended.append((job, outcome))
-                    del self._jobs[job.request.id]
+                    del self.jobs[job.request.id]
         for job, outcome in ended:
             resolve(job, outcome)
 
@@ -286,8 +286,8 @@ class Generator:
         with self._lock:
             if self.error is None:
                 self.error = reason
-            jobs = list(self._jobs.values())
-            self._jobs.clear()
+            jobs = list(self.jobs.values())
+            self.jobs.clear()
             self.scheduler.waiting.clear()
             self._work.notify_all()
         for job in jobs:
@@ -303,7 +303,7 @@ class Generator:
             if self.group.size > 1 and time.monotonic() - self._last_message_sec > self.group.heartbeat_sec:
                 self._send(StepPlan("idle"))
             with self._lock:
-                if not self._jobs and not stop.is_set():
+                if not self.jobs and not stop.is_set():
                     self._work.wait(timeout=0.5)
 
     def wake(self) -> None:

@@ -70,7 +70,7 @@ class BatchSampler:
         self.device = device
         banned = sorted({i for i in banned_ids if 0 <= i < vocab_size})
         self._banned = torch.tensor(banned, dtype=torch.int64, device=device)
-        self._rows: list[RowParams] = []
+        self.rows: list[RowParams] = []
         self._groups: list[_Group] = []
         self._wants_logprobs = False
 
@@ -83,10 +83,10 @@ class BatchSampler:
 
     def set_rows(self, rows: Sequence[RowParams]) -> None:
         """The parameters of the batch's rows, in order."""
-        if list(rows) == self._rows:
+        if list(rows) == self.rows:
             return
         self._groups = []  # until they are those of these rows, should making them fail
-        self._rows = list(rows)
+        self.rows = list(rows)
         self._wants_logprobs = any(row.logprobs for row in rows)
         by_method: dict[tuple[str, int], list[int]] = {}
         for i, row in enumerate(rows):
@@ -94,12 +94,12 @@ class BatchSampler:
         self._groups = [self._make_group(method, members) for method, members in sorted(by_method.items())]
 
     def _make_group(self, method: tuple[str, int], members: list[int]) -> _Group:
-        rows = [self._rows[i] for i in members]
+        rows = [self.rows[i] for i in members]
 
         def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype).unsqueeze(1).to(self.device)
 
-        whole = len(members) == len(self._rows)
+        whole = len(members) == len(self.rows)
         size = min(method[1], self.vocab_size)
         return _Group(
             rows=members,
@@ -123,7 +123,7 @@ class BatchSampler:
         ids_B: torch.Tensor | None = None
         for group in self._groups:
             part_BV = logits_BV if group.index_B is None else logits_BV.index_select(0, group.index_B)
-            drawn_B = self._draw(part_BV, group, indices)
+            drawn_B = self.draw(part_BV, group, indices)
             if group.index_B is None:
                 ids_B = drawn_B
             else:
@@ -156,13 +156,13 @@ class BatchSampler:
                 logprobs.append(0.0)
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(logprobs, dtype=torch.float32)
 
-    def _draw(self, logits_BV: torch.Tensor, group: _Group, indices: Sequence[int]) -> torch.Tensor:
+    def draw(self, logits_BV: torch.Tensor, group: _Group, indices: Sequence[int]) -> torch.Tensor:
         name, size = group.method
         if name == "greedy":
             top_B, ids_B = logits_BV.max(1)  # of a row with a NaN that NaN
             return torch.where(top_B.isfinite(), ids_B, NOT_FINITE)
         u_B1 = (
-            torch.tensor([uniform(self._rows[i].seed, indices[i]) for i in group.rows], dtype=torch.float64)
+            torch.tensor([uniform(self.rows[i].seed, indices[i]) for i in group.rows], dtype=torch.float64)
             .unsqueeze(1)
             .to(logits_BV.device, non_blocking=True)
         )

@@ -92,14 +92,14 @@ class Progress:
         self._clock = clock
         self._terminal = console().is_terminal if terminal is None else terminal
         self._fields: dict[str, Any] = {}
-        self._bar: RichProgress | None = None
+        self.bar: RichProgress | None = None
         self._start = self._last_time = clock()
         self._last_completed = initial
 
     def __enter__(self) -> Progress:
         self._start = self._last_time = self._clock()
         if self._enabled and self._terminal:
-            self._bar = _Bar(
+            self.bar = _Bar(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
@@ -110,8 +110,8 @@ class Progress:
                 TimeRemainingColumn(),
                 console=console(),
             )
-            self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, completed=self.completed, info="")
+            self.bar.start()
+            self._task = self.bar.add_task(self.label, total=self.total, completed=self.completed, info="")
         return self
 
     def advance(self, units: int = 1, **fields: Any) -> None:
@@ -122,8 +122,8 @@ class Progress:
         """``completed`` units are done in all."""
         self.completed = completed
         self._fields.update(fields)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=completed, info=" ".join(self._info()))
+        if self.bar is not None:
+            self.bar.update(self._task, completed=completed, info=" ".join(self._info()))
         elif self._enabled and self._line_is_due():
             self._line()
 
@@ -165,8 +165,8 @@ class Progress:
         return shown + [f"{name}={_number(value)}" for name, value in self._fields.items()]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self.bar is not None:
+            self.bar.stop()
         elif self._enabled:
             self._line(ended=True)
 

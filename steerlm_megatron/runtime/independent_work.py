@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from steerlm_megatron.runtime.collectives import barrier
 
-_SIGN_SEC = 5.0  # between two signs
+SIGN_SEC = 5.0  # between two signs
 _POLL_SEC = 0.1
 _END_SEC = 10.0
 _calls = count()  # the same number on every rank
@@ -42,7 +42,7 @@ def independent_work() -> Iterator[None]:
         yield
         return
     default: Any = dist.distributed_c10d._get_default_store()
-    rank, prefix, done = dist.get_rank(), f"apart_{next(_calls)}", threading.Event()
+    rank, prefix, done = dist.get_rank(), f"independent_work_{next(_calls)}", threading.Event()
     store = dist.PrefixStore(prefix, default)
     store.set(f"who_{rank}", f"host {socket.gethostname()}, pid {os.getpid()}")
     store.set(f"sign_{rank}", "0")
@@ -64,7 +64,7 @@ def independent_work() -> Iterator[None]:
 
 def _give_signs(store: Any, rank: int, done: threading.Event) -> None:
     for sign in count(1):
-        if done.wait(_SIGN_SEC):
+        if done.wait(SIGN_SEC):
             return
         try:
             store.set(f"sign_{rank}", str(sign))
@@ -76,10 +76,10 @@ def _wait(store: Any, world: int, timeout_sec: float) -> None:
     """For all ``world`` ranks to arrive, or for one that is silent for ``timeout_sec``."""
     keys = [f"sign_{rank}" for rank in range(world)]
     # Silence is counted in looks: time in which this process was stopped, and perhaps all were, does not count.
-    limit = math.ceil(timeout_sec / _SIGN_SEC)
+    limit = math.ceil(timeout_sec / SIGN_SEC)
     last, silent, looked = [b""] * world, [0] * world, -math.inf
     while store.add("arrived", 0) < world:
-        if time.monotonic() - looked >= _SIGN_SEC:
+        if time.monotonic() - looked >= SIGN_SEC:
             signs = store.multi_get(keys)
             silent = [looks + 1 if new == old else 0 for looks, new, old in zip(silent, signs, last, strict=True)]
             last, looked = signs, time.monotonic()

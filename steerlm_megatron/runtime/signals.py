@@ -106,7 +106,7 @@ def _leave_anyway(reader: int) -> None:
 
 
 @cache
-def _slurm_times() -> tuple[float, float] | None:
+def slurm_times() -> tuple[float, float] | None:
     """Start and end of the SLURM job that this process is part of, in seconds since the epoch; None: no job, no end.
 
     From SLURM 23.02 on jobs are told; before, one process asks the controller.
@@ -141,7 +141,7 @@ class StopRequest:
         self._limit: tuple[float, str] = (float("inf"), "")  # seconds since the epoch, and what is over then
         if max_minutes is not None:
             self._limit = (psutil.Process().create_time() + 60 * max_minutes, f"train.max_minutes={max_minutes:g}")
-        if (times := _slurm_times()) is not None:
+        if (times := slurm_times()) is not None:
             start, end = times
             margin = min(SAVING_SEC, _SAVING_SHARE * (end - start))
             self._limit = min(self._limit, (end - margin, "the end of the SLURM job's time"))

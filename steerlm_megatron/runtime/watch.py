@@ -59,15 +59,16 @@ class Watch:
     leaves the loop carries the report as a note. One process: nothing.
     """
 
-    def __init__(self, timeout_sec: float) -> None:
+    def __init__(self, timeout_sec: float, answer_sec: float | None = None) -> None:
+        """``answer_sec`` bounds how long the store, and a rank that is asked where it is, may take to answer; None: a share of ``timeout_sec``."""
         self._limit = _SHARE_OF_TIMEOUT * timeout_sec
-        self._interval = min(5.0, self._limit / 8)
-        self._answer = min(_ANSWER_SEC, self._limit / 4)
+        self.interval_sec = min(5.0, self._limit / 8)
+        self._answer = min(_ANSWER_SEC, self._limit / 4) if answer_sec is None else answer_sec
         self._beat: tuple[int, float, int, str] = (0, time.monotonic(), 0, "starting")
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self._watched = 0
-        self._report: str | None = None
+        self.report: str | None = None
         self._rank = self._world = 0
 
     def beat(self, step: int, doing: str) -> None:
@@ -92,15 +93,15 @@ class Watch:
     ) -> None:
         self._end.set()
         if self._thread is not None:
-            self._thread.join(self._interval)
-        if self._report is not None and isinstance(error, Exception):
-            error.add_note(self._report)
+            self._thread.join(self.interval_sec)
+        if self.report is not None and isinstance(error, Exception):
+            error.add_note(self.report)
 
     # ---- the thread
 
     def _run(self, store: Any) -> None:
         looked = time.monotonic()
-        while not self._end.wait(self._interval):
+        while not self._end.wait(self.interval_sec):
             asleep, looked = time.monotonic() - looked, time.monotonic()
             beats, since, _, _ = self._beat
             if asleep > self._limit / 2:  # nobody else is to blame, and the others may just be coming
@@ -118,9 +119,9 @@ class Watch:
             finally:
                 alone.cancel()
             while self._beat[0] == beats:
-                if self._end.wait(self._interval):
+                if self._end.wait(self.interval_sec):
                     return
-            self._report = None
+            self.report = None
             get_logger(__name__).warning("going on after %.0f s without progress", time.monotonic() - since)
             self._forget(store, beats)
             looked = time.monotonic()
@@ -133,14 +134,14 @@ class Watch:
             # Into this rank's own file; the console shows the one report.
             get_logger(__name__).info("no progress for %.0f s: %s", self._age(), _describe(self._position()))
             if report := self._wait_for(store, [key], 2 * self._answer):
-                self._report = report[key]
+                self.report = report[key]
                 return
         found = self._wait_for(store, [str(rank) for rank in range(self._world)], self._answer)
         positions = [Position(**json.loads(found[str(rank)])) for rank in range(self._world) if str(rank) in found]
         if self._beat[0] != beats or positions[0].rank != self._rank:
             return
         silent = sorted(set(range(self._world)) - {p.rank for p in positions})
-        known = self._wait_for(store, [f"who_{rank}" for rank in silent], self._interval)
+        known = self._wait_for(store, [f"who_{rank}" for rank in silent], self.interval_sec)
         named = {rank: known.get(f"who_{rank}", "unknown") for rank in silent}
         text = f"no progress for {self._age():.0f} s at step {self._beat[2]}: {explain(positions, named)}"
         store.set(key, text)
@@ -162,7 +163,7 @@ class Watch:
             for key in keys:
                 if key not in values and store.check([key]):
                     values[key] = store.get(key).decode()
-            if len(values) == len(keys) or time.monotonic() > deadline or self._end.wait(min(1.0, self._interval)):
+            if len(values) == len(keys) or time.monotonic() > deadline or self._end.wait(min(1.0, self.interval_sec)):
                 return values
 
     def _no_store(self) -> None:
@@ -173,7 +174,7 @@ class Watch:
         )
 
     def _say(self, report: str, level: int = logging.WARNING) -> None:
-        self._report = report
+        self.report = report
         get_logger(__name__).log(level, "%s", report)
 
     def _age(self) -> float:

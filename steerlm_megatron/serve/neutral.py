@@ -134,12 +134,12 @@ def without_nulls(value: Any) -> Any:
 def problem(name: str, value: Any, table: Mapping[str, Values]) -> str | None:
     """Why the parameter ``name`` of ``table`` cannot have this value, or None where it asks for nothing."""
     legal = table[name]
-    if isinstance(legal, _Label) or any(_same(without_nulls(value), one) for one in legal):
+    if isinstance(legal, _Label) or any(same_json(without_nulls(value), one) for one in legal):
         return None
     remedy = "".join(f" or set it to {one!r}" for one in legal)
     return f"{shown(value)} is not supported by this server; leave it out{remedy}"
 
 
-def _same(value: Any, neutral: Any) -> bool:
+def same_json(value: Any, neutral: Any) -> bool:
     """Equality of JSON: true is not 1."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

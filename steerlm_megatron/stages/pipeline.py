@@ -108,7 +108,7 @@ def _fingerprint(state: Run, step: Step, config: Config) -> str:
     """Of all that the step's result depends on: what it reads of its configuration, the steps before it, the corpus."""
     read = step.depends_on(config)
     before = [state.keys[name] for name in step.after if name in state.keys]
-    values = {"step": step.name, "config": _without_root(read, str(state.here.folder)), "after": before}
+    values = {"step": step.name, "config": relative_to_run(read, str(state.here.folder)), "after": before}
     return fingerprint(values, _input_files(config) if step.name == "data" else [])
 
 
@@ -120,14 +120,14 @@ def _input_files(config: Config) -> list[str]:
     return expand_paths(names) if names else []
 
 
-def _without_root(value: Any, root: str) -> Any:
+def relative_to_run(value: Any, root: str) -> Any:
     """Paths below the run folder relative to it: what they hold is in the fingerprints of the steps that made them, and
     a run folder that is moved stays complete.
     """
     if isinstance(value, dict):
-        return {k: _without_root(v, root) for k, v in value.items()}
+        return {k: relative_to_run(v, root) for k, v in value.items()}
     if isinstance(value, list):
-        return [_without_root(v, root) for v in value]
+        return [relative_to_run(v, root) for v in value]
     if isinstance(value, str) and f"{value}/".startswith(f"{root}/"):  # not "raise" below a run folder "r"
         return value[len(root) :]
     return value

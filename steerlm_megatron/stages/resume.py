@@ -48,7 +48,7 @@ def check_init(config: Config, data: Corpora, view: View) -> Path | None:
             f"({meta.vocab_size} ids) than "
             f"{data.name} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={folder / 'tokenizer'}"
         )
-    if wrong := _model_differences(config, meta) + _other_padding(config, meta, view):
+    if wrong := _model_differences(config, meta) + padding_differences(config, meta, view):
         raise UserError(f"init_from={config.init_from} holds another model: {', '.join(wrong)}")
     if meta.head == "regression":
         _check_head(config, meta, view)
@@ -80,7 +80,7 @@ def _model_differences(config: Config, meta: CheckpointMeta) -> list[str]:
     ]
 
 
-def _other_padding(config: Config, meta: CheckpointMeta, view: View) -> list[str]:
+def padding_differences(config: Config, meta: CheckpointMeta, view: View) -> list[str]:
     """Rows of the output layer beyond the vocabulary are in the softmax, as in Megatron: with another number of them
     the same weights are another model. A regression head has no such rows.
     """
@@ -106,7 +106,7 @@ def check_resume(config: Config, data: Corpora, view: View, folder: Path, meta: 
     """Refuse to go on from ``folder`` with what would silently be another run. All that differs is said at once."""
     if not meta.training_state:
         raise UserError(f"{folder} is an export, which no run can resume from; start a new run with init_from={folder}")
-    wrong = _model_differences(config, meta) + _other_padding(config, meta, view)
+    wrong = _model_differences(config, meta) + padding_differences(config, meta, view)
     head = "regression" if view == "ap" else "lm"
     if meta.head != head:
         wrong.append(f"a model with head '{head}' (checkpoint: '{meta.head}')")

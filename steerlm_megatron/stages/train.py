@@ -84,7 +84,7 @@ def train(here: Session) -> TrainResult:
     config = here.config
     view = view_of(config)
     # One rank reads every byte; an error there ends the others.
-    data, valid = _open_data(config, verify=config.data.verify and here.layout.is_main)
+    data, valid = open_data(config, verify=config.data.verify and here.layout.is_main)
     _check_data(config, data, view)
     base = check_init(config, data, view)
     counts = _label_counts(config, data, view, base)
@@ -111,7 +111,7 @@ def train(here: Session) -> TrainResult:
         verify(base)
         engine.load_model(base)
     _announce(config, view, rows, loaders[0], steps)
-    _check_profile(config, here.layout.world_size, meta.step, steps)
+    check_profile(config, here.layout.world_size, meta.step, steps)
     profiler = StepProfiler(here.folder, config.profile.steps, here.layout.rank, config.profile.ranks)
     sinks = on_main(lambda: sinks_of(config.tracking, here.folder, to_container(config))) or []
     with closing(MetricsWriter(here.folder, sinks=sinks, active=here.layout.is_main)) as metrics:
@@ -132,7 +132,7 @@ def train(here: Session) -> TrainResult:
     return result
 
 
-def _open_data(config: Config, verify: bool = False) -> tuple[Corpora, Corpora | None]:
+def open_data(config: Config, verify: bool = False) -> tuple[Corpora, Corpora | None]:
     train, valid = config.data.train, config.data.valid
     if train is None:
         train, valid = ensure_shards(config)
@@ -196,7 +196,7 @@ def _check_data(config: Config, data: Corpora, view: View) -> None:
         )
 
 
-def _check_profile(config: Config, ranks: int, done: int, steps: int) -> None:
+def check_profile(config: Config, ranks: int, done: int, steps: int) -> None:
     """Say of a profile that was asked for that there will be none, or less."""
     wanted = config.profile
     if not wanted.steps:
@@ -282,11 +282,11 @@ def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tupl
         if config.train.trainable == "head":
             freeze_trunk(chunk)
         chunks.append(chunk)
-    flops = _flops_of(config, data.tokenizer.vocab_size, view)
+    flops = flops_of(config, data.tokenizer.vocab_size, view)
     return engine_of(config.engine)(chunks, _objective(config, view), config.optim, config.engine, steps), flops
 
 
-def _flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, float], float]:
+def flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, float], float]:
     """Model FLOPs of so many useful tokens and Σ s² (docs/numerics.md). A frozen trunk has no backward pass: a third of
     training's.
     """

@@ -118,7 +118,7 @@ class Template(ABC):
         Raises:
             UserError: an attribute that the schema lacks, or NaN.
         """
-        return self._segments(conversation.messages, schema, training=True)
+        return self.segments(conversation.messages, schema, training=True)
 
     def prefix(
         self,
@@ -136,7 +136,7 @@ class Template(ABC):
         """
         if not any(message.role == "user" for message in messages):
             raise UserError("messages has no user message; a prompt needs one")
-        segments = self._segments(messages, schema, training=False)
+        segments = self.segments(messages, schema, training=False)
         turn = len(messages)
         segments += self._open_response(turn, False)
         if schema is not None and levels:
@@ -170,7 +170,7 @@ class Template(ABC):
         return self._open_response(turn, follows) + self._label(self.label(message, schema), turn)
 
     @abstractmethod
-    def _segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
+    def segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
         """All given messages; ``training`` marks trained segments and closes a final assistant message."""
 
     @abstractmethod
@@ -203,7 +203,7 @@ class SteerLMTemplate(Template):
             Segment("Assistant\n", False, False, Part.ROLE, turn),
         ]
 
-    def _segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
+    def segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
         system, turns = _split_system(messages, self.system)
         segments = [
             Segment("<extra_id_0>", True, False, Part.HEADER, -1),
@@ -249,7 +249,7 @@ class Llama2Template(Template):
     def _open_response(self, turn: int, follows: bool) -> list[Segment]:
         return [Segment(" ", False, False, Part.ROLE, turn)]
 
-    def _segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
+    def segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
         system, turns = _split_system(messages, self.system)
         segments: list[Segment] = []
         for turn, message in turns:

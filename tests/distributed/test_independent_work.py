@@ -24,7 +24,7 @@ TIMEOUT_SEC = 10
 
 def one_is_late() -> list[float]:
     at = parallel.initialize(ParallelConfig(data=2), 0, TIMEOUT_SEC)
-    module._SIGN_SEC = 0.1
+    module.SIGN_SEC = 0.1
     waited = []
     for seconds in (1.5 * TIMEOUT_SEC, 0.0):
         start = time.monotonic()
@@ -32,8 +32,8 @@ def one_is_late() -> list[float]:
             time.sleep(seconds * at.rank)
         waited.append(time.monotonic() - start)
     barrier()
-    keys = [f"apart_{call}/{key}_{rank}" for call in (0, 1) for key in ("who", "sign") for rank in (0, 1)]
-    left = [key for key in [*keys, "apart_0/arrived"] if dist.distributed_c10d._get_default_store().check([key])]
+    keys = [f"independent_work_{call}/{key}_{rank}" for call in (0, 1) for key in ("who", "sign") for rank in (0, 1)]
+    left = [key for key in [*keys, "independent_work_0/arrived"] if dist.distributed_c10d._get_default_store().check([key])]
     barrier()  # rank 0 has the store
     assert not left, "they do not pile up"
     return waited
@@ -46,7 +46,7 @@ def test_they_wait_beyond_the_timeout() -> None:
 
 def one_is_stopped() -> None:
     at = parallel.initialize(ParallelConfig(data=2), 0, 60)
-    module._SIGN_SEC = 0.1
+    module.SIGN_SEC = 0.1
     dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=5))
     with independent_work():
         if at.rank == 1:

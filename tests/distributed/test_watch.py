@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from functools import partial
 from typing import Never
@@ -43,10 +44,8 @@ def _start() -> _Lines:
 
 
 def _watch(answer_sec: float = 30.0) -> Watch:
-    """With time for a busy machine to answer."""
-    watch = Watch(TIMEOUT_SEC)
-    watch._answer = answer_sec
-    return watch
+    """A watch that gives ranks on a busy machine time to answer."""
+    return Watch(TIMEOUT_SEC, answer_sec)
 
 
 def _until(lines: _Lines, word: str) -> list[str]:
@@ -58,7 +57,7 @@ def _until(lines: _Lines, word: str) -> list[str]:
 
 def _reads_slowly(watch: Watch) -> None:
     deadline = time.monotonic() + 60
-    while watch._report is None and time.monotonic() < deadline:
+    while watch.report is None and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
@@ -84,7 +83,7 @@ def _one_is_stopped(stopped: int, report: str) -> list[str]:
         barrier()
         watch.beat(3, "computing")
         if dist.get_rank() == stopped:
-            time.sleep(2 * watch._interval)  # its watch has looked at the clock
+            time.sleep(2 * watch.interval_sec)  # its watch has looked at the clock
             os.kill(os.getpid(), signal.SIGSTOP)
             return _until(lines, "this process was stopped")
         _until(lines, report)
@@ -166,7 +165,7 @@ def test_the_report_is_of_the_one_that_is_late(
 def test_one_process_is_not_watched() -> None:
     with Watch(0.1) as watch:
         watch.beat(1, "computing")
-        assert watch._thread is None
+        assert not any(thread.name == "watch" for thread in threading.enumerate())
 
 
 def test_a_failing_action_of_rank_0_ends_the_others_in_the_same_way() -> None:

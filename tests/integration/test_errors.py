@@ -15,7 +15,7 @@ from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.stages.resume import _other_padding
+from steerlm_megatron.stages.resume import padding_differences
 from steerlm_megatron.stages.session import check_layout
 from steerlm_megatron.train.meta import CheckpointMeta
 from tests.helpers.cli import run_here as run
@@ -168,7 +168,7 @@ def test_rows_of_padding_stay_what_they_were() -> None:
     saved = CheckpointMeta(9, "sft", asdict(model), 400, None, {}, "hash", parallel={"tensor": 1})
 
     def problems(tensor: int, view: View = "acsft") -> list[str]:
-        return _other_padding(Config(model=model, parallel=ParallelConfig(tensor=tensor)), saved, view)
+        return padding_differences(Config(model=model, parallel=ParallelConfig(tensor=tensor)), saved, view)
 
     assert problems(1) == problems(2) == problems(3, "ap") == []
     (problem,) = problems(3)

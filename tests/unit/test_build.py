@@ -110,8 +110,8 @@ def test_one_form_serves_all_of_its_kind() -> None:
 class Doubling(SteerLMTemplate):
     """A template that writes a text twice: such a skeleton cannot be told, so all is rendered."""
 
-    def _segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
-        segments = super()._segments(messages, schema, training)
+    def segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
+        segments = super().segments(messages, schema, training)
         return [s._replace(text=s.text * 2) if s.part == 1 else s for s in segments]
 
 
@@ -119,8 +119,8 @@ class Doubling(SteerLMTemplate):
 class Bracketing(SteerLMTemplate):
     """A template that writes something before a label line: such a skeleton cannot be told either."""
 
-    def _segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
-        segments = super()._segments(messages, schema, training)
+    def segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
+        segments = super().segments(messages, schema, training)
         return [s._replace(text=f"[{s.text}") if s.part is Part.LABEL and not s.control else s for s in segments]
 
 
@@ -129,7 +129,7 @@ def test_labels_that_cannot_be_told_are_rendered() -> None:
     given_ = corpora.conversations(20)
     builder = Builder(tok, template, corpora.SCHEMA)
     assert_same(builder.build(given_, range(1, 21))[0], expected(given_, tok, template, corpora.SCHEMA))
-    assert None in builder._skeletons._skeletons.values()
+    assert None in builder.skeletons.known.values()
 
 
 def test_what_cannot_be_told_is_rendered() -> None:
@@ -137,21 +137,21 @@ def test_what_cannot_be_told_is_rendered() -> None:
     given_ = [Conversation("x", talk("river", "stone")), Conversation("y", talk("lamp", "bread"))]
     builder = Builder(tok, template, corpora.SCHEMA)
     assert_same(builder.build(given_, [1, 2])[0], expected(given_, tok, template, corpora.SCHEMA))
-    assert list(builder._skeletons._skeletons.values()) == [None]
+    assert list(builder.skeletons.known.values()) == [None]
     marked = Template.from_config({"name": "steerlm", "system": "\x000\0"})  # looks like a mark
     builder = Builder(tok, marked, None)
     assert_same(builder.build(given_, [1, 2])[0], expected(given_, tok, marked, None))
 
 
 def test_forms_are_bounded_and_many_documents_are_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skeletons, "_MOST_SKELETONS", 3)
+    monkeypatch.setattr(skeletons, "MOST_SKELETONS", 3)
     given_ = corpora.conversations(200, seed=4)
     builder = Builder(corpora.tokenizer("trained"), corpora.STEERLM, corpora.SCHEMA)
     for start in range(0, 200, 50):
         some = given_[start : start + 50]
         block = builder.build(some, range(1, 51))[0]
         assert_same(block, expected(some, corpora.tokenizer("trained"), corpora.STEERLM, corpora.SCHEMA))
-        assert len(builder._skeletons._skeletons) <= 3
+        assert len(builder.skeletons.known) <= 3
     assert_same(builder.build([], [])[0], join([], corpora.tokenizer("trained").vocab_size, 3))
 
 

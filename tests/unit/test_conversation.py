@@ -154,7 +154,7 @@ def test_odd_requests_are_nobody_elses(server: Server) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_fails_is_told_so_and_others_go_on(stream: bool) -> None:
     with running() as server:
-        original = server.generator._new_job
+        original = server.generator.new_job
 
         def new_job(request: Any, on_delta: Any) -> Any:
             job = original(request, on_delta)
@@ -166,7 +166,7 @@ def test_a_request_that_fails_is_told_so_and_others_go_on(stream: bool) -> None:
                 job.text.finish = fail
             return job
 
-        server.generator._new_job = new_job  # type: ignore[method-assign]
+        server.generator.new_job = new_job  # type: ignore[method-assign]
 
         async def ask(client: openai.AsyncOpenAI, seed: int) -> Any:
             asked: Any = {"model": "steerlm", "prompt": "hello", "seed": seed, "max_tokens": 20, "stream": stream}

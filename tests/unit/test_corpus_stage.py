@@ -24,7 +24,7 @@ from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.stages.collect import collect_records
 from steerlm_megatron.stages.preprocess import total_counts
 from steerlm_megatron.stages.shards import check_tokenizer, make_shards, make_tokenizer
-from steerlm_megatron.stages.train import _open_data
+from steerlm_megatron.stages.train import open_data
 from steerlm_megatron.steer.records import read_records, write_records
 from tests.helpers import corpora
 
@@ -173,9 +173,9 @@ def test_training_verifies_checksums_on_request(tmp_path: Path) -> None:
     data[9] ^= 1
     damaged.write_bytes(data)
     cfg = config(train=str(tmp_path / "out"))
-    assert len(_open_data(cfg)[0]) > 0
+    assert len(open_data(cfg)[0]) > 0
     with pytest.raises(UserError, match=r"shard-00000\.bin is damaged"):
-        _open_data(cfg, verify=True)
+        open_data(cfg, verify=True)
 
 
 def made(cfg: Config, out: Path) -> dict[str, Any]:

@@ -242,11 +242,11 @@ def test_what_needs_a_closer_look_is_left(line: str) -> None:
 
 
 def test_orders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fast_records, "_MOST_KINDS", 2)
+    monkeypatch.setattr(fast_records, "MOST_KINDS", 2)
     quick = FastRecords(PATH, None)
     for conversation in corpora.conversations(50):
         assert quick.parse(json.dumps(to_json(conversation)).encode(), 1) is not None
-        assert len(quick._orders) <= 2
+        assert len(quick.orders) <= 2
 
 
 def test_without_msgspec_all_is_left() -> None:

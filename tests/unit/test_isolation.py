@@ -153,16 +153,16 @@ def test_an_exception_of_one_request_ends_it_alone(kinds: list[str], data: st.Da
     fine = [one for one, kind in zip(asked, kinds, strict=True) if kind == "fine"]
     expected = {r.id: r for r in make(PoisonedModel(False)).generate(fine)}
     generator = make(PoisonedModel())
-    drawn = generator.runner.sampler._draw
+    drawn = generator.runner.sampler.draw
 
     def draw(logits_BV: torch.Tensor, group: Any, indices: Sequence[int]) -> torch.Tensor:
         for row in group.rows:
-            seed = generator.runner.sampler._rows[row].seed
+            seed = generator.runner.sampler.rows[row].seed
             if kinds[seed] == "draw" and indices[row] >= at[seed]:
                 raise ZeroDivisionError("of one row")
         return drawn(logits_BV, group, indices)
 
-    generator.runner.sampler._draw = draw  # type: ignore[method-assign]
+    generator.runner.sampler.draw = draw  # type: ignore[method-assign]
     handles = []
     for i, (one, kind) in enumerate(zip(asked, kinds, strict=True)):
 
@@ -173,7 +173,7 @@ def test_an_exception_of_one_request_ends_it_alone(kinds: list[str], data: st.Da
 
         handle = generator.submit(one, callback)
         if kind in ("text", "stop"):
-            job = generator._jobs[one.id]
+            job = generator.jobs[one.id]
 
             def fail(*_: Any) -> Any:
                 raise IndexError("of the text")
@@ -187,8 +187,8 @@ def test_an_exception_of_one_request_ends_it_alone(kinds: list[str], data: st.Da
         elif kind != "callback" or handle.future.exception(0) is not None:  # a short response may have no more calls
             with pytest.raises(RequestFailed):
                 handle.future.result(0)
-    assert generator.error is None and not generator._jobs and not generator.scheduler.running
-    generator.runner.sampler._draw = drawn  # type: ignore[method-assign]
+    assert generator.error is None and not generator.jobs and not generator.scheduler.running
+    generator.runner.sampler.draw = drawn  # type: ignore[method-assign]
     assert generator.generate([request("later")]) == make(PoisonedModel(False)).generate([request("later")])
 
 
@@ -207,7 +207,7 @@ def test_cancelling_a_request_whose_text_raises_resolves_it() -> None:
     def fail(*_: Any) -> Any:
         raise IndexError("of the text")
 
-    generator._jobs["x"].text.finish = fail  # type: ignore[method-assign]
+    generator.jobs["x"].text.finish = fail  # type: ignore[method-assign]
     handle.cancel()
     with pytest.raises(RequestFailed, match="IndexError: of the text"):
         handle.future.result(0)

@@ -100,9 +100,9 @@ def test_an_eighty_column_terminal_shows_the_time_left(monkeypatch: pytest.Monke
     monkeypatch.setattr(progress, "console", screen)
     with Progress(100_000, "5/12 train_ap", terminal=True, initial=1000) as bar:
         bar.advance(1, loss=1.234567, lr=3.054e-4, tokens_per_sec=17482.0, valid=1.581)
-        assert bar._bar is not None
+        assert bar.bar is not None
         with (paper := screen()).capture() as shown:
-            paper.print(bar._bar.get_renderable())
+            paper.print(bar.bar.get_renderable())
     first, second = shown.get().splitlines()
     assert "1001/100000" in first and re.search(r"0:00:0\d left \S*:\S*", first) and "…" not in first
     assert "loss=1.235" in second and "valid=1.581" in second

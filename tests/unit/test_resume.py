@@ -41,7 +41,7 @@ from steerlm_megatron.data.text.tokenizer import Tokenizer
 
 def main():
     chunks.CHUNK_LINES = 16
-    module._Run._workers = lambda run: {workers}
+    module.WORKER_BYTES = 1
     said = []
     def progress(done, total):
         said.append(done)
@@ -83,9 +83,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def run(files: list[str], output: Path, workers: int = 1, **given: Any) -> dict[str, Any]:
     options = {name: given.pop(name) for name in ("progress", "overwrite") if name in given}
-    tok, cfg = corpora.tokenizer("trained"), DataConfig(**(DATA | given))
+    tok, cfg = corpora.tokenizer("trained"), DataConfig(**(DATA | {"workers": workers} | given))
     with pytest.MonkeyPatch.context() as patch:  # as many as asked for, however small the corpus
-        patch.setattr(module._Run, "_workers", lambda run: workers)
+        patch.setattr(module, "WORKER_BYTES", 1)
         return preprocess({"train": files}, output, tok, corpora.SCHEMA, corpora.STEERLM, cfg, **options)
 
 
@@ -98,7 +98,7 @@ def start(files: list[str], output: Path, folder: Path, workers: int, pause_at: 
     script.write_text(
         SCRIPT.format(
             root=str(Path(__file__).parents[2]), pause_at=pause_at, files=files,
-            output=str(output), workers=workers, data=DATA, tokenizer=str(folder / "tokenizer"), limit=limit,
+            output=str(output), data=DATA | {"workers": workers}, tokenizer=str(folder / "tokenizer"), limit=limit,
         )
     )  # fmt: skip
     return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -135,7 +135,7 @@ def test_repeated_ids_are_errors(files: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 8, 1000])
 def test_seen_ids_are_exact_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(seen_ids, "_RUN", size)
+    monkeypatch.setattr(seen_ids, "RUN_IDS", size)
     rng, known = np.random.default_rng(0), set()
     ids = seen_ids.SeenIds(tmp_path / "ids")
     for _ in range(60):
@@ -145,7 +145,7 @@ def test_seen_ids_are_exact_in_bounded_memory(tmp_path: Path, monkeypatch: pytes
         expected = [bool(n) and (n in known or n in batch[:i]) for i, n in enumerate(batch.tolist())]
         assert ids.repeated(hashes).tolist() == expected
         known.update(batch.tolist())
-        assert len(ids._recent) < size + 7
+        assert len(ids.recent) < size + 7
 
 
 def test_any_number_of_processes_gives_the_same_bytes(

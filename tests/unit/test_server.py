@@ -353,7 +353,7 @@ def test_a_thousand_requests_against_a_queue_of_64() -> None:
         statuses: list[int] = []
         asyncio.run(all_of_them())
         assert (statuses.count(200), statuses.count(429)) == (128, 872)
-        wait_for(lambda: not server.generator.scheduler.running and not server.generator._jobs)
+        wait_for(lambda: not server.generator.scheduler.running and not server.generator.jobs)
 
 
 def test_64_streams_some_of_which_are_left_leave_no_row() -> None:
@@ -378,5 +378,5 @@ def test_64_streams_some_of_which_are_left_leave_no_row() -> None:
 
         chunks = asyncio.run(all_of_them())
         assert all(chunks)
-        wait_for(lambda: not server.generator.scheduler.running and not server.generator._jobs)
+        wait_for(lambda: not server.generator.scheduler.running and not server.generator.jobs)
         assert server.post("completions", prompt="hello", max_tokens=2).status_code == 200

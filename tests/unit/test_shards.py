@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from steerlm_megatron.data.feed.dataset import ShardDataset
-from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter, _write_index
+from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter, write_index
 from steerlm_megatron.data.views import VIEWS, Document, build_documents, make_sample
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -140,7 +140,7 @@ def test_a_foreign_index_is_named(shards: Path, tmp_path) -> None:
     path.write_bytes(b"TNTIDX\x00\x00" + data)  # fairseq's, and of another size
     with pytest.raises(UserError, match=r"shard-00000\.idx is not a Megatron-Core index.*: byte 0 is 0x54"):
         ShardDataset.open(path.parent)
-    _write_index(path, np.array([3, 4], np.int32), np.dtype("<u2"))
+    write_index(path, np.array([3, 4], np.int32), np.dtype("<u2"))
     with pytest.raises(UserError, match=r"shard-00000\.idx is of another corpus: 2 documents, manifest\.json has \d+"):
         ShardDataset.open(path.parent)
 

@@ -64,9 +64,9 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     for name in ("SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    signals._slurm_times.cache_clear()
+    signals.slurm_times.cache_clear()
     yield
-    signals._slurm_times.cache_clear()
+    signals.slurm_times.cache_clear()
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "asked for"])

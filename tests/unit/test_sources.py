@@ -194,7 +194,7 @@ def test_json_arrays(tmp_path: Path, source: str, indent: int | None) -> None:
 def test_a_long_line_of_an_array_comes_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(rows, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(rows, "PIECE_BYTES", piece_bytes)
     elements = [{"a": 'quoted "]}" \\', "b": ["é日", {"c": '\\"'}]}, {}, {"日": "\n", "deep": [[{}]]}, {"n": 1.5}]
     path = tmp_path / "a.json"
     for ascii_, indent in ((True, None), (False, None), (False, 1)):

@@ -78,7 +78,7 @@ def test_full_width_text_that_normalises_to_a_control_string() -> None:
 
 def test_own_pieces_are_used_and_others_added_after_the_vocabulary() -> None:
     own = corpora.tokenizer("user_defined", (*corpora.CONTROLS, "<s>", "<new>"))
-    base = own._base_size
+    base = own.base_size
     assert all(own.control_id(text) < base for text in (*corpora.CONTROLS, "<s>"))
     assert own.control_id("<new>") >= base
     mistral = corpora.tokenizer("mistral", (*corpora.CONTROLS, "</s>"))
@@ -91,13 +91,13 @@ def test_an_ordinary_piece_of_the_same_string_is_not_a_control() -> None:
     tok = Tokenizer(corpora.raw_model("nfkc"), ("quality",))
     assert tok._model.processor.piece_to_id("\u2581quality") != tok.unk_id
     control = Tokenizer(corpora.raw_model("nfkc"), ("\u2581quality",))
-    assert control.control_id("\u2581quality") >= control._base_size
+    assert control.control_id("\u2581quality") >= control.base_size
 
 
 def test_newline_gets_an_id_where_the_model_lacks_it() -> None:
     tok = corpora.tokenizer("nfkc")
-    assert tok.encode("\n") == [tok._base_size]
-    assert tok.control_id("<extra_id_0>") == tok._base_size + 1
+    assert tok.encode("\n") == [tok.base_size]
+    assert tok.control_id("<extra_id_0>") == tok.base_size + 1
     assert tok.decode(tok.encode("river\n\nstone\n")) == "river\n\nstone\n"
 
 

@@ -46,7 +46,7 @@ class Builder:
     def __init__(self, tokenizer: Tokenizer, template: Template, schema: AttributeSchema | None) -> None:
         self._tokenizer, self._schema = tokenizer, schema
         self._names = schema.names if schema else ()
-        self._skeletons = SkeletonCache(template, schema)
+        self.skeletons = SkeletonCache(template, schema)
         self._constants = _Constants(tokenizer)
 
     def build(self, conversations: Sequence[ConversationLike], lines: Sequence[int]) -> tuple[Block, Array]:
@@ -58,7 +58,7 @@ class Builder:
         numbers: dict[str, int] = {}  # of the texts, each encoded once
         fillings: list[int] = []
         for conversation in conversations:
-            skeleton, texts = self._skeletons.of(conversation.messages)
+            skeleton, texts = self.skeletons.of(conversation.messages)
             skeletons.append(skeleton)
             fillings += [numbers.setdefault(text, len(numbers)) for text in texts]
         tokens, sizes = self._tokens(skeletons, list(numbers), fillings)
@@ -84,7 +84,7 @@ class Builder:
         """All tokens, and the number of every segment's."""
         ids, counts = self._tokenizer.encode_flat(texts)
         units = np.concatenate([_NOTHING, *(skeleton.units for skeleton in skeletons)])
-        known_ids, known_counts = self._constants.of(self._skeletons.constants)
+        known_ids, known_counts = self._constants.of(self.skeletons.constants)
         units[units == GAP] = np.array(fillings, np.int64) + len(known_counts)
         counts = np.concatenate((known_counts, counts))
         sizes = counts[units]

@@ -37,7 +37,7 @@ except ImportError:  # an environment from before it was required: slower, and t
 _MOST_DIGITS = 4300
 _SAMPLE_BYTES = 2048
 _DIGITS = re.compile(rb"[0-9][0-9]")
-_MOST_KINDS = 4096
+MOST_KINDS = 4096
 _LARGEST = sys.float_info.max
 _LEFT = ("tool_calls", "function_call", LOSS_WEIGHT, *SWITCHES)  # with any of these a message is left
 
@@ -71,7 +71,7 @@ class FastRecords:
         self._names = frozenset(schema.names) if schema else frozenset()
         self._most = schema.max_level if schema else 0
         self._decode: Any = None if msgspec is None else msgspec.json.Decoder(_RECORD).decode
-        self._orders: dict[tuple[type, ...], bool] = {}  # kinds of messages → whether they may stand in this order
+        self.orders: dict[tuple[type, ...], bool] = {}  # kinds of messages → whether they may stand in this order
 
     def parse(self, line: bytes, number: int) -> ConversationLike | None:
         """The conversation in line ``number`` of the file; None if ``steer.records`` has to look at it."""
@@ -98,7 +98,7 @@ class FastRecords:
         return record
 
     def _in_order(self, kinds: tuple[type, ...]) -> bool:
-        found = self._orders.get(kinds)
+        found = self.orders.get(kinds)
         if found is None:
             messages = [{"role": kind.role, "content": "x"} for kind in kinds]  # type: ignore[attr-defined]
             try:
@@ -106,9 +106,9 @@ class FastRecords:
                 found = True
             except UserError:
                 found = False
-            if len(self._orders) >= _MOST_KINDS:
-                self._orders.clear()
-            self._orders[kinds] = found
+            if len(self.orders) >= MOST_KINDS:
+                self.orders.clear()
+            self.orders[kinds] = found
         return found
 
     def _right(self, message: Any) -> bool:

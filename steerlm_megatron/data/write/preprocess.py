@@ -37,7 +37,7 @@ REJECTED_FILE = "rejected.jsonl"
 WORK = ".work"  # in the output folder while a job is under way: finished chunks
 SKIPPED = ("rejected", "control_string", "no_target")
 _READ_BYTES = 1 << 20
-_WORKER_BYTES = 16 * CHUNK_BYTES  # a second's work; two processes break even at 22 MB each (benchmarks/preprocess.md)
+WORKER_BYTES = 16 * CHUNK_BYTES  # a second's work; two processes break even at 22 MB each (benchmarks/preprocess.md)
 _COMPRESSION = 4  # what text gains at least, roughly
 
 Paths = Sequence[str | os.PathLike[str]]
@@ -247,7 +247,7 @@ class _Run:
         size = 0
         for path in (path for paths in self.files.values() for path in paths):
             size += os.path.getsize(path) * (_COMPRESSION if path.endswith((".gz", ".zst")) else 1)
-        return max(1, min(self.data.workers or default_workers(), size // _WORKER_BYTES))
+        return max(1, min(self.data.workers or default_workers(), size // WORKER_BYTES))
 
     def _writer(self, split: str) -> ShardWriter:
         job = self.job

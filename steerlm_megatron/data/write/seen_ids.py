@@ -12,7 +12,7 @@ import numpy as np
 
 from steerlm_megatron.data.write.blocks import Array
 
-_RUN = 1 << 18  # ids held in memory before they become a file
+RUN_IDS = 1 << 18  # ids held in memory before they become a file
 
 
 class SeenIds:
@@ -20,7 +20,7 @@ class SeenIds:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._recent: set[bytes] = set()
+        self.recent: set[bytes] = set()
         self._runs: list[Array] = []  # sorted
 
     def repeated(self, hashes_N16: Array) -> Array:
@@ -37,20 +37,20 @@ class SeenIds:
         data = hashes_N16.tobytes()
         for index in np.flatnonzero(named & ~out).tolist():
             key = data[16 * index : 16 * index + 16]
-            if key in self._recent:
+            if key in self.recent:
                 out[index] = True
             else:
-                self._recent.add(key)
-        if len(self._recent) >= _RUN:
+                self.recent.add(key)
+        if len(self.recent) >= RUN_IDS:
             self._spill()
         return out
 
     def _spill(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"{len(self._runs):05d}.npy"
-        np.save(path, np.sort(_keys(np.frombuffer(b"".join(self._recent), np.uint8).reshape(-1, 16))))
+        np.save(path, np.sort(_keys(np.frombuffer(b"".join(self.recent), np.uint8).reshape(-1, 16))))
         self._runs.append(np.load(path, mmap_mode="r"))
-        self._recent.clear()
+        self.recent.clear()
 
 
 def _keys(hashes_N16: Array) -> Array:

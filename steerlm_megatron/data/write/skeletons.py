@@ -24,7 +24,7 @@ from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import Part, Segment, Template
 
-_MOST_SKELETONS = 1024
+MOST_SKELETONS = 1024
 _MARK = re.compile("\0([0-9]+)\0")
 GAP = -1
 
@@ -60,7 +60,7 @@ class SkeletonCache:
 
     def __init__(self, template: Template, schema: AttributeSchema | None) -> None:
         self._template, self._schema = template, schema
-        self._skeletons: dict[tuple[tuple[str, ...], tuple[int, ...], tuple[bool, ...]], Skeleton | None] = {}
+        self.known: dict[tuple[tuple[str, ...], tuple[int, ...], tuple[bool, ...]], Skeleton | None] = {}
         self.constants: dict[tuple[str, bool], int] = {}  # (text, whether it is a control string) → unit
 
     def of(self, messages: Sequence[MessageLike]) -> tuple[Skeleton, list[str]]:
@@ -77,12 +77,12 @@ class SkeletonCache:
             tuple([message.weight for message in messages]),
             tuple([bool(label) for label in labels]),
         )
-        skeleton = self._skeletons.get(key)
+        skeleton = self.known.get(key)
         if skeleton is None:
-            if key not in self._skeletons:
-                if len(self._skeletons) >= _MOST_SKELETONS:
-                    self._skeletons.clear()
-                skeleton = self._skeletons[key] = self._derive(messages, labels or [""] * len(messages))
+            if key not in self.known:
+                if len(self.known) >= MOST_SKELETONS:
+                    self.known.clear()
+                skeleton = self.known[key] = self._derive(messages, labels or [""] * len(messages))
             if skeleton is None:
                 return self._own(messages)
         return skeleton, skeleton.texts(contents + labels)
