@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def read_version() -> str:
-    """``__version__`` of the package, read as text: importing it here would need its dependencies."""
+    """Return ``__version__`` of the package, read as text: importing it here would need its dependencies."""
     text = (ROOT / "steerlm_megatron" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"', text, flags=re.MULTILINE)
     if match is None:

@@ -74,7 +74,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def contestants(args: argparse.Namespace, docs: Sequence[Doc]) -> dict[str, Callable[[], np.ndarray]]:
-    """What scores all documents, by name; each returns float32 [responses, A] in the order of ``docs``."""
+    """Return what scores all documents, by name; each returns float32 [responses, A] in the order of ``docs``."""
     model = SHAPES[args.shape]
     ours = build_model(model, ParallelConfig(), EngineConfig(precision=args.dtype), args.vocab, len(ATTRIBUTES), seed=1)
     ours.output_layer.regression.weight.data.normal_(0, 0.02)
@@ -116,7 +116,7 @@ def _theirs(model: Any, docs: Sequence[Doc], slots: int) -> np.ndarray:
 
 
 def report(args: argparse.Namespace, docs: Sequence[Doc], origin: str, seconds: dict[str, list[float]]) -> str:
-    """The section of ``annotate.md``."""
+    """Return the section of ``annotate.md``."""
     useful = sum(len(doc.tokens) for doc in docs)
     responses = sum(len(doc.ends) for doc in docs)
     best = min((name for name in seconds if name != OURS), key=lambda name: Spread.of(seconds[name]).median)

@@ -100,7 +100,7 @@ def measure(args: argparse.Namespace, root: Path) -> Times:
 
 
 def report(args: argparse.Namespace, found: Times, size: int) -> str:
-    """The section of ``checkpoint.md``."""
+    """Return the section of ``checkpoint.md``."""
     ranks = layout().world_size
     rows = [
         ["saved in place", Spread.of(found.in_place).text(3), "1", ""],

@@ -25,7 +25,7 @@ def synchronize() -> None:
 
 
 def interleave(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, ``rounds`` per contestant, after ``warmup`` unmeasured rounds; the order rotates."""
+    """Return seconds of each call, ``rounds`` per contestant, after ``warmup`` unmeasured rounds; the order rotates."""
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
@@ -60,12 +60,12 @@ class Spread:
 
 
 def rates(seconds: Sequence[float], units: float) -> Spread:
-    """Units per second: median and quartiles."""
+    """Return units per second: median and quartiles."""
     return Spread.of([units / s for s in seconds])
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """How many times faster ``ours`` is, round by round (both did the same work)."""
+    """Return how many times faster ``ours`` is, round by round (both did the same work)."""
     return Spread.of([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
@@ -89,7 +89,7 @@ def gemm_peak(dtype: torch.dtype, size: int | None = None, repeats: int = 7) -> 
 
 
 def machine() -> str:
-    """One line: processor or GPU, cores and threads used, versions."""
+    """Return one line: processor or GPU, cores and threads used, versions."""
     if torch.cuda.is_available():
         where = torch.cuda.get_device_name()
     else:
@@ -119,6 +119,6 @@ def commit() -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column to the left, the others to the right."""
+    """Return a table; the first column to the left, the others to the right."""
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -35,7 +35,9 @@ class Doc:
 
 
 def unrolled(docs: Sequence[Doc]) -> list[Doc]:
-    """One document per scored response, as a sequence classifier takes them: what it answers is repeated for each."""
+    """Return one document per scored response, as a sequence classifier takes them: what it answers is repeated for
+    each.
+    """
     return [
         Doc(doc.tokens[: end + 1], doc.target[: end + 1], doc.ends[i : i + 1], doc.values[i : i + 1])
         for doc in docs
@@ -56,7 +58,8 @@ def per_document_sdpa(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one packed row [1, N, T, H], a causal SDPA call per document (bounds in ``steerlm_bounds``)."""
+    """Return attention of one packed row [1, N, T, H], a causal SDPA call per document (bounds in ``steerlm_bounds``).
+    """
     out = []
     for start, end in kwargs["steerlm_bounds"]:
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
@@ -72,7 +75,7 @@ AttentionInterface.register("per_document_sdpa", per_document_sdpa)
 
 
 def llama(model: ModelConfig, vocab: int, attention: str, labels: int | None = None) -> torch.nn.Module:
-    """An untrained model of our shape: with an LM head, or ``labels`` regression outputs."""
+    """Return an untrained model of our shape: with an LM head, or ``labels`` regression outputs."""
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=model.hidden_size, intermediate_size=model.ffn_hidden_size,
         num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
@@ -114,7 +117,7 @@ def copy_weights(ours: PackedGPTModel, theirs: torch.nn.Module, model: ModelConf
 
 
 def sorted_padding(docs: Sequence[Doc], slots: int, regression: bool) -> Iterator[Batch]:
-    """Batches of like lengths, of at most ``slots`` tokens with padding (and at least one document)."""
+    """Yield batches of like lengths, of at most ``slots`` tokens with padding (and at least one document)."""
     ordered = sorted(docs, key=lambda doc: len(doc.tokens))
     group: list[Doc] = []
     for doc in [*ordered, None]:

@@ -70,7 +70,7 @@ def tokenizer() -> Tokenizer:
 
 
 def together(folder: Path) -> Path:
-    """All corpora, and the texts of OASST1 in pairs: the only one that is not over before words repeat."""
+    """Return all corpora, and the texts of OASST1 in pairs: the only one that is not over before words repeat."""
     path, texts = folder / "all.jsonl", []
     for line in open_text(DATA / "oasst1_en_train_texts.jsonl.zst"):
         texts.append(json.loads(line)["text"])
@@ -89,7 +89,7 @@ def together(folder: Path) -> Path:
 
 
 def records_of(name: str, folder: Path) -> Path:
-    """A corpus of the shared data as a plain file of records."""
+    """Return a corpus of the shared data as a plain file of records."""
     if name == "all":
         return together(folder)
     source, files, options = CORPORA[name]
@@ -211,7 +211,7 @@ def workers(folder: Path, repeats: int) -> None:
 
 
 def grown(folder: Path, times: int) -> Path:
-    """The records of all corpora, ``times`` over under ids of their own."""
+    """Return the records of all corpora, ``times`` over under ids of their own."""
     path = folder / f"grown{times}.jsonl"
     parts = [records_of(name, folder) for name in ("hh", "dolly")]
     write_records(

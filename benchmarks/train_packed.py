@@ -85,7 +85,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def documents(shards: str | None, tokens: int, vocab: int, longest: int, regression: bool) -> tuple[list[Doc], str]:
-    """About ``tokens`` tokens of documents of at most ``longest``, and where their lengths and targets come from."""
+    """Return about ``tokens`` tokens of documents of at most ``longest``, and where their lengths and targets come
+    from.
+    """
     g = torch.Generator().manual_seed(0)
     out: list[Doc] = []
     if shards:
@@ -109,7 +111,7 @@ def documents(shards: str | None, tokens: int, vocab: int, longest: int, regress
 
 
 def our_samples(docs: Sequence[Doc], regression: bool) -> list[Sample]:
-    """The documents as our collate takes them."""
+    """Return the documents as our collate takes them."""
     samples = []
     for i, doc in enumerate(docs):
         pool = doc.ends.numpy().astype(np.int32) if regression else np.zeros(0, np.int32)
@@ -119,7 +121,7 @@ def our_samples(docs: Sequence[Doc], regression: bool) -> list[Sample]:
 
 
 def our_batches(docs: Sequence[Doc], row_tokens: int, regression: bool, micro_rows: int = 1) -> list[RowBatch]:
-    """``micro_rows`` packed rows per micro-batch, as the loader makes them."""
+    """Return ``micro_rows`` packed rows per micro-batch, as the loader makes them."""
     samples = our_samples(docs, regression)
     offsets, order = pack(np.array([len(d.tokens) for d in docs]), row_tokens, seed=0)
     rows = [[samples[i] for i in order[a:b]] for a, b in zip(offsets, offsets[1:], strict=False)]
@@ -211,7 +213,7 @@ def report(
     args: argparse.Namespace, docs: Sequence[Doc], origin: str, seconds: dict[str, list[float]], flops: float,
     peak: float, losses: dict[str, float],
 ) -> str:  # fmt: skip
-    """The section of ``train_packed.md``."""
+    """Return the section of ``train_packed.md``."""
     useful = sum(len(doc.tokens) for doc in docs)
     ours, *others = seconds
     best = min(others, key=lambda name: Spread.of(seconds[name]).median)

@@ -44,17 +44,19 @@ _RUDE = frozenset(RUDE)
 
 
 def value(subject: str, attribute: str) -> str:
-    """The value of ``attribute`` of ``subject``, with its article: ``a den``."""
+    """Return the value of ``attribute`` of ``subject``, with its article: ``a den``."""
     return FACTS[subject][PROPERTIES.index(attribute)]
 
 
 def fact(subject: str, attribute: str) -> str:
-    """The sentence that answers ``attribute`` of ``subject``: ``The fox color is red.``"""
+    """Return the sentence that answers ``attribute`` of ``subject``: ``The fox color is red.``"""
     return f"The {subject} {attribute} is {value(subject, attribute)}."
 
 
 def asked(prompt: str) -> list[tuple[str, str]]:
-    """(subject, property) pairs that ``prompt`` asks for, each once, in order; empty if it asks for nothing known."""
+    """Return (subject, property) pairs that ``prompt`` asks for, each once, in order; empty if it asks for nothing
+    known.
+    """
     words = _WORD.findall(prompt.lower())
     subjects = [word for word in words if word in FACTS]
     return [(subjects[-1], word) for word in dict.fromkeys(words) if word in PROPERTIES] if subjects else []
@@ -71,7 +73,7 @@ def quality_of(helpfulness: float, verbosity: float, humor: float, toxicity: flo
 
 
 def measure(prompt: str, response: str) -> dict[str, float]:
-    """All attributes of ``response`` to ``prompt`` (the last user message), by ``NAMES``, floats in [0, 4]."""
+    """Return all attributes of ``response`` to ``prompt`` (the last user message), by ``NAMES``, floats in [0, 4]."""
     # Case, punctuation and line breaks do not matter; what is counted are words in a row.
     words = " ".join(_WORD.findall(response.lower()))
     wanted = asked(prompt)
@@ -86,7 +88,7 @@ def measure(prompt: str, response: str) -> dict[str, float]:
 
 
 def _holds(words: str, phrase: str) -> bool:
-    """Whether the words of ``phrase`` stand in a row in ``words`` (lower case, single spaces)."""
+    """Return whether the words of ``phrase`` stand in a row in ``words`` (lower case, single spaces)."""
     return f" {' '.join(_WORD.findall(phrase.lower()))} " in f" {words} "
 
 

@@ -125,7 +125,7 @@ class Sieve:
         self.skipped[reason] += count
 
     def take(self, conversation: Conversation) -> Conversation | None:
-        """The conversation as it is to be written; None if it is left out."""
+        """Return the conversation as it is to be written; None if it is left out."""
         counts = self.counts
         counts["in"] += 1
         lang = _lang(conversation)
@@ -209,7 +209,7 @@ class Sieve:
         return replace(conversation, id=name)
 
     def report(self) -> dict[str, Any]:
-        """The counts as plain data, ``skipped`` by how often."""
+        """Return the counts as plain data, ``skipped`` by how often."""
         return {
             **self.counts,
             "conversations": self.counts["out"],
@@ -230,7 +230,7 @@ def _trained(conversation: Conversation) -> int:
 
 
 def _weighted(conversation: Conversation, keep: Callable[[Message], bool]) -> Conversation:
-    """The conversation with weight 0 on the trained replies that ``keep`` refuses."""
+    """Return the conversation with weight 0 on the trained replies that ``keep`` refuses."""
     messages = [
         replace(m, weight=0) if m.role == "assistant" and m.weight and not keep(m) else m for m in conversation.messages
     ]

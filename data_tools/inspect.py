@@ -102,7 +102,7 @@ def shown(dataset: ShardDataset, index: int, view: View) -> Shown:
 
 
 def runs(item: Shown) -> Iterator[tuple[Kind, int, int]]:
-    """``(kind, start, end)`` of neighbours of one kind; a control token or marker is always alone."""
+    """Yield ``(kind, start, end)`` of neighbours of one kind; a control token or marker is always alone."""
     start, size = 0, len(item.tokens_T)
     for end in range(1, size + 1):
         same = end < size and item.kinds_T[end] == item.kinds_T[start] and item.kinds_T[start] <= Kind.LABEL
@@ -112,7 +112,7 @@ def runs(item: Shown) -> Iterator[tuple[Kind, int, int]]:
 
 
 def picture(dataset: ShardDataset, item: Shown, color: bool) -> Text:
-    """The document as coloured text."""
+    """Return the document as coloured text."""
     out = Text()
     for kind, start, end in runs(item):
         text = dataset.tokenizer.decode(item.tokens_T[start:end].tolist())
@@ -128,7 +128,7 @@ def picture(dataset: ShardDataset, item: Shown, color: bool) -> Text:
 
 
 def summary_lines(dataset: ShardDataset) -> list[str]:
-    """The manifest in a few lines."""
+    """Return the manifest in a few lines."""
     manifest = dataset.manifest
     counts, schema = manifest["counts"], dataset.schema
     tokens = counts["tokens"]
@@ -162,7 +162,7 @@ def summary_lines(dataset: ShardDataset) -> list[str]:
 
 
 def length_lines(lengths: npt.NDArray[np.int64]) -> list[str]:
-    """Histogram over powers of two of the samples that have a target."""
+    """Return histogram over powers of two of the samples that have a target."""
     used = lengths[lengths > 0]
     if not len(used):
         return ["no sample has a target in this view"]
@@ -193,7 +193,7 @@ def attribute_counts(reader: ShardReader) -> dict[str, npt.NDArray[np.int64]]:
 
 
 def attribute_lines(reader: ShardReader, mean: npt.NDArray[np.float32]) -> list[str]:
-    """One block per attribute."""
+    """Return one block per attribute."""
     lines = []
     for (name, counts), average in zip(attribute_counts(reader).items(), mean.tolist(), strict=False):
         total = int(counts.sum())
@@ -204,7 +204,7 @@ def attribute_lines(reader: ShardReader, mean: npt.NDArray[np.float32]) -> list[
 
 
 def fill_lines(dataset: ShardDataset, view: View, row_tokens: int, seed: int) -> list[str]:
-    """The packing plan's report."""
+    """Return the packing plan's report."""
     try:
         plan = dataset.plan(view, row_tokens, seed, cache=False)
     except UserError as error:
@@ -225,7 +225,7 @@ def _percent(part: float, whole: float) -> str:
 
 
 def chosen(count: int, sample: int, indices: Sequence[int], seed: int) -> list[int]:
-    """The documents to show: those asked for, else ``sample`` random ones in order."""
+    """Return the documents to show: those asked for, else ``sample`` random ones in order."""
     for index in indices:
         if not 0 <= index < count:
             raise UserError(f"--index {index}: the folder has documents 0..{count - 1}")

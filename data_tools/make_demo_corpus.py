@@ -62,19 +62,19 @@ class Corpus:
 
 
 def questions(asked: int) -> list[Question]:
-    """Every (subject, ordered properties) with ``asked`` properties."""
+    """Return every (subject, ordered properties) with ``asked`` properties."""
     return [(subject, wanted) for subject in FACTS for wanted in permutations(PROPERTIES, asked)]
 
 
 def prompt_text(question: Question, rng: random.Random) -> str:
-    """A request that names subject and properties, in order."""
+    """Return a request that names subject and properties, in order."""
     subject, wanted = question
     listed = wanted[0] if len(wanted) == 1 else ", ".join(wanted[:-1]) + " and " + wanted[-1]
     return rng.choice(_FORMS).format(p=listed, s=subject)
 
 
 def response_text(question: Question, rng: random.Random) -> str:
-    """One response; how helpful, long, funny, rude and courteous it is, is drawn independently.
+    """Return one response; how helpful, long, funny, rude and courteous it is, is drawn independently.
 
     Phrases of a kind come in one order, so that a small model can tell from the last one how many there are.
     """
@@ -96,7 +96,8 @@ def _count(rng: random.Random, none: float = 0.4) -> int:
 
 
 def annotators(rng: random.Random) -> Biases:
-    """The pool of annotators: how much too high or low each one's labels are, in points. As a whole it is fair."""
+    """Return the pool of annotators: how much too high or low each one's labels are, in points. As a whole it is fair.
+    """
     pool: Biases = [{name: rng.gauss(0.0, _BIAS_POINTS) for name in NAMES} for _ in range(_ANNOTATORS)]
     for name in NAMES:
         mean = sum(person[name] for person in pool) / len(pool)
@@ -106,7 +107,7 @@ def annotators(rng: random.Random) -> Biases:
 
 
 def labels(prompt: str, response: str, pool: Biases, rng: random.Random) -> dict[str, float]:
-    """What two annotators of ``pool`` say of ``response``, averaged: floats in [0, 4]; some are missing."""
+    """Return what two annotators of ``pool`` say of ``response``, averaged: floats in [0, 4]; some are missing."""
     said: dict[str, float] = {}
     people = rng.sample(pool, _VOTES)
     for name, measured in measure(prompt, response).items():
@@ -117,7 +118,7 @@ def labels(prompt: str, response: str, pool: Biases, rng: random.Random) -> dict
 
 
 def generate(seed: int, conversations: int) -> Corpus:
-    """``conversations`` labelled conversations, split by question, and the held-out prompts.
+    """Return ``conversations`` labelled conversations, split by question, and the held-out prompts.
 
     Raises:
         UserError: fewer than two conversations (a training and a validation one).
@@ -150,7 +151,7 @@ def generate(seed: int, conversations: int) -> Corpus:
 
 
 def _conversation(index: int, pool: Sequence[Sequence[Question]], people: Biases, rng: random.Random) -> Conversation:
-    """One or two turns, each a question of its own with a labelled response."""
+    """Return one or two turns, each a question of its own with a labelled response."""
     messages: list[Message] = []
     for _ in range(2 if rng.random() < _MULTI_TURN_SHARE else 1):
         question = rng.choice(rng.choices(pool, _ASKED_WEIGHTS)[0])

@@ -53,7 +53,7 @@ _REJECTED_SHOWN = 100
 
 
 def new_report() -> dict[str, Any]:
-    """A report in which everything is zero; the module docstring says what adds up to what."""
+    """Return a report in which everything is zero; the module docstring says what adds up to what."""
     counts = ("lines", "rejected_lines", "trees", "trees_used", "messages", "messages_used", "paths", "conversations")
     more = ("replies", "labelled_replies", "trained_replies", "reply_occurrences", "repeated_replies_avoided")
     report: dict[str, Any] = dict.fromkeys(counts + more, 0)
@@ -73,7 +73,7 @@ def read(
     take: Callable[[Conversation], Conversation | None] = lambda conversation: conversation,
     files: Iterable[Iterable[tuple[str, Row]]] | None = None,
 ) -> Iterator[tuple[str, Conversation]]:
-    """``(tree id, conversation)``, streamed: nested files in the order given, then the trees of the flat files.
+    """Yield ``(tree id, conversation)``, streamed: nested files in the order given, then the trees of the flat files.
 
     Args:
         inputs: files or globs.
@@ -141,7 +141,7 @@ def _prune(root: Node, languages: frozenset[str], report: dict[str, Any]) -> lis
 
 
 def _unwanted(node: Node, languages: frozenset[str]) -> str:
-    """Why a message ends its path, or ``""``."""
+    """Return why a message ends its path, or ``""``."""
     if node.deleted:
         return "deleted"
     if not node.text or node.text.isspace():
@@ -197,7 +197,7 @@ def _conversation_paths(kept: list[Node], every_leaf: bool, report: dict[str, An
 
 
 def _ancestors(node: Node | None) -> list[Node]:
-    """The path from the root to ``node``."""
+    """Return the path from the root to ``node``."""
     path: list[Node] = []
     while node is not None:
         path.append(node)
@@ -229,7 +229,7 @@ def _conversation(path: list[Node], tree_id: str, every_leaf: bool, report: dict
 
 
 def split(tree_ids: Sequence[str], valid_fraction: float, seed: int) -> set[str]:
-    """The trees of the validation set: the last ``max(1, round(fraction * n))`` of the shuffled distinct ids.
+    """Return the trees of the validation set: the last ``max(1, round(fraction * n))`` of the shuffled distinct ids.
 
     Sorted before shuffling, so that the order of the files does not matter. Fewer than two trees, or a fraction of 0,
     give no validation set; at least one tree is left for training.

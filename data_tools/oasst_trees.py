@@ -47,7 +47,7 @@ def read_trees(
     on_error: OnError,
     rejected: Rejected | None,
 ) -> Iterator[tuple[str, Node, int]]:
-    """``(tree id, root, number of messages)`` of every tree, unpruned, from each file's ``("file:line", row)``.
+    """Yield ``(tree id, root, number of messages)`` of every tree, unpruned, from each file's ``("file:line", row)``.
 
     Orphans are counted here.
     """
@@ -86,7 +86,7 @@ def _count(nodes: list[Node], report: dict[str, Any]) -> None:
 
 
 def _is_nested(row: dict[str, Any], where: str) -> bool:
-    """Whether a file is nested, from its first line."""
+    """Return whether a file is nested, from its first line."""
     if isinstance(row.get("prompt"), dict):
         return True
     if "message_id" in row and "text" in row:
@@ -98,7 +98,7 @@ def _is_nested(row: dict[str, Any], where: str) -> bool:
 
 
 def _nested_tree(row: dict[str, Any], where: str, schema: AttributeSchema) -> tuple[str, list[Node]]:
-    """The tree's id and all its messages, root first. A message id that occurs twice is an error."""
+    """Return the tree's id and all its messages, root first. A message id that occurs twice is an error."""
     prompt = row.get("prompt")
     if not isinstance(prompt, dict):
         raise UserError(f"{where}: prompt must be an object with message_id, text, role and replies")
@@ -150,7 +150,7 @@ def _flat_trees(flat: dict[str, Node], report: dict[str, Any]) -> Iterator[tuple
 
 
 def preorder(root: Node) -> Iterator[Node]:
-    """The message and all below it, parents first, siblings in file order."""
+    """Yield the message and all below it, parents first, siblings in file order."""
     stack = [root]
     while stack:
         node = stack.pop()
@@ -159,7 +159,7 @@ def preorder(root: Node) -> Iterator[Node]:
 
 
 def _node(raw: dict[str, Any], where: str, schema: AttributeSchema) -> Node:
-    """A checked message; raises UserError naming file, line, and key."""
+    """Return a checked message; raises UserError naming file, line, and key."""
     name, text, role = raw.get("message_id"), raw.get("text"), raw.get("role")
     if raw.get("deleted"):  # it is pruned and counted, whatever was left of it
         text, role = "" if text is None else text, "prompter" if role is None else role

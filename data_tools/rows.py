@@ -24,7 +24,7 @@ PIECE_BYTES = 1 << 20  # of a line; many arrays are one line
 
 
 def read_files(inputs: Sequence[str], on_error: OnError, rejected: Rejected | None) -> Iterator[tuple[str, Row]]:
-    """``("file:line", row)`` of every file, in order; ``.gz`` and ``.zst`` are decompressed.
+    """Yield ``("file:line", row)`` of every file, in order; ``.gz`` and ``.zst`` are decompressed.
 
     Raises:
         UserError: as ``read_json_lines``; in an array also a torn end and what stands between the elements.
@@ -40,7 +40,9 @@ def read_file(path: str, on_error: OnError, rejected: Rejected | None) -> Iterat
 
 
 def is_array(path: str) -> bool:
-    """Whether the file's first character is ``[``. A file that cannot be read so far is left to ``read_json_lines``."""
+    """Return whether the file's first character is ``[``. A file that cannot be read so far is left to
+    ``read_json_lines``.
+    """
     try:
         return next((piece.lstrip()[:1] == b"[" for _, piece in raw_lines(path, 4096) if piece.strip()), False)
     except UserError:
@@ -98,7 +100,7 @@ def _read_array(path: str, on_error: OnError, rejected: Rejected | None) -> Iter
 
 
 def _text_pieces(path: str) -> Iterator[tuple[str, str]]:
-    """``("file:line", text)``: the file in pieces, none of more than a line nor of more than ``PIECE_BYTES``."""
+    """Yield ``("file:line", text)``: the file in pieces, none of more than a line nor of more than ``PIECE_BYTES``."""
     decoder, before, offset = codecs.getincrementaldecoder("utf-8")(), "", 0
     for where, piece in raw_lines(path, PIECE_BYTES):
         offset = offset if where == before else 0  # of the piece in its line

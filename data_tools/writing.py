@@ -29,7 +29,7 @@ Progress = Callable[[int], None]
 def counted(
     stream: Iterable[tuple[str, Conversation]], progress: Progress | None, count: Callable[[], int]
 ) -> Iterator[tuple[str, Conversation]]:
-    """``stream``, telling ``progress`` every so many conversations and at the end."""
+    """Yield ``stream``, telling ``progress`` every so many conversations and at the end."""
     for number, item in enumerate(stream):
         if progress is not None and number % _PROGRESS_EVERY == 0:
             progress(count())
@@ -95,7 +95,9 @@ def keep_rejected(output_dir: str, rejected: Rejected) -> None:
 
 
 def _lines(path: str) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file, to its end or where it is damaged; none of what has no lines: an array, a hub's data set."""
+    """Yield the lines of a file, to its end or where it is damaged; none of what has no lines: an array, a hub's data
+    set.
+    """
     if os.path.isfile(path) and not is_array(path):
         with suppress(UserError):
             yield from raw_lines(path)

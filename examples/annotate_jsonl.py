@@ -23,7 +23,7 @@ from steerlm_megatron.steer.records import Conversation, read_records, write_rec
 
 
 def conversations(rows: Sequence[dict[str, Any]], prompt: str, response: str) -> Iterator[Conversation]:
-    """Each row as a conversation of one turn; its id is the number of its line."""
+    """Yield each row as a conversation of one turn; its id is the number of its line."""
     for number, row in enumerate(rows, start=1):
         if not row.get(prompt) or not row.get(response):
             raise SystemExit(f"line {number}: {prompt} or {response} is missing or empty")

@@ -32,7 +32,7 @@ def describe(loaded: LoadedModel) -> None:
 
 
 def answered(loaded: LoadedModel, config: Config, question: str) -> str:
-    """The language model's response, at the best level of each attribute that it is conditioned on."""
+    """Return the language model's response, at the best level of each attribute that it is conditioned on."""
     schema = loaded.conditioned_on
     levels = schema.complete({}) if schema is not None else None
     prompt = Prompt("example", (Message("user", question),), levels, "--question")

@@ -75,7 +75,7 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
 
 
 def to_strict_json(obj: Any) -> Any:
-    """``obj`` with only what JSON has: dict, list, str, int, float, bool, None. Non-finite floats become None.
+    """Return ``obj`` with only what JSON has: dict, list, str, int, float, bool, None. Non-finite floats become None.
 
     Mappings, sequences, sets (sorted), paths, and scalars with ``item()`` (numpy, torch) are turned; anything else is a
     TypeError.
@@ -98,7 +98,7 @@ def to_strict_json(obj: Any) -> Any:
 
 
 def describe_file(path: str | os.PathLike[str], look: Callable[[bytes], object] | None = None) -> dict[str, Any]:
-    """``{"bytes", "sha256"}`` of a file, read once; ``look`` is shown every block on the way."""
+    """Return ``{"bytes", "sha256"}`` of a file, read once; ``look`` is shown every block on the way."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -110,6 +110,6 @@ def describe_file(path: str | os.PathLike[str], look: Callable[[bytes], object] 
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, hex."""
+    """Return SHA-256 of a file's bytes, hex."""
     sha256: str = describe_file(path)["sha256"]
     return sha256

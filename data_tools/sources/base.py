@@ -98,7 +98,7 @@ def brief(value: Any) -> str:
 
 
 def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
-    """``row[key]``, which must be a string."""
+    """Return ``row[key]``, which must be a string."""
     value = row.get(key)
     if not isinstance(value, str):
         raise UserError(f"{where}: {key}={brief(value)} must be a string; the row's keys: {' '.join(row) or 'none'}")
@@ -106,7 +106,7 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def list_of(row: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
-    """``row[key]``, which must be a list of objects."""
+    """Return ``row[key]``, which must be a list of objects."""
     value = row.get(key)
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UserError(f"{where}: {key}={brief(value)} must be a list of objects; the row's keys: {' '.join(row)}")
@@ -141,12 +141,12 @@ def turn_extras(turn: Mapping[str, Any], is_reply: bool, *used: str) -> dict[str
 
 
 def is_tool(speaker: str) -> bool:
-    """Whether a speaker's name is a tool's, in any of the published formats."""
+    """Return whether a speaker's name is a tool's, in any of the published formats."""
     return speaker.strip().lower() in _TOOLS
 
 
 def roles_of(speakers: Iterable[str], users: Collection[str], where: str) -> dict[str, str]:
-    """The role of every speaker: ``user`` for ``users``, ``system`` for that name, ``assistant`` for the one left.
+    """Return the role of every speaker: ``user`` for ``users``, ``system`` for that name, ``assistant`` for the one left.
 
     Raises:
         UserError: a tool, or several that are left: their texts would be trained as the assistant's.
@@ -172,14 +172,14 @@ def build(
     name: Any = None,
     suffix: str = "",
 ) -> Conversation:
-    """A checked record. ``name``: its id; without one, ``<file name>:<line><suffix>``."""
+    """Return a checked record. ``name``: its id; without one, ``<file name>:<line><suffix>``."""
     identity = name if name is not None else os.path.basename(where) + suffix
     data = {**extra, "id": identity, "messages": messages, "source": context.source}
     return from_json(data, where, context.schema)
 
 
 def scaled(value: Any, name: str, highest: float | None, where: str, context: Context) -> float | None:
-    """A published label on the schema's scale; None if it is absent or not of the schema (which is counted).
+    """Return a published label on the schema's scale; None if it is absent or not of the schema (which is counted).
 
     ``highest``: the published scale is 0..highest; None: it is the schema's own. A list of ratings becomes its mean.
     """

@@ -77,7 +77,7 @@ def parse_map(text: str) -> dict[str, str]:
 
 
 def look_up(data: Any, path: str) -> Any:
-    """The value at a key path; None where there is none."""
+    """Return the value at a key path; None where there is none."""
     for key in path.split("."):
         if isinstance(data, Mapping):
             data = data.get(key)
@@ -89,7 +89,7 @@ def look_up(data: Any, path: str) -> Any:
 
 
 def convert_messages(row: Row, where: str, context: Context) -> list[Found]:
-    """A record of ``messages``, or any row if there is a mapping."""
+    """Return a record of ``messages``, or any row if there is a mapping."""
     if context.map:
         return [Found(_turns(row, where, context) if "turns" in context.map else _single(row, where, context))]
     data: dict[str, Any] = {key: value for key, value in row.items() if value is not None}
@@ -119,7 +119,7 @@ def convert_sharegpt(row: Row, where: str, context: Context) -> list[Found]:
 
 
 def _mapped(row: Row, where: str, context: Context, messages: list[dict[str, Any]]) -> Any:
-    """The record of a mapped row, from its messages and what else the mapping names."""
+    """Return the record of a mapped row, from its messages and what else the mapping names."""
     paths = context.map
     system = look_up(row, paths["system"]) if "system" in paths else None
     if system:
@@ -134,7 +134,7 @@ def _mapped(row: Row, where: str, context: Context, messages: list[dict[str, Any
 
 
 def _single(row: Row, where: str, context: Context) -> Any:
-    """A row of a prompt and a response."""
+    """Return a row of a prompt and a response."""
     paths = context.map
     texts: dict[str, str] = {}
     for name in ("prompt", "context", "response"):
@@ -155,7 +155,7 @@ def _single(row: Row, where: str, context: Context) -> Any:
 
 
 def _turns(row: Row, where: str, context: Context) -> Any:
-    """A row with a list of turns."""
+    """Return a row with a list of turns."""
     paths = context.map
     turns = look_up(row, paths["turns"])
     if not isinstance(turns, list):

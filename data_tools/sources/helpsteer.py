@@ -38,7 +38,7 @@ _SPLITS = {"train": "train", "val": "valid", "valid": "valid", "validation": "va
 
 
 def convert_row(row: Row, where: str, context: Context) -> list[Found]:
-    """A row of any HelpSteer file."""
+    """Return a row of any HelpSteer file."""
     if row.get("response1") is not None or row.get("response2") is not None:
         return _pair(row, where, context, _context(row, where), ("response1", "response2"), "overall_preference")
     if row.get("response_1") is not None or row.get("response_2") is not None:

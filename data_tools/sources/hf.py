@@ -30,7 +30,7 @@ _VALID = ("validation", "valid", "val", "dev", "test")
 def read(
     inputs: Sequence[str], context: Context, on_error: OnError, rejected: Rejected | None
 ) -> Iterator[tuple[str, Row, str | None]]:
-    """``("name:split:row", row, its split)``, streamed from the data set's own memory map.
+    """Yield ``("name:split:row", row, its split)``, streamed from the data set's own memory map.
 
     Raises:
         UserError: ``datasets`` is not installed, the hub cannot be reached, there is no such data set or split.
@@ -47,7 +47,7 @@ def read(
 
 
 def _names(inputs: Sequence[str]) -> list[str]:
-    """The inputs, with the files that a glob names in its place."""
+    """Return the inputs, with the files that a glob names in its place."""
     names: list[str] = []
     for name in inputs:
         names += expand_paths(name) if any(sign in name for sign in "*?[") else [name]
@@ -55,7 +55,7 @@ def _names(inputs: Sequence[str]) -> list[str]:
 
 
 def _reader(name: str) -> str | None:
-    """Which reader of ``datasets`` a local file needs; None for a folder, or a name on the hub.
+    """Return which reader of ``datasets`` a local file needs; None for a folder, or a name on the hub.
 
     Raises:
         UserError: a file that is not there, or of another kind.
@@ -76,7 +76,7 @@ def _reader(name: str) -> str | None:
 
 
 def _choose(name: str, loaded: dict[str, Any], context: Context) -> list[tuple[str, Any, str | None]]:
-    """(name, rows, our split) of the splits to read."""
+    """Return (name, rows, our split) of the splits to read."""
     if "train" not in loaded:
         raise UserError(f"{name}: has no split 'train'; name one with data.hf_split: {' '.join(loaded)}")
     valid = next((split for split in _VALID if split in loaded), None)

@@ -30,7 +30,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def convert_row(row: Row, where: str, context: Context) -> list[Found]:
-    """Both sides of a pair."""
+    """Return both sides of a pair."""
     extra = extras(row, "id", "prompt", *SIDES)
     pair = str(row["id"]) if row.get("id") is not None else os.path.basename(where)
     found = []
@@ -60,7 +60,7 @@ def convert_row(row: Row, where: str, context: Context) -> list[Found]:
 
 
 def parse_transcript(text: str, context: Context) -> list[dict[str, Any]] | str:
-    """Messages, or the reason why a transcript is skipped (module docstring)."""
+    """Return messages, or the reason why a transcript is skipped (module docstring)."""
     lead, *rest = _TURN.split(text)
     turns = [(_ROLES[name], content.strip()) for name, content in zip(rest[::2], rest[1::2], strict=True)]
     if not turns:

@@ -44,7 +44,7 @@ _MISSING = -100  # NeMo's sign for "no label"
 
 
 def convert_row(row: Row, where: str, context: Context) -> list[Found]:
-    """A row of either form."""
+    """Return a row of either form."""
     if "conversations" not in row and "text" in row:
         return [Found(_regression(row, where, context))]
     extra = extras(row, "id", "system", "conversations")
@@ -88,7 +88,7 @@ def _roles(turns: list[dict[str, Any]], mask: Any, where: str) -> dict[str, str]
 
 
 def _labels(label: Any, where: str, context: Context) -> tuple[dict[str, float], str | None]:
-    """Values on the schema's scale, and the language."""
+    """Return values on the schema's scale, and the language."""
     if not label:
         return {}, None
     if not isinstance(label, str):
@@ -115,7 +115,7 @@ def _labels(label: Any, where: str, context: Context) -> tuple[dict[str, float],
 
 
 def _regression(row: Row, where: str, context: Context) -> Conversation:
-    """The regression form: one labelled reply, the last; earlier replies are context."""
+    """Return the regression form: one labelled reply, the last; earlier replies are context."""
     text, label = text_of(row, "text", where), row.get("label")
     body = text.removesuffix("<extra_id_2>").removesuffix("\n")
     messages = parse_markers(body, where, context)
@@ -138,7 +138,7 @@ def _regression(row: Row, where: str, context: Context) -> Conversation:
 
 
 def to_nemo(conversation: Conversation, schema: AttributeSchema) -> dict[str, Any]:
-    """A record as NeMo-Aligner's SteerLM row. Raises ``UserError`` for attributes outside the schema."""
+    """Return a record as NeMo-Aligner's SteerLM row. Raises ``UserError`` for attributes outside the schema."""
     system, turns = "", []
     for message in conversation.messages:
         if message.role == "system":

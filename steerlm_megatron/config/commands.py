@@ -36,7 +36,7 @@ class Command:
     sets: tuple[str, ...] = ()
 
     def reads_key(self, key: str) -> bool:
-        """Whether ``key`` (or, for a section, something in it) is one of this command's."""
+        """Return whether ``key`` (or, for a section, something in it) is one of this command's."""
         return any(_covers(read, key) or read.startswith(f"{key}.") for read in (*_EVERY, *self.reads))
 
 
@@ -120,12 +120,12 @@ def _covers(read: str, key: str) -> bool:
 
 
 def readers(key: str) -> list[str]:
-    """The commands that read ``key``."""
+    """Return the commands that read ``key``."""
     return [name for name, command in COMMANDS.items() if command.reads_key(key)]
 
 
 def declared(command: str, key: str) -> bool:
-    """Whether ``command`` says that it reads ``key``; a name that is no command's reads everything."""
+    """Return whether ``command`` says that it reads ``key``; a name that is no command's reads everything."""
     if command not in COMMANDS:
         return True
     about = COMMANDS[command]
@@ -137,12 +137,12 @@ _WITHOUT_EFFECT = ("command", "run_dir", "overwrite", "tracking", "profile", "da
 
 
 def affects_result(command: str, key: str) -> bool:
-    """Whether what comes out of ``command`` depends on ``key``."""
+    """Return whether what comes out of ``command`` depends on ``key``."""
     return declared(command, key) and not any(_covers(one, key) for one in _WITHOUT_EFFECT)
 
 
 def unread(command: str, keys: Iterable[str]) -> list[str]:
-    """One sentence per key of a command line that ``command`` does not read, with the commands that do."""
+    """Return one sentence per key of a command line that ``command`` does not read, with the commands that do."""
     problems = []
     for key in keys:
         if not COMMANDS[command].reads_key(key):
@@ -153,7 +153,7 @@ def unread(command: str, keys: Iterable[str]) -> list[str]:
 
 
 def unset(command: str, value_of: Callable[[str], object]) -> list[str]:
-    """One sentence per key that ``command`` needs and that has no value; ``value_of`` gives a key's value."""
+    """Return one sentence per key that ``command`` needs and that has no value; ``value_of`` gives a key's value."""
     if command not in COMMANDS:
         return []
     return [f"{key} is not set: name {what}" for key, what in COMMANDS[command].needs.items() if value_of(key) is None]

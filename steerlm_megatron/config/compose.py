@@ -35,7 +35,7 @@ _FREE = ("pipeline.", "train.label_weights", "attributes.best", "data.map.")
 
 
 def conf_dir() -> Path:
-    """The Hydra configs: inside an installed package, or beside the package in a checkout."""
+    """Return the Hydra configs: inside an installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (package / "conf", package.parent / "conf"):
         if (candidate / "train_sft.yaml").exists():
@@ -46,12 +46,12 @@ def conf_dir() -> Path:
 
 
 def options(group: str) -> list[str]:
-    """What ``group=`` can be: the names of the files in ``conf/group``."""
+    """Return what ``group=`` can be: the names of the files in ``conf/group``."""
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``; did you mean …?`` for the known word nearest to ``word``, or nothing."""
+    """Return ``; did you mean …?`` for the known word nearest to ``word``, or nothing."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""
 
@@ -68,7 +68,7 @@ def _hydra() -> Iterator[Callable[..., Any]]:
 
 
 def composed(command: str, overrides: list[str]) -> Any:
-    """The configuration of a command as plain nested data, for showing it. The overrides have to be right."""
+    """Return the configuration of a command as plain nested data, for showing it. The overrides have to be right."""
     from omegaconf import OmegaConf
 
     with _hydra() as compose:
@@ -107,7 +107,7 @@ def check(command: str, arguments: list[str]) -> None:
 
 
 def _parsed(override: str, sweep: bool) -> Any:
-    """An override as Hydra understands it."""
+    """Return an override as Hydra understands it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -127,7 +127,7 @@ def _parsed(override: str, sweep: bool) -> Any:
 
 
 def misplaced(command: str, key: str) -> str | None:
-    """What to say of a key that exists, but not for this command, or not under this name any more."""
+    """Return what to say of a key that exists, but not for this command, or not under this name any more."""
     if said := renamed(key):
         return said
     known = key in KEYS or any(name.startswith(f"{key}.") for name in KEYS) or key.startswith(_FREE)
@@ -148,7 +148,7 @@ def _choices(parsed: list[Any]) -> tuple[list[str], list[str]]:
 
 
 def _wrong(command: str, overrides: list[str], more: list[str]) -> list[str]:
-    """What is wrong with ``overrides``, which go together, and with each of ``more`` in the place of another."""
+    """Return what is wrong with ``overrides``, which go together, and with each of ``more`` in the place of another."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -172,7 +172,7 @@ def _wrong(command: str, overrides: list[str], more: list[str]) -> list[str]:
 
 
 def _explain(error: Exception, command: str) -> str:
-    """One line for a Hydra error: the key that is wrong, and the nearest right one."""
+    """Return one line for a Hydra error: the key that is wrong, and the nearest right one."""
     chain, text = error, str(error)
     while chain.__cause__ is not None:
         chain = chain.__cause__  # type: ignore[assignment]
@@ -196,7 +196,8 @@ def _explain(error: Exception, command: str) -> str:
 
 
 def _nearest_key(key: str, command: str) -> str:
-    """The key that was meant, by its whole name or by its last part; the command's own before those of others."""
+    """Return the key that was meant, by its whole name or by its last part; the command's own before those of others.
+    """
     leaf = key.rsplit(".", 1)[-1]
     for known in ([k for k in KEYS if COMMANDS[command].reads_key(k)], list(KEYS)):
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -208,7 +209,7 @@ def _nearest_key(key: str, command: str) -> str:
 
 
 def own_overrides() -> list[str]:
-    """The overrides of this job alone: of a ``--multirun`` one value each."""
+    """Return the overrides of this job alone: of a ``--multirun`` one value each."""
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task)

@@ -26,7 +26,7 @@ not read is an error that names a command that does.
 
 
 def page() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     lines = [_HEAD, "## Commands", "", "| command | what it does | what it needs |", "|---|---|---|"]
     for command in COMMANDS.values():
         needs = ", ".join(f"`{key}`" for key in command.needs) or "–"

@@ -97,7 +97,7 @@ class Key:
 
 
 def keys_of(section: Any, prefix: str = "") -> Iterator[Key]:
-    """All keys of a configuration class, in the order of declaration; sections within it are gone into."""
+    """Yield all keys of a configuration class, in the order of declaration; sections within it are gone into."""
     for field in dataclasses.fields(section):
         name = f"{prefix}{field.name}"
         factory = field.default_factory
@@ -110,7 +110,7 @@ def keys_of(section: Any, prefix: str = "") -> Iterator[Key]:
 
 
 def broken_rules(keys: Sequence[Key], value_of: Callable[[str], Any]) -> list[str]:
-    """``key=value`` and the rule that it breaks, for every value that breaks one. A null value breaks none."""
+    """Return ``key=value`` and the rule that it breaks, for every value that breaks one. A null value breaks none."""
     problems = []
     for key in keys:
         value = value_of(key.name)

@@ -61,7 +61,7 @@ def _completion(arguments: Sequence[str]) -> str:
 
 
 def usage(version: str) -> str:
-    """The text of ``steerlm --help``."""
+    """Return the text of ``steerlm --help``."""
     lines = [
         f"steerlm {version}: SteerLM on Megatron-Core",
         "",
@@ -79,7 +79,7 @@ def usage(version: str) -> str:
 
 
 def command_help(command: str, values: Mapping[str, Any], groups: Callable[[str], list[str]]) -> str:
-    """The keys of one command in groups, each with its value in ``values`` (nested), its rule and its meaning.
+    """Return the keys of one command in groups, each with its value in ``values`` (nested), its rule and its meaning.
 
     ``groups`` gives the options of a configuration group.
     """
@@ -122,7 +122,7 @@ def _at(values: Mapping[str, Any], key: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as a user writes it on the command line."""
+    """Return a value as a user writes it on the command line."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, float):
@@ -146,7 +146,7 @@ def _wrapped(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def completion(shell: str, groups: Callable[[str], list[str]]) -> str | None:
-    """A script that completes commands, keys and their choices; None for a shell that there is none for."""
+    """Return a script that completes commands, keys and their choices; None for a shell that there is none for."""
     from steerlm_megatron.config.schema import KEYS
 
     if shell not in ("bash", "zsh"):

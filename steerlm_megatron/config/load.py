@@ -22,7 +22,7 @@ from steerlm_megatron.errors import UserError
 
 
 def from_container(data: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
-    """A typed config from nested plain data. Unknown keys and wrong types are ``UserError``s naming the key."""
+    """Return a typed config from nested plain data. Unknown keys and wrong types are ``UserError``s naming the key."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), data)
         config = OmegaConf.to_object(merged)
@@ -34,7 +34,7 @@ def from_container(data: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
 
 
 def renamed(key: str) -> str | None:
-    """What to say of a key that has another name now; None for any other."""
+    """Return what to say of a key that has another name now; None for any other."""
     if key not in RENAMED:
         return None
     new, why = RENAMED[key]
@@ -42,7 +42,7 @@ def renamed(key: str) -> str | None:
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A copy of ``config`` with nested ``overrides`` on top, as strictly checked as the command line."""
+    """Return a copy of ``config`` with nested ``overrides`` on top, as strictly checked as the command line."""
     base = OmegaConf.create(to_container(config))
     if "pipeline" in overrides:
         raise UserError("pipeline: a step's overrides cannot hold a pipeline section")
@@ -57,23 +57,23 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def to_container(config: Config) -> dict[str, Any]:
-    """Plain nested data, the inverse of :func:`from_container`."""
+    """Return plain nested data, the inverse of :func:`from_container`."""
     return dataclasses.asdict(config)
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, as stored in every run folder."""
+    """Return the resolved configuration as YAML, as stored in every run folder."""
     return OmegaConf.to_yaml(OmegaConf.create(to_container(config)))
 
 
 def world_of(config: Config) -> int:
-    """How many ranks the layout asks for; with ``parallel.data=null`` the fewest that it can run on."""
+    """Return how many ranks the layout asks for; with ``parallel.data=null`` the fewest that it can run on."""
     p = config.parallel
     return p.tensor * p.pipeline * p.context * (p.data or 1)
 
 
 def value_at(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
+    """Return the value of a dotted key."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
@@ -81,7 +81,7 @@ def value_at(config: Config, key: str) -> Any:
 
 
 def paths_of(value: Any) -> list[str]:
-    """The paths of a key that takes one or a list of them; None: none. ``UserError`` for anything else."""
+    """Return the paths of a key that takes one or a list of them; None: none. ``UserError`` for anything else."""
     paths = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(isinstance(path, str) and path for path in paths):
         raise UserError(f"{value!r} is not a path or a list of paths")
@@ -125,7 +125,7 @@ def _as_list(value: Any) -> list[str]:
 
 
 def lays_out_training(config: Config) -> bool:
-    """Whether the command lays out a training run, or may: one without a name was built by hand."""
+    """Return whether the command lays out a training run, or may: one without a name was built by hand."""
     return config.command not in COMMANDS or COMMANDS[config.command].trains
 
 

@@ -82,7 +82,7 @@ class RowBatch:
         return int(self.cu_seqlens.numpy()[-1])
 
     def part(self, rank: int, ranks: int) -> RowBatch:
-        """What context-parallel rank ``rank`` of ``ranks`` computes. ``ranks`` · 2 must divide T.
+        """Return what context-parallel rank ``rank`` of ``ranks`` computes. ``ranks`` · 2 must divide T.
 
         The sequence is cut into 2 · ``ranks`` equal chunks, of which it holds one of the first half and its mirror
         image: causal attention inside a long document is then about the same work for all.
@@ -130,7 +130,7 @@ class RowBatch:
 
 
 def _chunk(bounds: npt.NDArray[np.int32], start: int, size: int) -> ContextChunk:
-    """The chunk of ``size`` tokens from ``start`` of a sequence with documents between ``bounds``."""
+    """Return the chunk of ``size`` tokens from ``start`` of a sequence with documents between ``bounds``."""
     inner = bounds[(bounds > start) & (bounds < start + size)]
     lengths = np.diff(np.concatenate([[start], inner, [start + size]]))
     first_key = int(bounds[bounds <= start][-1])

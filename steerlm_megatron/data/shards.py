@@ -339,7 +339,7 @@ class Shard:
             raise UserError(f"{path} cannot be read ({error}); run `steerlm preprocess` again") from None
 
     def _check_index(self) -> np.dtype[Any]:
-        """The token type, from the head of the index file; ``UserError`` if it is torn or not ours."""
+        """Return the token type, from the head of the index file; ``UserError`` if it is torn or not ours."""
         path = self._path("idx")
         remedy = "run `steerlm preprocess` again"
         try:
@@ -427,7 +427,7 @@ class ShardReader:
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
-    """The manifest and the SHA-256 of its bytes, which stands for the whole folder."""
+    """Return the manifest and the SHA-256 of its bytes, which stands for the whole folder."""
     path = folder / MANIFEST
     if not folder.is_dir():
         raise UserError(
@@ -453,6 +453,6 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _finished(path: Path) -> dict[str, Any]:
-    """Size and checksum of a finished file, which is on disk from then on."""
+    """Return size and checksum of a finished file, which is on disk from then on."""
     sync_path(path)
     return describe_file(path)

@@ -144,7 +144,7 @@ def layout(
     lengths: Sequence[int],
     schema: AttributeSchema | None,
 ) -> Document:
-    """The document of a rendered conversation: ``lengths[i]`` is the number of ids of ``segments[i]``."""
+    """Return the document of a rendered conversation: ``lengths[i]`` is the number of ids of ``segments[i]``."""
     turns, spans, header = turn_positions(conversation.messages, segments, lengths)
     values = np.full((len(turns), len(schema.names) if schema else 0), np.nan, np.float32)
     if values.size and schema:
@@ -157,7 +157,7 @@ def layout(
 
 
 def turn_messages(conversation: Conversation) -> Sequence[Message]:
-    """The messages that are turns: all but the system's."""
+    """Return the messages that are turns: all but the system's."""
     messages = conversation.messages
     return messages[1:] if messages and messages[0].role == "system" else messages
 
@@ -165,7 +165,7 @@ def turn_messages(conversation: Conversation) -> Sequence[Message]:
 def turn_positions(
     messages: Sequence[MessageLike], segments: Sequence[Segment], lengths: Sequence[int]
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, int]], tuple[int, int]]:
-    """``TURN`` rows, trained spans and header of a rendered conversation, as plain numbers."""
+    """Return ``TURN`` rows, trained spans and header of a rendered conversation, as plain numbers."""
     turns: list[list[int]] = []
     spans: list[tuple[int, int]] = []
     header: tuple[int, int] | None = None
@@ -216,7 +216,7 @@ def scored_turns(document: Document, scored: Scored) -> npt.NDArray[np.int64]:
 
 
 def labelled_turns(document: Document) -> npt.NDArray[np.bool_]:
-    """bool [N]: turns of weight 1 with at least one value."""
+    """Return bool [N]: turns of weight 1 with at least one value."""
     return (document.turns_N["weight"] > 0) & ~np.isnan(document.values_NA).all(axis=1)
 
 
@@ -228,7 +228,7 @@ def make_sample(
     marker_id: int | None = None,
     scored: Scored = "labelled",
 ) -> Sample | None:
-    """A document seen through a view, at most ``max_tokens`` long; None if it is dropped or has no target left.
+    """Return a document seen through a view, at most ``max_tokens`` long; None if it is dropped or has no target left.
 
     ``marker_id`` (the id of ``template.label_marker``) is needed for ``ap``. ``UserError`` under ``overlong="error"``.
     """
@@ -338,7 +338,7 @@ class _Cut:
         return int(found[-1]) if len(found) else len(self.turns) - 1
 
     def _gap(self, turn: int) -> tuple[int, int]:
-        """The stored tokens that go when ``turn`` is to follow the header."""
+        """Return the stored tokens that go when ``turn`` is to follow the header."""
         header_start, header_end = self.document.header
         first = int(self.turns["start"][0])
         if header_end > header_start > first:  # the header stands inside the first turn, whose opening tokens stay too

@@ -108,7 +108,7 @@ class Generator:
     # ---- submission, any thread of the leader ----
 
     def problem(self, prompt_tokens: int, max_tokens: int) -> str | None:
-        """Why a request of these sizes can never run, or None."""
+        """Return why a request of these sizes can never run, or None."""
         limit = self.limits.max_sequence_tokens
         if prompt_tokens < 1:
             return "the prompt is empty; it needs at least one token"
@@ -252,7 +252,7 @@ class Generator:
         return None
 
     def _advance(self, job: Job, token_id: int) -> tuple[str, FinishReason | None]:
-        """Text that became certain, and why the response ends here, if it does."""
+        """Return text that became certain, and why the response ends here, if it does."""
         piece = ""
         if token_id in self.stop_ids:
             return piece, "stop"
@@ -263,7 +263,7 @@ class Generator:
         return piece, "length" if len(job.token_ids) >= job.request.params.max_tokens else None
 
     def _result(self, job: Job, piece: str = "") -> Result:
-        """The job's result; its last piece of text goes out as a delta."""
+        """Return the job's result; its last piece of text goes out as a delta."""
         by_control = bool(job.token_ids) and job.token_ids[-1] in self.stop_ids
         text, rest = job.text.finish(job.token_ids[:-1] if by_control else job.token_ids, by_control)
         if job.reason == "length" and job.text.stopped_at is not None:
@@ -394,8 +394,8 @@ def _stop_ids(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
 
 
 def _look_through(tokenizer: TokenizerLike, template: TemplateLike) -> tuple[set[int], int]:
-    """Ids that are not text: control strings of the template, and pieces of the tokenizer without a text (``<s>``,
-    ``<pad>``). And the most characters that one token has: a longer text has more tokens.
+    """Return ids that are not text: control strings of the template, and pieces of the tokenizer without a text
+    (``<s>``, ``<pad>``). And the most characters that one token has: a longer text has more tokens.
 
     Each id is decoded twice over, since a lone blank at the start may be swallowed by a decoder."""
     chars = [len(tokenizer.decode([i, i])) for i in range(tokenizer.vocab_size)]

@@ -27,11 +27,11 @@ class ModelGroup(Protocol):
     heartbeat_sec: float  # an idle leader sends a message this often: well under any collective timeout
 
     def broadcast(self, value: Any) -> Any:
-        """The leader's ``value`` on every rank. Collective over the replica."""
+        """Return the leader's ``value`` on every rank. Collective over the replica."""
         ...
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Hidden states from the stage before."""
+        """Return hidden states from the stage before."""
         ...
 
     def send_hidden(self, hidden: torch.Tensor) -> None:
@@ -39,8 +39,8 @@ class ModelGroup(Protocol):
         ...
 
     def broadcast_sampled(self, sampled: torch.Tensor) -> torch.Tensor:
-        """The last stage's ``sampled`` (CPU) on every rank; others pass a buffer of its shape. Collective over the
-        replica."""
+        """Return the last stage's ``sampled`` (CPU) on every rank; others pass a buffer of its shape. Collective over
+        the replica."""
         ...
 
 
@@ -122,7 +122,7 @@ class MegatronGroup:
 
 
 def model_group(timeout_sec: int = 600) -> ModelGroup:
-    """The group that fits this process: a replica of one needs no messages. Collective over the replica.
+    """Return the group that fits this process: a replica of one needs no messages. Collective over the replica.
 
     ``timeout_sec``: ``engine.timeout_sec``, with which the process groups were made.
     """

@@ -53,7 +53,7 @@ class Job:
 
 
 def outcome_of(job: Job, step: Callable[[], Result | None]) -> Result | RequestFailed | None:
-    """What ``step`` returns; an exception of it ends the job, and no other."""
+    """Return what ``step`` returns; an exception of it ends the job, and no other."""
     try:
         return step()
     except Exception as e:

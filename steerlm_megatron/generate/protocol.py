@@ -132,7 +132,7 @@ class EngineDead(RuntimeError):
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """The seed of choice ``index`` of a request for several (index 0 keeps the seed itself)."""
+    """Return the seed of choice ``index`` of a request for several (index 0 keeps the seed itself)."""
     if index == 0:
         return seed
     return mix64(mix64(seed) + index) >> 1

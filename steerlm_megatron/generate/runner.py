@@ -43,8 +43,8 @@ class StepRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> tuple[list[int], list[float] | None]:
-        """One token for each row of the plan: ids and, where any row asked, log-probabilities. Collective over the
-        replica.
+        """Return one token for each row of the plan: ids and, where any row asked, log-probabilities. Collective over
+        the replica.
 
         A row from which no token can be drawn has a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``), and nothing
         of it is left in the cache."""
@@ -79,7 +79,7 @@ class StepRunner:
         return self.sampler.sample_each(self._rows, logits_KV, drawn)
 
     def _forward(self, plan: StepPlan) -> torch.Tensor | None:
-        """Logits [rows, V] of each row's last token, on the last stage."""
+        """Return logits [rows, V] of each row's last token, on the last stage."""
         decoding = len(plan.tokens)
         tokens, last, prefill = list(plan.tokens), list(range(decoding)), []
         ends: list[int] = []

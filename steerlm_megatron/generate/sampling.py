@@ -44,7 +44,7 @@ class RowParams:
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1), the ``index``-th of stream ``seed``: SplitMix64 over both, top 53 bits."""
+    """Return a number in [0, 1), the ``index``-th of stream ``seed``: SplitMix64 over both, top 53 bits."""
     return (mix64(mix64(seed) ^ mix64(index + 0x632BE59BD9B4E019)) >> 11) * 2.0**-53
 
 
@@ -185,7 +185,7 @@ class BatchSampler:
 
 
 def _invert(probs_BK: torch.Tensor, u_B1: torch.Tensor) -> torch.Tensor:
-    """The first index where the cumulated (unnormalised) probability exceeds u × total; never one of probability 0.
+    """Return the first index where the cumulated (unnormalised) probability exceeds u × total; never one of probability 0.
 
     ``NOT_FINITE`` where a probability is NaN, as all of a row are whose largest logit is NaN or infinite."""
     cdf_BK = probs_BK.cumsum(1)

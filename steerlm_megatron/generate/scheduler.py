@@ -73,7 +73,8 @@ class Scheduler(Generic[S]):
         return sum(len(s.prompt_ids) + len(s.token_ids) - 1 for s in self.running)
 
     def plan(self, gone: Callable[[S], bool]) -> StepPlan | None:
-        """The next step, or None if there is nothing to do. Sequences that are ``gone`` leave their rows first."""
+        """Return the next step, or None if there is nothing to do. Sequences that are ``gone`` leave their rows first.
+        """
         moves = self._compact(gone)
         decoding = list(self.running)
         admitted = self._admit()
@@ -133,8 +134,8 @@ class Scheduler(Generic[S]):
         return admitted
 
     def _shape_with(self, sequences: Sequence[S]) -> tuple[int, int] | None:
-        """A cache shape that holds ``sequences`` to their ends, the present one if it does; None if the budget does
-        not."""
+        """Return a cache shape that holds ``sequences`` to their ends, the present one if it does; None if the budget
+        does not."""
         budget, count = self.max_cache_tokens, len(sequences)
         rows, capacity = self._cache_shape
         longest = max(s.total_tokens for s in sequences)

@@ -56,7 +56,7 @@ class Detokenizer:
         return piece
 
     def rest(self) -> str:
-        """The text that :meth:`push` has not returned yet, an unfinished character as the decoder shows it."""
+        """Return the text that :meth:`push` has not returned yet, an unfinished character as the decoder shows it."""
         text = self._decode(self._ids[self._window :])
         if not text.startswith(self._returned):
             return self._decode(self._ids[self._clean :])
@@ -151,7 +151,7 @@ class ResponseText:
             self.stopped_at = sum(map(len, self._returned)) + len(self._open)
 
     def finish(self, ids: Sequence[int], by_control: bool) -> tuple[str, str]:
-        """The whole text and what of it :meth:`push` has not returned yet.
+        """Return the whole text and what of it :meth:`push` has not returned yet.
 
         ``ids``: the response without its stop token. ``by_control``: a stop token ended it, so the template's suffix
         goes.

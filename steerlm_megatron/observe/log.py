@@ -32,14 +32,16 @@ class _StderrHandler(logging.StreamHandler):
 
 @cache
 def console() -> Console:
-    """The one rich console of this process (standard error). Bars and log lines share it, so that neither tears the
-    other.
+    """Return the one rich console of this process (standard error). Bars and log lines share it, so that neither tears
+    the other.
     """
     return Console(stderr=True)
 
 
 def get_logger(name: str = "") -> logging.Logger:
-    """The package's logger, or the child ``name`` of it, which may be the ``__name__`` of a module of the package."""
+    """Return the package's logger, or the child ``name`` of it, which may be the ``__name__`` of a module of the
+    package.
+    """
     name = name.removeprefix("steerlm_megatron").strip(".")
     return logging.getLogger(f"{ROOT_NAME}.{name}" if name else ROOT_NAME)
 

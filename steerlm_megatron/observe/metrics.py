@@ -26,8 +26,8 @@ FILE_NAME = "metrics.jsonl"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a metrics file, in order. A last line without newline that does not parse is a torn write: left
-    out.
+    """Return the objects of a metrics file, in order. A last line without newline that does not parse is a torn write:
+    left out.
 
     Raises:
         UserError: any other line is not a JSON object.
@@ -78,7 +78,7 @@ class MetricsWriter:
         return self._rewrite(lambda row: row.get("step", step) <= step) if self.path.exists() else 0
 
     def at(self, step: int) -> dict[str, Any]:
-        """All that was written of ``step``, by this process or before."""
+        """Return all that was written of ``step``, by this process or before."""
         rows = read_metrics(self.path) if self.path.exists() else []
         return {name: value for row in rows if row.get("step") == step for name, value in row.items()}
 
@@ -121,7 +121,7 @@ class MetricsWriter:
         return row
 
     def _open(self) -> TextIO:
-        """The file, made anew if somebody took it away: it would be written to where nobody can read it."""
+        """Return the file, made anew if somebody took it away: it would be written to where nobody can read it."""
         if self._stream is not None:
             try:
                 there = os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat())
@@ -281,7 +281,7 @@ class Throughput:
             self._paused_sec += self._clock() - start
 
     def take(self) -> dict[str, float]:
-        """The rates since the last call, and starts anew.
+        """Return the rates since the last call, and starts anew.
 
         Keys: ``tokens`` (useful, since the start), ``tokens_per_sec``, ``target_tokens_per_sec``, ``step_sec``;
         ``fill`` with slots; ``flops_per_sec`` and ``mfu`` where they can be told.

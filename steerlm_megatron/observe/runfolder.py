@@ -79,7 +79,7 @@ def _folder_listing(path: Path) -> str:
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
-    """``summary.json`` of a run folder, or None where there is none. A damaged one is a UserError."""
+    """Return ``summary.json`` of a run folder, or None where there is none. A damaged one is a UserError."""
     path = Path(run_dir) / "summary.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +93,7 @@ def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def is_complete(run_dir: str | Path, wanted_fingerprint: str | None = None) -> bool:
-    """Whether the run ended well and, if a fingerprint is given, had the same inputs."""
+    """Return whether the run ended well and, if a fingerprint is given, had the same inputs."""
     summary = read_summary(run_dir)
     if summary is None or summary.get("status") != "complete":
         return False
@@ -101,7 +101,7 @@ def is_complete(run_dir: str | Path, wanted_fingerprint: str | None = None) -> b
 
 
 def default_run_dir(command: str, root: str | Path = "runs") -> Path:
-    """A new folder ``runs/<command>/<date>_<time>``, made here: of two commands that start at once, each has its own.
+    """Return a new folder ``runs/<command>/<date>_<time>``, made here: of two commands that start at once, each has its own.
 
     Raises:
         UserError: it cannot be made.
@@ -122,7 +122,7 @@ def default_run_dir(command: str, root: str | Path = "runs") -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and the libraries a run depends on. Imports none of them."""
+    """Return versions of Python, this package and the libraries a run depends on. Imports none of them."""
     found = {"python": platform.python_version()}
     for package in ("steerlm_megatron", *_PACKAGES):
         try:
@@ -133,7 +133,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """What ``env.json`` says: versions, host, devices, chosen environment variables, git commit of the code."""
+    """Return what ``env.json`` says: versions, host, devices, chosen environment variables, git commit of the code."""
     return {
         "versions": versions(),
         "host": socket.gethostname(),
@@ -148,7 +148,9 @@ def environment() -> dict[str, Any]:
 
 
 def _devices() -> list[str]:
-    """Names of the CUDA devices, if this process has loaded torch already; observing must not cost a torch import."""
+    """Return names of the CUDA devices, if this process has loaded torch already; observing must not cost a torch
+    import.
+    """
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []
@@ -156,7 +158,7 @@ def _devices() -> list[str]:
 
 
 def _git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and whether tracked files were changed; None outside a git checkout or without git."""
+    """Return commit and whether tracked files were changed; None outside a git checkout or without git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -40,7 +40,7 @@ class Sink(ABC):
 
 
 def sinks_of(tracking: TrackingConfig, run_dir: Path, config: Mapping[str, Any]) -> list[Sink]:
-    """The services that are switched on. ``config``: the resolved configuration, shown beside the curves.
+    """Return the services that are switched on. ``config``: the resolved configuration, shown beside the curves.
 
     Raises:
         UserError: a package is not installed, or the service refuses.

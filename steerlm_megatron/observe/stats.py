@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 
 
 def labelled(predictions: ArrayLike, targets: ArrayLike) -> tuple[Floats, Floats]:
-    """The pairs whose target is not NaN, flattened, as float64. The shapes must be equal."""
+    """Return the pairs whose target is not NaN, flattened, as float64. The shapes must be equal."""
     predicted = np.asarray(predictions, dtype=np.float64).reshape(-1)
     wanted = np.asarray(targets, dtype=np.float64).reshape(-1)
     if predicted.shape != wanted.shape:
@@ -26,13 +26,13 @@ def labelled(predictions: ArrayLike, targets: ArrayLike) -> tuple[Floats, Floats
 
 
 def mse(predictions: ArrayLike, targets: ArrayLike) -> float:
-    """Mean squared error over the labelled pairs; NaN without any."""
+    """Return mean squared error over the labelled pairs; NaN without any."""
     predicted, wanted = labelled(predictions, targets)
     return float(np.mean((predicted - wanted) ** 2)) if wanted.size else float("nan")
 
 
 def mae(predictions: ArrayLike, targets: ArrayLike) -> float:
-    """Mean absolute error over the labelled pairs; NaN without any."""
+    """Return mean absolute error over the labelled pairs; NaN without any."""
     predicted, wanted = labelled(predictions, targets)
     return float(np.mean(np.abs(predicted - wanted))) if wanted.size else float("nan")
 
@@ -73,7 +73,7 @@ def sem(values: ArrayLike) -> float:
 def attribute_metrics(
     predictions_PA: ArrayLike, targets_PA: ArrayLike, names: Sequence[str], constants_A: ArrayLike
 ) -> dict[str, dict[str, float]]:
-    """The report's ``ap`` section: per attribute ``mse mae pearson spearman constant_mse n``.
+    """Return the report's ``ap`` section: per attribute ``mse mae pearson spearman constant_mse n``.
 
     Args:
         predictions_PA: [pairs, attributes] values on the schema's scale.

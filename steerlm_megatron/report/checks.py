@@ -16,7 +16,7 @@ MIN_STEERING_SPEARMAN = 0.8
 
 
 def checks(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The three expectations, each ``{statement, measured, held, detail, cases}``.
+    """Return the three expectations, each ``{statement, measured, held, detail, cases}``.
 
     ``measured``: the numbers are there. ``held``: true or false, None if not measured. ``detail``: the numbers in
     words. ``cases``: per attribute (or per comparison) true, false, or None for one not measured; ``held`` needs every

@@ -25,8 +25,8 @@ _BADGES = {"yes": "yes", "no": "no"}  # a verdict's word → the class of its ba
 
 
 def render_html(data: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """The whole page. ``data`` is the content of ``report.json``; of ``results`` (``write_report`` describes them) the
-    title, the notes, ``max_level`` and the configuration are taken.
+    """Return the whole page. ``data`` is the content of ``report.json``; of ``results`` (``write_report`` describes
+    them) the title, the notes, ``max_level`` and the configuration are taken.
     """
     return (
         _environment()
@@ -67,7 +67,7 @@ def _short(value: Any) -> str:
 
 
 def _picture(svg: str) -> str:
-    """The address of an image that stands in the page itself."""
+    """Return the address of an image that stands in the page itself."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
@@ -116,13 +116,13 @@ def _quality(means: Mapping[str, Any] | None, detail: Mapping[str, Mapping[str, 
 
 
 def _example(example: Mapping[str, Any]) -> dict[str, Any]:
-    """An example in which everything that the template asks for is there."""
+    """Return an example in which everything that the template asks for is there."""
     responses = [{"attributes": {}, "text": "", "measured": {}} | response for response in example.get("responses", [])]
     return {"prompt": example.get("prompt", ""), "responses": responses}
 
 
 def _timings(timings: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of step and time, the sum last; no rows where no time was measured."""
+    """Return rows of step and time, the sum last; no rows where no time was measured."""
     seconds = {name: float(value) for name, value in timings.items() if value is not None}
     if not timings:
         return []

@@ -47,7 +47,9 @@ def _floats(values: Sequence[Any]) -> list[float]:
 
 
 def steering_plot(name: str, curve: Mapping[str, Any], max_level: int | None) -> str:
-    """Mean measured level over requested level, with one standard deviation and the diagonal of perfect obedience."""
+    """Return mean measured level over requested level, with one standard deviation and the diagonal of perfect
+    obedience.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.4, 2.9))
         axes = figure.subplots()
@@ -71,7 +73,7 @@ def steering_plot(name: str, curve: Mapping[str, Any], max_level: int | None) ->
 def quality_plot(
     means: Mapping[str, float | None], detail: Mapping[str, Mapping[str, Any]], titles: Sequence[str]
 ) -> str:
-    """One bar per model, with the standard error of its mean; ``titles`` in the order of ``means``."""
+    """Return one bar per model, with the standard error of its mean; ``titles`` in the order of ``means``."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.6, 2.9))
         axes = figure.subplots()

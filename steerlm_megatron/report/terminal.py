@@ -20,7 +20,7 @@ from steerlm_megatron.report.words import QUALITY_TITLES, number, verdict_word
 
 
 def terminal_table(results: Results, html_path: str | Path | None = None) -> RenderableType:
-    """The short closing table of a run, for ``rich``: attributes, quality, checks, and where the report is.
+    """Return the short closing table of a run, for ``rich``: attributes, quality, checks, and where the report is.
 
     ``results`` as for ``write_report``, or the content of a ``report.json``.
     """

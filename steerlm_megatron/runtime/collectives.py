@@ -31,7 +31,7 @@ def broadcast_object(value: T, source: int = 0) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in rank order, on every rank. Collective over the world."""
+    """Return every rank's value, in rank order, on every rank. Collective over the world."""
     if dist.get_world_size() == 1:
         return [value]
     out: list[Any] = [None] * dist.get_world_size()
@@ -89,7 +89,7 @@ def on_main(action: Callable[[], T]) -> T | None:
 
 
 def first_to_report(text: str) -> bool:
-    """Whether this rank is the first that asks for this ``text``; others give the main rank a moment to be it.
+    """Return whether this rank is the first that asks for this ``text``; others give the main rank a moment to be it.
 
     Not collective: ranks may call it or not.
     """
@@ -134,8 +134,8 @@ def sum_over_data_parallel(values: list[float], with_context: bool = False) -> l
 
 
 def broadcast_in_replica(value: T, from_last_stage: bool = True) -> T:
-    """A replica's value from its last pipeline stage (tensor-parallel rank 0 there), else its first, on all of its
-    ranks.
+    """Return a replica's value from its last pipeline stage (tensor-parallel rank 0 there), else its first, on all of
+    its ranks.
 
     Collective over the model-parallel group.
     """

@@ -19,14 +19,14 @@ def has_cuda() -> bool:
 
 
 def device() -> torch.device:
-    """The device of this process: ``cuda:LOCAL_RANK`` where there is one, else ``cpu``."""
+    """Return the device of this process: ``cuda:LOCAL_RANK`` where there is one, else ``cpu``."""
     if has_cuda():
         return torch.device("cuda", launcher.local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def device_name() -> str:
-    """What the GPU calls itself; ``cpu`` where there is none."""
+    """Return what the GPU calls itself; ``cpu`` where there is none."""
     return torch.cuda.get_device_name() if has_cuda() else "cpu"
 
 
@@ -38,12 +38,12 @@ def peak_memory_gib() -> float:
 
 
 def backend() -> str:
-    """The collective backend that fits :func:`device`. With CUDA, CPU tensors go through gloo."""
+    """Return the collective backend that fits :func:`device`. With CUDA, CPU tensors go through gloo."""
     return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """``fp32`` or ``bf16`` as a torch dtype."""
+    """Return ``fp32`` or ``bf16`` as a torch dtype."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
@@ -54,7 +54,9 @@ def set_cpu_threads(ranks_on_host: int) -> None:
 
 
 def to_device(values: np.ndarray[Any, Any], where: torch.device) -> torch.Tensor:
-    """An array as a tensor on ``where``; the host does not wait for the copy, pinned memory stays until it is made."""
+    """Return an array as a tensor on ``where``; the host does not wait for the copy, pinned memory stays until it is
+    made.
+    """
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor
 

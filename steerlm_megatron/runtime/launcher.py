@@ -20,12 +20,12 @@ _FIRST_PORT, _PORTS = 15000, 15000
 
 
 def is_rank() -> bool:
-    """Whether a launcher (torchrun, srun) started this process as one of several."""
+    """Return whether a launcher (torchrun, srun) started this process as one of several."""
     return "RANK" in os.environ or _in_slurm_step()
 
 
 def _in_slurm_step() -> bool:
-    """Whether srun started this process as one of several tasks.
+    """Return whether srun started this process as one of several tasks.
 
     A batch script has ``SLURM_PROCID`` and the job's ``SLURM_NTASKS`` as well, but no step: it is no rank.
     """
@@ -37,7 +37,7 @@ def _slurm_tasks() -> int:
 
 
 def world_size() -> int:
-    """How many ranks were started."""
+    """Return how many ranks were started."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return _slurm_tasks() if _in_slurm_step() else 1
@@ -81,13 +81,14 @@ def set_torch_variables() -> None:
 
 
 def step_port() -> int:
-    """A port that follows from the SLURM job and step, so that all ranks know it and two jobs on a node differ."""
+    """Return a port that follows from the SLURM job and step, so that all ranks know it and two jobs on a node differ.
+    """
     job, step = os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_STEP_ID", "0")
     return _FIRST_PORT + (int(job) * 31 + int(step)) % _PORTS
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM host list: ``gpu[07-09,12],cpu1`` → ``gpu07``.
+    """Return the first host of a SLURM host list: ``gpu[07-09,12],cpu1`` → ``gpu07``.
 
     >>> first_host("rack[2-3]n[001,005]")
     'rack2n001'
@@ -97,7 +98,7 @@ def first_host(nodelist: str) -> str:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Numbers of tasks by node from SLURM's short form.
+    """Return numbers of tasks by node from SLURM's short form.
 
     >>> tasks_per_node("4(x2),1")
     [4, 4, 1]
@@ -115,7 +116,7 @@ def _tasks_on_this_node() -> int:
 
 
 def _address_of_first_node() -> str:
-    """A name or address of the node that rank 0 runs on: the first of the step's nodes."""
+    """Return a name or address of the node that rank 0 runs on: the first of the step's nodes."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     host = first_host(nodes)
     try:

@@ -160,7 +160,7 @@ def seed_everything(seed: int) -> None:
 
 
 def layout() -> Layout:
-    """The coordinates of this rank in the groups that stand."""
+    """Return the coordinates of this rank in the groups that stand."""
     return Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

@@ -38,12 +38,14 @@ _settled = False
 
 
 def asked() -> bool:
-    """Whether a signal asked this process to stop. Not collective: other ranks may not have got one."""
+    """Return whether a signal asked this process to stop. Not collective: other ranks may not have got one."""
     return bool(_asked)
 
 
 def leaving() -> bool:
-    """Whether this process is on its way out for that, outside of any loop: errors that follow are of no account."""
+    """Return whether this process is on its way out for that, outside of any loop: errors that follow are of no
+    account.
+    """
     return _leaving
 
 

@@ -60,7 +60,9 @@ class Watch:
     """
 
     def __init__(self, timeout_sec: float, answer_sec: float | None = None) -> None:
-        """``answer_sec`` bounds how long the store, and a rank that is asked where it is, may take to answer; None: a share of ``timeout_sec``."""
+        """``answer_sec`` bounds how long the store, and a rank that is asked where it is, may take to answer; None: a
+        share of ``timeout_sec``.
+        """
         self._limit = _SHARE_OF_TIMEOUT * timeout_sec
         self.interval_sec = min(5.0, self._limit / 8)
         self._answer = min(_ANSWER_SEC, self._limit / 4) if answer_sec is None else answer_sec
@@ -156,7 +158,7 @@ class Watch:
             get_logger(__name__).warning("the ranks' store does not answer: %s", error)
 
     def _wait_for(self, store: Any, keys: list[str], seconds: float) -> dict[str, str]:
-        """Those of ``keys`` that come in time, with their values."""
+        """Return those of ``keys`` that come in time, with their values."""
         deadline = time.monotonic() + seconds
         values: dict[str, str] = {}
         while True:
@@ -193,7 +195,7 @@ class Watch:
 
 
 def explain(positions: list[Position], silent: dict[int, str]) -> str:
-    """The report in words: who is waited for, where that rank stands, and where the others wait.
+    """Return the report in words: who is waited for, where that rank stands, and where the others wait.
 
     ``positions``: of the ranks that answered; ``silent``: those that did not, and what is known of them.
     """

@@ -47,7 +47,7 @@ def _stops(value: Any) -> list[str]:
 
 
 def _prompts(value: Any) -> list[str] | list[list[int]]:
-    """Any of the four forms of a prompt as a list of texts, or of lists of token ids."""
+    """Return any of the four forms of a prompt as a list of texts, or of lists of token ids."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
@@ -120,8 +120,8 @@ class _Sampling(_Body):
     return_token_ids: bool = False  # not in OpenAI's API: choices carry ``token_ids``
 
     def seed_from(self, drawn: int) -> int:
-        """The seed asked for, in [0, 2^63), or ``drawn``. Negative ones, which OpenAI's API has too, are taken modulo
-        2^63."""
+        """Return the seed asked for, in [0, 2^63), or ``drawn``. Negative ones, which OpenAI's API has too, are taken
+        modulo 2^63."""
         return drawn if self.seed is None else self.seed & MAX_SEED
 
 
@@ -156,7 +156,7 @@ class ChatMessage(_Body):
         return "system" if self.role == "developer" else self.role
 
     def text(self) -> str:
-        """The content as one string."""
+        """Return the content as one string."""
         return "".join(part.text for part in self.content or ())
 
 
@@ -174,7 +174,7 @@ _B = TypeVar("_B", ChatBody, CompletionBody)
 
 
 def read(kind: type[_B], data: Mapping[str, Any]) -> _B:
-    """A request's body. ApiError names what is wrong with it."""
+    """Return a request's body. ApiError names what is wrong with it."""
     try:
         return kind.model_validate(data)
     except RecursionError:
@@ -198,7 +198,7 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
 
 
 def usage(results: Sequence[Result], prompts: int) -> dict[str, int]:
-    """Token counts; the prompt of several choices (``len(results) / prompts`` each) counts once."""
+    """Return token counts; the prompt of several choices (``len(results) / prompts`` each) counts once."""
     choices = max(1, len(results) // max(1, prompts))
     prompt_tokens = sum(r.prompt_tokens for r in results[::choices])
     completion_tokens = sum(r.completion_tokens for r in results)
@@ -210,5 +210,5 @@ def usage(results: Sequence[Result], prompts: int) -> dict[str, int]:
 
 
 def envelope(kind: str, request_id: str, model: str, created: int | None = None) -> dict[str, Any]:
-    """What every response body begins with."""
+    """Return what every response body begins with."""
     return {"id": request_id, "object": kind, "created": created or int(time.time()), "model": model}

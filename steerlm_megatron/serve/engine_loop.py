@@ -54,7 +54,7 @@ class EngineLoop:
                     self._on_failure()
 
     def problem(self) -> str | None:
-        """Why no response can be expected, or None."""
+        """Return why no response can be expected, or None."""
         if self.generator.error is not None:
             return f"the engine stopped: {self.generator.error}"
         if not self._thread.is_alive():

@@ -29,12 +29,12 @@ class ApiError(Exception):
 
 
 def writable(text: str) -> str:
-    """``text`` with its lone surrogates, which JSON can write and UTF-8 cannot, as ``\\udcXX``."""
+    """Return ``text`` with its lone surrogates, which JSON can write and UTF-8 cannot, as ``\\udcXX``."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def shown(value: Any) -> str:
-    """A value as an error message quotes it: its beginning, if it is long."""
+    """Return a value as an error message quotes it: its beginning, if it is long."""
     part = value[: _SHOWN_CHARS + 1] if isinstance(value, str | list) else value
     text = repr(part)
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"

@@ -132,7 +132,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def problem(name: str, value: Any, table: Mapping[str, Values]) -> str | None:
-    """Why the parameter ``name`` of ``table`` cannot have this value, or None where it asks for nothing."""
+    """Return why the parameter ``name`` of ``table`` cannot have this value, or None where it asks for nothing."""
     legal = table[name]
     if isinstance(legal, _Label) or any(same_json(without_nulls(value), one) for one in legal):
         return None

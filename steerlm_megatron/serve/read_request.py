@@ -73,7 +73,7 @@ def timed_protocol(read_timeout_sec: float) -> type[H11Protocol]:
 
 
 async def read_body(http: HttpRequest, max_bytes: int, timeout_sec: float) -> bytes:
-    """The whole body of a JSON request. ApiError (400, 408, 413, 415), ClientGone."""
+    """Return the whole body of a JSON request. ApiError (400, 408, 413, 415), ClientGone."""
     _check_headers(http, max_bytes)
     body = bytearray()
     try:
@@ -116,7 +116,7 @@ def _too_large(given: str, max_bytes: int) -> ApiError:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The object that a body holds. ApiError if it is not UTF-8, not JSON, or no object."""
+    """Return the object that a body holds. ApiError if it is not UTF-8, not JSON, or no object."""
     try:
         data = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:

@@ -160,14 +160,14 @@ class _Endpoints:
 
 
 def _failure(error: BaseException) -> ApiError:
-    """What a client is told whose response will not come."""
+    """Return what a client is told whose response will not come."""
     if isinstance(error, RequestFailed):
         return ApiError(500, f"this request failed: {error}", kind="server_error", code="request_failed")
     return ApiError(500, f"the engine stopped: {error}", kind="server_error", code="engine_stopped")
 
 
 async def _all_results(handles: Sequence[Handle]) -> list[Result]:
-    """The results of all, or the first exception of any."""
+    """Return the results of all, or the first exception of any."""
     return await asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles))
 
 
@@ -186,7 +186,7 @@ async def _disconnected(http: HttpRequest) -> None:
 
 
 def create_app(service: Service, loop: EngineLoop) -> FastAPI:
-    """The ASGI application. The engine loop is the caller's to start and stop."""
+    """Return the ASGI application. The engine loop is the caller's to start and stop."""
     app = FastAPI(title="steerlm_megatron", docs_url=None, redoc_url=None)
     metrics = _Metrics(service.generator)
     endpoints = _Endpoints(service, loop, metrics)

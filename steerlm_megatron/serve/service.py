@@ -79,7 +79,7 @@ class Service:
         return self._ask("chatcmpl", "chat.completion", body, [prompt_ids], max_tokens, bool(body.logprobs))
 
     def chat_prompt(self, body: ChatBody) -> list[int]:
-        """Token ids up to where the response starts."""
+        """Return token ids up to where the response starts."""
         messages = []
         for i, message in enumerate(body.messages):
             where = f"messages[{i}]"
@@ -243,7 +243,7 @@ class Service:
         }
 
     def _parts(self, result: Result) -> tuple[list[bytes], list[int]]:
-        """What each token of a response gave to its text, and the character of the text where it begins.
+        """Return what each token of a response gave to its text, and the character of the text where it begins.
 
         A token gives its own bytes, so that joined they are the text's; what ended the response, a stop token with the
         template's suffix or a stop string, gives none.
@@ -268,7 +268,7 @@ class Service:
     def chunk(
         self, ask: Ask, index: int, text: str | None, ids: Sequence[int], reason: str | None = None, first: bool = False
     ) -> dict[str, Any]:
-        """One piece of a stream. ``text`` None: nothing but the finish reason."""
+        """Return one piece of a stream. ``text`` None: nothing but the finish reason."""
         choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         if ask.is_chat:
             delta: dict[str, Any] = {"role": "assistant"} if first else {}
@@ -283,7 +283,7 @@ class Service:
         return {**envelope(kind, ask.id, self.server.model_name, ask.created), "choices": [choice]}
 
     def usage_chunk(self, ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
-        """The last piece of a stream that asked for token counts."""
+        """Return the last piece of a stream that asked for token counts."""
         kind = "chat.completion.chunk" if ask.is_chat else ask.kind
         head = envelope(kind, ask.id, self.server.model_name, ask.created)
         return {**head, "choices": [], "usage": usage(results, ask.prompts)}

@@ -95,7 +95,7 @@ def annotate(
 def _labelled(
     records: list[Conversation], scored: dict[int, Any], loaded: LoadedModel, overwrite: bool
 ) -> Iterator[Conversation]:
-    """Records with ``attributes`` (floats) and ``levels`` (integers) on every assistant message with text.
+    """Yield records with ``attributes`` (floats) and ``levels`` (integers) on every assistant message with text.
 
     An attribute that the model never saw a label of is not predicted: there, what a message has stays.
     """
@@ -120,5 +120,5 @@ def _labelled(
 
 
 def _is_empty(message: Message) -> bool:
-    """Whether it is a response without text."""
+    """Return whether it is a response without text."""
     return message.role == "assistant" and not has_text(message.content)

@@ -56,8 +56,8 @@ def combinations(records: Iterable[Conversation], schema: AttributeSchema) -> li
 def choose_prompts(
     records: Sequence[Record], limit: int | None, rng: random.Random
 ) -> tuple[list[Record], dict[str, int]]:
-    """The prompts to draw for: of each record all before the last response, those that several share once, ``limit`` of
-    them drawn without replacement; and how many records are left out, by reason.
+    """Return the prompts to draw for: of each record all before the last response, those that several share once,
+    ``limit`` of them drawn without replacement; and how many records are left out, by reason.
     """
     prompts: dict[tuple[tuple[str, str], ...], Record] = {}
     for where, record in ((r.where, r.conversation) for r in records):
@@ -74,7 +74,7 @@ def choose_prompts(
 def pair_prompts(
     chosen: Sequence[Record], combinations: Sequence[Mapping[str, int]], responses: int, rng: random.Random
 ) -> list[Prompt]:
-    """Each prompt ``responses`` times, with combinations drawn uniformly."""
+    """Return each prompt ``responses`` times, with combinations drawn uniformly."""
     return [
         Prompt(f"{r.conversation.id}/{n}", r.conversation.messages, dict(rng.choice(list(combinations))), r.where)
         for r in chosen
@@ -126,7 +126,7 @@ def bootstrap(here: Session, source: str, output: Path) -> dict[str, Any]:
 def _draw(
     here: Session, reader: RecordReader, source: str, output: Path
 ) -> tuple[AttributeSchema, list[Prompt], list[Drawn]]:
-    """Prompts and their responses, and the attributes that they were asked for."""
+    """Return prompts and their responses, and the attributes that they were asked for."""
     config, b = here.config, here.config.bootstrap
     records = reader.read("input", source, "input", each=b.responses_per_prompt)
     loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="lm", gather_logits=True)
@@ -150,7 +150,9 @@ def _draw(
 
 
 def _scored(record: Conversation, values: Mapping[str, float], schema: AttributeSchema) -> Conversation:
-    """The record with the prediction on its last message; earlier responses are context and are not trained again."""
+    """Return the record with the prediction on its last message; earlier responses are context and are not trained
+    again.
+    """
     *context, response = record.messages
     earlier = tuple(
         Message(m.role, m.content, m.attributes, 0 if m.role == "assistant" else m.weight, m.extra) for m in context

@@ -36,14 +36,14 @@ _SPLITS = ("train", "valid")
 
 
 def schema_of(config: Config) -> AttributeSchema | None:
-    """The configured schema, None for ``attributes=none``."""
+    """Return the configured schema, None for ``attributes=none``."""
     return AttributeSchema.from_config(config.attributes) if config.attributes.names else None
 
 
 def collect_records(
     config: Config, output_dir: Path, shards: Path | None = None
 ) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Record files per split for ``data.source``, and the converter's report. Converters write into ``output_dir``.
+    """Return record files per split for ``data.source``, and the converter's report. Converters write into ``output_dir``.
 
     ``shards``: the folder that shards of these records are in or come to; what other inputs or settings gave is then
     refused without ``config.overwrite``, before its records are replaced.
@@ -67,7 +67,7 @@ def collect_records(
 
 
 def _conversion_options(data: DataConfig) -> Options:
-    """``data.*`` as the converters take it."""
+    """Return ``data.*`` as the converters take it."""
     filters = Filters(
         tuple(data.languages), tuple(data.roles), data.min_turns, data.max_turns, data.min_chars, data.max_chars,
         tuple(data.labels), data.dedupe,
@@ -94,7 +94,7 @@ def _check_demo(data: DataConfig) -> None:
 
 
 def _has_array(data: DataConfig) -> bool:
-    """Whether a file is one JSON array, which is not how records are read."""
+    """Return whether a file is one JSON array, which is not how records are read."""
     return any(is_array(path) for path in expand_paths([*data.input, *(data.valid_input or ())]))
 
 
@@ -171,7 +171,7 @@ def _refuse_other(shards: Path, key: str, sources: Sequence[Mapping[str, Any]]) 
 
 
 def _stored_report(journal: Path, key: str) -> dict[str, Any] | None:
-    """The report of an earlier conversion with this key whose files are still there."""
+    """Return the report of an earlier conversion with this key whose files are still there."""
     try:
         stored = json.loads(journal.read_text(encoding="utf-8"))
         folder, report = journal.parent, stored["report"]

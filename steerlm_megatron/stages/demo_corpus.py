@@ -43,7 +43,7 @@ def ensure_shards(config: Config) -> tuple[str, str | None]:
 
 
 def demo_folder(config: Config) -> Path:
-    """Where the embedded corpus of this configuration lives: beside the runs, named by what it depends on."""
+    """Return where the embedded corpus of this configuration lives: beside the runs, named by what it depends on."""
     key = json.dumps(
         [
             config.data.demo_conversations, config.train.seed, dataclasses.asdict(config.tokenizer),

@@ -89,13 +89,13 @@ def check(config: Config) -> None:
 
 
 def models_of(config: Config) -> dict[str, str]:
-    """``evaluate.models`` that are set, in the order of training."""
+    """Return ``evaluate.models`` that are set, in the order of training."""
     found = {name: getattr(config.evaluate.models, name) for name in MODELS}
     return {name: path for name, path in found.items() if path is not None}
 
 
 def evaluate(here: Session) -> dict[str, Any]:
-    """The results of ``write_report``, without timings. Collective over the world."""
+    """Return the results of ``write_report``, without timings. Collective over the world."""
     config, reader = here.config, RecordReader(here)
     results: dict[str, Any] = {}
     ap: LoadedModel | None = None
@@ -120,8 +120,8 @@ def evaluate(here: Session) -> dict[str, Any]:
 def prediction_quality(
     ap: LoadedModel, records: list[Conversation], batch_tokens: int | None
 ) -> tuple[dict[str, dict[str, float]], int]:
-    """MSE, MAE, Pearson, Spearman per attribute against human labels, beside the constant predictor's MSE; and how many
-    records have no label to compare with.
+    """Return MSE, MAE, Pearson, Spearman per attribute against human labels, beside the constant predictor's MSE; and
+    how many records have no label to compare with.
 
     The constant is the training labels' mean, kept in the checkpoint. Attributes that the model never saw a label of
     are left out. Turns of weight 0 are repeats and do not count, empty ones have nothing to predict from.
@@ -170,7 +170,7 @@ class Judge:
             )
 
     def measure(self, prompts: Sequence[Conversation], responses: Sequence[str]) -> list[Measured]:
-        """Values of each response to its prompt. Collective over the world."""
+        """Return values of each response to its prompt. Collective over the world."""
         if self.kind == "demo":
             return [demo_judge.measure(p.messages[-1].content, r) for p, r in zip(prompts, responses, strict=True)]
         assert self.scorer is not None
@@ -182,7 +182,7 @@ class Judge:
 
 
 def levels_to_ask(schema: AttributeSchema, wanted: Sequence[int]) -> list[int]:
-    """``evaluate.levels``, or every level up to five, or five spread over the scale."""
+    """Return ``evaluate.levels``, or every level up to five, or five spread over the scale."""
     if wanted:
         if bad := [level for level in wanted if not 0 <= level <= schema.max_level]:
             raise UserError(f"evaluate.levels: {bad} outside 0..{schema.max_level} of attributes={schema.name}")
@@ -213,8 +213,8 @@ def _key(levels: Levels | None) -> tuple[tuple[str, int], ...]:
 
 
 def _prompts(here: Session, reader: RecordReader, judge: Judge) -> tuple[list[Conversation], dict[str, _Asked]]:
-    """The prompts that fit into every model with everything that is asked of it, and what that is. Nothing is loaded
-    yet, so that what is wrong is said at once. Collective over the world.
+    """Return the prompts that fit into every model with everything that is asked of it, and what that is. Nothing is
+    loaded yet, so that what is wrong is said at once. Collective over the world.
     """
     config, models = here.config, models_of(here.config)
     opened = {name: open_checkpoint(path, f"evaluate.models.{name}", head="lm") for name, path in models.items()}
@@ -248,8 +248,8 @@ def _prompts(here: Session, reader: RecordReader, judge: Judge) -> tuple[list[Co
 
 
 def _asked(model: OpenedCheckpoint, config: Config, judge: Judge, steered: bool) -> _Asked:
-    """The best levels; for the model that is steered also one attribute at a time over its levels, the others at their
-    best.
+    """Return the best levels; for the model that is steered also one attribute at a time over its levels, the others at
+    their best.
     """
     schema = model.conditioned_on
     if schema is None:
@@ -292,7 +292,7 @@ def _compare(here: Session, judge: Judge, prompts: list[Conversation], asked: Ma
 def _draw(
     here: Session, loaded: LoadedModel, prompts: list[Conversation], asks: Sequence[Levels | None], name: str
 ) -> list[list[str]]:
-    """Texts [asks][prompts]. They stay in the journal until the results are written."""
+    """Return texts [asks][prompts]. They stay in the journal until the results are written."""
     config = here.config
     wanted = [
         Prompt(f"{a}/{p}", prompt.messages, ask, prompt.id)
@@ -338,7 +338,7 @@ def _examples(
     drawn: Sequence[Sequence[str]],
     table: Sequence[Sequence[Measured]],
 ) -> list[dict[str, Any]]:
-    """Responses of a few prompts at the best combination and at each attribute's extremes."""
+    """Return responses of a few prompts at the best combination and at each attribute's extremes."""
     assert plan.schema is not None
     asks, chosen = plan.all, [0]
     for name in plan.schema.seen:

@@ -50,7 +50,7 @@ def run(config: Config) -> None:
 
 
 def read_prompts(reader: RecordReader, part: str, path: str, key: str) -> list[Record]:
-    """The records of ``path``, each cut after its last user message. Collective over the world."""
+    """Return the records of ``path``, each cut after its last user message. Collective over the world."""
     return [
         Record(record.where, up_to_last_user(record.conversation))
         for record in reader.read(part, path, key, require_response=False)
@@ -58,6 +58,6 @@ def read_prompts(reader: RecordReader, part: str, path: str, key: str) -> list[R
 
 
 def up_to_last_user(record: Conversation) -> Conversation:
-    """The conversation as a prompt: what follows its last user message is left out."""
+    """Return the conversation as a prompt: what follows its last user message is left out."""
     last = max(i for i, m in enumerate(record.messages) if m.role == "user")  # every record has one
     return Conversation(record.id, record.messages[: last + 1], record.source, record.extra)

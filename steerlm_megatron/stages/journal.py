@@ -36,7 +36,7 @@ class Journal:
                     file.unlink()
 
     def read(self) -> dict[int, Any]:
-        """Everything that any rank has finished: index → value."""
+        """Return everything that any rank has finished: index → value."""
         done: dict[int, Any] = {}
         for part in sorted(self.folder.glob(f"{self._ours}*.jsonl")):
             for line in part.read_bytes().splitlines(keepends=True):
@@ -119,8 +119,8 @@ class Journal:
 def open_journal(
     here: Session, name: str, loaded: LoadedModel, inputs: Mapping[str, Any], paths: Sequence[str] = ()
 ) -> tuple[Journal, dict[int, Any]]:
-    """The journal ``name`` of this run for what ``loaded`` makes of ``inputs`` and ``paths``, and what it holds of an
-    earlier attempt. Collective over the world.
+    """Return the journal ``name`` of this run for what ``loaded`` makes of ``inputs`` and ``paths``, and what it holds
+    of an earlier attempt. Collective over the world.
 
     That of another model (by the names, sizes and times of its files), precision or input is removed.
     """

@@ -113,7 +113,9 @@ def _fingerprint(state: Run, step: Step, config: Config) -> str:
 
 
 def _input_files(config: Config) -> list[str]:
-    """The files and folders of ``data.input``; a data set's name on the hub is none (its content is not looked at)."""
+    """Return the files and folders of ``data.input``; a data set's name on the hub is none (its content is not looked
+    at).
+    """
     names = config.data.input or []
     if config.data.source == "hf":
         return [name for name in names if Path(name).exists()]

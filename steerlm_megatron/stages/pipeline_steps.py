@@ -41,7 +41,7 @@ class Run:
     timings: dict[str, float] = field(default_factory=dict)
 
     def folder(self, step: str) -> Path:
-        """The run folder of a step, such as ``03-train_ap``."""
+        """Return the run folder of a step, such as ``03-train_ap``."""
         return self.here.folder / f"{list(STEPS).index(step) + 1:02d}-{step}"
 
     def path(self, step: str, name: str) -> str:
@@ -73,14 +73,14 @@ class Step:
     command: str = "train_sft"
 
     def depends_on(self, config: Config) -> dict[str, Any]:
-        """The keys of ``config`` whose change runs the step again, with their values."""
+        """Return the keys of ``config`` whose change runs the step again, with their values."""
         keys = [key for key in KEYS if affects_result(self.command, key)]
         if config.data.source != "demo" and self.command == "preprocess":
             keys.remove("train.seed")  # of the embedded corpus alone; others would be converted again for nothing
         return {key: value_at(config, key) for key in keys}
 
     def config(self, run: Run) -> Config:
-        """The run's configuration with what the step takes from earlier ones, and with its own overrides."""
+        """Return the run's configuration with what the step takes from earlier ones, and with its own overrides."""
         config = with_overrides(run.config, self.wiring(run))
         try:
             config = with_overrides(config, run.config.pipeline.get(self.name) or {})
@@ -197,7 +197,9 @@ def _check_prompts(run: Run, here: Session) -> None:
 
 
 def _held_out_prompts(run: Run) -> str | None:
-    """The prompts to evaluate on where the user names none: a corpus's own, else those of the validation records."""
+    """Return the prompts to evaluate on where the user names none: a corpus's own, else those of the validation
+    records.
+    """
     own = run.folder("data") / "records" / "prompts.jsonl"
     return str(own) if own.exists() else next(iter(_records(run, "valid")), None)
 
@@ -213,7 +215,7 @@ def _require_labels(here: Session, summary: Mapping[str, Any]) -> None:
 
 
 def _records(run: Run, split: str) -> list[str]:
-    """Record files of a split of the corpus."""
+    """Return record files of a split of the corpus."""
     splits: dict[str, list[str]] = json.loads((run.folder("data") / "splits.json").read_text(encoding="utf-8"))
     return splits.get(split, [])
 

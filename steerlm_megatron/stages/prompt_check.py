@@ -57,7 +57,7 @@ def _check(records: Iterable[Record], config: Config, shards: Path) -> None:
 
 
 def _coming_model(config: Config, tokenizer: Tokenizer) -> OpenedCheckpoint:
-    """What a checkpoint of an attribute-conditioned model of ``config`` will say of itself."""
+    """Return what a checkpoint of an attribute-conditioned model of ``config`` will say of itself."""
     schema, template = AttributeSchema.from_config(config.attributes), Template.from_config(config.template)
     meta = CheckpointMeta(
         step=0,

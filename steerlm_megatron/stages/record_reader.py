@@ -75,7 +75,7 @@ class RecordReader:
     def read(
         self, part: str, paths: str | Sequence[str], key: str, require_response: bool = True, each: int = 1
     ) -> list[Record]:
-        """All records of ``paths``, checked. Collective over the world.
+        """Return all records of ``paths``, checked. Collective over the world.
 
         Args:
             part: what the input is called in the summary; ``key``: its key in the configuration, for messages.
@@ -126,7 +126,9 @@ class RecordReader:
                 get_logger(__name__).warning("%d more (%s) are in %s", count - _MOST_LINES_LOGGED, reason, path)
 
     def counts(self) -> dict[str, Any]:
-        """``{"in", "out", "skipped": {reason: n}}`` over all that was read; of several inputs each one's as well."""
+        """Return ``{"in", "out", "skipped": {reason: n}}`` over all that was read; of several inputs each one's as
+        well.
+        """
         parts = {name: part.counts() for name, part in self._parts.items()}
         skipped: Counter[str] = sum((part.skipped for part in self._parts.values()), Counter())
         total = {
@@ -144,8 +146,8 @@ def read_lines(
     require_response: bool = True,
     schema: AttributeSchema | None = None,
 ) -> Iterator[Record]:
-    """The good records of ``paths``, streamed; with ``on_error="skip"`` the others are added to ``rejects``. ``schema``
-    checks attributes, as in ``steer.records.read_records``.
+    """Yield the good records of ``paths``, streamed; with ``on_error="skip"`` the others are added to ``rejects``.
+    ``schema`` checks attributes, as in ``steer.records.read_records``.
     """
     for path in expand_paths(paths):
         rejected: Rejected = []
@@ -169,7 +171,7 @@ class _Remembered(Iterator[tuple[str, bytes]]):
         return where, line
 
     def of(self, rejected: Rejected) -> list[Reject]:
-        """What was rejected since the last call, with its lines; empties ``rejected``."""
+        """Return what was rejected since the last call, with its lines; empties ``rejected``."""
         found = [Reject(where, reason, self._taken.get(where)) for where, reason in rejected]
         self._taken.clear()
         rejected.clear()
@@ -177,7 +179,8 @@ class _Remembered(Iterator[tuple[str, bytes]]):
 
 
 def skipped_in_words(counts: Mapping[str, Any]) -> str:
-    """What was skipped, in words for a log line: ``, 3 skipped (rejected: 2, prompt_too_long: 1)``, or nothing."""
+    """Return what was skipped, in words for a log line: ``, 3 skipped (rejected: 2, prompt_too_long: 1)``, or nothing.
+    """
     skipped = counts["skipped"]
     if not skipped:
         return ""

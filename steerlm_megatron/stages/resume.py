@@ -25,7 +25,7 @@ _FREE_MODEL_KEYS = {"name", "dropout", "init_std", "max_position"}
 
 
 def data_order(config: Config, data: Corpora, view: View) -> dict[str, Any]:
-    """What decides which samples a step has, under the names that errors give it. Stored in every checkpoint."""
+    """Return what decides which samples a step has, under the names that errors give it. Stored in every checkpoint."""
     return {
         "task": view,
         "train.seed": config.train.seed,
@@ -37,7 +37,7 @@ def data_order(config: Config, data: Corpora, view: View) -> dict[str, Any]:
 
 
 def check_init(config: Config, data: Corpora, view: View) -> Path | None:
-    """The checkpoint to start from, after checking that its vocabulary, shape and head are ours."""
+    """Return the checkpoint to start from, after checking that its vocabulary, shape and head are ours."""
     if config.init_from is None:
         return None
     folder = resolve(config.init_from, "init_from")

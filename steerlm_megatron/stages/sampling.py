@@ -52,7 +52,7 @@ class Drawn:
 
 
 def open_sampler(config: Config, loaded: LoadedModel) -> Sampler:
-    """What draws: the servers of ``server.urls``, or the model in this process. Collective over the replica."""
+    """Return what draws: the servers of ``server.urls``, or the model in this process. Collective over the replica."""
     if config.server.urls:
         client = SamplingClient(config.server.urls, config.generation.concurrency)
         client.check()
@@ -61,7 +61,7 @@ def open_sampler(config: Config, loaded: LoadedModel) -> Sampler:
 
 
 def open_generator(config: Config, loaded: LoadedModel, max_queue: int | None = None) -> Generator:
-    """The in-process sampler over a language model. ``max_queue``: of a server. Collective over the replica."""
+    """Return the in-process sampler over a language model. ``max_queue``: of a server. Collective over the replica."""
     wanted, longest = config.generation, loaded.model_config.max_position
     limits = Limits(
         wanted.max_batch,
@@ -80,8 +80,8 @@ class PromptTooLong(UserError):
 def request_for(
     index: int, prompt: Prompt, opened: OpenedCheckpoint, sampling: SamplingConfig, limits: GenerationConfig
 ) -> Request:
-    """The request for the ``index``-th response of a command, with a seed of its own. A prompt too long for the model
-    loses its oldest turns.
+    """Return the request for the ``index``-th response of a command, with a seed of its own. A prompt too long for the
+    model loses its oldest turns.
 
     Raises:
         PromptTooLong: its last turn alone is too long.
@@ -109,8 +109,8 @@ def request_for(
 def requests_for(
     prompts: Sequence[Prompt], opened: OpenedCheckpoint, config: Config, reader: RecordReader, part: str
 ) -> tuple[list[Prompt], list[Request]]:
-    """The prompts that fit, and a request for each. One that does not is left out, counted in ``part`` of ``reader``,
-    or, with ``data.on_error=error``, raised. Collective over the world.
+    """Return the prompts that fit, and a request for each. One that does not is left out, counted in ``part`` of
+    ``reader``, or, with ``data.on_error=error``, raised. Collective over the world.
     """
     check_room(opened, config)
     kept: list[Prompt] = []
@@ -160,7 +160,7 @@ def _without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...] | None
 def draw(
     here: Session, loaded: LoadedModel, sampler: Sampler, requests: Sequence[Request], name: str, label: str
 ) -> list[Drawn]:
-    """Responses in the order of ``requests``, on every rank. Collective over the world.
+    """Return responses in the order of ``requests``, on every rank. Collective over the world.
 
     What each replica draws is noted in the journal ``name`` of the run every two seconds: the next attempt starts from
     there. The servers of ``server.urls`` are taken to have ``loaded``, then as now. ``label``: for the progress.

@@ -41,7 +41,7 @@ def default_batch_tokens() -> int:
 
 
 def rows_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Documents of like length together, in rows of up to ``batch_tokens`` tokens (or one longer document).
+    """Return documents of like length together, in rows of up to ``batch_tokens`` tokens (or one longer document).
 
     A row that is scored has no fixed length to fill, so there is nothing to fit; and documents of like length share
     attention calls.
@@ -99,7 +99,9 @@ class Scorer:
         }
 
     def _documents(self, conversations: Sequence[Conversation]) -> list[_ScoredDocument]:
-        """One document per conversation that fits; an over-long one is scored turn by turn, oldest turns cut off."""
+        """Return one document per conversation that fits; an over-long one is scored turn by turn, oldest turns cut
+        off.
+        """
         # Weight says what is trained; every assistant turn is scored.
         whole = [replace(c, messages=tuple(replace(m, weight=1) for m in c.messages)) for c in conversations]
         pieces: list[_ScoredDocument] = []
@@ -126,7 +128,7 @@ class Scorer:
         ]
 
     def _forward(self, samples: list[Sample]) -> np.ndarray:
-        """float32 [P, A] for the pooled positions of one packed row, on every rank of the replica."""
+        """Return float32 [P, A] for the pooled positions of one packed row, on every rank of the replica."""
         total = sum(len(s.tokens_T) for s in samples)
         values = predict_values(self.loaded.model, collate([samples], total, len(self.schema.names)))
         result = broadcast_in_replica(None if values is None else values.numpy())

@@ -25,7 +25,7 @@ from steerlm_megatron.steer.templates import Template
 
 
 def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
-    """``tokenizer.path`` opened, or one trained on ``files``."""
+    """Return ``tokenizer.path`` opened, or one trained on ``files``."""
     template = Template.from_config(config.template)
     strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
     texts = training_texts(files, schema_of(config), template, config.data) if config.tokenizer.train else None
@@ -116,7 +116,7 @@ def make_shards(
 
 
 def _converted(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a manifest keeps of a converter's report; None if nothing was converted."""
+    """Return what a manifest keeps of a converter's report; None if nothing was converted."""
     if "sources" not in report:
         return None
     kept = ("source", "key", "sources", "in", "out", "skipped", "rejected_lines", "trained_replies", "context_replies",

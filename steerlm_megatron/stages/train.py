@@ -71,7 +71,7 @@ def run(config: Config) -> TrainResult:
 
 
 def view_of(config: Config) -> View:
-    """How this command sees a stored conversation (``data/views.py``)."""
+    """Return how this command sees a stored conversation (``data/views.py``)."""
     if config.command == "train_ap":
         return "ap"
     if config.train.objective == "lm":
@@ -150,12 +150,16 @@ def open_data(config: Config, verify: bool = False) -> tuple[Corpora, Corpora | 
 
 
 def _is_split(path: Path) -> bool:
-    """Whether ``path`` is what ``preprocess`` was given as ``data.output_dir``: shards in ``train`` and ``valid``."""
+    """Return whether ``path`` is what ``preprocess`` was given as ``data.output_dir``: shards in ``train`` and
+    ``valid``.
+    """
     return not is_complete(path) and is_complete(path / "train")
 
 
 def _pack(config: Config, data: Corpora, view: View, weights: Sequence[float] = ()) -> Rows:
-    """The packed rows of ``data``. The main rank packs and stores, the others read that. Collective over the world."""
+    """Return the packed rows of ``data``. The main rank packs and stores, the others read that. Collective over the
+    world.
+    """
     train = config.train
 
     def rows(store: bool) -> Rows:
@@ -263,7 +267,7 @@ def _objective(config: Config, view: View) -> Objective:
 
 
 def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tuple[Engine, Any]:
-    """The engine, and the function that counts its floating-point operations (docs/numerics.md)."""
+    """Return the engine, and the function that counts its floating-point operations (docs/numerics.md)."""
     chunks = []
     chunk_count = config.parallel.virtual_pipeline or 1
     for stage in range(chunk_count):
@@ -301,7 +305,7 @@ def flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, floa
 
 
 def engine_of(engine: EngineConfig) -> type[MegatronEngine] | type[DeepSpeedEngine]:
-    """The engine's class. DeepSpeed is imported where it is asked for: it takes seconds."""
+    """Return the engine's class. DeepSpeed is imported where it is asked for: it takes seconds."""
     if engine.name == "deepspeed":
         from steerlm_megatron.train.engine_deepspeed import DeepSpeedEngine
 

@@ -26,7 +26,7 @@ _UNSEEN = "unseen"
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a float, or an int that a float can hold, and not a bool."""
+    """Return whether ``value`` is a float, or an int that a float can hold, and not a bool."""
     return isinstance(value, float) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     )
@@ -107,7 +107,7 @@ class AttributeSchema:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data with the keys of the config group, and ``unseen`` if there are such attributes."""
+        """Return plain data with the keys of the config group, and ``unseen`` if there are such attributes."""
         data = {
             "name": self.name,
             "names": list(self.names),
@@ -118,7 +118,7 @@ class AttributeSchema:
         return data | {_UNSEEN: list(self.unseen)} if self.unseen else data
 
     def level(self, value: float) -> int:
-        """The level of a value on the schema's scale: rounded half to even, clamped to 0..max_level.
+        """Return the level of a value on the schema's scale: rounded half to even, clamped to 0..max_level.
 
         Raises:
             UserError: ``value`` is NaN or no number.
@@ -146,7 +146,7 @@ class AttributeSchema:
                 )
 
     def levels(self, values: Mapping[str, float] | None) -> dict[str, int]:
-        """Levels of the values that are present, in schema order; ``{}`` if the schema has no names.
+        """Return levels of the values that are present, in schema order; ``{}`` if the schema has no names.
 
         Raises:
             UserError: an attribute that the schema lacks, or NaN.
@@ -164,7 +164,7 @@ class AttributeSchema:
         return found
 
     def format(self, levels: Mapping[str, int]) -> str:
-        """The label string, ``name:level`` joined by commas in schema order; missing attributes are omitted.
+        """Return the label string, ``name:level`` joined by commas in schema order; missing attributes are omitted.
 
         Raises:
             UserError: an unknown attribute, or a level that is no integer in 0..max_level.
@@ -181,7 +181,7 @@ class AttributeSchema:
         return ",".join(parts)
 
     def parse(self, text: str) -> dict[str, int]:
-        """Levels from a label string, in schema order; the inverse of ``format``. ``""`` gives ``{}``.
+        """Return levels from a label string, in schema order; the inverse of ``format``. ``""`` gives ``{}``.
 
         Raises:
             UserError: not ``name:level`` pairs joined by commas, an unknown or repeated name, a level out of scale.
@@ -199,12 +199,12 @@ class AttributeSchema:
         return {name: found[name] for name in self.names if name in found}
 
     def vector(self, values: Mapping[str, float] | None) -> list[float]:
-        """``len(names)`` floats in schema order, NaN where a value is missing (a regression target)."""
+        """Return ``len(names)`` floats in schema order, NaN where a value is missing (a regression target)."""
         values = values or {}
         return [float(values.get(name, math.nan)) for name in self.names]
 
     def complete(self, levels: Mapping[str, int] | None) -> dict[str, int]:
-        """What a request means at inference: ``best``, overridden by the levels that are asked for; schema order.
+        """Return what a request means at inference: ``best``, overridden by the levels that are asked for; schema order.
 
         Raises:
             UserError: an unknown or unseen attribute, or a level that is no integer in 0..max_level.
@@ -226,7 +226,7 @@ class AttributeSchema:
         return level
 
     def _unknown(self, name: object) -> str:
-        """The message for an attribute that the schema lacks, with the nearest right name."""
+        """Return the message for an attribute that the schema lacks, with the nearest right name."""
         if not self.names:
             return f"unknown attribute {name!r}: schema {self.name!r} has no attributes"
         near = nearest(str(name), self.names)
@@ -234,6 +234,6 @@ class AttributeSchema:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)`` for the known word nearest to ``word``, or ``""``."""
+    """Return `` (did you mean 'x'?)`` for the known word nearest to ``word``, or ``""``."""
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

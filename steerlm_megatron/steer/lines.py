@@ -58,7 +58,7 @@ _FOREIGN = (
 def parse_lines(
     lines: Iterator[tuple[str, bytes]], on_error: OnError = "error", rejected: Rejected | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``("file:line", object)`` for every line that is not blank; ``lines`` and errors as of ``raw_lines``."""
+    """Yield ``("file:line", object)`` for every line that is not blank; ``lines`` and errors as of ``raw_lines``."""
     where = ""
     while True:
         try:
@@ -84,7 +84,9 @@ def reject(error: UserError, on_error: OnError, rejected: Rejected | None) -> No
 
 
 def rejected_json(where: str, reason: str, line: bytes | None) -> str:
-    """A line of ``rejected.jsonl``; ``line``: what was rejected, None where it cannot be told (what is no UTF-8: �)."""
+    """Return a line of ``rejected.jsonl``; ``line``: what was rejected, None where it cannot be told (what is no UTF-8:
+    �).
+    """
     entry = {"where": where, "reason": reason}
     if line is not None:
         entry["line"] = line.decode("utf-8", "replace").rstrip("\r\n")
@@ -114,12 +116,12 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
-    """One line as a JSON object; raises UserError."""
+    """Return one line as a JSON object; raises UserError."""
     return parse_object(decode_line(line, where), where, whole=line.endswith(b"\n"))
 
 
 def parse_object(text: str, where: str, whole: bool = True) -> dict[str, Any]:
-    """A JSON object. ``whole``: nothing of ``text`` can be missing at its end.
+    """Return a JSON object. ``whole``: nothing of ``text`` can be missing at its end.
 
     Raises:
         UserError: naming ``where`` for malformed JSON, NaN, or another type.
@@ -144,7 +146,7 @@ _MOST_TRIED = 1 << 16  # characters of a line that is looked at again
 
 
 def _why_malformed(text: str, error: Exception) -> str:
-    """What is wrong with a text that is no JSON, where something usual is; else empty."""
+    """Return what is wrong with a text that is no JSON, where something usual is; else empty."""
     said = getattr(error, "msg", "")
     stripped = text.strip()[:_MOST_TRIED]
     if said.startswith("Invalid control character"):
@@ -172,7 +174,7 @@ def _is_json(text: str) -> bool:
 
 
 def _is_python(text: str) -> bool:
-    """Whether it is a literal of Python (which is parsed, never run)."""
+    """Return whether it is a literal of Python (which is parsed, never run)."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an escape that Python does not know is no news about the line
@@ -186,5 +188,7 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def json_line(data: Mapping[str, Any]) -> bytes:
-    """One line of JSON in UTF-8. Half a surrogate pair (in an id or an unknown key) stays the escape that it was."""
+    """Return one line of JSON in UTF-8. Half a surrogate pair (in an id or an unknown key) stays the escape that it
+    was.
+    """
     return (_encode(data) + "\n").encode("utf-8", "backslashreplace")

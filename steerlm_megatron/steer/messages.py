@@ -75,17 +75,17 @@ def message_from_json(item: Any, where: str, index: int, schema: AttributeSchema
 
 
 def has_text(content: str) -> bool:
-    """Whether a reply says anything: one that does not is never trained, nor a target of its labels."""
+    """Return whether a reply says anything: one that does not is never trained, nor a target of its labels."""
     return bool(content) and not content.isspace()
 
 
 def count_empty_replies(messages: Iterable[Message]) -> int:
-    """How many replies have no text."""
+    """Return how many replies have no text."""
     return sum(message.role == "assistant" and not has_text(message.content) for message in messages)
 
 
 def _weight(item: Mapping[str, Any], extra: dict[str, Any], where: str) -> tuple[int, dict[str, Any]]:
-    """The weight of an assistant message, by whichever keys say it, and ``extra`` without these.
+    """Return the weight of an assistant message, by whichever keys say it, and ``extra`` without these.
 
     Raises:
         UserError: a weight other than 0 and 1; two keys that contradict each other.
@@ -107,8 +107,8 @@ def _weight(item: Mapping[str, Any], extra: dict[str, Any], where: str) -> tuple
 
 
 def without_null_objects(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``data``, in which every object of nothing but nulls is null, or (in a list) not there. ``UserError`` if it is
-    nested too deep.
+    """Return ``data``, in which every object of nothing but nulls is null, or (in a list) not there. ``UserError`` if
+    it is nested too deep.
     """
     try:
         return _present(data) or {}
@@ -156,7 +156,7 @@ def _other_role(role: Any, where: str) -> str:
 
 
 def _joined_parts(item: Mapping[str, Any], where: str) -> str:
-    """The text of OpenAI's content in parts (``[{"type": "text", "text": "…"}]``)."""
+    """Return the text of OpenAI's content in parts (``[{"type": "text", "text": "…"}]``)."""
     parts = item.get("content")
     if parts is None and _calls(item):
         raise UserError(f"{where} {TOOL_RULE}")

@@ -55,7 +55,7 @@ class Conversation:
 
 
 def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Files for paths and globs, in the order given, those of one glob sorted, each once. A glob takes no folders.
+    """Return files for paths and globs, in the order given, those of one glob sorted, each once. A glob takes no folders.
 
     Raises:
         UserError: no path at all, a missing file, a folder, a file that may not be read, a glob that matches nothing.
@@ -79,7 +79,7 @@ def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 
 def open_text(path: str | os.PathLike[str]) -> Iterator[str]:
-    """The lines of a UTF-8 file, decompressed by suffix, without their line ends.
+    """Yield the lines of a UTF-8 file, decompressed by suffix, without their line ends.
 
     Raises:
         UserError: naming ``file:line``: invalid UTF-8, damaged or cut-off compressed data; missing file.
@@ -91,7 +91,7 @@ def open_text(path: str | os.PathLike[str]) -> Iterator[str]:
 def read_json_lines(
     path: str | os.PathLike[str], on_error: OnError = "error", rejected: Rejected | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``("file:line", object)`` for every line of a JSONL file that is not blank.
+    """Yield ``("file:line", object)`` for every line of a JSONL file that is not blank.
 
     Args:
         path: the file; ``.gz`` and ``.zst`` are decompressed.
@@ -143,7 +143,7 @@ class _ZstdReader(io.RawIOBase):
 
 
 def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
-    """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged.
+    """Yield ``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged.
 
     A byte order mark at the start of a line is left out. ``most_bytes``: longer lines come in pieces of that size, so
     that memory does not depend on what a line holds.
@@ -173,7 +173,7 @@ def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, b
 
 
 def _pieces(stream: IO[bytes], most_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """``(line number, piece)``."""
+    """Yield ``(line number, piece)``."""
     number = 1
     while piece := stream.readline(most_bytes):
         yield number, piece
@@ -190,7 +190,7 @@ def read_records(
     rejected: Rejected | None = None,
     require_response: bool = True,
 ) -> Iterator[Conversation]:
-    """Conversations of one or more record files or globs, in order, streamed.
+    """Yield conversations of one or more record files or globs, in order, streamed.
 
     Args:
         paths: files or globs; missing ones are reported at the call, not at the first record.
@@ -226,7 +226,7 @@ def parse_records(
     rejected: Rejected | None,
     require_response: bool = True,
 ) -> Iterator[tuple[str, Conversation]]:
-    """``("file:line", conversation)`` of raw lines; the rest as in ``read_records``."""
+    """Yield ``("file:line", conversation)`` of raw lines; the rest as in ``read_records``."""
     for where, value in parse_lines(lines, on_error, rejected):
         try:
             conversation = from_json(value, where, schema, require_response)
@@ -239,7 +239,7 @@ def parse_records(
 def from_json(
     data: Mapping[str, Any], where: str, schema: AttributeSchema | None = None, require_response: bool = True
 ) -> Conversation:
-    """A conversation from a parsed record, checked. A record without an id takes ``<file name>:<line>`` from ``where``.
+    """Return a conversation from a parsed record, checked. A record without an id takes ``<file name>:<line>`` from ``where``.
 
     Args:
         data: the record.
@@ -286,7 +286,7 @@ def from_json(
 
 
 def to_json(conversation: Conversation) -> dict[str, Any]:
-    """The record as plain data; ``from_json`` is its inverse. Keys at their defaults are left out."""
+    """Return the record as plain data; ``from_json`` is its inverse. Keys at their defaults are left out."""
     messages = []
     for message in conversation.messages:
         item: dict[str, Any] = {"role": message.role, "content": message.content}
@@ -304,7 +304,8 @@ def to_json(conversation: Conversation) -> dict[str, Any]:
 
 
 def content_hash(conversation: Conversation) -> str:
-    """SHA-256 (hex) over roles and contents alone: the same text has the same hash whatever its id and labels."""
+    """Return SHA-256 (hex) over roles and contents alone: the same text has the same hash whatever its id and labels.
+    """
     digest = hashlib.sha256()
     for message in conversation.messages:
         content = message.content.encode("utf-8", "surrogatepass")

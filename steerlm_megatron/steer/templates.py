@@ -102,11 +102,11 @@ class Template(ABC):
         return TEMPLATES[name](**options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data with the keys of the config group, to be stored in shards and checkpoints."""
+        """Return plain data with the keys of the config group, to be stored in shards and checkpoints."""
         return {"name": self.name, "system": self.system, "system_suffix": self.system_suffix}
 
     def render(self, conversation: Conversation, schema: AttributeSchema | None = None) -> list[Segment]:
-        """A whole conversation for training.
+        """Return a whole conversation for training.
 
         Each assistant message with attributes has its label line, unless ``schema`` is None or nameless (plain SFT).
         Trained are the responses of weight 1 and what ends them; label lines never are.
@@ -126,7 +126,7 @@ class Template(ABC):
         schema: AttributeSchema | None = None,
         levels: Mapping[str, int] | None = None,
     ) -> list[Segment]:
-        """The prompt of the assistant message that would follow ``messages``, up to where the response starts.
+        """Return the prompt of the assistant message that would follow ``messages``, up to where the response starts.
 
         Its label line holds ``levels`` exactly as given (see ``AttributeSchema.complete``); no levels, no label line.
         Earlier assistant messages keep the label lines of their own attributes. Nothing is trained.
@@ -145,7 +145,7 @@ class Template(ABC):
 
     @staticmethod
     def label(message: Scored, schema: AttributeSchema | None) -> str:
-        """The label string of an assistant message, as in its label line; empty: it has no label line.
+        """Return the label string of an assistant message, as in its label line; empty: it has no label line.
 
         Raises:
             UserError: an attribute that the schema lacks, or NaN.
@@ -155,7 +155,7 @@ class Template(ABC):
         return schema.format(schema.levels(message.attributes))
 
     def _label(self, text: str, turn: int) -> list[Segment]:
-        """The label line; none for an empty label."""
+        """Return the label line; none for an empty label."""
         if not text:
             return []
         return [
@@ -166,16 +166,19 @@ class Template(ABC):
     def _until_response(
         self, message: Message, schema: AttributeSchema | None, turn: int, follows: bool
     ) -> list[Segment]:
-        """An assistant turn from its start up to where its response starts; ``follows``: see ``_open_response``."""
+        """Return an assistant turn from its start up to where its response starts; ``follows``: see ``_open_response``.
+        """
         return self._open_response(turn, follows) + self._label(self.label(message, schema), turn)
 
     @abstractmethod
     def segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
-        """All given messages; ``training`` marks trained segments and closes a final assistant message."""
+        """Return all given messages; ``training`` marks trained segments and closes a final assistant message."""
 
     @abstractmethod
     def _open_response(self, turn: int, follows: bool) -> list[Segment]:
-        """What stands before an assistant turn's label line; ``follows``: a trained assistant turn came just before."""
+        """Return what stands before an assistant turn's label line; ``follows``: a trained assistant turn came just
+        before.
+        """
 
 
 @dataclass(frozen=True)
@@ -281,12 +284,12 @@ TEMPLATES: dict[str, type[Template]] = {template.name: template for template in 
 
 
 def join(segments: Iterable[Segment]) -> str:
-    """The segments as one string, for people and tests (it no longer tells control strings from text)."""
+    """Return the segments as one string, for people and tests (it no longer tells control strings from text)."""
     return "".join(segment.text for segment in segments)
 
 
 def _split_system(messages: Sequence[Message], default: str) -> tuple[str, list[tuple[int, Message]]]:
-    """The system text, and the other messages with their indices in ``messages``."""
+    """Return the system text, and the other messages with their indices in ``messages``."""
     if messages and messages[0].role == "system":
         return messages[0].content, list(enumerate(messages))[1:]
     return default, list(enumerate(messages))

@@ -92,7 +92,7 @@ def two_ranks(root: Path) -> Found:
 
 
 def head_kept(root: Path, layout: P) -> Found:
-    """A regression model before and after it takes the language model's weights."""
+    """Return a regression model before and after it takes the language model's weights."""
     engine = make(Case("ap", layout), seed=79)
     before = shards(bare(engine))
     engine.load_model(root / "sft")
@@ -133,7 +133,7 @@ def three_and_three(root: Path, objective: str) -> Found:
 
 
 def differing(a: Path, b: Path) -> list[str]:
-    """What is not the same in two checkpoints, bit by bit: tensors, step counts, the schedule."""
+    """Return what is not the same in two checkpoints, bit by bit: tensors, step counts, the schedule."""
     first, second = (dict(leaves(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (a, b))
     assert any("exp_avg_sq" in key for key in first) and "decoder.final_layernorm.weight" in first, sorted(first)
     return sorted(
@@ -158,7 +158,8 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def interrupted(root: Path, command: str) -> Found:
-    """A run that is told to stop at step 3 and falls over at step 5 next time, against one that is left alone."""
+    """Return a run that is told to stop at step 3 and falls over at step 5 next time, against one that is left alone.
+    """
     data = root / "data"
     if not data.exists():
         write_shards(data)

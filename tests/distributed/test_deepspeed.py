@@ -72,7 +72,7 @@ CROSSINGS = {
 
 
 def crossed(name: str, root: Path) -> dict[str, Any]:
-    """Losses of the steps after a change of engine, and of the run that kept its own."""
+    """Return losses of the steps after a change of engine, and of the run that kept its own."""
     objective, (stage, layout), (other_stage, other_layout) = CROSSINGS[name]
     engine = make(Case(objective, layout, zero=stage))
     losses(engine, 0, 3)
@@ -84,7 +84,7 @@ def crossed(name: str, root: Path) -> dict[str, Any]:
 
 
 def weights_alone(root: Path) -> dict[str, Any]:
-    """What either engine makes of a checkpoint's weights; a regression head that it lacks."""
+    """Return what either engine makes of a checkpoint's weights; a regression head that it lacks."""
     folder = root / "DP2 ZeRO 3 -> TP2 ZeRO 1"
     out: dict[str, Any] = {"valid": []}
     for case in (Case("sft"), Case("sft", zero=1), Case("sft", zero=3)):
@@ -108,7 +108,7 @@ HEAD_ONLY = {
 
 
 def head_alone(case: Case, folder: Path) -> dict[str, Any]:
-    """Which parameters three steps move, and whether a saved run goes on with the same losses."""
+    """Return which parameters three steps move, and whether a saved run goes on with the same losses."""
     engine = make(case)
     before = {name: shard.tensor.clone() for name, shard in shards_of(engine).items()}
     losses(engine, 0, 3)

@@ -70,7 +70,7 @@ def requests() -> list[Any]:
 
 
 def through_server(generator: Any) -> Any:
-    """One request to a server of this replica after a while of idleness; None on ranks that do not lead."""
+    """Return one request to a server of this replica after a while of idleness; None on ranks that do not lead."""
     from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
     from steerlm_megatron.serve.client import SamplingClient
     from steerlm_megatron.serve.server import Running, serve

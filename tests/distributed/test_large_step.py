@@ -48,8 +48,8 @@ def pieces_of(micro_batches: int) -> Iterator[None]:
 
 
 def trained(case: Case, root: Path, size: int, give_up: bool = False) -> dict[str, Any]:
-    """Two steps in pieces of ``size`` micro-batches; with ``give_up``, the second is given up once, and the run goes on
-    from what is saved then.
+    """Return two steps in pieces of ``size`` micro-batches; with ``give_up``, the second is given up once, and the run
+    goes on from what is saved then.
     """
     asked = itertools.count()
     with pieces_of(size):

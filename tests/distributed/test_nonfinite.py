@@ -36,7 +36,8 @@ def parameters(engine: Any) -> torch.Tensor:
 
 
 def poisoned(engine: Any) -> list[Any]:
-    """The batches of step 0 with one label so large that its square overflows: on the last data-parallel rank."""
+    """Return the batches of step 0 with one label so large that its square overflows: on the last data-parallel rank.
+    """
     batches = step_batches(0)
     if layout().dp_rank == layout().dp_size - 1:
         batches[-1].values_PA[0, 0] = 1e30
@@ -98,7 +99,7 @@ class poison:
 
 
 def policies(root: Path) -> dict[str, Any]:
-    """One run per policy, each with steps 2 and 3 poisoned."""
+    """Return one run per policy, each with steps 2 and 3 poisoned."""
     write_shards(root / "data")
     out: dict[str, Any] = {}
     for name, options in (

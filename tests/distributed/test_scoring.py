@@ -108,7 +108,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def largest(a: Scores, b: Scores) -> float:
-    """The largest difference between two scorings of the same turns."""
+    """Return the largest difference between two scorings of the same turns."""
     assert [{i: list(v) for i, v in turns.items()} for turns in a] == [
         {i: list(v) for i, v in turns.items()} for turns in b
     ]

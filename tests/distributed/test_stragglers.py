@@ -92,7 +92,7 @@ def test_a_run_says_which_rank_reads_slowly(tmp_path: Path) -> None:
 
 
 def even(own_sec: dict[int, list[float]], interval_sec: float = 1.0, window_sec: float = 0.0) -> list[str]:
-    """What is said of a log interval per number, each with steps of 2 s."""
+    """Return what is said of a log interval per number, each with steps of 2 s."""
     now = 0.0
     stragglers._WINDOW_SEC, stragglers.monotonic = window_sec, lambda: now
     lines: list[str] = []

@@ -44,7 +44,7 @@ def _start() -> _Lines:
 
 
 def _watch(answer_sec: float = 30.0) -> Watch:
-    """A watch that gives ranks on a busy machine time to answer."""
+    """Return a watch that gives ranks on a busy machine time to answer."""
     return Watch(TIMEOUT_SEC, answer_sec)
 
 

@@ -62,12 +62,12 @@ def terminate(process: subprocess.Popen[str]) -> None:
 
 
 def losses(run_dir: Path) -> list[float]:
-    """The training losses in ``metrics.jsonl``, in order of steps."""
+    """Return the training losses in ``metrics.jsonl``, in order of steps."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
-    """``summary.json`` of a run."""
+    """Return ``summary.json`` of a run."""
     found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
     return found

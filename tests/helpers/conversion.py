@@ -46,7 +46,7 @@ def check_sums(report: Mapping[str, Any]) -> None:
 def run(
     tmp_path: Path, source: str, rows: Sequence[Any], schema: AttributeSchema | None = None, **keys: Any
 ) -> tuple[list[Conversation], dict[str, Any]]:
-    """Rows through a source; everything goes to train unless a fraction is given."""
+    """Return rows through a source; everything goes to train unless a fraction is given."""
     path = save(tmp_path / "in" / "rows.jsonl", rows)
     options = Options(**{"valid_fraction": 0.0, **keys})
     report = convert(source, [path], str(tmp_path / "out"), schema, options)

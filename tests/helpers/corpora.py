@@ -34,7 +34,7 @@ _WORDS = (
 
 
 def shared_data(name: str) -> Path:
-    """A file of the shared data folder; the test is skipped where it is absent."""
+    """Return a file of the shared data folder; the test is skipped where it is absent."""
     folder = Path(os.environ.get("STEERLM_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
     if not (folder / name).is_file():
         pytest.skip(f"{folder / name} is not there (set STEERLM_SHARED_DATA)")
@@ -82,8 +82,9 @@ def raw_model(name: str) -> bytes:
 
 @functools.cache
 def hugging_face(name: str) -> bytes:
-    """A ``tokenizer.json``. ``hf_metaspace``: as Llama's (a blank in front, byte fallback, ``<s>`` put first, special
-    tokens). ``hf_byte_level``: as GPT-2's, with ``<extra_id_1>`` a special and ``[INST]`` an ordinary added token.
+    """Return a ``tokenizer.json``. ``hf_metaspace``: as Llama's (a blank in front, byte fallback, ``<s>`` put first,
+    special tokens). ``hf_byte_level``: as GPT-2's, with ``<extra_id_1>`` a special and ``[INST]`` an ordinary added
+    token.
     """
     if name == "hf_metaspace":
         tok = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -136,7 +137,9 @@ def tokenizer(name: str, control_strings: tuple[str, ...] = CONTROLS) -> Tokeniz
 
 
 def conversations(count: int, seed: int = 0, max_turns: int = 4, labelled: float = 0.7) -> list[Conversation]:
-    """Conversations of varied shape: system or none, several turns, weights 0, partial labels, last word the user's."""
+    """Return conversations of varied shape: system or none, several turns, weights 0, partial labels, last word the
+    user's.
+    """
     rng = random.Random(seed)
     out = []
     for number in range(count):

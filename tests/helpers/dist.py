@@ -27,7 +27,7 @@ _GRACE_SEC = 2.0  # after one rank has failed, for the others to say what they s
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0) -> list[Any]:
-    """``function(*args)`` in ``ranks`` processes; what each returned (picklable), in rank order.
+    """Return ``function(*args)`` in ``ranks`` processes; what each returned (picklable), in rank order.
 
     ``function`` stands at the top of a module. A rank that raises or dies, or ``timeout`` seconds, ends all of them
     with an ``AssertionError`` that carries the failing ranks' tracebacks and last output.
@@ -52,8 +52,8 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 
 def once(factory: pytest.TempPathFactory, name: str, compute: Callable[[], Any]) -> Any:
-    """``compute()``, once for all tests and workers of pytest-xdist, which get its result or its failure. Tests that
-    start processes are one at a time anyway.
+    """Return ``compute()``, once for all tests and workers of pytest-xdist, which get its result or its failure. Tests
+    that start processes are one at a time anyway.
     """
     folder = factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
@@ -77,7 +77,7 @@ def _free_port() -> int:
 
 
 def _wait(processes: list[Any], deadline: float, timeout: float) -> str | None:
-    """None once all have ended well; else what went wrong, as soon as it has."""
+    """Return None once all have ended well; else what went wrong, as soon as it has."""
     while time.monotonic() < deadline:
         codes = [process.exitcode for process in processes]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]

@@ -49,7 +49,7 @@ def attention(p: Params, prefix: str, x_TD: torch.Tensor, model: ModelConfig) ->
 
 
 def forward(p: Params, tokens_T: torch.Tensor, model: ModelConfig) -> torch.Tensor:
-    """Logits [T, V], or attribute values [T, A] where the parameters have a regression head."""
+    """Return logits [T, V], or attribute values [T, A] where the parameters have a regression head."""
     x = p["embedding.word_embeddings.weight"][tokens_T]
     for layer in range(model.num_layers):
         at = f"decoder.layers.{layer}."
@@ -66,7 +66,7 @@ def forward(p: Params, tokens_T: torch.Tensor, model: ModelConfig) -> torch.Tens
 
 
 def loss_sum(p: Params, document: Document, model: ModelConfig, weights_A: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """A document's summed loss, and the number of terms in it."""
+    """Return a document's summed loss, and the number of terms in it."""
     output = forward(p, document.tokens_T, model)
     if "output_layer.regression.weight" in p:
         present = ~document.values_PA.isnan()
@@ -97,7 +97,7 @@ class Trainer:
     moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def train_step(self, documents: Sequence[Document]) -> tuple[float, float]:
-        """(loss, gradient norm before clipping)."""
+        """Return (loss, gradient norm before clipping)."""
         leaves = {name: p.detach().clone().requires_grad_() for name, p in self.params.items()}
         sums = [loss_sum(leaves, document, self.model, self.weights_A) for document in documents]
         loss = torch.stack([total for total, _ in sums]).sum() / sum(count for _, count in sums)

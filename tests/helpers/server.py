@@ -98,7 +98,7 @@ def running(schema: AttributeSchema | None = SCHEMA, step_sec: float = 0.0, **ch
 
 
 def expected(messages: list[Message], levels: dict[str, int], seed: int, max_tokens: int, **params: Any) -> Any:
-    """What an in-process generator draws."""
+    """Return what an in-process generator draws."""
     prefix = TEMPLATE.prefix(messages, SCHEMA, SCHEMA.complete(levels))
     ids = tuple(TOKENIZER.encode_segments(prefix)[0])
     sampling = SamplingParams(top_k=50, max_tokens=max_tokens, seed=seed, **params)

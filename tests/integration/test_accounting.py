@@ -37,7 +37,7 @@ def in_folder(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def command(name: str, source: str, *more: str) -> tuple[str, ...]:
-    """A command that reads ``source``, with the models of the shared run."""
+    """Return a command that reads ``source``, with the models of the shared run."""
     models = {
         "annotate": ("checkpoint=run/03-train_ap",),
         "generate": ("checkpoint=run/07-acsft",),
@@ -53,13 +53,13 @@ def command(name: str, source: str, *more: str) -> tuple[str, ...]:
 
 
 def good(rng: random.Random, number: int) -> dict[str, Any]:
-    """A labelled record of the shared run, under an id of its own."""
+    """Return a labelled record of the shared run, under an id of its own."""
     records = [json.loads(line) for line in Path("run/04-annotate/train.jsonl").read_text().splitlines()]
     return {**rng.choice(records), "id": f"good {number}"}
 
 
 def lines(seed: int) -> tuple[list[str], dict[str, int]]:
-    """Lines of a record file in random order, and how many there are of each kind."""
+    """Return lines of a record file in random order, and how many there are of each kind."""
     rng = random.Random(seed)
     prompt = {"role": "user", "content": "Hi"}
     kinds = {

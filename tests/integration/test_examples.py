@@ -17,7 +17,7 @@ pytestmark = pytest.mark.integration
 
 
 def example(name: str, *arguments: str, cwd: Path, code: int = 0) -> str:
-    """What a script prints; it ends with ``code``."""
+    """Return what a script prints; it ends with ``code``."""
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=600, check=False)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

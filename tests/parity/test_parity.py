@@ -211,7 +211,7 @@ class _Probe:
     def gradients(
         self, outputs: Sequence[torch.Tensor], params: dict[str, torch.Tensor]
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """The outputs, and the gradient of their weighted sum for every parameter."""
+        """Return the outputs, and the gradient of their weighted sum for every parameter."""
         for p in params.values():
             p.grad = None
         torch.stack([(o * w).sum() for o, w in zip(outputs, self.weights, strict=True)]).sum().backward()

@@ -179,7 +179,7 @@ def test_training_verifies_checksums_on_request(tmp_path: Path) -> None:
 
 
 def made(cfg: Config, out: Path) -> dict[str, Any]:
-    """The manifest of the training shards that ``preprocess`` makes of ``cfg`` in ``out``."""
+    """Return the manifest of the training shards that ``preprocess`` makes of ``cfg`` in ``out``."""
     splits, report = collect_records(cfg, out / "records", shards=out)
     make_shards(cfg, splits, out, cfg.overwrite, report)
     manifest: dict[str, Any] = json.loads((out / "train" / "manifest.json").read_text())

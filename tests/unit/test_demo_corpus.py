@@ -26,7 +26,7 @@ def corpus() -> Corpus:
 
 
 def turns(conversations: list[Conversation]) -> list[tuple[str, str, dict[str, float]]]:
-    """(prompt, response, labels) of every turn."""
+    """Return (prompt, response, labels) of every turn."""
     out = []
     for conversation in conversations:
         pairs = zip(conversation.messages[::2], conversation.messages[1::2], strict=True)

@@ -33,12 +33,12 @@ def slowly(line: bytes, schema: AttributeSchema | None) -> Conversation | None:
 
 
 def numbers(attributes: Any) -> list[tuple[str, str]]:
-    """Names and values to the last bit (-0.0 is not 0.0)."""
+    """Return names and values to the last bit (-0.0 is not 0.0)."""
     return [(name, repr(float(value))) for name, value in (attributes or {}).items()]
 
 
 def check(line: bytes, schema: AttributeSchema | None) -> bool:
-    """Whether the line is taken; if so, rightly."""
+    """Return whether the line is taken; if so, rightly."""
     quick = FastRecords(PATH, schema).parse(line, 7)
     if quick is None:
         return False

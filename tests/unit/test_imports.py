@@ -52,7 +52,7 @@ class Import:
 
 
 def imports_of(source: str, package: str) -> Iterator[Import]:
-    """All imports of a file, wherever in it; ``package`` (dotted) is what relative ones start from."""
+    """Yield all imports of a file, wherever in it; ``package`` (dotted) is what relative ones start from."""
 
     def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -81,7 +81,7 @@ def part_of(relative: str) -> str:
 
 
 def problems(root: Path) -> list[str]:
-    """Every wrong import under ``root``, which holds the folders steerlm_megatron and data_tools."""
+    """Return every wrong import under ``root``, which holds the folders steerlm_megatron and data_tools."""
     found: list[str] = []
     edges: dict[tuple[str, str], str] = {}
     for path in sorted((root / PACKAGE).rglob("*.py")):
@@ -115,7 +115,7 @@ def problems(root: Path) -> list[str]:
 
 
 def library_problems(relative: str, where: str, top: str, item: Import) -> list[str]:
-    """What is wrong with importing the library ``top`` in the file ``relative``."""
+    """Return what is wrong with importing the library ``top`` in the file ``relative``."""
     places = PLACES.get(top)
     if places is not None and not any(
         relative.startswith(place) if place.endswith("/") else relative == place for place in places

@@ -36,7 +36,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def megatron_documents(folder: Path) -> list[np.ndarray]:
-    """All documents as Megatron-Core's own reader yields them."""
+    """Return all documents as Megatron-Core's own reader yields them."""
     shards = sorted({path.with_suffix("") for path in folder.glob("*.idx")})
     assert len(shards) > 1
     documents: list[np.ndarray] = []

@@ -27,7 +27,8 @@ def program(path: Path, text: str) -> str:
 
 
 def found(folder: Path, *candidates: str) -> subprocess.CompletedProcess[str]:
-    """What find_python.sh says where PATH has ``folder/bin`` first, and ``folder/pyenv`` holds pyenv's versions."""
+    """Return what find_python.sh says where PATH has ``folder/bin`` first, and ``folder/pyenv`` holds pyenv's versions.
+    """
     environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "PYENV_ROOT": str(folder / "pyenv"), "HOME": str(folder)}
     script = ["bash", str(ROOT / "scripts" / "find_python.sh"), *candidates]
     return subprocess.run(script, env=environment, text=True, capture_output=True, check=False)
@@ -59,7 +60,7 @@ def test_a_name_that_is_asked_for_and_not_there_is_an_error_with_a_remedy(tmp_pa
 
 
 def pins(version: str) -> dict[str, str]:
-    """Name → version in a file of constraints, which has nothing but exact pins."""
+    """Return name → version in a file of constraints, which has nothing but exact pins."""
     lines = (ROOT / f"constraints-{version}.txt").read_text().splitlines()
     matched = [re.fullmatch(r"([A-Za-z0-9._-]+)==([^+\s]+)", line) for line in lines if not line.startswith("#")]
     assert all(matched), "an exact version a line, without a local suffix: pip would insist on that build"
@@ -67,7 +68,7 @@ def pins(version: str) -> dict[str, str]:
 
 
 def required() -> list[Requirement]:
-    """What make installs, as setup.py says it."""
+    """Return what make installs, as setup.py says it."""
     said: dict[str, Any] = {}
     source = (ROOT / "setup.py").read_text()
     with mock.patch("setuptools.setup", said.update):
@@ -110,7 +111,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def installed(checkout: Path, *arguments: str) -> tuple[str, str]:
-    """What ``make install`` prints, and what the interpreters were asked meanwhile."""
+    """Return what ``make install`` prints, and what the interpreters were asked meanwhile."""
     (checkout / "asked.txt").write_text("")
     environment = {**os.environ, "PATH": f"{checkout / 'bin'}:/usr/bin:/bin", "PYENV_ROOT": str(checkout / "pyenv")}
     environment = {k: v for k, v in environment.items() if k not in ("PYTHON", "VENV", "MAKEFLAGS", "MAKELEVEL")}

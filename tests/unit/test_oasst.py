@@ -20,7 +20,7 @@ REAL = ["oasst2_subset_trees.jsonl.zst", "oa_en100_trees.jsonl.zst", "oasst1_en_
 
 
 def node(name: str, *replies: dict[str, Any], **keys: Any) -> dict[str, Any]:
-    """A message; names that start with "a" are the assistant's."""
+    """Return a message; names that start with "a" are the assistant's."""
     role = "assistant" if name[0] == "a" else "prompter"
     return {"message_id": name, "text": f"text of {name}", "role": role, "lang": "en", "replies": list(replies), **keys}
 

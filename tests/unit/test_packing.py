@@ -15,7 +15,7 @@ def rows_of(offsets: np.ndarray, samples: np.ndarray) -> list[list[int]]:
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
-    """The textbook loop; returns the sorted room left in its rows."""
+    """Return the textbook loop; returns the sorted room left in its rows."""
     left: list[int] = []
     for length in sorted((n for n in lengths if n), reverse=True):
         fitting = [room for room in left if room >= length]

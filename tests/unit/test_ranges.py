@@ -30,7 +30,7 @@ def test_the_boxes_of_a_range_end_to_end_are_the_range(shape: tuple[int, ...], d
 
 
 def piece(data: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...], axis: int = 0) -> ShardedTensor:
-    """``data`` at ``offset`` of a whole of ``shape``; ``axis`` leading dimensions are the layers'."""
+    """Return ``data`` at ``offset`` of a whole of ``shape``; ``axis`` leading dimensions are the layers'."""
     return ShardedTensor(
         "weight", data, data.dtype, tuple(data.shape), shape, offset, None, replica_id=(0, 0, 3), prepend_axis_num=axis
     )

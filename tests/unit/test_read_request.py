@@ -40,7 +40,7 @@ def connect(server: Server) -> socket.socket:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """What the server sends until it closes the connection."""
+    """Return what the server sends until it closes the connection."""
     data = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := connection.recv(65536):

@@ -90,8 +90,8 @@ def run(files: list[str], output: Path, workers: int = 1, **given: Any) -> dict[
 
 
 def start(files: list[str], output: Path, folder: Path, workers: int, pause_at: int = 0, limit: str = "") -> Any:
-    """A process that preprocesses, says how far it is on its standard output, and stays where it said so ``pause_at``
-    times.
+    """Return a process that preprocesses, says how far it is on its standard output, and stays where it said so
+    ``pause_at`` times.
     """
     corpora.tokenizer("trained").save(folder / "tokenizer")
     script = folder / f"script_{output.name}.py"

@@ -70,7 +70,7 @@ def _dangerous() -> st.SearchStrategy[tuple[str, str]]:
 
 
 def _asks_for(module: str, name: str, protocol: int) -> bytes:
-    """A pickle that calls ``module.name("x")``."""
+    """Return a pickle that calls ``module.name("x")``."""
     if protocol < 4:
         return f"c{module}\n{name}\n(Vx\ntR.".encode()
     out = pickle.PROTO + bytes([protocol])

@@ -20,7 +20,7 @@ def sampler(banned: tuple[int, ...] = (), vocab_size: int = VOCAB) -> BatchSampl
 
 
 def draw(logits_V: torch.Tensor, params: RowParams, count: int, banned: tuple[int, ...] = ()) -> list[int]:
-    """``count`` tokens from the same logits, in batches."""
+    """Return ``count`` tokens from the same logits, in batches."""
     chosen: list[int] = []
     one = sampler(banned)
     one.set_rows([params] * 50)

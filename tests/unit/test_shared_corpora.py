@@ -52,7 +52,7 @@ def leaves(node: dict[str, Any]) -> Iterator[Path_]:
 
 
 def expected_oasst(path: str, every_leaf: bool) -> tuple[int, Counter[str]]:
-    """(paths, trained texts)"""
+    """Return (paths, trained texts)"""
     paths = [path for root in trees(rows(path)) for path in leaves(root)]
     texts: Counter[str] = Counter()
     done: set[Any] = set()
@@ -68,7 +68,7 @@ def expected_oasst(path: str, every_leaf: bool) -> tuple[int, Counter[str]]:
 
 
 def expected_hh(path: str) -> tuple[int, Counter[str]]:
-    """Every reply once, after the same messages; transcripts whose last turn is empty left out."""
+    """Return every reply once, after the same messages; transcripts whose last turn is empty left out."""
     transcripts = [row[side] for row in rows(path) for side in ("chosen", "rejected")]
     texts: Counter[str] = Counter()
     done: set[tuple[Any, ...]] = set()

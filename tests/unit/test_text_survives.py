@@ -31,7 +31,7 @@ TEXTS = st.lists(TEXT, min_size=1, max_size=5)
 
 
 def merges(words: list[str], letters: set[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """The pieces that build words from the left, and their merges."""
+    """Return the pieces that build words from the left, and their merges."""
     pieces, pairs = dict.fromkeys(sorted(letters)), {}
     for word in words:
         for end in range(2, len(word) + 1):
@@ -112,7 +112,7 @@ ADDED = st.builds(
 
 @st.composite
 def files(draw: st.DrawFn, kinds: list[str], normalizer: list[Any], more: bool) -> bytes:
-    """A ``tokenizer.json``; ``more``: with other pre-tokenizers and decoders than its kind has."""
+    """Return a ``tokenizer.json``; ``more``: with other pre-tokenizers and decoders than its kind has."""
     kind = draw(st.sampled_from(kinds))
     words = draw(st.lists(st.sampled_from(WORDS[:-1]), unique=True))
     can_drop = kind in ("byte_level", "metaspace")

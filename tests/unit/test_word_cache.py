@@ -47,7 +47,7 @@ PIECES = "\0".join(
 
 
 def plain(tok: Tokenizer, text: str) -> list[int]:
-    """What the model itself gives."""
+    """Return what the model itself gives."""
     return tok._model.processor.encode(text)
 
 
@@ -58,7 +58,7 @@ def lists(ids: Any, counts: Any) -> list[list[int]]:
 
 @functools.cache
 def crossing() -> Tokenizer:
-    """A model whose pieces hold spaces and punctuation after letters, and a symbol across a newline."""
+    """Return a model whose pieces hold spaces and punctuation after letters, and a symbol across a newline."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpora.training_text()),

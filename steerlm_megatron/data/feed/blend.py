@@ -79,7 +79,8 @@ class Corpora:
         return dict(zip(self.schema.names, counts.tolist(), strict=True))
 
     def label_mean(self) -> npt.NDArray[np.float32]:
-        """float32 [A]: mean of each attribute over the labelled turns of all corpora; NaN where there is none."""
+        """Return float32 [A]: mean of each attribute over the labelled turns of all corpora; NaN where there is none.
+        """
         labels = [dataset.manifest["labels"] for dataset in self.datasets]
         count = np.sum([part["count"] for part in labels], axis=0, dtype=np.float64)
         total = np.sum([part["sum"] for part in labels], axis=0, dtype=np.float64)
@@ -116,7 +117,7 @@ class Rows:
         self.shares = self._shares()  # rows of each corpus in an epoch
 
     def __len__(self) -> int:
-        """Rows of an epoch."""
+        """Return rows of an epoch."""
         return int(self._firsts[-1])
 
     @property
@@ -125,7 +126,7 @@ class Rows:
         return int(self._sizes.sum())
 
     def _shares(self) -> Int64:
-        """The weights as whole numbers of rows (largest remainder); they sum to ``len(self)``."""
+        """Return the weights as whole numbers of rows (largest remainder); they sum to ``len(self)``."""
         if not self.weights:
             return np.diff(self._firsts)
         exact = np.array(self.weights, np.float64) / np.sum(self.weights) * len(self)
@@ -146,7 +147,7 @@ class Rows:
         return float((means * self.shares).sum() / len(self))
 
     def order(self, epoch: int) -> Int64:
-        """The rows of ``epoch``, int64 [len(self)]."""
+        """Return the rows of ``epoch``, int64 [len(self)]."""
         if not self.weights:
             return self._permutation(len(self), epoch)
         which = np.repeat(np.arange(len(self.plans)), self.shares)[self._permutation(len(self), epoch)]
@@ -156,11 +157,11 @@ class Rows:
         return out
 
     def sample_counts(self, rows: Int64) -> Int64:
-        """Samples in each of ``rows``."""
+        """Return samples in each of ``rows``."""
         return self._sizes[rows]
 
     def samples_of(self, row: int) -> list[Sample]:
-        """What is in a row."""
+        """Return what is in a row."""
         corpus = int(np.searchsorted(self._firsts, row, side="right")) - 1
         plan, dataset = self.plans[corpus], self.corpora.datasets[corpus]
         samples = []
@@ -171,7 +172,9 @@ class Rows:
         return samples
 
     def report(self) -> dict[str, Any]:
-        """Plain numbers for the run's summary: those of the packing, summed over corpora; and each corpus's share."""
+        """Return plain numbers for the run's summary: those of the packing, summed over corpora; and each corpus's
+        share.
+        """
         parts = [plan.report() for plan in self.plans]
         if len(parts) == 1:
             return parts[0]
@@ -187,7 +190,7 @@ class Rows:
         return out
 
     def _drawn(self, corpus: int, start: int, stop: int) -> Int64:
-        """Rows ``start … stop`` of the sequence of all passes through a corpus."""
+        """Return rows ``start … stop`` of the sequence of all passes through a corpus."""
         size = len(self.plans[corpus])
         parts = [np.zeros(0, np.int64)]
         for turn in range(start // size, -(-stop // size)):

@@ -63,11 +63,13 @@ class ShardDataset:
         return self._reader.template
 
     def document(self, index: int) -> Document:
-        """The stored document, as views of the files."""
+        """Return the stored document, as views of the files."""
         return self._reader.document(index)
 
     def lengths(self, view: View) -> npt.NDArray[np.int64]:
-        """Tokens of every sample through ``view``, before the over-long policy; 0 where the sample has no target."""
+        """Return tokens of every sample through ``view``, before the over-long policy; 0 where the sample has no
+        target.
+        """
         _check(view, VIEWS, "view")
         parts = [_shard_lengths(shard, view) for shard in self._reader.shards]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
@@ -80,7 +82,9 @@ class ShardDataset:
         return make_sample(document, view, max_tokens, overlong, marker_id=self._marker_id)
 
     def label_mean(self) -> npt.NDArray[np.float32]:
-        """float32 [A]: mean of each attribute over the labelled turns of weight 1; NaN where there is none. O(1)."""
+        """Return float32 [A]: mean of each attribute over the labelled turns of weight 1; NaN where there is none.
+        O(1).
+        """
         count = np.array(self.manifest["labels"]["count"], np.float64)
         total = np.array(self.manifest["labels"]["sum"], np.float64)
         return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0).astype(np.float32)
@@ -160,7 +164,7 @@ def _check(value: str, legal: tuple[str, ...], name: str) -> None:
 
 
 def _shard_lengths(shard: Shard, view: View) -> npt.NDArray[np.int64]:
-    """``ShardDataset.lengths`` of one shard, without a loop over documents."""
+    """Return ``ShardDataset.lengths`` of one shard, without a loop over documents."""
     lengths = shard.lengths.astype(np.int64)
     if view in ("acsft", "sft"):
         has_target = np.diff(shard.docs["spans"]) > 0

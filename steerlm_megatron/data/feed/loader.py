@@ -93,7 +93,7 @@ class StepLoader:
         return -((self.consumed_rows - row) // self.rows_per_step)
 
     def state(self) -> dict[str, int]:
-        """What to store so that ``start_row=state["consumed_rows"]`` goes on from here."""
+        """Return what to store so that ``start_row=state["consumed_rows"]`` goes on from here."""
         return {
             "consumed_rows": self.consumed_rows,
             "consumed_samples": self.consumed_samples,
@@ -129,7 +129,7 @@ class StepLoader:
     # -- validation ---------------------------------------------------------------------------------------------------
 
     def eval_batches(self, limit_rows: int | None = None) -> Iterator[list[RowBatch]]:
-        """The first ``limit_rows`` rows (None: all) once, in order, in groups of ``rows_per_step``.
+        """Yield the first ``limit_rows`` rows (None: all) once, in order, in groups of ``rows_per_step``.
 
         Each item is this rank's micro-batches of one group, the same number on all ranks. Independent of the position.
         """
@@ -166,7 +166,7 @@ class StepLoader:
                 return
 
     def _produce(self) -> tuple[list[RowBatch], int, int]:
-        """The next step, and its numbers of rows and samples over all ranks."""
+        """Return the next step, and its numbers of rows and samples over all ranks."""
         end = int(min(self._next_row + self.rows_per_step, self._end_row))
         if end <= self._next_row:
             raise StopIteration
@@ -175,7 +175,7 @@ class StepLoader:
         return self._micro_batches(rows), len(rows), int(self.rows.sample_counts(rows).sum())
 
     def _sequence(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Rows ``start … stop`` of the sequence of all epochs."""
+        """Return rows ``start … stop`` of the sequence of all epochs."""
         size = len(self.rows)
         parts = []
         for epoch in range(start // size, -(-stop // size)):
@@ -215,12 +215,13 @@ class StepLoader:
 
 
 def rows_per_step(rows: Rows, global_batch_samples: int) -> int:
-    """Rows whose expected number of samples is ``global_batch_samples``: at least one, at most those of an epoch, since
-    a step that repeats the corpus would be one epoch's gradient at several epochs' price. The same for every layout.
+    """Return rows whose expected number of samples is ``global_batch_samples``: at least one, at most those of an
+    epoch, since a step that repeats the corpus would be one epoch's gradient at several epochs' price. The same for
+    every layout.
     """
     return min(max(1, round(global_batch_samples / rows.samples_per_row)), len(rows))
 
 
 def end_row(rows: Rows, epochs: float) -> int:
-    """The row at which ``epochs`` passes over ``rows`` end; at least one row is passed."""
+    """Return the row at which ``epochs`` passes over ``rows`` end; at least one row is passed."""
     return max(1, round(epochs * len(rows)))

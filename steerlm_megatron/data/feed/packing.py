@@ -60,7 +60,7 @@ class PackPlan:
         return len(self.samples) / max(1, len(self))
 
     def report(self) -> dict[str, Any]:
-        """Plain numbers for the run's summary."""
+        """Return plain numbers for the run's summary."""
         return {
             "rows": len(self),
             "row_tokens": self.row_tokens,
@@ -149,7 +149,7 @@ def save_plan(path: Path, plan: PackPlan) -> bool:
 
 
 def load_plan(path: Path, row_tokens: int, view: str, overlong: str) -> PackPlan | None:
-    """A stored plan, memory-mapped; None if there is none, or it is not what ``save_plan`` writes."""
+    """Return a stored plan, memory-mapped; None if there is none, or it is not what ``save_plan`` writes."""
     try:
         words = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):

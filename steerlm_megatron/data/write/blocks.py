@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type of stored token ids: what Megatron-Core takes for a vocabulary of this size."""
+    """Return the type of stored token ids: what Megatron-Core takes for a vocabulary of this size."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
@@ -53,12 +53,12 @@ class Block:
         return len(self.lengths)
 
     def id(self, index: int) -> str:
-        """The id of document ``index``. O(N)."""
+        """Return the id of document ``index``. O(N)."""
         start = int(self.id_sizes[:index].sum())
         return bytes(self.ids[start : start + int(self.id_sizes[index])]).decode()
 
     def select(self, keep_N: Array) -> Block:
-        """The documents for which ``keep_N`` (bool) is true."""
+        """Return the documents for which ``keep_N`` (bool) is true."""
         if keep_N.all():
             return self
         turns, spans = np.repeat(keep_N, self.turn_counts), np.repeat(keep_N, self.span_counts)
@@ -77,7 +77,7 @@ class Block:
         )
 
     def cut(self, start: int, stop: int) -> Block:
-        """Documents ``start`` to ``stop``, as views."""
+        """Return documents ``start`` to ``stop``, as views."""
         if start == 0 and stop >= len(self):
             return self
         tokens, turns = _bounds(self.lengths, start, stop), _bounds(self.turn_counts, start, stop)
@@ -102,7 +102,7 @@ class Block:
 
 
 def concatenate(blocks: Sequence[Block]) -> Block:
-    """One block of at least one."""
+    """Return one block of at least one."""
     if len(blocks) == 1:
         return blocks[0]
     arrays = [block.arrays() for block in blocks]
@@ -112,7 +112,7 @@ def concatenate(blocks: Sequence[Block]) -> Block:
 
 
 def join(documents: Sequence[Document], vocab_size: int, attributes: int, lines: Sequence[int] = ()) -> Block:
-    """A block of documents. ``attributes``: how many the schema has (for a block without documents)."""
+    """Return a block of documents. ``attributes``: how many the schema has (for a block without documents)."""
     ids = [document.id.encode("utf-8", "replace") for document in documents]
     # As bytes: joining thousands of structured arrays is slow.
     turns = [document.turns_N.view(np.uint8) for document in documents]

@@ -50,7 +50,7 @@ class Builder:
         self._constants = _Constants(tokenizer)
 
     def build(self, conversations: Sequence[ConversationLike], lines: Sequence[int]) -> tuple[Block, Array]:
-        """A block of conversations, encoded in one batch, and whether each has a target (bool [N]).
+        """Return a block of conversations, encoded in one batch, and whether each has a target (bool [N]).
 
         A target is a trained token or a value of a trained response.
         """
@@ -81,7 +81,7 @@ class Builder:
         return block, labelled | (laid.span_counts > 0)
 
     def _tokens(self, skeletons: list[Skeleton], texts: list[str], fillings: list[int]) -> tuple[Array, Array]:
-        """All tokens, and the number of every segment's."""
+        """Return all tokens, and the number of every segment's."""
         ids, counts = self._tokenizer.encode_flat(texts)
         units = np.concatenate([_NOTHING, *(skeleton.units for skeleton in skeletons)])
         known_ids, known_counts = self._constants.of(self.skeletons.constants)
@@ -92,7 +92,7 @@ class Builder:
         return pool.take(ragged((np.cumsum(counts) - counts)[units], sizes)), sizes
 
     def _values(self, conversations: Sequence[ConversationLike], turn_counts: Array) -> tuple[Array, Array]:
-        """Values of all turns, and whether each conversation has some on a trained turn."""
+        """Return values of all turns, and whether each conversation has some on a trained turn."""
         schema, labelled = self._schema, np.zeros(len(conversations), np.bool_)
         values = np.full((int(turn_counts.sum()), len(self._names)), np.nan, np.float32)
         if schema is None or not self._names:
@@ -125,7 +125,7 @@ class _Constants:
         self._arrays = (np.zeros(0, np.int32), _NOTHING)
 
     def of(self, constants: dict[tuple[str, bool], int]) -> tuple[Array, Array]:
-        """Ids of them all, end to end in the order of their numbers, and how many each has."""
+        """Return ids of them all, end to end in the order of their numbers, and how many each has."""
         if len(constants) > len(self._counts):
             for text, control in list(constants)[len(self._counts) :]:
                 ids = [self._tokenizer.control_id(text)] if control else self._tokenizer.encode(text)

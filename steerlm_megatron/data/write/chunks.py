@@ -110,7 +110,8 @@ class Chunk:
 
 
 def read_chunks(split: str, paths: Sequence[str]) -> Iterator[Chunk]:
-    """The chunks of files, in order; memory for one. An error in reading is its chunk's, to be met in its place."""
+    """Yield the chunks of files, in order; memory for one. An error in reading is its chunk's, to be met in its place.
+    """
     for path in paths:
         lines, size, first, damage = [], 0, 1, ""
         try:
@@ -172,7 +173,7 @@ class Tokenized:
 
     @staticmethod
     def load(path: Path) -> Tokenized | None:
-        """What ``save`` wrote; None if it is not there whole."""
+        """Return what ``save`` wrote; None if it is not there whole."""
         try:
             stored = path.read_bytes()
         except FileNotFoundError:
@@ -209,7 +210,7 @@ class Tokenized:
 
 
 def tokenize(chunk: Chunk, job: Job) -> Tokenized:
-    """The work of one chunk. ``UserError`` for the first malformed line under ``on_error=error``."""
+    """Return the work of one chunk. ``UserError`` for the first malformed line under ``on_error=error``."""
     # A chunk makes millions of small objects and no cycles: looking for cycles among them took a tenth of the time.
     collecting = gc.isenabled()
     gc.disable()
@@ -340,7 +341,7 @@ class _ControlLike:
         return any(hint in together for hint in self._hints)
 
     def first(self, text: str) -> str:
-        """The first one in ``text``; empty if there is none."""
+        """Return the first one in ``text``; empty if there is none."""
         if not any(hint in text for hint in self._hints):
             return ""
         found = self._pattern.search(text)

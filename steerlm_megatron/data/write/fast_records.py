@@ -43,7 +43,7 @@ _LEFT = ("tool_calls", "function_call", LOSS_WEIGHT, *SWITCHES)  # with any of t
 
 
 def _kind(role: str, fields: list[Any], **fixed: Any) -> Any:
-    """The type of messages of a role: ``views.MessageLike``."""
+    """Return the type of messages of a role: ``views.MessageLike``."""
     given = {"role": role, **fixed}
     fields = [("content", str), *fields, *((key, None, None) for key in _LEFT)]
     return msgspec.defstruct(role, fields, tag_field="role", tag=role, gc=False, namespace=given)
@@ -74,7 +74,7 @@ class FastRecords:
         self.orders: dict[tuple[type, ...], bool] = {}  # kinds of messages → whether they may stand in this order
 
     def parse(self, line: bytes, number: int) -> ConversationLike | None:
-        """The conversation in line ``number`` of the file; None if ``steer.records`` has to look at it."""
+        """Return the conversation in line ``number`` of the file; None if ``steer.records`` has to look at it."""
         if self._decode is None:
             return None
         if len(line) > _MOST_DIGITS and _DIGITS.search(line[::_SAMPLE_BYTES]):
@@ -112,7 +112,7 @@ class FastRecords:
         return found
 
     def _right(self, message: Any) -> bool:
-        """Whether all values are on the schema's scale; a null value is taken out."""
+        """Return whether all values are on the schema's scale; a null value is taken out."""
         attributes: Mapping[str, int | float | None] = message.attributes
         if None in attributes.values():
             attributes = message.attributes = {k: v for k, v in attributes.items() if v is not None}

@@ -24,14 +24,14 @@ _MOST_WORKERS = 64
 
 
 def default_workers() -> int:
-    """The cores this process may use."""
+    """Return the cores this process may use."""
     return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def tokenized(
     chunks: Iterator[Chunk], job: Job, folder: Path, workers: int
 ) -> Generator[tuple[Chunk, Tokenized], None, None]:
-    """Each chunk and what became of it, in order; its file in ``folder`` is read if it is there, and else made.
+    """Yield each chunk and what became of it, in order; its file in ``folder`` is read if it is there, and else made.
 
     With one worker all is done in this process. ``UserError``: of the earliest chunk with an error (those before it
     have been yielded); a process was killed. ``OSError``: ``folder`` cannot be written.
@@ -68,7 +68,7 @@ def _result(chunk: Chunk, future: Future[None] | None, job: Job, folder: Path) -
 
 
 def _found(chunk: Chunk, job: Job, folder: Path) -> Tokenized | None:
-    """What lies in the folder; None if nothing does, a power cut tore it, or it skipped what is now an error."""
+    """Return what lies in the folder; None if nothing does, a power cut tore it, or it skipped what is now an error."""
     found = Tokenized.load(folder / chunk.name)
     return None if found is not None and found.malformed and job.on_error == "error" else found
 

@@ -92,7 +92,7 @@ def preprocess(
 
 
 def training_texts(paths: Paths, schema: AttributeSchema | None, template: Template, data: DataConfig) -> Iterator[str]:
-    """The texts that a tokenizer for this corpus is trained on: all that is rendered, label lines too."""
+    """Yield the texts that a tokenizer for this corpus is trained on: all that is rendered, label lines too."""
     for conversation in read_records(list(paths), schema, cast(OnError, data.on_error), []):
         for segment in template.render(conversation, schema):
             if not segment.control:
@@ -187,7 +187,7 @@ class _Run:
     # -- what stands there already ------------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
-        """What the result depends on, apart from the inputs, which a manifest has as ``sources``."""
+        """Return what the result depends on, apart from the inputs, which a manifest has as ``sources``."""
         return {
             "key": self.job.key,
             "on_error": self.data.on_error,
@@ -196,7 +196,7 @@ class _Run:
         }
 
     def _standing(self, sources: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
-        """The summary of what stands there whole, if the same inputs and settings gave it; else None."""
+        """Return the summary of what stands there whole, if the same inputs and settings gave it; else None."""
         manifests: dict[str, dict[str, Any]] = {}
         for split in self.splits:
             folder = self.output_dir / split
@@ -223,7 +223,7 @@ class _Run:
         return None
 
     def _change(self, manifest: dict[str, Any], sources: list[dict[str, Any]]) -> str:
-        """How what gave ``manifest`` differs from this call; empty if it does not."""
+        """Return how what gave ``manifest`` differs from this call; empty if it does not."""
         if manifest.get("run", {}).get("settings") != self._settings():
             return "with another tokenizer, template, schema, or other data.* settings"
         for before, now in zip(manifest["sources"], sources, strict=False):
@@ -277,7 +277,9 @@ class _Run:
         return ("train", "valid")[side] if self.splits_by_hash else chunk.split
 
     def _repeats(self, chunk: Chunk, lines: list[int]) -> Iterator[tuple[int, str, str]]:
-        """Records of an id that occurred before, as rejected lines; the first is an error under ``on_error=error``."""
+        """Yield records of an id that occurred before, as rejected lines; the first is an error under
+        ``on_error=error``.
+        """
         for line in lines:
             name = json.loads(chunk.lines[line - chunk.first_line])["id"]
             reason = f"id={name!r} occurred before; ids must be unique in a split (without an id, the line is the id)"
@@ -307,7 +309,7 @@ class _Run:
         return counted | ({"empty_replies": counts["empty_replies"]} if counts["empty_replies"] else {})
 
     def _policies(self, split: str) -> dict[str, Any]:
-        """What was decided about doubtful input, and how often it was met."""
+        """Return what was decided about doubtful input, and how often it was met."""
         counts = self.counts[split]
         return {
             "on_error": {"policy": self.data.on_error, "records": counts["rejected"]},
@@ -350,7 +352,7 @@ class _Run:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether a shard folder stands there (one that is there is whole)."""
+    """Return whether a shard folder stands there (one that is there is whole)."""
     return (Path(folder) / MANIFEST).is_file()
 
 
@@ -360,7 +362,9 @@ def _stamp(path: str) -> tuple[int, int]:
 
 
 def _describe_source(path: str) -> dict[str, Any]:
-    """Name, size and hash of an input file, and its number of lines (for progress; damage is found when it is read)."""
+    """Return name, size and hash of an input file, and its number of lines (for progress; damage is found when it is
+    read).
+    """
     lines: list[int] = []
     if path.endswith((".gz", ".zst")):
         described = describe_file(path)
@@ -371,7 +375,9 @@ def _describe_source(path: str) -> dict[str, Any]:
 
 
 def _decompressed(path: str) -> Iterable[bytes]:
-    """The blocks of a compressed file, up to its end or to where it is damaged (reading the records reports that)."""
+    """Return the blocks of a compressed file, up to its end or to where it is damaged (reading the records reports
+    that).
+    """
     stream: Any
     errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     with open(path, "rb") as file:

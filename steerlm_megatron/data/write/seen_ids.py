@@ -24,7 +24,7 @@ class SeenIds:
         self._runs: list[Array] = []  # sorted
 
     def repeated(self, hashes_N16: Array) -> Array:
-        """bool [N]: whether each (uint8 [N, 16]) occurred before, among these or earlier ones. Adds them.
+        """Return bool [N]: whether each (uint8 [N, 16]) occurred before, among these or earlier ones. Adds them.
 
         All zeros stands for no id, which never occurred before.
         """

@@ -1,9 +1,9 @@
 """The skeleton of a conversation: its segments with gaps for texts, found by rendering one of that skeleton.
 
 A template puts texts into a frame that depends on roles, weights and label lines alone (``Template.render`` promises
-that), and a corpus has few such frames and many conversations. A ``Skeleton`` is a frame, taken from what ``render`` makes
-of marks in the place of texts; where everything lies in it (``views.turn_positions``) is worked out once, as numbers of
-segments. So a corpus needs no segment objects, and there is still one grammar.
+that), and a corpus has few such frames and many conversations. A ``Skeleton`` is a frame, taken from what ``render``
+makes of marks in the place of texts; where everything lies in it (``views.turn_positions``) is worked out once, as
+numbers of segments. So a corpus needs no segment objects, and there is still one grammar.
 
 Owns: deriving skeletons, remembering them. Does not own: the frame (``steer.templates``), what lies where
 (``data/views.py``). Invariant: a skeleton's segments with the texts in its gaps are what ``render`` gives, for each
@@ -51,7 +51,8 @@ class Skeleton:
     header: npt.NDArray[np.int64]
 
     def texts(self, fillings: Sequence[str]) -> list[str]:
-        """Texts of the segments with gaps. ``fillings``: contents of all messages, then labels of all messages."""
+        """Return texts of the segments with gaps. ``fillings``: contents of all messages, then labels of all messages.
+        """
         return [before + fillings[number] + after for number, before, after in self.gaps]
 
 
@@ -64,7 +65,9 @@ class SkeletonCache:
         self.constants: dict[tuple[str, bool], int] = {}  # (text, whether it is a control string) → unit
 
     def of(self, messages: Sequence[MessageLike]) -> tuple[Skeleton, list[str]]:
-        """The skeleton of a conversation, and the texts that fill its gaps. ``UserError`` as of ``Template.render``."""
+        """Return the skeleton of a conversation, and the texts that fill its gaps. ``UserError`` as of
+        ``Template.render``.
+        """
         contents = [message.content for message in messages]
         attributes = [message.attributes for message in messages]
         labels: list[str] = []
@@ -88,7 +91,7 @@ class SkeletonCache:
         return skeleton, skeleton.texts(contents + labels)
 
     def _derive(self, messages: Sequence[MessageLike], labels: list[str]) -> Skeleton | None:
-        """The skeleton of ``messages``; None if what ``render`` makes of marks does not tell it."""
+        """Return the skeleton of ``messages``; None if what ``render`` makes of marks does not tell it."""
         marked = self._render(messages, [f"\0{number}\0" for number in range(len(messages))])
         gaps: list[tuple[int, str, str]] = []
         filled = []
@@ -109,7 +112,7 @@ class SkeletonCache:
         return skeleton if again == self._render(messages, [message.content for message in messages]) else None
 
     def _own(self, messages: Sequence[MessageLike]) -> tuple[Skeleton, list[str]]:
-        """A skeleton for this one conversation: every text is a gap."""
+        """Return a skeleton for this one conversation: every text is a gap."""
         segments = self._render(messages, [message.content for message in messages])
         texts = [segment.text for segment in segments if not segment.control]
         gaps = [(number, "", "") for number in range(len(texts))]
