@@ -146,7 +146,8 @@ def is_tool(speaker: str) -> bool:
 
 
 def roles_of(speakers: Iterable[str], users: Collection[str], where: str) -> dict[str, str]:
-    """Return the role of every speaker: ``user`` for ``users``, ``system`` for that name, ``assistant`` for the one left.
+    """Return the role of every speaker: ``user`` for ``users``, ``system`` for that name, ``assistant`` for the one
+    left.
 
     Raises:
         UserError: a tool, or several that are left: their texts would be trained as the assistant's.

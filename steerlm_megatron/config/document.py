@@ -1,7 +1,7 @@
-"""``docs/configuration.md`` from the declarations of keys and commands: ``python -m steerlm_megatron.config.document``.
+"""Write ``docs/configuration.md`` from the declarations: ``python -m steerlm_megatron.config.document``.
 
-Owns: the page. Does not own: what it says (``schema.py``, ``commands.py``). Invariant: a test compares the page in the
-repository with what this module makes.
+Owns: the page. Does not own: the meaning of keys (``schema.py``) and commands (``commands.py``). Invariant: a test
+compares the page in the repository with what this module makes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What users are shown of commands and keys: ``steerlm --help``, ``steerlm COMMAND --help``, shell completion.
+"""Texts about commands and keys: ``steerlm --help``, ``steerlm COMMAND --help``, shell completion.
 
 Owns: the texts and their layout. Does not own: what a key means (``schema.py``), who reads it (``commands.py``).
 Invariant: every line fits into :data:`WIDTH` columns.
@@ -20,7 +20,7 @@ _NAME_WIDTH = 30  # of a key with its value; longer ones have a line of their ow
 
 
 def show(arguments: Sequence[str], version: str) -> bool:
-    """Print the text that a command line asks for; whether it asked for one, and for no command to run.
+    """Print the text that a command line asks for. Return whether it asked for a text instead of a run.
 
     Raises:
         UserError: an unknown command or shell, or overrides that are wrong. SystemExit: nothing was asked for.
@@ -146,7 +146,7 @@ def _wrapped(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def completion(shell: str, groups: Callable[[str], list[str]]) -> str | None:
-    """Return a script that completes commands, keys and their choices; None for a shell that there is none for."""
+    """Return a script that completes commands, keys and their choices; None for a shell that is not supported."""
     from steerlm_megatron.config.schema import KEYS
 
     if shell not in ("bash", "zsh"):

@@ -1,4 +1,4 @@
-"""From plain data to a checked :class:`Config`.
+"""Turn plain data into a checked :class:`Config`.
 
 Owns: strict merging and every rule that can be checked before work starts. Does not own: Hydra (``compose.py``).
 Invariant: :func:`finalize` reports all problems at once, each as ``key=value rule; remedy``.
@@ -34,7 +34,7 @@ def from_container(data: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
 
 
 def renamed(key: str) -> str | None:
-    """Return what to say of a key that has another name now; None for any other."""
+    """Return the error for a key that has another name now; None for any other key."""
     if key not in RENAMED:
         return None
     new, why = RENAMED[key]
@@ -46,7 +46,7 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     base = OmegaConf.create(to_container(config))
     if "pipeline" in overrides:
         raise UserError("pipeline: a step's overrides cannot hold a pipeline section")
-    # Mappings that are values, not sections, are replaced whole.
+    # These mappings are values and not sections, so an override replaces them as a whole.
     for path in ("attributes.best", "train.label_weights", "data.map"):
         if OmegaConf.select(OmegaConf.create(dict(overrides)), path) is not None:
             OmegaConf.update(base, path, {}, merge=False, force_add=True)
@@ -89,11 +89,12 @@ def paths_of(value: Any) -> list[str]:
 
 
 def finalize(config: Config, world: int | None = None, alone: bool = False) -> Config:
-    """Check every rule; fill in what follows from others.
+    """Check every rule, and fill in values that follow from others.
 
     Args:
         world: number of ranks; None where it is still to be chosen.
-        alone: whether this is all that the command gets. A step of a pipeline gets its inputs when its turn comes.
+        alone: whether the command gets no more than this. A step of a pipeline gets its inputs from earlier steps
+            later.
 
     Raises:
         UserError: with one line per problem.
@@ -125,7 +126,7 @@ def _as_list(value: Any) -> list[str]:
 
 
 def lays_out_training(config: Config) -> bool:
-    """Return whether the command lays out a training run, or may: one without a name was built by hand."""
+    """Return whether the command lays out a training run. A config without a command was built by hand and may."""
     return config.command not in COMMANDS or COMMANDS[config.command].trains
 
 
@@ -136,7 +137,7 @@ def _divisors(number: int) -> str:
 def _check_model(config: Config) -> list[str]:
     m, p, problems = config.model, config.parallel, []
     if not lays_out_training(config):
-        return []  # the model is that of a checkpoint, which is compared with the layout when it is opened
+        return []  # the checkpoint's model is compared with the layout when the checkpoint is opened
     groups = m.num_query_groups or m.num_heads
     if m.num_heads < 1 or groups < 1 or m.num_layers < 1 or p.tensor < 1 or p.pipeline < 1:
         return []  # said already
@@ -262,7 +263,7 @@ def _check_engine(config: Config) -> list[str]:
 
 
 def _check_objective(config: Config) -> list[str]:
-    """Keys of one training command, given to the other, which would not read them."""
+    """Return an error for each key of one training command that was given to the other, which does not read it."""
     train, problems = config.train, []
     if config.command == "train_ap" and train.objective != "sft":
         problems.append(f"train.objective={train.objective} is of train_sft; train_ap learns labels: leave it out")

@@ -185,7 +185,8 @@ class BatchSampler:
 
 
 def _invert(probs_BK: torch.Tensor, u_B1: torch.Tensor) -> torch.Tensor:
-    """Return the first index where the cumulated (unnormalised) probability exceeds u × total; never one of probability 0.
+    """Return the first index where the cumulated (unnormalised) probability exceeds u × total; never one of probability
+    0.
 
     ``NOT_FINITE`` where a probability is NaN, as all of a row are whose largest logit is NaN or infinite."""
     cdf_BK = probs_BK.cumsum(1)

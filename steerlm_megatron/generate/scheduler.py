@@ -73,8 +73,7 @@ class Scheduler(Generic[S]):
         return sum(len(s.prompt_ids) + len(s.token_ids) - 1 for s in self.running)
 
     def plan(self, gone: Callable[[S], bool]) -> StepPlan | None:
-        """Return the next step, or None if there is nothing to do. Sequences that are ``gone`` leave their rows first.
-        """
+        """Return the next step, or None if there is nothing to do. Sequences that are ``gone`` leave their rows first."""
         moves = self._compact(gone)
         decoding = list(self.running)
         admitted = self._admit()

@@ -101,7 +101,8 @@ def is_complete(run_dir: str | Path, wanted_fingerprint: str | None = None) -> b
 
 
 def default_run_dir(command: str, root: str | Path = "runs") -> Path:
-    """Return a new folder ``runs/<command>/<date>_<time>``, made here: of two commands that start at once, each has its own.
+    """Return a new folder ``runs/<command>/<date>_<time>``, made here: of two commands that start at once, each has its
+    own.
 
     Raises:
         UserError: it cannot be made.

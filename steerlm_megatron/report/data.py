@@ -21,7 +21,8 @@ Results = Mapping[str, Any]
 
 
 def report_data(results: Results) -> dict[str, Any]:
-    """Return the content of ``report.json``: the measured parts of ``results`` (their keys: ``write_report``), and ``checks``.
+    """Return the content of ``report.json``: the measured parts of ``results`` (their keys: ``write_report``), and
+    ``checks``.
 
     Numbers that are not finite become None.
     """

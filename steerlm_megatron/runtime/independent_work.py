@@ -1,8 +1,8 @@
-"""Work of ranks that may differ by hours, and the wait for the last of them.
+"""Work that ranks do independently of each other, and the wait for the slowest of them, which may take hours longer.
 
-Owns: every rank's signs of life in the ranks' store meanwhile. Invariants: no collective is pending while a rank works
-or waits, so a signal ends it there as anywhere else; a rank is given up only if it gave no sign for as long as a
-collective would have waited for it.
+Owns: the signs of life that every rank writes into the ranks' store meanwhile. Invariants: no collective is pending
+while a rank works or waits, so that a signal ends it there as anywhere else; a rank is given up only if it gave no sign
+of life for as long as a collective would have waited for it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _calls = count()  # the same number on every rank
 
 @contextmanager
 def independent_work() -> Iterator[None]:
-    """Around work that shares nothing with other replicas: on leaving, each rank waits for all, as long as they live.
+    """Wrap work that shares nothing with other replicas. On leaving, each rank waits for all others while they live.
 
     Collective over the world.
 
     Raises:
-        RuntimeError: ranks, which it names, gave no sign of life for ``engine.timeout_sec``: they are dead, stopped or
-            cut off. ``dist.DistError``: the store's rank is.
+        RuntimeError: the ranks that it names gave no sign of life for ``engine.timeout_sec``: they are dead, stopped or
+            cut off. ``dist.DistError``: the rank that holds the store is.
     """
     world = dist.get_world_size()
     if world == 1:
@@ -46,18 +46,20 @@ def independent_work() -> Iterator[None]:
     store = dist.PrefixStore(prefix, default)
     store.set(f"who_{rank}", f"host {socket.gethostname()}, pid {os.getpid()}")
     store.set(f"sign_{rank}", "0")
-    barrier()  # every rank has given one
-    own = dist.PrefixStore(prefix, default.clone())  # its connection waits for no other thread's
+    barrier()  # every rank has given a first sign
+    own = dist.PrefixStore(
+        prefix, default.clone()
+    )  # a connection for this thread, so that it never waits for another thread's request
     thread = threading.Thread(target=_give_signs, args=(own, rank, done), name="signs of life", daemon=True)
     thread.start()
     try:
         yield
         store.add("arrived", 1)
         _wait(store, world, default.timeout.total_seconds())
-        barrier()  # nobody looks any more
+        barrier()  # no rank reads the keys any more, so they can be deleted
     finally:
         done.set()
-        thread.join(_END_SEC)  # not for a store that is stopped
+        thread.join(_END_SEC)  # a stopped store must not hold up the end
     for key in (f"who_{rank}", f"sign_{rank}", *(["arrived"] if rank == 0 else [])):
         store.delete_key(key)
 
@@ -68,14 +70,14 @@ def _give_signs(store: Any, rank: int, done: threading.Event) -> None:
             return
         try:
             store.set(f"sign_{rank}", str(sign))
-        except dist.DistError:  # the store's rank is gone, which this one notices when it waits
+        except dist.DistError:  # the rank that holds the store is gone; the wait below reports it
             return
 
 
 def _wait(store: Any, world: int, timeout_sec: float) -> None:
-    """For all ``world`` ranks to arrive, or for one that is silent for ``timeout_sec``."""
+    """Wait until all ``world`` ranks arrive, or raise when one is silent for ``timeout_sec``."""
     keys = [f"sign_{rank}" for rank in range(world)]
-    # Silence is counted in looks: time in which this process was stopped, and perhaps all were, does not count.
+    # Silence is counted in checks of the store, so that time in which this process itself was stopped does not count.
     limit = math.ceil(timeout_sec / SIGN_SEC)
     last, silent, looked = [b""] * world, [0] * world, -math.inf
     while store.add("arrived", 0) < world:

@@ -43,7 +43,8 @@ def schema_of(config: Config) -> AttributeSchema | None:
 def collect_records(
     config: Config, output_dir: Path, shards: Path | None = None
 ) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Return record files per split for ``data.source``, and the converter's report. Converters write into ``output_dir``.
+    """Return record files per split for ``data.source``, and the converter's report. Converters write into
+    ``output_dir``.
 
     ``shards``: the folder that shards of these records are in or come to; what other inputs or settings gave is then
     refused without ``config.overwrite``, before its records are replaced.

@@ -179,8 +179,7 @@ class _Remembered(Iterator[tuple[str, bytes]]):
 
 
 def skipped_in_words(counts: Mapping[str, Any]) -> str:
-    """Return what was skipped, in words for a log line: ``, 3 skipped (rejected: 2, prompt_too_long: 1)``, or nothing.
-    """
+    """Return what was skipped, in words for a log line: ``, 3 skipped (rejected: 2, prompt_too_long: 1)``, or nothing."""
     skipped = counts["skipped"]
     if not skipped:
         return ""

@@ -204,7 +204,8 @@ class AttributeSchema:
         return [float(values.get(name, math.nan)) for name in self.names]
 
     def complete(self, levels: Mapping[str, int] | None) -> dict[str, int]:
-        """Return what a request means at inference: ``best``, overridden by the levels that are asked for; schema order.
+        """Return what a request means at inference: ``best``, overridden by the levels that are asked for; schema
+        order.
 
         Raises:
             UserError: an unknown or unseen attribute, or a level that is no integer in 0..max_level.

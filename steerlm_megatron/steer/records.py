@@ -55,7 +55,8 @@ class Conversation:
 
 
 def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Return files for paths and globs, in the order given, those of one glob sorted, each once. A glob takes no folders.
+    """Return files for paths and globs, in the order given, those of one glob sorted, each once. A glob takes no
+    folders.
 
     Raises:
         UserError: no path at all, a missing file, a folder, a file that may not be read, a glob that matches nothing.
@@ -143,7 +144,8 @@ class _ZstdReader(io.RawIOBase):
 
 
 def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
-    """Yield ``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged.
+    """Yield ``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or
+    damaged.
 
     A byte order mark at the start of a line is left out. ``most_bytes``: longer lines come in pieces of that size, so
     that memory does not depend on what a line holds.
@@ -239,7 +241,8 @@ def parse_records(
 def from_json(
     data: Mapping[str, Any], where: str, schema: AttributeSchema | None = None, require_response: bool = True
 ) -> Conversation:
-    """Return a conversation from a parsed record, checked. A record without an id takes ``<file name>:<line>`` from ``where``.
+    """Return a conversation from a parsed record, checked. A record without an id takes ``<file name>:<line>`` from
+    ``where``.
 
     Args:
         data: the record.
@@ -304,8 +307,7 @@ def to_json(conversation: Conversation) -> dict[str, Any]:
 
 
 def content_hash(conversation: Conversation) -> str:
-    """Return SHA-256 (hex) over roles and contents alone: the same text has the same hash whatever its id and labels.
-    """
+    """Return SHA-256 (hex) over roles and contents alone: the same text has the same hash whatever its id and labels."""
     digest = hashlib.sha256()
     for message in conversation.messages:
         content = message.content.encode("utf-8", "surrogatepass")

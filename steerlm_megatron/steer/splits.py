@@ -32,7 +32,8 @@ class _Conversation(Protocol):
 
 
 def assign_split(conversation: _Conversation, valid_fraction: float, seed: int) -> Split:
-    """Return the side that a conversation falls to, by the hash of (seed, first user message); its id where there is none.
+    """Return the side that a conversation falls to, by the hash of (seed, first user message); its id where there is
+    none.
 
     ``valid_fraction`` in [0, 1) is the share of prompts that falls to ``valid``.
     """

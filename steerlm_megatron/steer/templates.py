@@ -166,8 +166,7 @@ class Template(ABC):
     def _until_response(
         self, message: Message, schema: AttributeSchema | None, turn: int, follows: bool
     ) -> list[Segment]:
-        """Return an assistant turn from its start up to where its response starts; ``follows``: see ``_open_response``.
-        """
+        """Return an assistant turn from its start up to where its response starts; ``follows``: see ``_open_response``."""
         return self._open_response(turn, follows) + self._label(self.label(message, schema), turn)
 
     @abstractmethod

@@ -33,7 +33,9 @@ def one_is_late() -> list[float]:
         waited.append(time.monotonic() - start)
     barrier()
     keys = [f"independent_work_{call}/{key}_{rank}" for call in (0, 1) for key in ("who", "sign") for rank in (0, 1)]
-    left = [key for key in [*keys, "independent_work_0/arrived"] if dist.distributed_c10d._get_default_store().check([key])]
+    left = [
+        key for key in [*keys, "independent_work_0/arrived"] if dist.distributed_c10d._get_default_store().check([key])
+    ]
     barrier()  # rank 0 has the store
     assert not left, "they do not pile up"
     return waited

@@ -37,7 +37,8 @@ class Skeleton:
         segments: as of ``render``; those with a gap have a text that means nothing.
         gaps: per gap, in the order of segments, what fills it (the number of a message's content; beyond contents, of
             a message's label), and what stands before and after that in the segment.
-        units: int64 [S]: ``GAP``, or the number of the segment's text or control string among ``SkeletonCache.constants``.
+        units: int64 [S]: ``GAP``, or the number of the segment's text or control string among
+            ``SkeletonCache.constants``.
         turns: int64 [N, 7], the places of ``views.TURN``; ``marks``: uint8 [N, 2], role and weight.
         spans, header: int64 [spans, 2] and [2].
     """
@@ -51,8 +52,7 @@ class Skeleton:
     header: npt.NDArray[np.int64]
 
     def texts(self, fillings: Sequence[str]) -> list[str]:
-        """Return texts of the segments with gaps. ``fillings``: contents of all messages, then labels of all messages.
-        """
+        """Return texts of the segments with gaps. ``fillings``: contents of all messages, then labels of all messages."""
         return [before + fillings[number] + after for number, before, after in self.gaps]
 
 
