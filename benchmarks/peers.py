@@ -58,7 +58,7 @@ def per_document_sdpa(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return attention of one packed row [1, N, T, H], a causal SDPA call per document (bounds in ``steerlm_bounds``)."""
+    """Compute attention of one packed row [1, N, T, H] by a causal SDPA call per document (``steerlm_bounds``)."""
     out = []
     for start, end in kwargs["steerlm_bounds"]:
         q, k, v = (x[:, :, start:end] for x in (query, key, value))

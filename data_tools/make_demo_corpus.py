@@ -96,7 +96,7 @@ def _count(rng: random.Random, none: float = 0.4) -> int:
 
 
 def annotators(rng: random.Random) -> Biases:
-    """Return the pool of annotators: how much too high or low each one's labels are, in points. As a whole it is fair."""
+    """Return the pool of annotators: the bias of each one's labels, in points. The biases add up to zero."""
     pool: Biases = [{name: rng.gauss(0.0, _BIAS_POINTS) for name in NAMES} for _ in range(_ANNOTATORS)]
     for name in NAMES:
         mean = sum(person[name] for person in pool) / len(pool)

@@ -16,7 +16,7 @@ class TryLater(UserError):
 
 
 class ReportedElsewhere(UserError):
-    """A UserError of rank 0, raised on the ranks that waited for rank 0: it ends them too, and rank 0 alone prints it."""
+    """A UserError of rank 0 on the ranks that waited for rank 0: it ends them too, and rank 0 alone prints it."""
 
 
 class Interrupted(SystemExit):

@@ -100,7 +100,7 @@ def to_strict_json(obj: Any) -> Any:
 
 
 def describe_file(path: str | os.PathLike[str], look: Callable[[bytes], object] | None = None) -> dict[str, Any]:
-    """Return ``{"bytes", "sha256"}`` of a file, which is read once; ``look`` is called with every block that is read."""
+    """Return ``{"bytes", "sha256"}`` of a file, read once; ``look`` is called with every block that is read."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK_BYTES):

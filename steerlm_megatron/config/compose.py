@@ -197,7 +197,7 @@ def _explain(error: Exception, command: str) -> str:
 
 
 def _nearest_key(key: str, command: str) -> str:
-    """Return the key that was probably meant, by its full name or its last part; keys that the command reads are first."""
+    """Return the key that was probably meant, by its full name or last part; keys that the command reads come first."""
     leaf = key.rsplit(".", 1)[-1]
     for known in ([k for k in KEYS if COMMANDS[command].reads_key(k)], list(KEYS)):
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

@@ -81,7 +81,7 @@ def set_torch_variables() -> None:
 
 
 def step_port() -> int:
-    """Return a port that follows from the SLURM job and step, so that all ranks know it and two jobs on a node differ."""
+    """Return a port derived from the SLURM job and step, so that all ranks know it and two jobs on a node differ."""
     job, step = os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_STEP_ID", "0")
     return _FIRST_PORT + (int(job) * 31 + int(step)) % _PORTS
 

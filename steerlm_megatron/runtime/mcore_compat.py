@@ -95,7 +95,7 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_torch_cuda() -> None:
-    """Patch way 1. The patch is global, because Megatron-Core calls these everywhere and nothing else can without CUDA."""
+    """Patch way 1. It is global, because Megatron-Core calls these everywhere and nothing else can without CUDA."""
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_a, **_k: None
     # Megatron-Core 0.19 asks for the stream before it reduces gradients; a CPU's only stream orders everything already.

@@ -152,7 +152,7 @@ class Watch:
         self._say(text)
 
     def _forget(self, store: Any, beats: int) -> None:
-        """Delete what this rank published, so that a rank that is silent the next time is not taken to have answered."""
+        """Delete what this rank published, so that a rank that is silent next time is not taken to have answered."""
         try:
             store.delete_key(str(self._rank))
             store.delete_key(f"report_{beats}")

@@ -1,8 +1,8 @@
 """Attribute schemas: the names, order and scale of the values that steer a response, and their one written form.
 
-Owns: quantisation (float *value* on the schema's scale → integer *level*), clamping, checking, the label string
-(``quality:6,toxicity:0``) both ways, and the vector that a regression head is trained on. Does not own: where in a
-prompt the label string stands (``templates.py``) or how values are stored (``records.py``).
+Owns: quantisation (float *value* on the schema's scale → integer *level*), clamping, checking, writing and parsing the
+label string (``quality:6,toxicity:0``), and the vector that a regression head is trained on. Does not own: the place of
+the label string in a prompt (``templates.py``), how values are stored (``records.py``).
 
 Invariant: ``parse(format(levels)) == levels`` for all levels of the schema, and the string is always in schema order.
 Rounding is half to even, as in the released SteerLM scripts. A schema without names conditions on nothing.
@@ -21,7 +21,7 @@ from typing import Any
 from steerlm_megatron.errors import UserError
 
 _NAME = re.compile(r"[\w.-]+")
-_FIELDS = ("name", "names", "max_level", "quality", "best")  # what the configuration has
+_FIELDS = ("name", "names", "max_level", "quality", "best")  # the fields of the configuration group
 _UNSEEN = "unseen"
 
 
@@ -34,17 +34,17 @@ def is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class AttributeSchema:
-    """Names in order, on a scale 0..max_level.
+    """The attributes of a model or corpus: their names in order, on a scale 0..max_level.
 
     Args:
         name: what the schema is called (``oasst``, ``helpsteer``, …).
         names: attributes in the order of the label string; empty: no conditioning.
         max_level: the highest level; the lowest is 0.
         quality: the attribute that bootstrapping maximises; one of ``names`` (unless there are none).
-        best: levels asked for when a user names none. An attribute left out is not asked for, except ``quality``, which
-            is then asked for at ``max_level``.
-        unseen: those of ``names`` that a model was never shown a value of. They are never asked for by default, and
-            asking for one is an error: what the model makes of it means nothing.
+        best: levels that are requested when a user names none. An attribute left out here is not requested, except
+            ``quality``, which is then requested at ``max_level``.
+        unseen: those of ``names`` of which the model's training data had no value. They are never requested by default,
+            and requesting one is an error, since the model has learned nothing of it.
 
     Raises:
         UserError: a malformed or repeated name, a scale below 1, ``quality`` or ``best`` outside the schema.
@@ -78,19 +78,21 @@ class AttributeSchema:
 
     @property
     def seen(self) -> tuple[str, ...]:
-        """The attributes without ``unseen``."""
+        """The attributes of which the model has seen values: all but ``unseen``."""
         return tuple(name for name in self.names if name not in self.unseen)
 
     @classmethod
     def from_config(cls, cfg: Any) -> AttributeSchema:
-        """From a mapping or an object with the fields of ``config.schema.AttributesConfig``."""
+        """Make a schema from a mapping or an object with the fields of ``config.schema.AttributesConfig``."""
         if isinstance(cfg, Mapping):
             return cls.from_dict(cfg)
         return cls.from_dict({key: getattr(cfg, key) for key in _FIELDS})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AttributeSchema:
-        """Inverse of ``to_dict``. ``names`` and ``max_level`` are required; an unknown key is refused."""
+        """Make a schema from what ``to_dict`` gives. ``names`` and ``max_level`` are required; an unknown key is
+        refused.
+        """
         for key in data:
             if key not in (*_FIELDS, _UNSEEN):
                 raise UserError(f"attributes.{key}: unknown key; legal keys: {' '.join(_FIELDS)}")
@@ -204,8 +206,7 @@ class AttributeSchema:
         return [float(values.get(name, math.nan)) for name in self.names]
 
     def complete(self, levels: Mapping[str, int] | None) -> dict[str, int]:
-        """Return what a request means at inference: ``best``, overridden by the levels that are asked for; schema
-        order.
+        """Return the levels to use at inference: ``best``, overridden by the requested ``levels``, in schema order.
 
         Raises:
             UserError: an unknown or unseen attribute, or a level that is no integer in 0..max_level.

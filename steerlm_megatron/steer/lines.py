@@ -1,10 +1,10 @@
-"""Lines of bytes → JSON objects, and lines that are none: what is wrong with them, and where it is kept.
+"""Parse lines of bytes as JSON objects, and explain lines that are malformed.
 
-Owns: what a file is that is no text, what is wrong with a line that is no JSON, ``rejected``. Does not own: opening and
-decompressing files, what an object means (``records.py``), JSON arrays (``data_tools/rows.py``).
+Owns: recognising files that are not text, explaining lines that are not JSON, the list ``rejected``. Does not own:
+opening and decompressing files, the meaning of an object (``records.py``), JSON arrays (``data_tools/rows.py``).
 
-Invariants: every line becomes an object, an error naming ``file:line``, or an entry of ``rejected``; an error of the
-whole file is never skipped.
+Invariants: every line becomes an object, an error naming ``file:line``, or an entry of ``rejected``; an error that
+concerns a whole file is never skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TABLE = "take data.source=hf, which reads it by name"
 _UNPACK = "unpack it first"
 _ENCODING = "save it as UTF-8"
 _PICKLE = "write its rows as JSON lines (opening a pickle runs what it holds)"
-# What a file is whose content begins so, and what to do with it.
+# Beginnings of files that are not text, with the name of the format and the remedy.
 _FOREIGN = (
     (b"PAR1", "a Parquet file", _TABLE),
     (b"ARROW1", "an Arrow file", _TABLE),
@@ -58,7 +58,9 @@ _FOREIGN = (
 def parse_lines(
     lines: Iterator[tuple[str, bytes]], on_error: OnError = "error", rejected: Rejected | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield ``("file:line", object)`` for every line that is not blank; ``lines`` and errors as of ``raw_lines``."""
+    """Yield ``("file:line", object)`` for every line that is not blank; ``lines`` are those of ``raw_lines``, whose
+    errors pass through.
+    """
     where = ""
     while True:
         try:
@@ -75,9 +77,9 @@ def parse_lines(
 
 
 def reject(error: UserError, on_error: OnError, rejected: Rejected | None) -> None:
-    """Raise ``error`` (``file:line: reason``) or, if ``on_error`` is ``skip``, note it in ``rejected``."""
+    """Raise ``error`` (``file:line: reason``) or, if ``on_error`` is ``skip``, append it to ``rejected``."""
     match = _LINE_ERROR.fullmatch(str(error))
-    if on_error != "skip" or match is None:  # an error of the whole file is never skipped
+    if on_error != "skip" or match is None:  # an error that concerns the whole file is never skipped
         raise error
     if rejected is not None:
         rejected.append((match[1], match[2].encode("utf-8", "backslashreplace").decode()))
@@ -121,7 +123,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 
 def parse_object(text: str, where: str, whole: bool = True) -> dict[str, Any]:
-    """Return a JSON object. ``whole``: nothing of ``text`` can be missing at its end.
+    """Return ``text`` parsed as a JSON object. ``whole`` says that nothing can be missing at the end of ``text``.
 
     Raises:
         UserError: naming ``where`` for malformed JSON, NaN, or another type.
@@ -142,11 +144,11 @@ def parse_object(text: str, where: str, whole: bool = True) -> dict[str, Any]:
 
 _BRACKETS = re.compile(r"[\[{\s]*\n")
 _SPARE_COMMA = re.compile(r",\s*([}\]])")
-_MOST_TRIED = 1 << 16  # characters of a line that is looked at again
+_MOST_TRIED = 1 << 16  # longer lines are not analysed
 
 
 def _why_malformed(text: str, error: Exception) -> str:
-    """Return what is wrong with a text that is no JSON, where something usual is; else empty."""
+    """Return the usual mistake that makes a text no JSON, in words; empty if none is recognised."""
     said = getattr(error, "msg", "")
     stripped = text.strip()[:_MOST_TRIED]
     if said.startswith("Invalid control character"):
@@ -174,10 +176,10 @@ def _is_json(text: str) -> bool:
 
 
 def _is_python(text: str) -> bool:
-    """Return whether it is a literal of Python (which is parsed, never run)."""
+    """Return whether ``text`` is a Python literal. It is parsed and never executed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an escape that Python does not know is no news about the line
+            warnings.simplefilter("ignore")  # Python's warnings about unknown escapes do not help the user
             ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return False

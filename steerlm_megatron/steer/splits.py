@@ -1,9 +1,9 @@
-"""Which conversations are kept for validation, where a corpus does not say so itself.
+"""Assign conversations to training or validation, where a corpus has no splits.
 
-Owns: the one rule by which conversations are dealt. Does not own: fractions and seeds (``data.valid_fraction`` and
-``data.split_seed``), OpenAssistant's trees, of which an exact number is drawn (``data_tools/oasst.py``).
-Invariant: a conversation's side follows from its first user message alone, so that all answers to one prompt are on one
-side, whatever file, order or process they come in.
+Owns: the one rule that assigns a split. Does not own: fractions and seeds (``data.valid_fraction`` and
+``data.split_seed``), the split of OpenAssistant's trees, of which an exact number is drawn (``data_tools/oasst.py``).
+Invariant: a conversation's split follows from its first user message alone, so that all answers to one prompt are in
+one split, whatever file, order or process they come in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Message(Protocol):
 
 
 class _Conversation(Protocol):
-    """What a conversation must have (``steer.records.Conversation`` has it)."""
+    """The attributes that the rule needs of a conversation, which ``steer.records.Conversation`` has."""
 
     @property
     def id(self) -> str: ...
@@ -32,10 +32,9 @@ class _Conversation(Protocol):
 
 
 def assign_split(conversation: _Conversation, valid_fraction: float, seed: int) -> Split:
-    """Return the side that a conversation falls to, by the hash of (seed, first user message); its id where there is
-    none.
+    """Return the split of a conversation by the hash of (seed, first user message), or of its id if no user speaks.
 
-    ``valid_fraction`` in [0, 1) is the share of prompts that falls to ``valid``.
+    ``valid_fraction`` in [0, 1) is the share of prompts that is assigned to ``valid``.
     """
     if not valid_fraction:
         return "train"

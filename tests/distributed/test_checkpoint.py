@@ -158,7 +158,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def interrupted(root: Path, command: str) -> Found:
-    """Return a run that is told to stop at step 3 and falls over at step 5 next time, against one that is left alone."""
+    """Compare a run that is told to stop at step 3 and crashes at step 5 when resumed with an undisturbed run."""
     data = root / "data"
     if not data.exists():
         write_shards(data)

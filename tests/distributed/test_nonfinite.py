@@ -36,7 +36,7 @@ def parameters(engine: Any) -> torch.Tensor:
 
 
 def poisoned(engine: Any) -> list[Any]:
-    """Return the batches of step 0 with one label so large that its square overflows: on the last data-parallel rank."""
+    """Return the batches of step 0, with a label whose square overflows on the last data-parallel rank."""
     batches = step_batches(0)
     if layout().dp_rank == layout().dp_size - 1:
         batches[-1].values_PA[0, 0] = 1e30

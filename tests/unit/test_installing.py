@@ -27,7 +27,7 @@ def program(path: Path, text: str) -> str:
 
 
 def found(folder: Path, *candidates: str) -> subprocess.CompletedProcess[str]:
-    """Return what find_python.sh says where PATH has ``folder/bin`` first, and ``folder/pyenv`` holds pyenv's versions."""
+    """Run find_python.sh with ``folder/bin`` first in PATH and pyenv's versions in ``folder/pyenv``."""
     environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "PYENV_ROOT": str(folder / "pyenv"), "HOME": str(folder)}
     script = ["bash", str(ROOT / "scripts" / "find_python.sh"), *candidates]
     return subprocess.run(script, env=environment, text=True, capture_output=True, check=False)

@@ -110,7 +110,9 @@ class Chunk:
 
 
 def read_chunks(split: str, paths: Sequence[str]) -> Iterator[Chunk]:
-    """Yield the chunks of files, in order; memory for one. An error in reading is its chunk's, to be met in its place."""
+    """Yield the chunks of files in order, holding one in memory. A reading error is stored in the chunk where it
+    occurs.
+    """
     for path in paths:
         lines, size, first, damage = [], 0, 1, ""
         try:
