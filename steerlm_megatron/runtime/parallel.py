@@ -144,7 +144,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> L
 
 
 def _destroy_groups() -> None:
-    """Destroy the process groups. Megatron-Core only forgets them, and torch keeps them with NCCL's buffers."""
+    """Destroy the process groups. Megatron-Core only forgets them, and torch keeps them."""
     dist.barrier()  # no rank closes what another still reads
     parallel_state.destroy_model_parallel()
     gc.collect()  # an engine is full of reference cycles and holds its groups, each with a thread, until it is collected

@@ -86,8 +86,8 @@ def reject(error: UserError, on_error: OnError, rejected: Rejected | None) -> No
 
 
 def rejected_json(where: str, reason: str, line: bytes | None) -> str:
-    """Return a line of ``rejected.jsonl``; ``line``: what was rejected, None where it cannot be told (what is no UTF-8:
-    �).
+    """Return a line of ``rejected.jsonl``; ``line`` is the rejected line, or None if it is unknown. Invalid UTF-8
+    becomes �.
     """
     entry = {"where": where, "reason": reason}
     if line is not None:
@@ -190,7 +190,5 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def json_line(data: Mapping[str, Any]) -> bytes:
-    """Return one line of JSON in UTF-8. Half a surrogate pair (in an id or an unknown key) stays the escape that it
-    was.
-    """
+    """Return one line of JSON in UTF-8. A lone surrogate (in an id or an unknown key) stays an escape."""
     return (_encode(data) + "\n").encode("utf-8", "backslashreplace")

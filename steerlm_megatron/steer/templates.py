@@ -175,8 +175,8 @@ class Template(ABC):
 
     @abstractmethod
     def _open_response(self, turn: int, follows: bool) -> list[Segment]:
-        """Return what stands before an assistant turn's label line; ``follows``: a trained assistant turn came just
-        before.
+        """Return the segments before an assistant turn's label line. ``follows``: a trained assistant turn came before
+        it.
         """
 
 

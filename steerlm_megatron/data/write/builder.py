@@ -1,8 +1,8 @@
-"""Conversations → a block of documents, many at a time.
+"""Turn many conversations at a time into a block of documents.
 
 Owns: ``Builder``. Does not own: a conversation's skeleton (``skeletons.py``), ids of texts (``text/tokenizer.py``),
-what a block is (``blocks.py``). Invariant: the documents are those that ``views.build_documents`` gives. No object is
-made per segment or token, no array per document.
+what a block is (``blocks.py``). Invariant: the documents equal those of ``views.build_documents``. For speed it makes
+no object per segment or token, and no array per document.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _TURN_EDGES = (
     "text_end",
     "mark",
     "end",
-)  # of TURN, as in Skeleton.turns
+)  # fields of TURN, in the order of Skeleton.turns
 
 
 class ConversationLike(Protocol):
-    """What a conversation must have (``steer.records.Conversation`` has it)."""
+    """The attributes that a builder needs of a conversation, which ``steer.records.Conversation`` has."""
 
     @property
     def id(self) -> str: ...
@@ -41,7 +41,7 @@ class ConversationLike(Protocol):
 
 
 class Builder:
-    """Builds blocks, and remembers what conversations have in common."""
+    """Builds blocks, and caches the skeletons and constant tokens that conversations share."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, schema: AttributeSchema | None) -> None:
         self._tokenizer, self._schema = tokenizer, schema
@@ -55,7 +55,7 @@ class Builder:
         A target is a trained token or a value of a trained response.
         """
         skeletons: list[Skeleton] = []
-        numbers: dict[str, int] = {}  # of the texts, each encoded once
+        numbers: dict[str, int] = {}  # number of each distinct text, which is encoded once
         fillings: list[int] = []
         for conversation in conversations:
             skeleton, texts = self.skeletons.of(conversation.messages)
@@ -81,7 +81,7 @@ class Builder:
         return block, labelled | (laid.span_counts > 0)
 
     def _tokens(self, skeletons: list[Skeleton], texts: list[str], fillings: list[int]) -> tuple[Array, Array]:
-        """Return all tokens, and the number of every segment's."""
+        """Return all tokens, and the number of tokens of every segment."""
         ids, counts = self._tokenizer.encode_flat(texts)
         units = np.concatenate([_NOTHING, *(skeleton.units for skeleton in skeletons)])
         known_ids, known_counts = self._constants.of(self.skeletons.constants)
@@ -104,7 +104,7 @@ class Builder:
             given = [message.attributes for message in messages]
             if not any(given):
                 continue
-            system = messages[0].role == "system"  # which is no turn
+            system = messages[0].role == "system"  # the system's message is no turn
             for number, attributes in enumerate(given):
                 if attributes:
                     rows.append(first + number - system)
@@ -116,7 +116,7 @@ class Builder:
 
 
 class _Constants:
-    """Ids of texts that are part of skeletons."""
+    """The token ids of the texts and control strings that skeletons contain."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -125,7 +125,7 @@ class _Constants:
         self._arrays = (np.zeros(0, np.int32), _NOTHING)
 
     def of(self, constants: dict[tuple[str, bool], int]) -> tuple[Array, Array]:
-        """Return ids of them all, end to end in the order of their numbers, and how many each has."""
+        """Return the ids of all constants, end to end in the order of their numbers, and the number of ids of each."""
         if len(constants) > len(self._counts):
             for text, control in list(constants)[len(self._counts) :]:
                 ids = [self._tokenizer.control_id(text)] if control else self._tokenizer.encode(text)
@@ -136,7 +136,7 @@ class _Constants:
 
 
 class _Laid:
-    """Where everything lies in documents of known skeletons and sizes of segments."""
+    """The positions of turns, spans and headers in documents of known skeletons and sizes of segments."""
 
     def __init__(self, skeletons: list[Skeleton], conversations: Sequence[ConversationLike], sizes: Array) -> None:
         segments = np.array([len(skeleton.units) for skeleton in skeletons], np.int64)
@@ -148,7 +148,7 @@ class _Laid:
         self.span_counts = np.array([len(skeleton.spans) for skeleton in skeletons], np.int32)
 
         def positions(places: list[Array], counts: Array | int, width: int) -> Array:
-            """Edges of skeletons as positions in documents, int32 [all of them, width]."""
+            """Translate edges of segments into positions in documents, int32 [edges, width]."""
             edge = np.concatenate([np.zeros((0, width), np.int64), *places])
             edge += np.repeat(first, counts)[:, None]
             return (edges[edge] - np.repeat(origin, counts)[:, None]).astype(np.int32)
@@ -169,7 +169,9 @@ class _Laid:
     def _lay_out_again(
         self, odd: list[int], skeletons: list[Skeleton], conversations: Sequence[ConversationLike], sizes: list[Array]
     ) -> None:
-        """Of documents with a segment without tokens, in which edges fall together: an empty span is none."""
+        """Lay out documents with an empty segment again, since edges coincide there and an empty span must not be
+        stored.
+        """
         spans = np.split(self.spans, np.cumsum(self.span_counts)[:-1])
         ends = np.cumsum(self.turn_counts)
         for index in odd:

@@ -1,10 +1,9 @@
-"""Well-formed record lines, parsed and checked by msgspec in one step, several times faster than by ``steer.records``.
+"""Parse and check well-formed record lines by msgspec in one step, several times faster than ``steer.records``.
 
-Owns: ``FastRecords``. Does not own: what a record is, errors (``steer.records``). Invariant: a line is either taken,
-and then ``from_json`` would make the same conversation of it (apart from what preprocessing never looks at: unknown
-keys and ``source``), or left to ``steer.records``: everything doubtful is, so that errors are its errors.
-
-Without msgspec all lines are left to it.
+Owns: ``FastRecords``. Does not own: the definition of a record, errors (``steer.records``). Invariant: a line is either
+accepted, and then ``from_json`` would give the same conversation (except for unknown keys and ``source``, which
+preprocessing never reads), or it is left to ``steer.records``. Everything doubtful is left, so that all errors are
+worded there. Without msgspec all lines are left.
 """
 
 from __future__ import annotations
@@ -30,20 +29,26 @@ try:
     import msgspec as _msgspec
 
     msgspec: Any = _msgspec
-except ImportError:  # an environment from before it was required: slower, and the same
+except ImportError:  # an old environment without msgspec is slower and gives the same result
     msgspec = None
 
-# json refuses an integer of more than 4,300 digits, msgspec does not: such a one has two neighbours of these samples.
+# json refuses an integer of more than 4,300 digits, and msgspec does not. A line with such an integer has digits at two
+# neighbouring sample positions.
 _MOST_DIGITS = 4300
 _SAMPLE_BYTES = 2048
 _DIGITS = re.compile(rb"[0-9][0-9]")
 MOST_KINDS = 4096
 _LARGEST = sys.float_info.max
-_LEFT = ("tool_calls", "function_call", LOSS_WEIGHT, *SWITCHES)  # with any of these a message is left
+_LEFT = (
+    "tool_calls",
+    "function_call",
+    LOSS_WEIGHT,
+    *SWITCHES,
+)  # a message with any of these keys is left to steer.records
 
 
 def _kind(role: str, fields: list[Any], **fixed: Any) -> Any:
-    """Return the type of messages of a role: ``views.MessageLike``."""
+    """Make the msgspec type for messages of a role. It has the attributes of ``views.MessageLike``."""
     given = {"role": role, **fixed}
     fields = [("content", str), *fields, *((key, None, None) for key in _LEFT)]
     return msgspec.defstruct(role, fields, tag_field="role", tag=role, gc=False, namespace=given)
@@ -71,17 +76,17 @@ class FastRecords:
         self._names = frozenset(schema.names) if schema else frozenset()
         self._most = schema.max_level if schema else 0
         self._decode: Any = None if msgspec is None else msgspec.json.Decoder(_RECORD).decode
-        self.orders: dict[tuple[type, ...], bool] = {}  # kinds of messages → whether they may stand in this order
+        self.orders: dict[tuple[type, ...], bool] = {}  # sequence of message types → whether this order is legal
 
     def parse(self, line: bytes, number: int) -> ConversationLike | None:
-        """Return the conversation in line ``number`` of the file; None if ``steer.records`` has to look at it."""
+        """Return the conversation in line ``number`` of the file; None if the line is left to ``steer.records``."""
         if self._decode is None:
             return None
         if len(line) > _MOST_DIGITS and _DIGITS.search(line[::_SAMPLE_BYTES]):
             return None
         try:
             if not line.isascii():
-                line.decode()  # msgspec skips what it does not need without looking at its encoding
+                line.decode()  # msgspec skips keys that it does not need without checking their encoding
             record = self._decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
@@ -112,7 +117,7 @@ class FastRecords:
         return found
 
     def _right(self, message: Any) -> bool:
-        """Return whether all values are on the schema's scale; a null value is taken out."""
+        """Return whether all values are on the schema's scale; null values are removed."""
         attributes: Mapping[str, int | float | None] = message.attributes
         if None in attributes.values():
             attributes = message.attributes = {k: v for k, v in attributes.items() if v is not None}

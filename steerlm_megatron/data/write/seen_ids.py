@@ -1,4 +1,4 @@
-"""Which ids occurred, of any number of them in bounded memory.
+"""Remember which ids occurred, for any number of ids, in bounded memory.
 
 Owns: ``SeenIds``. Invariant: exact up to collisions of 128-bit hashes; memory does not grow with the number of ids
 (sorted runs lie in files, memory-mapped).
@@ -16,17 +16,18 @@ RUN_IDS = 1 << 18  # ids held in memory before they become a file
 
 
 class SeenIds:
-    """Ids by 16 bytes of their hashes. ``folder`` (made when needed) is scratch space: the next run makes it again."""
+    """A set of ids, kept as 16 bytes of their hashes. ``folder`` is scratch space, which is made when it is needed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.recent: set[bytes] = set()
-        self._runs: list[Array] = []  # sorted
+        self._runs: list[Array] = []  # sorted runs in files
 
     def repeated(self, hashes_N16: Array) -> Array:
-        """Return bool [N]: whether each (uint8 [N, 16]) occurred before, among these or earlier ones. Adds them.
+        """Return bool [N]: whether each hash (uint8 [N, 16]) occurred before, among these or earlier ones, and add
+        them.
 
-        All zeros stands for no id, which never occurred before.
+        All zeros stand for no id, which never occurred before.
         """
         keys = _keys(hashes_N16)
         out = np.zeros(len(keys), np.bool_)
@@ -54,5 +55,7 @@ class SeenIds:
 
 
 def _keys(hashes_N16: Array) -> Array:
-    """As byte strings, which numpy sorts and searches (it ignores trailing zeros, of which all are padded to 16)."""
+    """Return hashes as byte strings, which numpy sorts and searches. It ignores trailing zeros, which all are padded
+    to.
+    """
     return np.ascontiguousarray(hashes_N16).view("S16").reshape(-1)

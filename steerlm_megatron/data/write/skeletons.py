@@ -1,13 +1,13 @@
-"""The skeleton of a conversation: its segments with gaps for texts, found by rendering one of that skeleton.
+"""Skeletons of conversations: the segments of a rendered conversation with gaps in the place of texts.
 
-A template puts texts into a frame that depends on roles, weights and label lines alone (``Template.render`` promises
-that), and a corpus has few such frames and many conversations. A ``Skeleton`` is a frame, taken from what ``render``
-makes of marks in the place of texts; where everything lies in it (``views.turn_positions``) is worked out once, as
-numbers of segments. So a corpus needs no segment objects, and there is still one grammar.
+The segments around the texts depend on roles, weights and label lines alone (``Template.render`` promises that), and a
+corpus has many conversations and few such combinations. A ``Skeleton`` is found by rendering marks in the place of
+texts; the positions of turns and spans in it (``views.turn_positions``) are computed once, as numbers of segments. So
+no segment objects are made per conversation, and the template remains the only definition of the format.
 
-Owns: deriving skeletons, remembering them. Does not own: the frame (``steer.templates``), what lies where
-(``data/views.py``). Invariant: a skeleton's segments with the texts in its gaps are what ``render`` gives, for each
-conversation that gets it.
+Owns: deriving skeletons, caching them. Does not own: the format (``steer.templates``), the layout of a document
+(``data/views.py``). Invariant: for each conversation that gets a skeleton, its segments with the texts in its gaps are
+what ``render`` gives.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ GAP = -1
 
 @dataclass(frozen=True)
 class Skeleton:
-    """S segments, N turns. Places are edges of segments: k is where segment k starts, S where the last ends.
+    """A skeleton of S segments and N turns. Positions are edges of segments: segment k starts at k, the last ends at S.
 
     Args:
-        segments: as of ``render``; those with a gap have a text that means nothing.
-        gaps: per gap, in the order of segments, what fills it (the number of a message's content; beyond contents, of
-            a message's label), and what stands before and after that in the segment.
+        segments: as ``render`` gives them; the text of those with a gap means nothing.
+        gaps: per gap, in the order of segments: the number of its text (of a message's content or, after all contents,
+            of a message's label), and the text before and after it in the segment.
         units: int64 [S]: ``GAP``, or the number of the segment's text or control string among
             ``SkeletonCache.constants``.
-        turns: int64 [N, 7], the places of ``views.TURN``; ``marks``: uint8 [N, 2], role and weight.
+        turns: int64 [N, 7], the positions of ``views.TURN``; ``marks``: uint8 [N, 2], role and weight.
         spans, header: int64 [spans, 2] and [2].
     """
 
@@ -57,7 +57,7 @@ class Skeleton:
 
 
 class SkeletonCache:
-    """The skeletons of a template's conversations."""
+    """Finds and caches the skeletons of a template's conversations."""
 
     def __init__(self, template: Template, schema: AttributeSchema | None) -> None:
         self._template, self._schema = template, schema
@@ -73,7 +73,7 @@ class SkeletonCache:
         labels: list[str] = []
         if any(attributes):
             labels = [self._template.label(message, self._schema) for message in messages]
-        if not all(contents):  # a template may leave out what surrounds an empty text
+        if not all(contents):  # a template may leave out the segments around an empty text
             return self._own(messages)
         key = (
             tuple([message.role for message in messages]),
@@ -91,7 +91,7 @@ class SkeletonCache:
         return skeleton, skeleton.texts(contents + labels)
 
     def _derive(self, messages: Sequence[MessageLike], labels: list[str]) -> Skeleton | None:
-        """Return the skeleton of ``messages``; None if what ``render`` makes of marks does not tell it."""
+        """Return the skeleton of ``messages``; None if it cannot be derived from rendered marks."""
         marked = self._render(messages, [f"\0{number}\0" for number in range(len(messages))])
         gaps: list[tuple[int, str, str]] = []
         filled = []
@@ -103,7 +103,7 @@ class SkeletonCache:
                 gaps.append((int(found[0]), before, after))
             elif not found and label and text.startswith(label):
                 gaps.append((len(messages) + turn, "", text[len(label) :]))
-            elif found or label:  # what of it is this conversation's own cannot be told
+            elif found or label:  # a text occurs twice or changed, so its part in the segments is unknown
                 return None
             filled.append(bool(found or label))
         skeleton = self._skeleton(messages, marked, gaps, filled)
@@ -112,7 +112,7 @@ class SkeletonCache:
         return skeleton if again == self._render(messages, [message.content for message in messages]) else None
 
     def _own(self, messages: Sequence[MessageLike]) -> tuple[Skeleton, list[str]]:
-        """Return a skeleton for this one conversation: every text is a gap."""
+        """Return a skeleton for this conversation alone, in which every text segment is a gap."""
         segments = self._render(messages, [message.content for message in messages])
         texts = [segment.text for segment in segments if not segment.control]
         gaps = [(number, "", "") for number in range(len(texts))]
@@ -134,7 +134,7 @@ class SkeletonCache:
             GAP if gap else constants.setdefault((text, control), len(constants))
             for (text, control, _, _, _), gap in zip(segments, filled, strict=True)
         ]
-        # With one token per segment a place in the tokens is the number of an edge.
+        # With one token per segment, a token position is the number of an edge.
         turns, spans, header = turn_positions(messages, segments, [1] * len(segments))
         rows = np.array(turns, np.int64).reshape(-1, 9)
         return Skeleton(
