@@ -1,8 +1,8 @@
-"""One generation step on one rank: plan in, sampled ids out.
+"""One generation step on one rank: from a plan to sampled ids.
 
-Owns: the model's inputs, the passage of hidden states between stages, the cache and the sampler of this rank. Does not
-own: the plan (``scheduler.py``).
-Invariant: a function of the sequence of plans alone; ranks that were given the same plans hold the same rows.
+Owns: the model's inputs, passing hidden states between stages, the cache and the sampler of this rank. Does not own:
+the plan (``scheduler.py``). Invariant: the state is a function of the sequence of plans alone, so that ranks with the
+same plans hold the same rows.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class StepRunner:
         """Return one token for each row of the plan: ids and, where any row asked, log-probabilities. Collective over
         the replica.
 
-        A row from which no token can be drawn has a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``), and nothing
-        of it is left in the cache."""
+        A row from which no token can be drawn gets a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``), and is wiped
+        from the cache."""
         for source, target, length in plan.moves:
             self.cache.move(source, target, length)
         self.cache.resize(*plan.cache_shape, plan.lengths)
@@ -79,7 +79,7 @@ class StepRunner:
         return self.sampler.sample_each(self._rows, logits_KV, drawn)
 
     def _forward(self, plan: StepPlan) -> torch.Tensor | None:
-        """Return logits [rows, V] of each row's last token, on the last stage."""
+        """Return the logits [rows, V] of each row's last token; None on all stages but the last."""
         decoding = len(plan.tokens)
         tokens, last, prefill = list(plan.tokens), list(range(decoding)), []
         ends: list[int] = []

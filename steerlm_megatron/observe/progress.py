@@ -35,7 +35,7 @@ _STEP: ContextVar[str] = ContextVar("pipeline_step", default="")
 
 @contextmanager
 def pipeline_step(number: int, count: int, name: str) -> Iterator[None]:
-    """Announce a step of a pipeline: print a header, put ``3/9 train_ap`` before every bar inside, print the duration."""
+    """Announce a step of a pipeline: print a header, mark every bar inside with ``3/9 train_ap``, print the time."""
     title = f"step {number}/{count} {name}"
     if console().is_terminal:
         console().print(Rule(title, align="left"))
@@ -51,7 +51,7 @@ def pipeline_step(number: int, count: int, name: str) -> Iterator[None]:
 
 
 class _Bar(RichProgress):
-    """A bar with its numbers on a second line, because 80 columns leave no room for the remaining time beside the bar."""
+    """A bar with its numbers on a second line, as 80 columns leave no room for the remaining time beside it."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)

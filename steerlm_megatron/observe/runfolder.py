@@ -134,7 +134,7 @@ def versions() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Return the content of ``env.json``: versions, host, devices, some environment variables, git commit of the code."""
+    """Return the content of ``env.json``: versions, host, devices, environment variables, git commit of the code."""
     return {
         "versions": versions(),
         "host": socket.gethostname(),

@@ -147,7 +147,7 @@ def _destroy_groups() -> None:
     """Destroy the process groups. Megatron-Core only forgets them, and torch keeps them."""
     dist.barrier()  # no rank closes what another still reads
     parallel_state.destroy_model_parallel()
-    gc.collect()  # an engine is full of reference cycles and holds its groups, each with a thread, until it is collected
+    gc.collect()  # an engine has reference cycles and holds its groups, each with a thread, until it is collected
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

@@ -77,7 +77,7 @@ class ShardDataset:
     def sample(
         self, index: int, view: View, max_tokens: int | None = None, overlong: Overlong = "truncate_left_turns"
     ) -> Sample | None:
-        """Return sample ``index`` through ``view``; None if it is dropped or has no target (a plan has no such sample)."""
+        """Return sample ``index`` through ``view``; None if it is dropped or has no target (never so in a plan)."""
         document = self._reader.document(index)
         return make_sample(document, view, max_tokens, overlong, marker_id=self._marker_id)
 

@@ -290,7 +290,7 @@ class _Tokenizing:
                 self.parts[side].append(block.select(chosen))
 
     def _without_control_strings(self, batch: list[tuple[int, ConversationLike]]) -> list[tuple[int, ConversationLike]]:
-        """Count texts that look like control strings. Return the records, under ``reject`` without those that hold one."""
+        """Count texts that look like control strings. Return the records; ``reject`` drops those with one."""
         if not self.control_like.anywhere([m.content for _, conversation in batch for m in conversation.messages]):
             return batch
         kept = []

@@ -52,7 +52,7 @@ class Skeleton:
     header: npt.NDArray[np.int64]
 
     def texts(self, fillings: Sequence[str]) -> list[str]:
-        """Return texts of the segments with gaps. ``fillings``: contents of all messages, then labels of all messages."""
+        """Return the texts of segments with gaps. ``fillings`` are the contents of all messages, then their labels."""
         return [before + fillings[number] + after for number, before, after in self.gaps]
 
 
