@@ -58,7 +58,7 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: str | Path, *, sinks: Sequence[Sink] = (), active: bool = True) -> None:
-        """Open the file for appending, after cutting off the torn last line of a killed run. ``sinks`` get all scalars."""
+        """Open the file for appending, without the torn last line of a killed run. ``sinks`` get all scalars."""
         self.path = Path(run_dir) / FILE_NAME
         self.active = active
         self._stream: TextIO | None = None

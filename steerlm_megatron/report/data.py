@@ -1,7 +1,7 @@
 """The content of ``report.json``.
 
-Owns: which of an evaluation's numbers a report has, under which names: programs read them. Does not own: what the
-numbers say (``checks.py``). Invariant: a number that was not measured is absent or null.
+Owns: which of an evaluation's numbers a report has, and their names, which programs rely on. Does not own: judging the
+numbers (``checks.py``). Invariant: a number that was not measured is absent or null.
 """
 
 from __future__ import annotations

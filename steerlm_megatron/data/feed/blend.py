@@ -79,7 +79,7 @@ class Corpora:
         return dict(zip(self.schema.names, counts.tolist(), strict=True))
 
     def label_mean(self) -> npt.NDArray[np.float32]:
-        """Return float32 [A]: the mean of each attribute over labelled turns of all corpora; NaN where there is none."""
+        """Return float32 [A]: each attribute's mean over labelled turns of all corpora; NaN without any."""
         labels = [dataset.manifest["labels"] for dataset in self.datasets]
         count = np.sum([part["count"] for part in labels], axis=0, dtype=np.float64)
         total = np.sum([part["sum"] for part in labels], axis=0, dtype=np.float64)
