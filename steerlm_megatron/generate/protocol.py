@@ -137,7 +137,7 @@ def derive_seed(seed: int, index: int) -> int:
 
 
 def mix64(x: int) -> int:
-    """The finaliser of SplitMix64: 64 bits in, 64 well-mixed bits out."""
+    """Apply the finaliser of SplitMix64, which turns 64 bits into 64 well-mixed bits."""
     mask = 0xFFFFFFFFFFFFFFFF
     x = (x + 0x9E3779B97F4A7C15) & mask
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask

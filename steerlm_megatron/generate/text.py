@@ -56,7 +56,7 @@ class Detokenizer:
         return piece
 
     def rest(self) -> str:
-        """Return the text that :meth:`push` has not returned yet; an unfinished character is as the decoder shows it."""
+        """Return the text that :meth:`push` has not returned yet; an unfinished character stays as decoded."""
         text = self._decode(self._ids[self._window :])
         if not text.startswith(self._returned):
             return self._decode(self._ids[self._clean :])

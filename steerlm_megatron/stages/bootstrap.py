@@ -1,8 +1,8 @@
-"""``bootstrap``: the model's own responses at the best attribute values, re-scored (SteerLM, arXiv 2310.05344 §3.4).
+"""``bootstrap``: responses of the model at the best attribute values, scored again (SteerLM, arXiv 2310.05344 §3.4).
 
 Owns: the set V of combinations, pairing them with prompts, the output records. Does not own: drawing (``sampling.py``),
-scoring (``scoring.py``). Invariant: labels of the output come from the attribute-prediction model, never from what was
-asked for.
+scoring (``scoring.py``). Invariant: labels of the output come from the attribute-prediction model, never from the
+requested levels.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ from steerlm_megatron.steer.records import Conversation, Message, write_records
 
 
 def run(config: Config) -> None:
-    """``input`` (annotated records) → ``output`` (drawn and scored records). Collective over the world."""
+    """Draw and score responses to prompts of ``input`` (annotated records), and write ``output``. Collective over the
+    world.
+    """
     with session(config) as here:
         bootstrap(here, cast(str, config.input), Path(cast(str, config.output)))
 
 
 def combinations(records: Iterable[Conversation], schema: AttributeSchema) -> list[dict[str, int]]:
-    """V: the distinct combinations of levels in the annotated data whose quality is the best found there.
+    """Return V: the distinct combinations of levels in the annotated data that have the best quality found there.
 
-    Only responses with a value of every attribute that the data has at all count, and only attributes that the model
-    has seen. Sorted, so that drawing from V is a function of the seed alone.
+    Only responses with a value of every attribute that occurs in the data count, and only attributes that the model has
+    seen. V is sorted, so that drawing from it is a function of the seed alone.
     """
     labelled = [
         {name: value for name, value in message.attributes.items() if name in schema.seen}
@@ -56,8 +58,10 @@ def combinations(records: Iterable[Conversation], schema: AttributeSchema) -> li
 def choose_prompts(
     records: Sequence[Record], limit: int | None, rng: random.Random
 ) -> tuple[list[Record], dict[str, int]]:
-    """Return the prompts to draw for: of each record all before the last response, those that several share once,
-    ``limit`` of them drawn without replacement; and how many records are left out, by reason.
+    """Return the prompts to draw for, and how many records are left out, by reason.
+
+    A prompt is a record's messages before its last response. Each distinct prompt counts once, and ``limit`` of them
+    are drawn without replacement.
     """
     prompts: dict[tuple[tuple[str, str], ...], Record] = {}
     for where, record in ((r.where, r.conversation) for r in records):
@@ -74,7 +78,7 @@ def choose_prompts(
 def pair_prompts(
     chosen: Sequence[Record], combinations: Sequence[Mapping[str, int]], responses: int, rng: random.Random
 ) -> list[Prompt]:
-    """Return each prompt ``responses`` times, with combinations drawn uniformly."""
+    """Return each prompt ``responses`` times, each with a combination that is drawn uniformly."""
     return [
         Prompt(f"{r.conversation.id}/{n}", r.conversation.messages, dict(rng.choice(list(combinations))), r.where)
         for r in chosen
@@ -83,9 +87,9 @@ def pair_prompts(
 
 
 def bootstrap(here: Session, source: str, output: Path) -> dict[str, Any]:
-    """Draw, score, write. Collective over the world.
+    """Draw responses, score them and write them. Collective over the world.
 
-    Returns counts of responses: a record stands for ``bootstrap.responses_per_prompt`` of them.
+    Returns counts of responses, where a record counts as ``bootstrap.responses_per_prompt`` of them.
     """
     config, reader = here.config, RecordReader(here)
     schema, prompts, responses = _draw(here, reader, source, output)

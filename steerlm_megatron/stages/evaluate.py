@@ -1,8 +1,8 @@
-"""``evaluate``: how good is the attribute-prediction model, does each attribute steer, which model is best.
+"""``evaluate``: measure the attribute-prediction model, the steering of each attribute, and the quality of models.
 
-Owns: what is drawn and measured, and the results that ``steerlm_megatron/report`` renders. Does not own: metric
-formulas (``observe/stats.py``).
-Invariant: held-out prompts only; every number in the results was measured by the judge that the results name.
+Owns: the requests that are drawn and measured, and the results that ``steerlm_megatron/report`` renders. Does not own:
+formulas of metrics (``observe/stats.py``). Invariant: prompts are held out; the judge that the results name measured
+every number in them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ Measured = dict[str, float]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measure what the configuration names; write ``evaluation.json`` into the run folder. All ranks take part."""
+    """Measure the models that the configuration names, and write ``evaluation.json`` into the run folder. Collective
+    over the world.
+    """
     check(config)
     with session(config) as here:
         results = evaluate(here)
@@ -61,7 +63,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def write_results(here: Session, results: Mapping[str, Any]) -> None:
-    """``evaluation.json`` in the run folder: what ``report`` takes."""
+    """Write ``evaluation.json``, from which ``report`` works, into the run folder."""
     path = here.folder / "evaluation.json"
     write_json_atomic(path, to_strict_json(results))
     forget(here, models_of(here.config))
@@ -69,7 +71,7 @@ def write_results(here: Session, results: Mapping[str, Any]) -> None:
 
 
 def check(config: Config) -> None:
-    """Refuse what cannot be evaluated before anything is loaded."""
+    """Refuse a configuration that cannot be evaluated, before any model is loaded."""
     e, models = config.evaluate, models_of(config)
     if e.steer is not None and e.steer not in models:
         raise UserError(
@@ -89,13 +91,13 @@ def check(config: Config) -> None:
 
 
 def models_of(config: Config) -> dict[str, str]:
-    """Return ``evaluate.models`` that are set, in the order of training."""
+    """Return those of ``evaluate.models`` that are set, in the order of training."""
     found = {name: getattr(config.evaluate.models, name) for name in MODELS}
     return {name: path for name, path in found.items() if path is not None}
 
 
 def evaluate(here: Session) -> dict[str, Any]:
-    """Return the results of ``write_report``, without timings. Collective over the world."""
+    """Measure, and return the results for ``write_report`` without timings. Collective over the world."""
     config, reader = here.config, RecordReader(here)
     results: dict[str, Any] = {}
     ap: LoadedModel | None = None
@@ -120,11 +122,12 @@ def evaluate(here: Session) -> dict[str, Any]:
 def prediction_quality(
     ap: LoadedModel, records: list[Conversation], batch_tokens: int | None
 ) -> tuple[dict[str, dict[str, float]], int]:
-    """Return MSE, MAE, Pearson, Spearman per attribute against human labels, beside the constant predictor's MSE; and
-    how many records have no label to compare with.
+    """Return MSE, MAE, Pearson and Spearman per attribute against human labels, the constant predictor's MSE, and the
+    number of records without a label to compare with.
 
-    The constant is the training labels' mean, kept in the checkpoint. Attributes that the model never saw a label of
-    are left out. Turns of weight 0 are repeats and do not count, empty ones have nothing to predict from.
+    The constant is the mean of the training labels, which the checkpoint holds. Attributes of which the model never saw
+    a label are left out. Turns of weight 0 are repeats and do not count, nor do empty turns, which have no text to
+    score.
     """
     schema = ap.schema
     assert schema is not None
@@ -142,12 +145,12 @@ def prediction_quality(
     if not wanted:
         raise UserError("input holds no labelled response to evaluate the attribute-prediction model on")
     means = dict(zip(schema.names, ap.meta.label_mean, strict=True))
-    constant = [cast(float, means[name]) for name in schema.seen]  # what was seen has a mean
+    constant = [cast(float, means[name]) for name in schema.seen]  # every attribute that was seen has a mean
     return stats.attribute_metrics(np.array(predicted), np.array(wanted), schema.seen, constant), unlabelled
 
 
 class Judge:
-    """Measures responses: the attribute-prediction model, or the program that knows the embedded corpus."""
+    """Measures responses, by the attribute-prediction model or by the program that made the embedded corpus."""
 
     def __init__(self, config: Config, ap: LoadedModel | None) -> None:
         self.kind = config.evaluate.judge
@@ -157,7 +160,7 @@ class Judge:
             else "the attribute-prediction model"
         )
         self.scorer: Scorer | None = None
-        self.measured: tuple[str, ...] = demo_judge.NAMES  # attributes that it has values of
+        self.measured: tuple[str, ...] = demo_judge.NAMES  # attributes that the judge can measure
         self.quality = config.attributes.quality
         if self.kind == "ap":
             assert ap is not None and ap.schema is not None, "see check"
@@ -194,15 +197,15 @@ def levels_to_ask(schema: AttributeSchema, wanted: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What one model is asked for with every prompt."""
+    """The levels that one model is asked for with every prompt."""
 
-    schema: AttributeSchema | None  # None: a model without conditioning
+    schema: AttributeSchema | None  # None for a model without conditioning
     best: Levels | None
-    curves: Mapping[str, list[Levels]]  # attribute → one request per level; empty: no steering curves of this model
+    curves: Mapping[str, list[Levels]]  # attribute → one request per level; empty if this model has no steering curves
 
     @property
     def all(self) -> list[Levels | None]:
-        """The best levels first, then every other combination of the curves, each once."""
+        """All distinct requests: the best levels first, then the other combinations of the curves."""
         seen = {_key(ask): ask for asks in self.curves.values() for ask in asks}
         seen.pop(_key(self.best), None)
         return [self.best, *seen.values()]
@@ -213,8 +216,8 @@ def _key(levels: Levels | None) -> tuple[tuple[str, int], ...]:
 
 
 def _prompts(here: Session, reader: RecordReader, judge: Judge) -> tuple[list[Conversation], dict[str, _Asked]]:
-    """Return the prompts that fit into every model with everything that is asked of it, and what that is. Nothing is
-    loaded yet, so that what is wrong is said at once. Collective over the world.
+    """Return the prompts that fit into every model with all its requests, and these requests. No model is loaded yet,
+    so that errors come early. Collective over the world.
     """
     config, models = here.config, models_of(here.config)
     opened = {name: open_checkpoint(path, f"evaluate.models.{name}", head="lm") for name, path in models.items()}
@@ -248,8 +251,8 @@ def _prompts(here: Session, reader: RecordReader, judge: Judge) -> tuple[list[Co
 
 
 def _asked(model: OpenedCheckpoint, config: Config, judge: Judge, steered: bool) -> _Asked:
-    """Return the best levels; for the model that is steered also one attribute at a time over its levels, the others at
-    their best.
+    """Return the requests for a model: the best levels and, for the model with steering curves, each attribute over its
+    levels while the others stay at their best.
     """
     schema = model.conditioned_on
     if schema is None:
@@ -268,7 +271,7 @@ def _asked(model: OpenedCheckpoint, config: Config, judge: Judge, steered: bool)
 
 
 def _compare(here: Session, judge: Judge, prompts: list[Conversation], asked: Mapping[str, _Asked]) -> dict[str, Any]:
-    """Draw from one model after the other and measure: quality of each at its best, steering curves of one."""
+    """Draw from one model after the other, and measure the quality of each at its best levels and one model's curves."""
     config, models = here.config, models_of(here.config)
     out: dict[str, Any] = {"quality_detail": {}, "examples": []}
     for name, plan in asked.items():
@@ -292,7 +295,7 @@ def _compare(here: Session, judge: Judge, prompts: list[Conversation], asked: Ma
 def _draw(
     here: Session, loaded: LoadedModel, prompts: list[Conversation], asks: Sequence[Levels | None], name: str
 ) -> list[list[str]]:
-    """Return texts [asks][prompts]. They stay in the journal until the results are written."""
+    """Draw and return texts [requests][prompts]. They stay in the journal until the results are written."""
     config = here.config
     wanted = [
         Prompt(f"{a}/{p}", prompt.messages, ask, prompt.id)
@@ -308,8 +311,8 @@ def _draw(
 
 
 def _curves(plan: _Asked, table: Sequence[Sequence[Measured]]) -> dict[str, dict[str, Any]]:
-    """Per attribute: requested levels, mean and deviation of what was measured, Spearman of the curve and of single
-    responses.
+    """Return per attribute the requested levels, mean and deviation of the measured values, and Spearman of the curve
+    and of single responses.
     """
     rows = {_key(ask): measured for ask, measured in zip(plan.all, table, strict=True)}
     curves: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""``generate``: responses for the prompts of a record file, at levels that ``attributes.best`` sets."""
+"""``generate``: draw responses for the prompts of a record file, at the levels of ``attributes.best``."""
 
 from __future__ import annotations
 
@@ -59,5 +59,5 @@ def read_prompts(reader: RecordReader, part: str, path: str, key: str) -> list[R
 
 def up_to_last_user(record: Conversation) -> Conversation:
     """Return the conversation as a prompt: what follows its last user message is left out."""
-    last = max(i for i, m in enumerate(record.messages) if m.role == "user")  # every record has one
+    last = max(i for i, m in enumerate(record.messages) if m.role == "user")  # every record has a user message
     return Conversation(record.id, record.messages[: last + 1], record.source, record.extra)

@@ -1,4 +1,4 @@
-"""``preprocess``: a corpus → record files → indexed binary shards."""
+"""``preprocess``: turn a corpus into record files and these into indexed binary shards."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def run(config: Config) -> None:
 
 
 def total_counts(converted: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Conversion and tokenisation as one: ``in`` = ``out`` + Σ ``skipped``, what one passes on being what the other
-    takes; ``empty_replies`` if there are any.
+    """Combine the counts of conversion and tokenisation, so that ``in`` = ``out`` + Σ ``skipped`` over both. The output
+    of one is the input of the other. ``empty_replies`` is there if there are any.
     """
     empty = {"empty_replies": n} if (n := converted.get("empty_replies", summary.get("empty_replies", 0))) else {}
-    if "skipped" not in converted:  # nothing was converted, or the embedded corpus was made
+    if "skipped" not in converted:  # nothing was converted, or the corpus is the embedded one
         return {key: summary[key] for key in ("in", "out", "skipped")} | empty
     assert converted["out"] == summary["in"], "the records of the converter are not those that were tokenized"
     skipped = dict(converted["skipped"]["conversations"])

@@ -1,8 +1,8 @@
-"""Whether prompts will fit into a model that is yet to be trained.
+"""Check early whether prompts will fit into a model that is yet to be trained.
 
-Owns: looking at them as soon as the corpus stands, since a ``steerlm run`` draws responses hours after that. Does not
-own: which prompts are chosen (``bootstrap.py``, ``generate.py``), what fits (``sampling.py``).
-Invariant: this is an early warning and nothing else: drawing checks again, with the model's own tokens.
+Owns: checking prompts as soon as the corpus exists, since a ``steerlm run`` draws responses hours later. Does not own:
+choosing prompts (``bootstrap.py``, ``generate.py``), the limits (``sampling.py``). Invariant: this is only an early
+warning: drawing checks again, with the tokenizer of the model.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from steerlm_megatron.train.meta import CheckpointMeta
 
 
 def check_bootstrap_prompts(reader: RecordReader, files: list[str], config: Config, shards: Path) -> None:
-    """The prompts that ``bootstrap`` under ``config`` will choose among the records of ``files``; ``shards`` have the
-    tokenizer. With ``data.on_error=skip`` nothing is checked: what does not fit is left out when its turn comes.
-    Collective over the world.
+    """Check the prompts that ``bootstrap`` under ``config`` will choose among the records of ``files``; the tokenizer
+    is that of ``shards``. With ``data.on_error=skip`` nothing is checked, since prompts that do not fit are skipped
+    later. Collective over the world.
 
     Raises:
-        UserError: one does not fit; no prompt ever will.
+        UserError: a prompt does not fit; no prompt can ever fit.
     """
     if reader.on_error == "skip":
         return
@@ -40,7 +40,7 @@ def check_bootstrap_prompts(reader: RecordReader, files: list[str], config: Conf
 
 
 def check_evaluation_prompts(reader: RecordReader, file: str, config: Config, shards: Path) -> None:
-    """As :func:`check_bootstrap_prompts`, for the prompts of ``file`` that ``evaluate`` will take."""
+    """Do the same as :func:`check_bootstrap_prompts` for the prompts of ``file`` that ``evaluate`` will take."""
     if reader.on_error == "skip":
         return
     records = read_prompts(reader, "evaluate", file, "evaluate.prompts")
@@ -57,7 +57,7 @@ def _check(records: Iterable[Record], config: Config, shards: Path) -> None:
 
 
 def _coming_model(config: Config, tokenizer: Tokenizer) -> OpenedCheckpoint:
-    """Return what a checkpoint of an attribute-conditioned model of ``config`` will say of itself."""
+    """Return the description that a checkpoint of an attribute-conditioned model of ``config`` will have."""
     schema, template = AttributeSchema.from_config(config.attributes), Template.from_config(config.template)
     meta = CheckpointMeta(
         step=0,

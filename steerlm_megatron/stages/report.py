@@ -1,6 +1,6 @@
 """``steerlm report``: the report of an evaluation that was made earlier.
 
-Owns: reading ``evaluation.json``. Does not own: what a report says and how it looks (``steerlm_megatron/report``).
+Owns: reading ``evaluation.json``. Does not own: the content and style of a report (``steerlm_megatron/report``).
 Invariant: an input that is no evaluation is refused before anything is written.
 """
 

@@ -1,8 +1,8 @@
-"""Scoring responses with an attribute-prediction model.
+"""Score responses with an attribute-prediction model.
 
 Owns: turning conversations into packed rows for the regression head and its output back into values per assistant turn.
-Does not own: files (``annotate.py``). Invariant: a turn's value depends on the conversation up to that turn and on
-nothing it shares a batch with.
+Does not own: files (``annotate.py``). Invariant: a turn's value depends on the conversation up to that turn, and not on
+other conversations in the batch.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class _ScoredDocument:
 
 
 def default_batch_tokens() -> int:
-    """On a CPU the activations of 2,048 tokens stay in its caches, and matrix products gain nothing from more
-    (benchmarks/annotate.md); a GPU is filled by more.
+    """Return the tokens of a forward pass for this device. On a CPU the activations of 2,048 tokens stay in its caches,
+    and matrix products gain nothing from more (benchmarks/annotate.md); a GPU needs more to be busy.
     """
     return 16384 if has_cuda() else 2048
 
 
 def rows_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Return documents of like length together, in rows of up to ``batch_tokens`` tokens (or one longer document).
+    """Group documents of similar length into rows of up to ``batch_tokens`` tokens (or one longer document).
 
-    A row that is scored has no fixed length to fill, so there is nothing to fit; and documents of like length share
-    attention calls.
+    Rows that are scored have no fixed length, so no packing is needed; and documents of similar length share attention
+    calls.
     """
     rows: list[list[int]] = []
     room = 0
@@ -58,7 +58,9 @@ def rows_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
 
 
 class Scorer:
-    """Values of every assistant turn. ``batch_tokens``: packed tokens of a forward pass; None: as suits the device."""
+    """Scores every assistant turn. ``batch_tokens`` is the number of packed tokens of a forward pass; None suits the
+    device.
+    """
 
     def __init__(self, loaded: LoadedModel, batch_tokens: int | None = None) -> None:
         assert loaded.schema is not None
@@ -71,8 +73,8 @@ class Scorer:
     def score(
         self, conversations: Sequence[Conversation], progress: Callable[[int], None] | None = None
     ) -> list[dict[int, Values]]:
-        """Per conversation: message index → clamped float values on the schema's scale, of all attributes but those
-        that the model never saw a label of. Collective over the replica.
+        """Return for each conversation a mapping from message index to float values, clamped to the schema's scale, of
+        the attributes of which the model has seen labels. Collective over the replica.
 
         ``progress`` is called with the number of turns scored by each batch. Every rank of the replica gets the result.
         """
@@ -99,10 +101,10 @@ class Scorer:
         }
 
     def _documents(self, conversations: Sequence[Conversation]) -> list[_ScoredDocument]:
-        """Return one document per conversation that fits; an over-long one is scored turn by turn, oldest turns cut
-        off.
+        """Return one document per conversation that fits. An over-long one is scored turn by turn, without its oldest
+        turns.
         """
-        # Weight says what is trained; every assistant turn is scored.
+        # Weights concern training; every assistant turn is scored.
         whole = [replace(c, messages=tuple(replace(m, weight=1) for m in c.messages)) for c in conversations]
         pieces: list[_ScoredDocument] = []
         for index, sample in enumerate(self._samples(whole)):
@@ -137,7 +139,7 @@ class Scorer:
 
 
 def score_all(scorer: Scorer, conversations: Sequence[Conversation]) -> list[dict[int, Values]]:
-    """:meth:`Scorer.score` with the conversations spread over data-parallel replicas. Collective over the world."""
+    """Do :meth:`Scorer.score` with the conversations distributed to data-parallel replicas. Collective over the world."""
     at = layout()
     if at.dp_size == 1:
         return scorer.score(conversations)
