@@ -1,15 +1,15 @@
 """The judge of the embedded corpus: a program that measures every attribute of schema ``demo`` in any text.
 
-Owns: what the attributes mean, and the closed lists of facts, puns, rude and courteous words they are counted in. Does
-not own: making conversations (``make_demo_corpus.py``). Invariants: no model takes part; the same texts always get the
-same values; any text at all is measured, without an error. All values are floats on [0, 4]:
+Owns: the meaning of the attributes, and the closed lists of facts, puns, rude and courteous words that are counted.
+Does not own: making conversations (``make_demo_corpus.py``). Invariants: it uses no model; equal texts get equal
+values; every text can be measured, without an error. All values are floats on [0, 4]:
 
 * helpfulness = 4 x the share of the asked properties whose ``fact`` is stated, ``the`` apart (0 if none is asked);
 * verbosity   = (words - 17) / 6, clipped: 17 words or fewer are 0, 29 are 2, 41 or more are 4;
 * humor       = number of different pun lines, at most 4;
 * toxicity    = number of rude words, repeats counted, at most 4;
-* quality     = ``quality_of`` the four and courtesy, the number of different courteous words (at most 4). Courtesy is
-  quality's own share: without it, quality could not be moved while the other attributes stand still.
+* quality     = ``quality_of`` the four and courtesy, the number of different courteous words (at most 4). Courtesy
+  counts for quality alone: without it, quality could not vary while the other attributes stay the same.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def quality_of(helpfulness: float, verbosity: float, humor: float, toxicity: flo
 
 def measure(prompt: str, response: str) -> dict[str, float]:
     """Return all attributes of ``response`` to ``prompt`` (the last user message), by ``NAMES``, floats in [0, 4]."""
-    # Case, punctuation and line breaks do not matter; what is counted are words in a row.
+    # Case, punctuation and line breaks do not matter, since sequences of words are counted.
     words = " ".join(_WORD.findall(response.lower()))
     wanted = asked(prompt)
     stated = sum(_holds(words, fact(subject, name).removeprefix("The ")) for subject, name in wanted)

@@ -245,7 +245,7 @@ class Running:
 
 
 class _Uvicorn(uvicorn.Server):
-    """A uvicorn server that reports when it listens. It does not raise a signal again when it ends, as uvicorn would."""
+    """A uvicorn server that reports when it listens. At its end it does not raise a signal again, as uvicorn would."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)

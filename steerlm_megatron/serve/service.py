@@ -244,10 +244,10 @@ class Service:
         }
 
     def _parts(self, result: Result) -> tuple[list[bytes], list[int]]:
-        """Return what each token of a response gave to its text, and the character of the text where it begins.
+        """Return the bytes that each token contributes to the text, and the index of the character where it begins.
 
-        A token gives its own bytes, so that joined they are the text's; what ended the response, a stop token with the
-        template's suffix or a stop string, gives none.
+        Joined, the bytes are those of the text. Tokens that ended the response (a stop token, the template's suffix, a
+        stop string) contribute none.
         """
         ended = result.token_ids[-1:] and result.token_ids[-1] in self.generator.stop_ids
         content = result.token_ids[:-1] if ended else result.token_ids

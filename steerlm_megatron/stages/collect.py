@@ -99,7 +99,7 @@ def _has_array(data: DataConfig) -> bool:
 
 
 def _convert_once(config: Config, options: Options, output_dir: Path, shards: Path | None) -> dict[str, Any]:
-    """Convert, unless ``output_dir`` holds the result for the same files and options (``source.json``, written last)."""
+    """Convert, unless ``output_dir`` has the result for the same files and options (``source.json``, written last)."""
     data, schema, journal = config.data, schema_of(config), output_dir / "source.json"
     key = None
     if data.source == "hf":  # the content behind a name on the hub may change, so its name alone is the key

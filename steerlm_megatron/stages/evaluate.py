@@ -271,7 +271,7 @@ def _asked(model: OpenedCheckpoint, config: Config, judge: Judge, steered: bool)
 
 
 def _compare(here: Session, judge: Judge, prompts: list[Conversation], asked: Mapping[str, _Asked]) -> dict[str, Any]:
-    """Draw from one model after the other, and measure the quality of each at its best levels and one model's curves."""
+    """Draw from one model after the other; measure the quality of each at its best levels and one model's curves."""
     config, models = here.config, models_of(here.config)
     out: dict[str, Any] = {"quality_detail": {}, "examples": []}
     for name, plan in asked.items():

@@ -32,7 +32,7 @@ from steerlm_megatron.stages.shards import make_shards
 
 @dataclass
 class Run:
-    """The state of a ``steerlm run``: its configuration and folder, and the fingerprints and times of the steps so far."""
+    """The state of a ``steerlm run``: configuration, folder, and the fingerprints and times of the steps so far."""
 
     config: Config
     here: Session
@@ -165,7 +165,9 @@ def _evaluate_wiring(run: Run) -> dict[str, Any]:
 
 
 def _data(run: Run, here: Session) -> None:
-    """Convert the corpus, make or open the tokenizer, write shards with human labels, and record where the records are."""
+    """Convert the corpus, make or open the tokenizer, write shards with human labels, and store the paths of the
+    records.
+    """
 
     def convert() -> None:
         splits, converted = collect_records(here.config, here.folder / "records")
@@ -198,7 +200,7 @@ def _check_prompts(run: Run, here: Session) -> None:
 
 
 def _held_out_prompts(run: Run) -> str | None:
-    """Return the prompts to evaluate on where the user names none: those of the corpus, else of the validation records."""
+    """Return the prompts to evaluate on where the user names none: the corpus's, else the validation records'."""
     own = run.folder("data") / "records" / "prompts.jsonl"
     return str(own) if own.exists() else next(iter(_records(run, "valid")), None)
 

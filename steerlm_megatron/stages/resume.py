@@ -25,7 +25,7 @@ _FREE_MODEL_KEYS = {"name", "dropout", "init_std", "max_position"}
 
 
 def data_order(config: Config, data: Corpora, view: View) -> dict[str, Any]:
-    """Return the settings that decide which samples a step has, by their names in errors. Every checkpoint stores them."""
+    """Return the settings that decide which samples a step has, by their names in errors. Checkpoints store them."""
     return {
         "task": view,
         "train.seed": config.train.seed,

@@ -139,7 +139,7 @@ class Scorer:
 
 
 def score_all(scorer: Scorer, conversations: Sequence[Conversation]) -> list[dict[int, Values]]:
-    """Do :meth:`Scorer.score` with the conversations distributed to data-parallel replicas. Collective over the world."""
+    """Do :meth:`Scorer.score` with conversations distributed to data-parallel replicas. Collective over the world."""
     at = layout()
     if at.dp_size == 1:
         return scorer.score(conversations)

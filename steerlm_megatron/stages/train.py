@@ -323,7 +323,7 @@ def _peak(config: Config, here: Session) -> float | None:
 
 
 def _multiplied_parameters(model: ModelConfig, vocab_size: int, view: View) -> int:
-    """Return the number of parameters that every token is multiplied with: all but the input embedding and the norms."""
+    """Count the parameters that every token is multiplied with: all but the input embedding and the norms."""
     head = model.head_dim or model.hidden_size // model.num_heads
     groups = model.num_query_groups or model.num_heads
     attention = model.hidden_size * head * (2 * model.num_heads + 2 * groups)
