@@ -216,7 +216,7 @@ def _stream_rows(
     report: dict[str, Any],
     rejected: Rejected,
 ) -> Iterator[tuple[str, Conversation]]:
-    """Yield ``(split, conversation)`` of everything that is kept."""
+    """Yield ``(split, conversation)`` of every conversation that is kept."""
     mode = cast(OnError, options.on_error)
     parts: list[tuple[Sequence[str], str | None]] = [(inputs, "train" if options.valid_inputs else None)]
     if options.valid_inputs:

@@ -81,7 +81,7 @@ class Shown:
 
 
 def shown(dataset: ShardDataset, index: int, view: View) -> Shown:
-    """Return document ``index`` through ``view``, uncut. If it has no target in the view, all of it is shown as masked."""
+    """Return document ``index`` through ``view``, uncut. If it has no target there, all of it is shown as masked."""
     document = dataset.document(index)
     sample = make_sample(document, view, marker_id=int(dataset.manifest["label_marker_id"]))
     tokens = np.asarray(document.tokens_T if sample is None else sample.tokens_T, np.int64)

@@ -314,7 +314,7 @@ def _why_empty(report: dict[str, Any], languages: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``python -m data_tools.oasst IN... --output DIR``: print the report as JSON. Returns 2 after a user's error."""
+    """Run ``python -m data_tools.oasst IN... --output DIR``: print the report as JSON; return 2 after an error."""
     parser = argparse.ArgumentParser(prog="python -m data_tools.oasst", description=__doc__.split("\n")[0])
     parser.add_argument("inputs", nargs="+", metavar="IN", help="trees or message files, or globs; .jsonl .gz .zst")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for train.jsonl.zst and valid.jsonl.zst")

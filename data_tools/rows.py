@@ -117,7 +117,7 @@ def _text_pieces(path: str) -> Iterator[tuple[str, str]]:
 
 
 def _check_between(text: str, after: str, where: str) -> None:
-    """Refuse anything but commas and white space between two elements. ``after`` begins the next one or ends the array."""
+    """Refuse anything but commas and white space between elements. ``after`` is the text that follows."""
     if not _BETWEEN.fullmatch(text) or after.startswith('"'):
         raise UserError(
             f"{where}: {(text + after).strip()[:40]!r} stands in the JSON array; its elements must be objects"

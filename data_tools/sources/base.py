@@ -55,7 +55,7 @@ class Context:
 
     source: str
     schema: AttributeSchema | None = None
-    map: Mapping[str, str] = field(default_factory=dict)  # for messages; see sources/chat.py
+    map: Mapping[str, str] = field(default_factory=dict)  # for messages; see chat.py
     label_max: float | None = None  # for nemo: the highest published label; None means the schema's highest level
     rows: str = "messages"  # for hf: the source that has such rows
     subset: str | None = None  # for hf: the data set's configuration

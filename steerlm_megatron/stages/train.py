@@ -132,6 +132,7 @@ def train(here: Session) -> TrainResult:
 
 
 def open_data(config: Config, verify: bool = False) -> tuple[Corpora, Corpora | None]:
+    """Open the training corpora, and the validation corpora if there are any. ``verify`` compares checksums too."""
     train, valid = config.data.train, config.data.valid
     if train is None:
         train, valid = ensure_shards(config)

@@ -1,4 +1,4 @@
-"""Checkpoints: training goes on bit by bit, at another layout to rounding, and never from a damaged one."""
+"""Checkpoints: a resumed run is bitwise the same, at another layout up to rounding, and damaged ones are never used."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def two_ranks(root: Path) -> Found:
         folder = saved(engine, root / objective)
         found[objective, "not resumed"] = steps(engine, SAVED, TOTAL)
         for name, layout in MOVES.items():
-            engine = make(Case(objective, layout), seed=77)  # other weights than the checkpoint's
+            engine = make(
+                Case(objective, layout), seed=77
+            )  # the weights differ from the checkpoint's until it is loaded
             engine.load(folder)
             if name in _MOVED_TWICE:
                 saved(engine, root / f"{objective} {name}")
@@ -80,7 +82,9 @@ def two_ranks(root: Path) -> Found:
             engine = make(Case(objective, P()), seed=78)
             engine.load(root / f"{objective} {name}")
             found[objective, f"{name}, then DP2"] = steps(engine, SAVED, TOTAL)
-        engine = make(Case(objective, overlap=True))  # saved between an update and the gathering of its weights
+        engine = make(
+            Case(objective, overlap=True)
+        )  # the save comes between an update and the gathering of its weights
         steps(engine, 0, SAVED)
         folder = saved(engine, root / f"{objective} overlap")
         for name, overlap in (("overlap, then DP2", False), ("overlap", True)):
@@ -117,7 +121,7 @@ def one_rank(root: Path) -> Found:
 
 
 def three_and_three(root: Path, objective: str) -> Found:
-    """With dropout, so that generator states count."""
+    """Train three steps, save, and train three more. Dropout makes the generators' states matter."""
     case = Case(objective, dropout=0.1)
     engine = make(case)
     whole = steps(engine, 0, 6)
@@ -133,7 +137,7 @@ def three_and_three(root: Path, objective: str) -> Found:
 
 
 def differing(a: Path, b: Path) -> list[str]:
-    """Return what is not the same in two checkpoints, bit by bit: tensors, step counts, the schedule."""
+    """Return the differences between two checkpoints: tensors (bitwise), step counts, the schedule."""
     first, second = (dict(leaves(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (a, b))
     assert any("exp_avg_sq" in key for key in first) and "decoder.final_layernorm.weight" in first, sorted(first)
     return sorted(
@@ -222,7 +226,7 @@ def config(command: str, run_dir: Path, data: Path) -> Config:
 
 
 class disturbance:
-    """Within: step 3 ends with SIGUSR1 to this process; step 5 raises instead of training."""
+    """Inside the ``with``, step 3 ends with SIGUSR1 to this process, and step 5 raises instead of training."""
 
     def __init__(self, stop_at: int | None) -> None:
         self.stop_at, self.original = stop_at, MegatronEngine.train_step
@@ -250,7 +254,7 @@ class disturbance:
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What two ranks found and saved, then what one rank found in it."""
+    """Return the measurements of two ranks that save, then those of one rank that loads the same files."""
 
     def compute() -> Found:
         root = tmp_path_factory.mktemp("checkpoints")
@@ -269,7 +273,7 @@ def largest(a: list[float], b: list[float]) -> float:
     "name", [*MOVES, "1 rank", "PP2, then DP2", "VPP2, then DP2", "CP2, then DP2", "overlap, then DP2", "overlap"]
 )
 def test_a_checkpoint_moves_to_another_layout(objective: str, name: str, measured: Found, record_property: Any) -> None:
-    """Saved after three steps at TP2; the losses of the next five are those of the run that went on."""
+    """The checkpoint is saved after three steps at TP2; the next five losses must equal those of the run that went on."""
     expected = measured["two"][0][objective, "not resumed"]
     found = measured["one" if name == "1 rank" else "two"][0][objective, name]
     assert len(found) == TOTAL - SAVED
@@ -290,7 +294,7 @@ def test_three_steps_and_three_are_six(objective: str, measured: Found) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_disturbed_run_ends_as_an_undisturbed_one(objective: str, measured: Found) -> None:
-    """SIGUSR1 at step 3: saved, exit 75. A crash in step 5: back to step 4. Data, dropout and optimizer all go on."""
+    """At SIGUSR1 in step 3 the run saves and exits with 75; after a crash in step 5 it resumes from step 4."""
     found = measured["one"][0][objective, "interrupted"]
     assert found["codes"] == [75, "fell over", 0]
     assert found["disturbed"] == found["alone"]

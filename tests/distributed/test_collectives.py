@@ -1,4 +1,4 @@
-"""What ranks say once, and to whom."""
+"""Collectives on plain values: an error that all ranks meet is reported once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def groups_of_layouts() -> list[int]:
 
 
 def test_another_layout_takes_the_place_of_the_last() -> None:
-    """As between the steps of `steerlm run`: groups, and NCCL's buffers with them, do not pile up."""
+    """Between steps of `steerlm run` the layout changes; old groups, with NCCL's buffers, must not accumulate."""
     for counts in run_ranks(2, groups_of_layouts):
         assert max(counts) - min(counts) <= 2 and counts[0] == counts[-1], counts
 

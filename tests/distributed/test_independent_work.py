@@ -1,4 +1,4 @@
-"""Ranks that work apart wait for each other as long as they live."""
+"""Ranks that work independently wait for each other while they give signs of life."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def one_is_late() -> list[float]:
     left = [
         key for key in [*keys, "independent_work_0/arrived"] if dist.distributed_c10d._get_default_store().check([key])
     ]
-    barrier()  # rank 0 has the store
+    barrier()  # rank 0 holds the store, so it must not leave first
     assert not left, "they do not pile up"
     return waited
 
@@ -56,7 +56,7 @@ def one_is_stopped() -> None:
 
 
 def test_nobody_waits_for_a_rank_that_gives_no_sign_of_life() -> None:
-    """Neither stopped nor cut off are connections closed."""
+    """A process that is stopped or cut off does not close its connections, so silence is all that others notice."""
     with pytest.raises(
         AssertionError,
         match=r"(?s)rank 0 of 2 .*RuntimeError: no sign of life for 5 s .* from rank 1 \(host \S+, pid",

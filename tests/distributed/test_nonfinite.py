@@ -1,4 +1,4 @@
-"""A step whose loss or gradients are not finite changes nothing, and says which samples it was."""
+"""A step whose loss or gradients are not finite changes nothing, and its samples are named."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def poisoned(engine: Any) -> list[Any]:
 
 
 def run(case: Case) -> dict[str, Any]:
-    """Steps 1, 2 with a poisoned step between them, and without it."""
+    """Run steps 1 and 2 with a poisoned step between them, and without it."""
     engine = make(case)
     engine.train_step(step_batches(1))
     before, lr = parameters(engine), engine.optimizer.param_groups[0]["lr"] if engine.optimizer.param_groups else None
@@ -75,11 +75,11 @@ def test_nothing_is_updated_and_the_batch_is_named(name: str) -> None:
         assert rank["same"], "the step after a skipped one is what it would have been without it"
 
 
-# ---- what the loop makes of it
+# ---- the loop's policies
 
 
 class poison:
-    """Within: the labels of the ``wanted`` steps are too large to be squared."""
+    """Inside the ``with``, the labels of the ``wanted`` steps are so large that their squares overflow."""
 
     def __init__(self, *wanted: int) -> None:
         self.wanted, self.calls, self.original = wanted, 0, MegatronEngine.train_step
@@ -98,7 +98,7 @@ class poison:
 
 
 def policies(root: Path) -> dict[str, Any]:
-    """Return one run per policy, each with steps 2 and 3 poisoned."""
+    """Do one run per policy, each with steps 2 and 3 poisoned."""
     write_shards(root / "data")
     out: dict[str, Any] = {}
     for name, options in (

@@ -36,7 +36,7 @@ from steerlm_megatron.runtime import parallel
 
 STEPS, TOTAL_STEPS, TOLERANCE = 5, 8, 1e-5
 
-# name: ranks, case; each with both objectives. VPP2: two chunks on each of two stages.
+# Name of a case: ranks and case. Each runs with both objectives. VPP2 has two chunks on each of two stages.
 MATRIX: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {"micro_batches": 1}),
     "accumulation x4": (1, {}),
@@ -123,7 +123,7 @@ def cases(ranks: int) -> dict[str, Case]:
 
 def train(case: Case, steps: int = STEPS, seed: int = 5) -> dict[str, Any]:
     engine = make(case, seed, TOTAL_STEPS)
-    if case.overlap and engine.layout.is_first_stage:  # the others' collectives are hidden by the pipeline
+    if case.overlap and engine.layout.is_first_stage:  # on other stages the pipeline hides the collectives
         assert len(engine.chunks[0].bucket_groups) > 2
     results = [engine.train_step(step_batches(step, case.micro_batches)) for step in range(steps)]
     valid = engine.evaluate([step_batches(step, case.micro_batches) for step in (100, 101)])
@@ -141,7 +141,7 @@ def train_all(ranks: int) -> dict[str, Any]:
 
 
 def reference(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """In float64, so that the differences are the engines' own."""
+    """Train the reference, in float64, so that the differences are those of the engines."""
     start = {name: p.to(dtype) for name, p in unsplit([shards(build(case))]).items()}
     weights_A = torch.tensor([LABEL_WEIGHTS.get(name, 1.0) for name in NAMES])
     trainer = Trainer(dict(start), case.model, OPTIM[case.objective], TOTAL_STEPS, weights_A)
@@ -269,7 +269,7 @@ def several_ranks(ranks: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
-    """What each rank of a world of 1, 2 or 4 found; every world is started once."""
+    """Return a function that gives the measurements of each rank of a world of 1, 2 or 4. Each world is started once."""
     known: dict[int, list[dict[str, Any]]] = {}
 
     def get(ranks: int) -> list[dict[str, Any]]:
@@ -293,10 +293,10 @@ def test_every_layout_trains_the_references_model(
     expected = measured(1)[0]["references"][" ".join(name.split()[: 2 if " tied " in name else 1])]
     by_rank = [found["trained"][name] for found in measured(ranks)]
     params = unsplit([found["params"] for found in by_rank])
-    if "output_layer.weight" in params and " tied " in name:  # a tied copy on the last stage
+    if "output_layer.weight" in params and " tied " in name:  # the last stage has a tied copy
         assert torch.equal(params.pop("output_layer.weight"), params["embedding.word_embeddings.weight"])
     assert params.keys() == expected["params"].keys()
-    for other in by_rank[1:]:  # every rank is told the same
+    for other in by_rank[1:]:  # every rank gets the same numbers
         assert all(other[kind] == by_rank[0][kind] for kind in ("loss", "norm", "valid"))
     compare(name, by_rank[0], params, expected, record_property)
 
@@ -318,7 +318,7 @@ def compare(
 @pytest.mark.distributed
 @pytest.mark.parametrize("objective", ["sft", "ap"])
 def test_the_yardstick(objective: str, measured: Callable[[int], list[dict[str, Any]]], record_property: Any) -> None:
-    """The reference in float32: what rounding alone does."""
+    """The reference in float32 shows the effect of rounding alone."""
     found = measured(1)[0]["references"]
     rounded = found[f"{objective} float32"]
     compare(f"{objective} reference in float32", rounded, rounded["params"], found[objective], record_property)
@@ -327,7 +327,7 @@ def test_the_yardstick(objective: str, measured: Callable[[int], list[dict[str, 
 @pytest.mark.distributed
 @pytest.mark.parametrize("objective", ["sft", "ap"])
 def test_the_matrix_would_see_a_difference(objective: str, measured: Callable[[int], list[dict[str, Any]]]) -> None:
-    """Parameters moved far beyond the tolerance, some steps were clipped and some not, counts were unequal."""
+    """Parameters move far beyond the tolerance, some steps are clipped and some are not, and counts are unequal."""
     found = measured(1)[0]["references"][objective]
     assert min(found["moved"].values()) > 50 * TOLERANCE, found["moved"]
     assert min(found["norm"]) < OPTIM[objective].clip_grad < max(found["norm"])
