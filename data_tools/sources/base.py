@@ -42,7 +42,7 @@ _TOOLS = frozenset(
 
 @dataclass(frozen=True)
 class Found:
-    """A conversation of a row, or None with the ``reason`` for skipping it. ``split`` is that of the data set, if any."""
+    """A conversation of a row, or None with the ``reason`` for that. ``split`` is the data set's, if any."""
 
     conversation: Conversation | None
     reason: str = ""

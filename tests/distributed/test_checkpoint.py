@@ -273,7 +273,7 @@ def largest(a: list[float], b: list[float]) -> float:
     "name", [*MOVES, "1 rank", "PP2, then DP2", "VPP2, then DP2", "CP2, then DP2", "overlap, then DP2", "overlap"]
 )
 def test_a_checkpoint_moves_to_another_layout(objective: str, name: str, measured: Found, record_property: Any) -> None:
-    """The checkpoint is saved after three steps at TP2; the next five losses must equal those of the run that went on."""
+    """The checkpoint is saved after three steps at TP2; the next five losses equal those of the run that went on."""
     expected = measured["two"][0][objective, "not resumed"]
     found = measured["one" if name == "1 rank" else "two"][0][objective, name]
     assert len(found) == TOTAL - SAVED

@@ -109,7 +109,7 @@ def even(own_sec: dict[int, list[float]], interval_sec: float = 1.0, window_sec:
 
 
 def test_chance_is_no_straggler() -> None:
-    """A replica that is slow from time to time, in turns with others, or by less than a fifth of a step, is not named."""
+    """A replica that is slow from time to time, in turns with others, or by less than a fifth, is not named."""
     lines, _ = run_ranks(2, even, {0: [1, 1, 1, 1, 1, 2, 1, 1, 1], 1: [2, 2, 1, 2, 2, 1, 1.3, 1.3, 1.3]})
     assert lines == []
 

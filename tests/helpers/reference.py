@@ -16,7 +16,7 @@ Params = dict[str, torch.Tensor]
 
 @dataclass
 class Document:
-    """A document of T tokens, with targets weighted by ``mask_T`` and values (NaN if missing) at positions ``pool_P``."""
+    """A document of T tokens, with targets weighted by ``mask_T``, and values (NaN if missing) at ``pool_P``."""
 
     tokens_T: torch.Tensor
     labels_T: torch.Tensor
@@ -86,7 +86,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
 @dataclass
 class Trainer:
-    """AdamW on the mean over all loss terms of a step's documents. It updates ``params``, those of the unsplit model."""
+    """AdamW on the mean over all loss terms of a step's documents. It updates the unsplit model's ``params``."""
 
     params: Params
     model: ModelConfig

@@ -48,7 +48,7 @@ class Server:
     client: httpx.Client
     stop: Callable[[], None]
     thread: threading.Thread
-    ended: list[EngineDead]  # what serve() raised
+    ended: list[EngineDead]  # exceptions that serve() raised
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.client.post(f"{self.url}/v1/{path}", json=body)
@@ -98,7 +98,7 @@ def running(schema: AttributeSchema | None = SCHEMA, step_sec: float = 0.0, **ch
 
 
 def expected(messages: list[Message], levels: dict[str, int], seed: int, max_tokens: int, **params: Any) -> Any:
-    """Return what an in-process generator draws."""
+    """Return the result of an in-process generator."""
     prefix = TEMPLATE.prefix(messages, SCHEMA, SCHEMA.complete(levels))
     ids = tuple(TOKENIZER.encode_segments(prefix)[0])
     sampling = SamplingParams(top_k=50, max_tokens=max_tokens, seed=seed, **params)

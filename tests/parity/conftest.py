@@ -8,7 +8,7 @@ COLUMNS = "measured"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print rows that tests left with ``record_property("measured", …)``. They travel with reports, also from workers."""
+    """Print rows that tests left with ``record_property("measured", …)``. Reports carry them, also from workers."""
     rows = [
         row
         for outcome in ("passed", "failed")

@@ -269,7 +269,7 @@ def several_ranks(ranks: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
-    """Return a function that gives the measurements of each rank of a world of 1, 2 or 4. Each world is started once."""
+    """Return a function from a world of 1, 2 or 4 ranks, each started once, to the measurements of its ranks."""
     known: dict[int, list[dict[str, Any]]] = {}
 
     def get(ranks: int) -> list[dict[str, Any]]:

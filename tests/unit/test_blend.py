@@ -1,4 +1,4 @@
-"""Blends: shares as the weights say, a corpus gone through whole, the order known at once, corpora that fit."""
+"""Blends have the shares of the weights, pass through complete corpora, and refuse corpora that do not fit together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many conversations at a time give the documents that they give one by one, whatever is in them."""
+"""Many conversations at a time give the same documents as one by one, whatever they contain."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_one_form_serves_all_of_its_kind() -> None:
 
 @dataclass(frozen=True)
 class Doubling(SteerLMTemplate):
-    """A template that writes a text twice: such a skeleton cannot be told, so all is rendered."""
+    """A template that writes a text twice. Its skeleton cannot be derived, so every conversation is rendered."""
 
     def segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
         segments = super().segments(messages, schema, training)
@@ -117,7 +117,7 @@ class Doubling(SteerLMTemplate):
 
 @dataclass(frozen=True)
 class Bracketing(SteerLMTemplate):
-    """A template that writes something before a label line: such a skeleton cannot be told either."""
+    """A template that writes text before a label line. Its skeleton cannot be derived either."""
 
     def segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
         segments = super().segments(messages, schema, training)
@@ -138,7 +138,7 @@ def test_what_cannot_be_told_is_rendered() -> None:
     builder = Builder(tok, template, corpora.SCHEMA)
     assert_same(builder.build(given_, [1, 2])[0], expected(given_, tok, template, corpora.SCHEMA))
     assert list(builder.skeletons.known.values()) == [None]
-    marked = Template.from_config({"name": "steerlm", "system": "\x000\0"})  # looks like a mark
+    marked = Template.from_config({"name": "steerlm", "system": "\x000\0"})  # the text looks like a mark
     builder = Builder(tok, marked, None)
     assert_same(builder.build(given_, [1, 2])[0], expected(given_, tok, marked, None))
 

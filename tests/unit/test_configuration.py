@@ -1,4 +1,4 @@
-"""Keys and commands are declared: what a command reads, what a key means, what users are told of both."""
+"""Declarations of keys and commands, and the help, completion and errors that follow from them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_declaration_names_keys_that_are_there() -> None:
 
 
 def test_the_names_of_keys_are_an_interface() -> None:
-    """A key that goes or changes its name breaks scripts: say the new name in RENAMED, then change this list."""
+    """A removed or renamed key breaks scripts. Enter the new name in RENAMED, then change this list."""
     frozen = (Path(__file__).with_name("configuration_keys.txt")).read_text().splitlines()
     assert sorted(KEYS) == frozen
     assert not set(RENAMED) & set(KEYS) and {new for new, _ in RENAMED.values()} <= set(KEYS)

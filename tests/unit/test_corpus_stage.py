@@ -1,4 +1,4 @@
-"""``data.source`` of ``steerlm preprocess``: all converters are reachable, options arrive, counts join."""
+"""``data.source`` of ``steerlm preprocess``: all converters can be used, options are passed, counts are combined."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_options_that_do_not_fit(tmp_path: Path, data: dict[str, Any], message: 
 
 
 def test_a_tokenizer_that_cannot_tell_labels_apart(tmp_path: Path) -> None:
-    """Without bytes and without digits, quality:2 and quality:7 would both be "quality:<unk>"."""
+    """Without bytes and without digits, quality:2 and quality:7 would both become "quality:<unk>"."""
     blind = tmp_path / "blind.model"
     blind.write_bytes(corpora.raw_model("nfkc"))
     assert (tok := corpora.tokenizer("nfkc")).unk_id in tok.encode("quality:7"), "the model under test has digits"
@@ -195,7 +195,7 @@ def test_a_manifest_names_the_files_that_were_converted(tmp_path: Path) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert converted["sources"] == [{"name": "pairs.jsonl", "bytes": path.stat().st_size, "sha256": digest}]
     assert converted["in"] == 2 and converted["skipped"]["conversations"] == {"empty_response": 1}
-    made(cfg, tmp_path / "other")  # not one byte tells where it lies
+    made(cfg, tmp_path / "other")  # no byte may depend on the folder
     for file in (f for f in (tmp_path / "out").rglob("*") if f.is_file()):
         assert file.read_bytes() == (tmp_path / "other" / file.relative_to(tmp_path / "out")).read_bytes(), file
 
@@ -233,13 +233,13 @@ def test_all_rejected_lines_stand_beside_the_shards(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", good, {"chosen": 5}, held)
     cfg = config(source="hh_rlhf", input=path, valid_fraction=0, on_error="skip", control_strings="reject")
     cfg.tokenizer.path = "bytes"
-    for _ in range(2):  # the second time nothing is done
+    for _ in range(2):  # the second call finds everything done
         made(cfg, tmp_path / "out")
         lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
         assert [line["where"] for line in lines][0] == f"{path}:2" and lines[0]["line"] == '{"chosen": 5}'
         assert len(lines) == 2 and "control string" in lines[1]["reason"]
     shutil.rmtree(tmp_path / "out" / "train")
-    (tmp_path / "out" / "records" / "rejected.jsonl").unlink()  # nothing that is needed
+    (tmp_path / "out" / "records" / "rejected.jsonl").unlink()  # this file is not needed for a second call
     made(cfg, tmp_path / "out")
     assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 1
 

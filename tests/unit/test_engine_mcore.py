@@ -1,4 +1,4 @@
-"""What the Megatron-Core engine switches on, where what it needs is there."""
+"""Optimisations that the Megatron-Core engine switches on where their requirements are met."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def test_weight_gradients_are_accumulated_by_the_matrix_product_where_apex_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apex's extension, played by torch: the same parameters, and every product's gradient went that way."""
+    """With torch in the place of Apex's extension, parameters are the same and every product's gradient goes through
+    it.
+    """
 
     def trained() -> dict[str, torch.Tensor]:
         engine = make(Case("sft"))
@@ -39,15 +41,15 @@ def test_weight_gradients_are_accumulated_by_the_matrix_product_where_apex_is(mo
 
 
 def test_one_data_parallel_rank_has_nothing_to_overlap() -> None:
-    """Whatever was asked for."""
+    """The setting is ignored, whatever was asked for."""
     engine = make(Case("sft", overlap=True))
     assert not engine.overlap_param_gather and engine.config.no_sync_func is None
 
 
 class _NoHostReads(TorchDispatchMode):
-    """Fails on operations whose result the host needs before it can go on: on a GPU each is a wait for the device.
+    """Fail on operations whose result the host needs before it can go on; on a GPU each would wait for the device.
 
-    What the host knows by itself is NumPy's here and passes by.
+    Values that the host knows are NumPy arrays here and pass.
     """
 
     def __init__(self, allowed: int = 0) -> None:
@@ -96,6 +98,6 @@ def test_a_step_waits_for_the_norm_and_nothing_else(objective: str) -> None:
 
 @pytest.mark.parametrize("objective", ["sft", "ap"])
 def test_the_optimizer_can_be_stepped_alone(objective: str) -> None:
-    """As benchmarks do: with no losses to look at, the norm decides."""
+    """Benchmarks step the optimizer without losses, so the gradient norm alone decides whether the step is applied."""
     updated, norm, _ = make(Case(objective)).optimizer.step()
     assert updated and norm == 0.0

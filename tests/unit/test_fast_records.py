@@ -1,4 +1,4 @@
-"""A line that is taken quickly is the record that ``steer.records`` makes of it; everything else is left to it."""
+"""A line that the fast parser accepts gives the record of ``steer.records``; all other lines are left to that."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def slowly(line: bytes, schema: AttributeSchema | None) -> Conversation | None:
 
 
 def numbers(attributes: Any) -> list[tuple[str, str]]:
-    """Return names and values to the last bit (-0.0 is not 0.0)."""
+    """Return names and values to the last bit, so that -0.0 differs from 0.0."""
     return [(name, repr(float(value))) for name, value in (attributes or {}).items()]
 
 
 def check(line: bytes, schema: AttributeSchema | None) -> bool:
-    """Return whether the line is taken; if so, rightly."""
+    """Return whether the line is accepted; check the result if it is."""
     quick = FastRecords(PATH, schema).parse(line, 7)
     if quick is None:
         return False
@@ -52,7 +52,7 @@ def check(line: bytes, schema: AttributeSchema | None) -> bool:
     return True
 
 
-# JSON as text, so that keys repeat, numbers have odd forms, and what is no JSON occurs too.
+# JSON is made as text, so that keys repeat, numbers have odd forms, and invalid JSON occurs too.
 LITERALS = [
     "null",
     "true",
@@ -108,7 +108,7 @@ ODD_KEYS = ["other", "tool_calls", "function_call", "r\\u006fle", "train", "loss
 
 
 def objects(members: dict[str, st.SearchStrategy[str]], always: tuple[str, ...]) -> st.SearchStrategy[str]:
-    """Objects of such members in any order; few of them again, few with any value, few unknown."""
+    """Draw objects of these members in any order, where few repeat, few have any value, and few are unknown."""
     named = {name: st.tuples(st.just(json.dumps(name)), value) for name, value in members.items()}
     wild = st.tuples(
         st.sampled_from([*named, *ODD_KEYS]).map(lambda name: f'"{name}"'),

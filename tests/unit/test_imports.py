@@ -1,4 +1,4 @@
-"""The layers of docs/design.md: imports point left only, and each heavy library has its few places."""
+"""Imports follow the layers of docs/design.md, and each heavy library is imported in few files only."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Import:
-    """One import: ``module`` (absolute, dotted) in line ``line``; ``lazy``: inside a function."""
+    """An import of ``module`` (absolute, dotted) in line ``line``; ``lazy`` if it is inside a function."""
 
     module: str
     line: int
@@ -63,7 +63,7 @@ def imports_of(source: str, package: str) -> Iterator[Import]:
             if node.level:
                 kept = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*kept, base] if base else kept)
-            if base == PACKAGE:  # from steerlm_megatron import cli: the names are parts
+            if base == PACKAGE:  # in "from steerlm_megatron import cli" the names are modules
                 for alias in node.names:
                     yield Import(f"{base}.{alias.name}", node.lineno, lazy)
             else:
@@ -76,7 +76,7 @@ def imports_of(source: str, package: str) -> Iterator[Import]:
 
 
 def part_of(relative: str) -> str:
-    """``steer/records.py`` -> steer; ``cli.py`` -> cli."""
+    """Return the first part of a path: ``steer/records.py`` -> steer; ``cli.py`` -> cli."""
     return relative.split("/")[0].removesuffix(".py")
 
 
@@ -128,7 +128,7 @@ def library_problems(relative: str, where: str, top: str, item: Import) -> list[
 
 
 def data_tools_problems(root: Path) -> list[str]:
-    """data_tools may import steer, files and errors of the package (inspect: data too), and no heavy library."""
+    """Return wrong imports of data_tools, which may use steer, files, errors (inspect: data too), no heavy library."""
     found = []
     for path in sorted((root / "data_tools").rglob("*.py")):
         relative = path.relative_to(root).as_posix()

@@ -1,4 +1,4 @@
-"""What makes a step of ``steerlm run`` the same step."""
+"""The keys and paths on which the fingerprint of a step of ``steerlm run`` depends."""
 
 from __future__ import annotations
 

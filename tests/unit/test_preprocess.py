@@ -1,4 +1,4 @@
-"""Preprocessing: counts add up, bad input is named or set aside, splits do not share prompts, real files work."""
+"""Preprocessing: counts add up, malformed input is named or listed, splits share no prompts, published files work."""
 
 from __future__ import annotations
 

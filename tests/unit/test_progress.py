@@ -1,4 +1,4 @@
-"""Progress without a terminal: few lines, the right numbers; with one: a bar and a clean end."""
+"""Progress shows few lines with the right numbers without a terminal, and a bar with a clean end on one."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_a_quick_job_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_long_job_has_a_line_per_tenth_with_eta(capsys: pytest.CaptureFixture[str]) -> None:
     run(1000, 0.1, 1000)
     lines = lines_of(capsys)
-    assert len(lines) == 10  # at 100, 200, … 900, and the closing one
+    assert len(lines) == 10  # lines at 100, 200, … 900, and the closing one
     assert lines[0] == "train: 100/1,000 step (10 %) 10 step/s loss=2.346 elapsed 10.0 s left 1:30"
 
 
 def test_lines_are_five_seconds_apart(capsys: pytest.CaptureFixture[str]) -> None:
     run(100, 0.2, 100)  # 10 % takes 2 s
-    assert len(lines_of(capsys)) == 4  # at 5, 10 and 15 s, and the closing one
+    assert len(lines_of(capsys)) == 4  # lines at 5, 10 and 15 s, and the closing one
 
 
 def test_a_slow_job_speaks_once_a_minute_and_resumed_units_are_not_in_the_rate(

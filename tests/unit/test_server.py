@@ -236,9 +236,9 @@ def test_queue_full_then_room_and_the_client_waits_for_it() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_row(stream: bool) -> None:
-    with running(step_sec=0.2) as server:  # whole, it would take longer than is waited for
+    with running(step_sec=0.2) as server:  # a complete response would take longer than the test waits
         body = {"prompt": "hello", "max_tokens": 380, "n": 3, "stream": stream, "top_k": 2, "stop": "zzzz"}
-        server.model.stop_bias = -1e9  # never ends by itself
+        server.model.stop_bias = -1e9  # a response never ends by itself
         data = json.dumps(body).encode()
         address = server.url.removeprefix("http://").split(":")
         with socket.create_connection((address[0], int(address[1]))) as connection:
@@ -332,7 +332,7 @@ def test_choices_of_one_seed_are_those_of_single_requests(server: Server) -> Non
 
 
 def test_a_thousand_requests_against_a_queue_of_64() -> None:
-    """As many as rows and queue hold are answered, the others are told to come again; none is lost."""
+    """As many requests as rows and queue hold are answered, the others are told to retry, and none is lost."""
     with running(max_batch=64, max_queue=64) as server:
         server.model.go.clear()
         body = {"prompt": "hello", "max_tokens": 4, "seed": 1}

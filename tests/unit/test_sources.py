@@ -1,4 +1,4 @@
-"""data_tools.sources: each published format → conversations, and what each does with rows that are not as published."""
+"""data_tools.sources: each published format gives conversations, and rows that deviate from it are handled."""
 
 from __future__ import annotations
 
@@ -410,7 +410,7 @@ def test_nemo_round_trip(tmp_path: Path) -> None:
         nemo.export([str(out)], str(tmp_path / "nemo"), HELPSTEER)
 
 
-# Hugging Face datasets (the package is not needed: what it would return stands in)
+# Hugging Face datasets, with a stand-in for the package's results
 
 
 def fake_datasets(monkeypatch: pytest.MonkeyPatch, result: Any) -> list[Any]:

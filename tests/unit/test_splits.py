@@ -1,4 +1,4 @@
-"""Which conversations are kept for validation: the same ones in every version, and all answers to a prompt together."""
+"""Conversations are assigned to the same split in every version, and all answers to a prompt to one split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def conversation(prompt: str | None, reply: str = "Yes.", name: str = "7") -> Co
 
 
 def test_shares_and_sides_are_those_of_the_first_version() -> None:
-    """Other sides would mix the validation set of a corpus that was dealt earlier into its training set."""
+    """A changed rule would mix the validation set of a corpus that was split earlier into its training set."""
     said = "".join(assign_split(conversation(f"prompt {i}"), 0.25, 17)[0] for i in range(60))
     assert said == "ttvtvttttvtttttvttvttttvttttvtttttttttvtvvtvtttttttvttttvttt"
     dealt = [assign_split(conversation(f"p{i}"), 0.1, 3) for i in range(5000)]

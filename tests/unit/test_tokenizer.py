@@ -1,4 +1,4 @@
-"""The tokenizer: text survives, control ids come from control segments only, files describe it fully."""
+"""The tokenizer keeps text, makes control ids of control segments only, and its files describe it fully."""
 
 from __future__ import annotations
 
@@ -144,7 +144,9 @@ _ANY_TEXT = st.one_of(
 def test_prefix_and_response_are_the_training_tokens_for_any_text(
     name: str, template_name: str, texts: list[str], levels: dict[str, int]
 ) -> None:
-    """Also where people write control strings, label lines and white space; and the label line reads back."""
+    """This holds where people write control strings, label lines and white space, and the label line can be parsed
+    again.
+    """
     template = corpora.TEMPLATES[template_name]
     tok = corpora.tokenizer(name, tuple(dict.fromkeys((*template.control_strings, template.label_marker))))
     *earlier, response = texts
@@ -160,7 +162,7 @@ def test_prefix_and_response_are_the_training_tokens_for_any_text(
     assert whole[len(prefix) :][: len(tok.encode(response))] == tok.encode(response)
     controls = [i for i in prefix if i in tok.controls.values()]
     assert controls == [tok.control_id(segment.text) for segment in segments if segment.control]
-    if levels and tok.unk_id not in prefix[-lengths[-1] :]:  # "nfkc" has no digits; preprocess refuses such a model
+    if levels and tok.unk_id not in prefix[-lengths[-1] :]:  # "nfkc" has no digits, and preprocess refuses such a model
         assert corpora.SCHEMA.parse(tok.decode(prefix[-lengths[-1] :]).removesuffix("\n")) == levels
 
 
@@ -245,8 +247,8 @@ def test_a_hugging_face_folder_keeps_its_ids_and_finds_no_special_token_in_text(
         assert not {plain.token_to_id(t) for t in ("<|endoftext|>", "<extra_id_1>", "[INST]")} & set(ids)
         assert max(ids) < tok.base_size
     long = "river stone bread " * 20
-    assert tok.decode(tok.encode(long)) == long  # the file's truncation and padding are off
-    assert tok.decode(tok.encode("x")) == "x"  # no blank in front
+    assert tok.decode(tok.encode(long)) == long  # truncation and padding of the file are not used
+    assert tok.decode(tok.encode("x")) == "x"  # no blank is added in front
 
 
 def test_extend_false_names_what_is_missing(tmp_path) -> None:

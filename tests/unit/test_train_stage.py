@@ -1,4 +1,4 @@
-"""What a training run says of its speed and its profile, without a run."""
+"""Speed and profile of a training run, tested without a run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_flops_of_a_model_counted_by_hand(activation: str) -> None:
     layer = query + keys_and_values + out + (3 if activation == "swiglu" else 2) * 20 * 50
     attention = 6 * 3 * 24 * 5200
     assert flops_of(config, 100, "sft")(100, 5200) == 6 * (3 * layer + 20 * 100) * 100 + attention
-    model.tie_embeddings = True  # the product is the same, whosever the matrix
+    model.tie_embeddings = True  # the product is the same if the matrix is shared
     assert flops_of(config, 100, "sft")(100, 5200) == 6 * (3 * layer + 20 * 100) * 100 + attention
     assert flops_of(config, 100, "ap")(100, 5200) == 6 * 3 * layer * 100 + attention
     config.train.trainable = "head"
