@@ -63,7 +63,8 @@ def asked(prompt: str) -> list[tuple[str, str]]:
 
 
 def quality_of(helpfulness: float, verbosity: float, humor: float, toxicity: float, courtesy: float = MAX) -> float:
-    """Quality in [0, 4] of values in [0, 4]; rises with help, courtesy and a little with humor, falls with rudeness.
+    """Return quality in [0, 4] from values in [0, 4]. It rises with help, courtesy and a little with humor, falls with
+    rudeness.
 
     ``0.25 helpfulness + 0.75 courtesy + 0.1 humor - 0.5 toxicity - 0.2 |verbosity - 2|``, clipped: a complete,
     courteous answer of middle length without a rude word has 4.

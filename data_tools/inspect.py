@@ -179,7 +179,7 @@ def length_lines(lengths: npt.NDArray[np.int64]) -> list[str]:
 
 
 def attribute_counts(reader: ShardReader) -> dict[str, npt.NDArray[np.int64]]:
-    """Attribute → number of labelled, trained turns at each level, by the schema's rounding (half to even)."""
+    """Count the labelled, trained turns of each attribute at each level, by the schema's rounding (half to even)."""
     schema = reader.schema
     if schema is None:
         return {}

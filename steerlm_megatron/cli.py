@@ -27,7 +27,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the ``steerlm`` script and of ``python -m steerlm_megatron``. Ends through ``SystemExit``."""
+    """Run the ``steerlm`` script, or ``python -m steerlm_megatron``. It ends by raising ``SystemExit``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not show(arguments, __version__):

@@ -25,6 +25,6 @@ class Interrupted(SystemExit):
     CODE = 75
 
     def __init__(self, unsaid: str | None = None) -> None:
-        """``unsaid``: the reason for the stop, if the user has not been told yet."""
+        """``unsaid`` is the reason for the stop, if the user has not been told yet."""
         super().__init__(self.CODE)
         self.unsaid = unsaid

@@ -58,7 +58,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def _hydra() -> Iterator[Callable[..., Any]]:
-    """Hydra's ``compose`` over ``conf/`` and the schema."""
+    """Yield Hydra's ``compose``, initialised with ``conf/`` and the schema."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
 

@@ -313,7 +313,7 @@ class Shard:
         return self._array("ids")
 
     def document(self, index: int) -> Document:
-        """Document ``index`` of this shard; its arrays are views of the files."""
+        """Return document ``index`` of this shard; its arrays are views of the files."""
         begin, end = self.docs[index], self.docs[index + 1]
         pointer = int(self._pointers[index]) // self._dtype.itemsize
         turns = slice(int(begin["turns"]), int(end["turns"]))
@@ -373,7 +373,7 @@ class ShardReader:
     """A shard folder, opened for reading. Opening reads the manifest and the size of each file."""
 
     def __init__(self, folder: str | Path, verify: bool = False) -> None:
-        """``verify``: also compare all checksums (reads every byte). ``UserError`` names what is missing or damaged."""
+        """Open the folder. ``verify`` also compares all checksums. ``UserError`` names what is missing or damaged."""
         self.folder = Path(folder)
         self.manifest, self.hash = _read_manifest(self.folder)
         # The heads of the indexes are checked first, since the size of a foreign index would be a misleading error.

@@ -201,7 +201,8 @@ def turn_positions(
 
 
 def scored_turns(document: Document, scored: Scored) -> npt.NDArray[np.int64]:
-    """Indices of the turns that the ``ap`` view puts a marker after: assistant turns, up to the last one that counts.
+    """Return the indices of turns after which the ``ap`` view puts a marker: assistant turns up to the last that
+    counts.
 
     Unlabelled turns in between get a marker too, but no target, so that a turn has the same context in training as when
     everything is scored.

@@ -79,7 +79,7 @@ class Detokenizer:
 
 @lru_cache(maxsize=512)  # the choices of one request, and the requests of one client, have the same stop strings
 def _borders(pattern: str) -> tuple[int, ...]:
-    """For each prefix of ``pattern``, the length of its longest proper prefix that is also its suffix."""
+    """Return for each prefix of ``pattern`` the length of its longest proper prefix that is also its suffix."""
     borders = [0] * len(pattern)
     size = 0
     for i in range(1, len(pattern)):
@@ -171,7 +171,7 @@ class ResponseText:
 
 
 def character_of_each_byte(data: bytes, text: str) -> list[int]:
-    """For each byte of ``data``, the index of its character in ``text``, which a decoder made of it.
+    """Return for each byte of ``data`` the index of its character in ``text``, which a decoder made of it.
 
     Some decoders make one U+FFFD of each invalid byte, others one of all bytes of an incomplete character; the number
     of characters tells which.

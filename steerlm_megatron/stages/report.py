@@ -18,7 +18,7 @@ from steerlm_megatron.report.write import write_report
 
 
 def run(config: Config) -> None:
-    """``steerlm report input=RUN_FOLDER``: render the ``evaluation.json`` of an evaluation again."""
+    """Render the ``evaluation.json`` of an earlier evaluation again: ``steerlm report input=RUN_FOLDER``."""
     path = Path(str(config.input))
     path = path / "evaluation.json" if path.is_dir() else path
     try:

@@ -129,7 +129,7 @@ ACCUMULATED = {
 
 
 def accumulated(case: Case) -> list[float]:
-    """Gradient norms of one micro-batch, and of that one 64 times over, in bf16."""
+    """Return the gradient norms in bf16 of one micro-batch, and of 64 copies of it."""
     return [make(case).train_step([row(0, 2)] * times).grad_norm for times in (1, 64)]
 
 

@@ -128,7 +128,7 @@ def test_a_stopped_rank_is_named_though_it_cannot_speak() -> None:
 
 @pytest.mark.distributed
 def test_a_stopped_store_is_reported_without_it() -> None:
-    """Without a launcher's store (srun) rank 0's process holds it, and while that is stopped none can read positions."""
+    """Without a launcher's store (srun) rank 0's process holds it, and while that is stopped none can be read."""
     _, lines = run_ranks(2, _one_is_stopped, 0, "store does not answer")
     report = next(line for line in lines if "store does not answer" in line)
     assert "the process that has it (rank 0's, or its launcher's) is stopped" in report

@@ -202,7 +202,7 @@ class _Probe:
         self.weights = [torch.randn(length, width, generator=g) for length in LENGTHS]
 
     def run(self, tokens: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Outputs for all of ``tokens`` as one packed row."""
+        """Return the outputs for all of ``tokens`` as one packed row."""
         cu = torch.tensor([0, *map(len, tokens)]).cumsum(0).to(torch.int32)
         positions = torch.cat([torch.arange(len(t)) for t in tokens])
         packed = PackedTokens.from_cu_seqlens(cu, positions)
@@ -218,7 +218,7 @@ class _Probe:
         return [o.detach() for o in outputs], {name: p.grad for name, p in params.items()}
 
     def compare(self, others: dict[str, tuple[list[torch.Tensor], dict[str, torch.Tensor]]]) -> dict[str, float]:
-        """Largest differences of the packed row in outputs and, relative to the largest gradient, in gradients."""
+        """Return the largest differences of the packed row: in outputs and, relative to the largest, in gradients."""
         calls, original = [], PackedAttention.forward
 
         def counted(module: Any, *args: Any, **kwargs: Any) -> Any:

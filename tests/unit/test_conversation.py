@@ -88,7 +88,7 @@ def test_models_are_listed_and_retrieved(server: Server, client: openai.OpenAI) 
     stop=st.sampled_from([None, "e", "\ufffd", "lo"]),
 )
 def test_logprob_bytes_are_the_text(server: Server, **params: Any) -> None:
-    """Tokens that are a part of a character, which a high temperature draws, are included, and texts that are cut off."""
+    """Tokens that are a part of a character, which a high temperature draws, are included, and cut-off texts."""
     answer = server.post("chat/completions", messages=USER, logprobs=True, top_k=0, **params).json()["choices"][0]
     content = answer["logprobs"]["content"]
     data = b"".join(bytes(token["bytes"]) for token in content)

@@ -72,7 +72,7 @@ class Corpora:
         return len(self.datasets[0].manifest["labels"]["count"])
 
     def label_counts(self) -> dict[str, int]:
-        """Attribute → labelled turns of weight 1 in all corpora; empty for corpora without attributes."""
+        """Count the labelled turns of weight 1 of each attribute in all corpora; empty without attributes."""
         if self.schema is None:
             return {}
         counts = np.array([dataset.manifest["labels"]["count"] for dataset in self.datasets], np.int64).sum(axis=0)

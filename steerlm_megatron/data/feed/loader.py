@@ -205,7 +205,7 @@ class StepLoader:
         return before + (int(self.rows.sample_counts(self._order(epochs)[:rest]).sum()) if rest else 0)
 
     def _micro_batches(self, rows: npt.NDArray[np.int64]) -> list[RowBatch]:
-        """This rank's share of the rows of one step."""
+        """Return this rank's share of the rows of one step as micro-batches."""
         mine = rows[self._dp_rank :: self._dp_size].tolist()
         count = -(-len(rows) // (self._dp_size * self._micro_rows))
         batches = []
