@@ -160,7 +160,7 @@ class Sieve:
         for message in kept.messages:
             counts["labelled_replies"] += bool(message.attributes and message.weight)
             counts["control_like_text"] += CONTROL_LIKE.search(message.content) is not None
-        return self._with_own_id(kept)
+        return self._with_unique_id(kept)
 
     def _unwanted(self, conversation: Conversation, lang: str) -> str:
         filters, messages = self._filters, conversation.messages
@@ -197,7 +197,7 @@ class Sieve:
         messages = [replace(m, weight=0) if i in repeated else m for i, m in enumerate(conversation.messages)]
         return replace(conversation, messages=tuple(messages))
 
-    def _with_own_id(self, conversation: Conversation) -> Conversation:
+    def _with_unique_id(self, conversation: Conversation) -> Conversation:
         """Make the conversation's id unique: the second ``x`` becomes ``x#2``."""
         name = conversation.id
         while _is_repeated(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest(), self._ids):

@@ -82,7 +82,7 @@ def _job(command: str, cfg: Any) -> None:
             from steerlm_megatron.observe.runfolder import default_run_dir
 
             config.run_dir = str(default_run_dir(command))
-        arguments = [command, *compose.own_overrides(), f"run_dir={config.run_dir}"]
+        arguments = [command, *compose.job_overrides(), f"run_dir={config.run_dir}"]
         code = local.run_ranks(ranks, arguments, config.train.max_restarts if COMMANDS[command].trains else 0)
         if code:
             raise SystemExit(code)

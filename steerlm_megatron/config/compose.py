@@ -208,7 +208,7 @@ def _nearest_key(key: str, command: str) -> str:
     return f"; see steerlm {command} --help"
 
 
-def own_overrides() -> list[str]:
+def job_overrides() -> list[str]:
     """Return the overrides of this job; in a ``--multirun`` each key has one value here."""
     from hydra.core.hydra_config import HydraConfig
 

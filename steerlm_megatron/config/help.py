@@ -16,7 +16,7 @@ from steerlm_megatron.config.commands import COMMANDS
 from steerlm_megatron.errors import UserError
 
 WIDTH = 100
-_NAME_WIDTH = 30  # of a key with its value; longer ones have a line of their own
+_NAME_WIDTH = 30  # width of a key with its value; longer ones have a line of their own
 
 
 def show(arguments: Sequence[str], version: str) -> bool:

@@ -140,7 +140,7 @@ def _check_model(config: Config) -> list[str]:
         return []  # the checkpoint's model is compared with the layout when the checkpoint is opened
     groups = m.num_query_groups or m.num_heads
     if m.num_heads < 1 or groups < 1 or m.num_layers < 1 or p.tensor < 1 or p.pipeline < 1:
-        return []  # said already
+        return []  # reported already
     if m.num_heads % groups:
         problems.append(
             f"model.num_query_groups={groups} must divide model.num_heads={m.num_heads}; legal: "
@@ -190,7 +190,7 @@ def _check_parallel(config: Config, world: int | None) -> list[str]:
             f"(parallel.pipeline={p.pipeline}); set it to null"
         )
     if p.data is not None and p.data < 1:
-        pass  # said already
+        pass  # reported already
     elif world is not None and min(p.tensor, p.pipeline, p.context) >= 1:
         unit = p.tensor * p.pipeline * p.context
         if p.data is not None and world != unit * p.data:

@@ -98,12 +98,12 @@ class BatchSampler:
         def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype).unsqueeze(1).to(self.device)
 
-        whole = len(members) == len(self.rows)
+        all_rows = len(members) == len(self.rows)
         size = min(method[1], self.vocab_size)
         return _Group(
             rows=members,
             method=(method[0], size),
-            index_B=None if whole else torch.tensor(members, dtype=torch.int64).to(self.device),
+            index_B=None if all_rows else torch.tensor(members, dtype=torch.int64).to(self.device),
             temperature_B1=column([row.temperature for row in rows], torch.float64),
             top_k_B1=column([min(row.top_k or size, size) for row in rows], torch.int64),
             top_p_B1=column([row.top_p for row in rows], torch.float64),

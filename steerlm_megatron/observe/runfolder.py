@@ -269,7 +269,7 @@ class RunFolder:
             if not overwrite:  # the run that had the lock until now has completed
                 _unlock(self.path)
                 self._refuse_complete()
-            self._remove_own_entries()
+            self._remove_run_files()
             earlier = None
         self.resumed = earlier is not None
         self._attempts = int((earlier or {}).get("attempts", 0)) + 1
@@ -282,7 +282,7 @@ class RunFolder:
                 "choose another run_dir, or set overwrite=true to replace it"
             )
 
-    def _remove_own_entries(self) -> None:
+    def _remove_run_files(self) -> None:
         # The summary is removed first, so that after an interruption the folder no longer claims to be complete.
         for name in ("summary.json", *_OWN_ENTRIES):
             entry = self.path / name

@@ -252,11 +252,11 @@ class Service:
         ended = result.token_ids[-1:] and result.token_ids[-1] in self.generator.stop_ids
         content = result.token_ids[:-1] if ended else result.token_ids
         parts = [self._token_bytes(i) for i in content]
-        whole = self.tokenizer.decode(content)
-        characters = character_of_each_byte(b"".join(parts), whole)
+        text = self.tokenizer.decode(content)
+        characters = character_of_each_byte(b"".join(parts), text)
         count = characters[-1] + 1 if characters else 0
         # Counted from the end of the text, where it was cut off.
-        kept = count - (len(whole) - len(result.text)) if whole.startswith(result.text) else count
+        kept = count - (len(text) - len(result.text)) if text.startswith(result.text) else count
         offsets: list[int] = []
         at = 0
         for i, part in enumerate(parts):

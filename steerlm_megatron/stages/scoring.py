@@ -105,14 +105,14 @@ class Scorer:
         turns.
         """
         # Weights concern training; every assistant turn is scored.
-        whole = [replace(c, messages=tuple(replace(m, weight=1) for m in c.messages)) for c in conversations]
+        all_turns = [replace(c, messages=tuple(replace(m, weight=1) for m in c.messages)) for c in conversations]
         pieces: list[_ScoredDocument] = []
-        for index, sample in enumerate(self._samples(whole)):
-            turns = [i for i, m in enumerate(whole[index].messages) if m.role == "assistant"]
+        for index, sample in enumerate(self._samples(all_turns)):
+            turns = [i for i, m in enumerate(all_turns[index].messages) if m.role == "assistant"]
             if sample is not None and len(sample.pool_P) == len(turns):
                 pieces.append(_ScoredDocument(sample, [(index, turn) for turn in turns]))
                 continue
-            alone = [replace(whole[index], messages=whole[index].messages[: turn + 1]) for turn in turns]
+            alone = [replace(all_turns[index], messages=all_turns[index].messages[: turn + 1]) for turn in turns]
             for turn, cut in zip(turns, self._samples(alone), strict=True):
                 assert cut is not None and len(cut.pool_P) >= 1, "a response always keeps its mark"
                 self.truncated_turns += cut.cut_tokens > 0

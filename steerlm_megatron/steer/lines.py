@@ -119,11 +119,11 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     """Return one line as a JSON object; raises UserError."""
-    return parse_object(decode_line(line, where), where, whole=line.endswith(b"\n"))
+    return parse_object(decode_line(line, where), where, complete=line.endswith(b"\n"))
 
 
-def parse_object(text: str, where: str, whole: bool = True) -> dict[str, Any]:
-    """Return ``text`` parsed as a JSON object. ``whole`` says that nothing can be missing at the end of ``text``.
+def parse_object(text: str, where: str, complete: bool = True) -> dict[str, Any]:
+    """Return ``text`` parsed as a JSON object. ``complete`` says that nothing can be missing at the end of ``text``.
 
     Raises:
         UserError: naming ``where`` for malformed JSON, NaN, or another type.
@@ -132,7 +132,7 @@ def parse_object(text: str, where: str, whole: bool = True) -> dict[str, Any]:
         value = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         reason = _why_malformed(text, error)
-        if not whole and not reason:
+        if not complete and not reason:
             raise UserError(
                 f"{where}: torn last line, the file was cut off while it was written ({error}); delete the line"
             ) from error

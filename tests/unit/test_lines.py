@@ -125,4 +125,4 @@ def test_a_cut_off_line_is_torn_or_malformed(value: dict[str, Any], cut: int) ->
     assert parse_object(text, "f:1") == value
     if cut < len(text):
         with pytest.raises(UserError, match=r"f:1: (torn last line|malformed JSON)"):
-            parse_object(text[:-cut], "f:1", whole=False)
+            parse_object(text[:-cut], "f:1", complete=False)

@@ -62,7 +62,7 @@ class Builder:
             skeletons.append(skeleton)
             fillings += [numbers.setdefault(text, len(numbers)) for text in texts]
         tokens, sizes = self._tokens(skeletons, list(numbers), fillings)
-        laid = _Laid(skeletons, conversations, sizes)
+        laid = _DocumentLayout(skeletons, conversations, sizes)
         values, labelled = self._values(conversations, laid.turn_counts)
         written = [conversation.id.encode("utf-8", "replace") for conversation in conversations]
         block = Block(
@@ -135,7 +135,7 @@ class _Constants:
         return self._arrays
 
 
-class _Laid:
+class _DocumentLayout:
     """The positions of turns, spans and headers in documents of known skeletons and sizes of segments."""
 
     def __init__(self, skeletons: list[Skeleton], conversations: Sequence[ConversationLike], sizes: Array) -> None:

@@ -74,7 +74,7 @@ class SkeletonCache:
         if any(attributes):
             labels = [self._template.label(message, self._schema) for message in messages]
         if not all(contents):  # a template may leave out the segments around an empty text
-            return self._own(messages)
+            return self._for_one(messages)
         key = (
             tuple([message.role for message in messages]),
             tuple([message.weight for message in messages]),
@@ -87,7 +87,7 @@ class SkeletonCache:
                     self.known.clear()
                 skeleton = self.known[key] = self._derive(messages, labels or [""] * len(messages))
             if skeleton is None:
-                return self._own(messages)
+                return self._for_one(messages)
         return skeleton, skeleton.texts(contents + labels)
 
     def _derive(self, messages: Sequence[MessageLike], labels: list[str]) -> Skeleton | None:
@@ -111,7 +111,7 @@ class SkeletonCache:
         again = [s._replace(text=next(texts)) if gap else s for s, gap in zip(marked, filled, strict=True)]
         return skeleton if again == self._render(messages, [message.content for message in messages]) else None
 
-    def _own(self, messages: Sequence[MessageLike]) -> tuple[Skeleton, list[str]]:
+    def _for_one(self, messages: Sequence[MessageLike]) -> tuple[Skeleton, list[str]]:
         """Return a skeleton for this conversation alone, in which every text segment is a gap."""
         segments = self._render(messages, [message.content for message in messages])
         texts = [segment.text for segment in segments if not segment.control]
