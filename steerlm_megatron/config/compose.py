@@ -98,7 +98,7 @@ def check(command: str, arguments: list[str]) -> None:
         return
     parsed = [_parsed(override, flags.multirun) for override in flags.overrides]
     keys = {override: one.key_or_group for override, one in zip(flags.overrides, parsed, strict=True)}
-    misplaced = {override: said for override, key in keys.items() if (said := misplaced(command, key))}
+    misplaced = {override: said for override, key in keys.items() if (said := misplaced_key(command, key))}
     rest = [(o, one) for o, one in zip(flags.overrides, parsed, strict=True) if o not in misplaced]
     overrides, more = _choices([one for _, one in rest]) if flags.multirun else ([o for o, _ in rest], [])
     wrong = _wrong(command, overrides, more)
@@ -126,7 +126,7 @@ def _parsed(override: str, sweep: bool) -> Any:
     return one
 
 
-def misplaced(command: str, key: str) -> str | None:
+def misplaced_key(command: str, key: str) -> str | None:
     """Return the error for a key that this command does not read, or that has another name now; None for others."""
     if said := renamed(key):
         return said

@@ -57,7 +57,7 @@ def test_a_key_that_a_command_does_not_read_is_refused_and_a_reader_named(data: 
     command = data.draw(st.sampled_from(sorted(COMMANDS)))
     foreign = [key for key in KEYS if not COMMANDS[command].reads_key(key)]
     key = data.draw(st.sampled_from(foreign))
-    said = compose.misplaced(command, key)
+    said = compose.misplaced_key(command, key)
     assert said is not None and said.startswith(f"{key}: {command} does not read it; ")
     assert any(name in said for name in readers(key))
 
