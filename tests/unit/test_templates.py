@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -185,6 +185,7 @@ def messages_of(drawn: tuple[str | None, list[tuple[str, str, dict[str, float] |
 
 
 @pytest.mark.parametrize("name", ["steerlm", "llama2"])
+@settings(deadline=None)
 @given(drawn=TALKS, labelled=st.booleans())
 def test_prefix_and_response_are_the_training_pieces(name: str, drawn: object, labelled: bool) -> None:
     """The segments of every prefix and the response begin the training segments, and therefore so do the tokens."""
@@ -204,6 +205,7 @@ def test_prefix_and_response_are_the_training_pieces(name: str, drawn: object, l
             assert not any(s.trained for s in before)
 
 
+@settings(deadline=None)
 @given(drawn=TALKS)
 def test_trained_text_is_that_of_weight_1(drawn: object) -> None:
     messages = messages_of(drawn)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from steerlm_megatron.config.schema import Config
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.train import check_profile, flops_of
 from steerlm_megatron.train.loop import Trainer
 
@@ -51,7 +52,11 @@ def test_flops_of_a_model_counted_by_hand(activation: str) -> None:
     ("steps", "said"), [([3, 5], False), ([10, 99], False), ([11, 12], True), ([1, 2], True)],
     ids=["inside", "its last step", "beyond its end", "done before"],
 )  # fmt: skip
-def test_a_profile_that_will_not_be_is_said(steps: list[int], said: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_profile_that_will_not_be_is_said(
+    steps: list[int], said: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A command that an earlier test ran in this process may have kept the package's log lines from pytest.
+    monkeypatch.setattr(get_logger(), "propagate", True)
     config = Config()
     config.profile.steps = steps
     check_profile(config, ranks=2, done=2, steps=10)
