@@ -1,4 +1,4 @@
-"""Packaging of steerlm_megatron: what works at all. The versions to install are in constraints-*.txt."""
+"""Package steerlm_megatron, with the ranges of versions that work. Exact versions are in constraints-*.txt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 def read_version() -> str:
-    """``__version__`` of the package, read as text: importing it here would need its dependencies."""
+    """Return ``__version__`` of the package, read as text: importing it here would need its dependencies."""
     text = (ROOT / "steerlm_megatron" / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r'^__version__ = "([^"]+)"', text, flags=re.MULTILINE)
     if match is None:
@@ -26,8 +26,8 @@ INSTALL_REQUIRES = [
     "numpy>=1.26",
     "psutil>=5.9",  # megatron-core's checkpoint writer imports it and does not declare it
     # Megatron-Core 0.19 (Python 3.12) imports Triton and does not declare it. A CUDA build of torch brings it, a CPU
-    # build does not. It is installed rather than replaced by an empty module of that name: torch, DeepSpeed and
-    # transformers look for Triton as well, and one that is half there misleads them, while the real one imports on any
+    # build does not. It is installed rather than replaced by an empty module of that name, because torch, DeepSpeed and
+    # transformers look for Triton as well and a stand-in would mislead them, while the real one can be imported on any
     # Linux without a GPU.
     'triton>=3.2; python_version >= "3.12" and platform_system == "Linux"',
     "hydra-core>=1.3.2,<1.4",
@@ -41,7 +41,7 @@ INSTALL_REQUIRES = [
     "transformers>=4.45",
     "safetensors>=0.4",
     "zstandard>=0.22",
-    "msgspec>=0.18",  # data/write/quick_records.py
+    "msgspec>=0.18",  # data/write/fast_records.py
     "fastapi>=0.110",
     "uvicorn>=0.30",
     "httpx>=0.27",
@@ -54,7 +54,7 @@ INSTALL_REQUIRES = [
 TRACKING = ["wandb>=0.18", "mlflow-skinny>=2.16"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 DEV = [
-    *TRACKING,  # tests talk to the real ones, offline
+    *TRACKING,  # tests use the real services, offline
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
@@ -76,8 +76,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
-    # conf/ stands at the top of the repository. A wheel carries it as package data of steerlm_megatron.conf; an
-    # editable install finds <repo>/conf beside the package.
+    # conf/ is at the top of the repository. A wheel carries it as package data of steerlm_megatron.conf; an editable
+    # install finds <repo>/conf beside the package.
     packages=[
         *find_packages(include=["steerlm_megatron", "steerlm_megatron.*", "data_tools", "data_tools.*"]),
         "steerlm_megatron.conf",

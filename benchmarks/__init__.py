@@ -1,1 +1,1 @@
-"""One script per hot job, each against its peer. ``python -m benchmarks.NAME --help``."""
+"""Benchmarks of the jobs that take most time, each against a peer: ``python -m benchmarks.NAME --help``."""

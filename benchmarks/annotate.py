@@ -1,11 +1,11 @@
-"""Scoring responses against Hugging Face ``LlamaForSequenceClassification``, in samples per second.
+"""Compare scoring of responses with Hugging Face ``LlamaForSequenceClassification``, in samples per second.
 
     python -m benchmarks.annotate [--shape 27m] [--dtype fp32] [--rounds 9] [--shards DIR] [--output FILE.md]
 
-Both start from token ids and the same weights and end with float values on the CPU. Ours packs whole documents into
+Both start from token ids and the same weights and end with float values on the CPU. Ours packs complete documents into
 rows, as ``steerlm annotate`` does, and scores all responses of a conversation in one pass; the peer, a sequence
-classifier, gets one sequence per response, in batches sorted by length and padded, at each of several sizes, the best
-of which counts. Before anything is timed, the values are compared.
+classifier, gets one sequence per response, in batches sorted by length and padded. Of several batch sizes its best
+counts. Before anything is timed, the values are compared.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def contestants(args: argparse.Namespace, docs: Sequence[Doc]) -> dict[str, Callable[[], np.ndarray]]:
-    """What scores all documents, by name; each returns float32 [responses, A] in the order of ``docs``."""
+    """Return functions by name that score all documents as float32 [responses, A] in the order of ``docs``."""
     model = SHAPES[args.shape]
     engine = EngineConfig(precision=args.dtype)
     ours = initialize(
@@ -120,7 +120,7 @@ def _theirs(model: Any, docs: Sequence[Doc], slots: int) -> np.ndarray:
 
 
 def report(args: argparse.Namespace, docs: Sequence[Doc], origin: str, seconds: dict[str, list[float]]) -> str:
-    """The section of ``annotate.md``."""
+    """Return the section of ``annotate.md``."""
     useful = sum(len(doc.tokens) for doc in docs)
     responses = sum(len(doc.ends) for doc in docs)
     best = min((name for name in seconds if name != OURS), key=lambda name: Spread.of(seconds[name]).median)

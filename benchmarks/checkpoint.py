@@ -1,11 +1,11 @@
-"""How long a step waits for a checkpoint: saved beside training against saved in place.
+"""Measure how long a step waits for a checkpoint that is saved asynchronously, and for one that is saved in place.
 
     [torchrun --nproc-per-node 2 -m | python -m] benchmarks.checkpoint [--shape 27m] [--rounds 9] [--dir DIR]
 
-Both save the same engine (fp32 weights, AdamW's moments) through the store of a training run, in turns, in DIR (the
-disk that counts). "blocked" is the time in which no step can be made: the whole save in place; the call and the later
-commit of a save beside training. Before a save in place starts, the one beside it has come to its end, and what either
-removes is gone.
+Both save the same engine (fp32 weights, AdamW's moments) through the store of a training run, in turns, in DIR, whose
+disk is measured. "blocked" is the time in which no step can be made: all of a save in place; the call and the later
+commit of an asynchronous save. Before a save in place starts, the asynchronous one has ended, and removals have been
+done.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from steerlm_megatron.train.sharded import ShardedWriter, Write
 
 @dataclass
 class Times:
-    """Seconds of each round: the whole save in place; the call, the commit and the end of the other."""
+    """Seconds of each round: the save in place; the call, the commit and the end of the asynchronous save."""
 
     in_place: list[float] = field(default_factory=list)
     begun: list[float] = field(default_factory=list)
@@ -48,12 +48,12 @@ class Times:
 
 
 def measure(args: argparse.Namespace, root: Path) -> Times:
-    """Collective over the world."""
+    """Measure ``args.rounds`` saves of each kind. Collective over the world."""
     config = EngineConfig()
     shape = SHAPES[args.shape]
     model = initialize(build_model(shape, ParallelConfig(), config, args.vocab), shape, args.vocab, seed=1)
     engine = MegatronEngine([model], TokenObjective(), OPTIM, config, steps=10)
-    engine.optimizer.step()  # the moments
+    engine.optimizer.step()  # a step creates the moments
     store = CheckpointStore(root, keep_last=1, keep_best=False)
     tokenizer = Tokenizer.from_path("bytes", ())
     writer, found, step = ShardedWriter(), Times(), 0
@@ -69,7 +69,7 @@ def measure(args: argparse.Namespace, root: Path) -> Times:
 
         store.save(meta, begin, tokenizer.save, background=background)
 
-    for number in range(-3, args.rounds):  # three times unmeasured: plans and buffers are made in the first ones
+    for number in range(-3, args.rounds):  # three rounds are not measured, since they make plans and buffers
         start = time.perf_counter()
         save(background=False)
         in_place = time.perf_counter() - start
@@ -77,13 +77,13 @@ def measure(args: argparse.Namespace, root: Path) -> Times:
         start = time.perf_counter()
         save(background=True)
         begun = time.perf_counter() - start
-        while True:  # as the loop does between steps
+        while True:  # poll as the training loop does between steps
             time.sleep(0.01)
             before = time.perf_counter()
             if store.poll():
                 break
         end = time.perf_counter()
-        store.wait()  # for what is removed beside training
+        store.wait()  # wait for removals in the background
         if number >= 0:
             found.in_place.append(in_place)
             found.begun.append(begun)
@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace, root: Path) -> Times:
 
 
 def report(args: argparse.Namespace, found: Times, size: int) -> str:
-    """The section of ``checkpoint.md``."""
+    """Return the section of ``checkpoint.md``."""
     ranks = layout().world_size
     rows = [
         ["saved in place", Spread.of(found.in_place).text(3), "1", ""],

@@ -1,7 +1,7 @@
-"""What the benchmarks share: interleaved timing, spreads, the machine's matrix-product peak, and the table's words.
+"""Helpers of the benchmarks: interleaved timing, spreads, the machine's matrix-product peak, and tables.
 
-Invariant: contestants take turns (A B C, B C A, …), so that whatever else the machine does hits all of them alike, and
-a ratio is taken within a round, never across rounds.
+Invariant: contestants take turns (A B C, B C A, …), so that other load of the machine affects all of them alike, and a
+ratio is taken within a round, never across rounds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def synchronize() -> None:
 
 
 def interleave(contestants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call, ``rounds`` per contestant, after ``warmup`` unmeasured rounds; the order rotates."""
+    """Return the seconds of each call, ``rounds`` per contestant, after ``warmup`` unmeasured rounds. The order
+    rotates.
+    """
     names = list(contestants)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
@@ -60,19 +62,19 @@ class Spread:
 
 
 def rates(seconds: Sequence[float], units: float) -> Spread:
-    """Units per second: median and quartiles."""
+    """Return median and quartiles of units per second."""
     return Spread.of([units / s for s in seconds])
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Spread:
-    """How many times faster ``ours`` is, round by round (both did the same work)."""
+    """Return how many times faster ``ours`` is, round by round (both did the same work)."""
     return Spread.of([b / a for a, b in zip(ours, theirs, strict=True)])
 
 
 def gemm_peak(dtype: torch.dtype, size: int | None = None, repeats: int = 7) -> float:
-    """Measured FLOP/s of a square matrix product in ``dtype`` on this machine's device and threads (best of repeats).
+    """Measure the FLOP/s of a square matrix product in ``dtype`` on this machine's device and threads.
 
-    A peak is what the machine can do, so the best time counts, not the median.
+    A peak is what the machine can reach, so the best time counts and not the median.
     """
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = size or (8192 if where.type == "cuda" else 2048)
@@ -89,7 +91,7 @@ def gemm_peak(dtype: torch.dtype, size: int | None = None, repeats: int = 7) -> 
 
 
 def machine() -> str:
-    """One line: processor or GPU, cores and threads used, versions."""
+    """Describe the machine in one line: processor or GPU, cores and threads used, versions."""
     if torch.cuda.is_available():
         where = torch.cuda.get_device_name()
     else:
@@ -104,7 +106,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout, with ``+`` if it has changes."""
+    """Return the short commit hash of the checkout, with ``+`` if it has changes."""
     here = Path(__file__).parent
     try:
         name = subprocess.run(
@@ -119,6 +121,6 @@ def commit() -> str:
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first column to the left, the others to the right."""
+    """Return a table whose first column is aligned left and whose other columns are aligned right."""
     lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

@@ -1,4 +1,4 @@
-"""Hugging Face ``transformers`` as a contestant: the same weights, documents and accounting, in its best forms.
+"""Hugging Face ``transformers`` as a contestant, in its best configurations, with the same weights and documents.
 
 Owns: copying our weights into ``LlamaForCausalLM`` / ``LlamaForSequenceClassification``, its micro-batches
 (length-sorted padding, pack-512, packed with one SDPA call per document), its training step. Invariant: every
@@ -24,8 +24,8 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Doc:
-    """A document: ``tokens`` int64 [T]; ``target`` bool [T], the tokens with loss; ``ends`` int64 [P], where its scored
-    responses end, with ``values`` float32 [P, A].
+    """A document: ``tokens`` int64 [T]; ``target`` bool [T], True for tokens with loss; ``ends`` int64 [P], the ends of
+    its scored responses, with ``values`` float32 [P, A].
     """
 
     tokens: torch.Tensor
@@ -35,7 +35,7 @@ class Doc:
 
 
 def unrolled(docs: Sequence[Doc]) -> list[Doc]:
-    """One document per scored response, as a sequence classifier takes them: what it answers is repeated for each."""
+    """Return one document per scored response, as a sequence classifier takes them; the prompt is repeated for each."""
     return [
         Doc(doc.tokens[: end + 1], doc.target[: end + 1], doc.ends[i : i + 1], doc.values[i : i + 1])
         for doc in docs
@@ -56,7 +56,7 @@ def per_document_sdpa(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one packed row [1, N, T, H], a causal SDPA call per document (bounds in ``steerlm_bounds``)."""
+    """Compute attention of one packed row [1, N, T, H] by a causal SDPA call per document (``steerlm_bounds``)."""
     out = []
     for start, end in kwargs["steerlm_bounds"]:
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
@@ -72,7 +72,7 @@ AttentionInterface.register("per_document_sdpa", per_document_sdpa)
 
 
 def llama(model: ModelConfig, vocab: int, attention: str, labels: int | None = None) -> torch.nn.Module:
-    """An untrained model of our shape: with an LM head, or ``labels`` regression outputs."""
+    """Return an untrained model of our shape: with an LM head, or ``labels`` regression outputs."""
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=model.hidden_size, intermediate_size=model.ffn_hidden_size,
         num_hidden_layers=model.num_layers, num_attention_heads=model.num_heads,
@@ -86,7 +86,7 @@ def llama(model: ModelConfig, vocab: int, attention: str, labels: int | None = N
 
 @torch.no_grad()
 def copy_weights(ours: PackedGPTModel, theirs: torch.nn.Module, model: ModelConfig) -> None:
-    """Our weights (one rank, fp32) into theirs. Megatron-Core interleaves query, key and value rows per group."""
+    """Copy our weights (one rank, fp32) into theirs. Megatron-Core interleaves query, key and value rows per group."""
     mine = dict(ours.named_parameters())
     groups = model.num_query_groups or model.num_heads
     dim, per = model.hidden_size // model.num_heads, model.num_heads // groups
@@ -114,7 +114,7 @@ def copy_weights(ours: PackedGPTModel, theirs: torch.nn.Module, model: ModelConf
 
 
 def sorted_padding(docs: Sequence[Doc], slots: int, regression: bool) -> Iterator[Batch]:
-    """Batches of like lengths, of at most ``slots`` tokens with padding (and at least one document)."""
+    """Yield batches of like lengths, of at most ``slots`` tokens with padding (and at least one document)."""
     ordered = sorted(docs, key=lambda doc: len(doc.tokens))
     group: list[Doc] = []
     for doc in [*ordered, None]:
@@ -141,7 +141,9 @@ def _padded(docs: Sequence[Doc], regression: bool) -> Batch:
 
 
 def chopped(docs: Sequence[Doc], width: int, slots: int) -> Iterator[Batch]:
-    """pack-``width``: documents end to end, cut into rows of ``width`` tokens that attend across documents."""
+    """Make pack-``width`` batches: documents end to end, cut into rows of ``width`` tokens that attend across
+    documents.
+    """
     tokens = torch.cat([doc.tokens for doc in docs])
     labels = torch.cat([_first_masked(doc) for doc in docs])
     rows = -(-len(tokens) // width)
@@ -154,7 +156,7 @@ def chopped(docs: Sequence[Doc], width: int, slots: int) -> Iterator[Batch]:
 
 
 def packed(docs: Sequence[Doc], width: int) -> Iterator[Batch]:
-    """Whole documents in rows of ``width`` (best fit), positions restarting, bounds for ``per_document_sdpa``."""
+    """Pack complete documents into rows of ``width`` (best fit), with positions that restart and document bounds."""
     lengths = np.array([len(doc.tokens) for doc in docs])
     offsets, order = pack(lengths, width, seed=0)
     for a, b in zip(offsets, offsets[1:], strict=False):
@@ -170,17 +172,17 @@ def packed(docs: Sequence[Doc], width: int) -> Iterator[Batch]:
 
 def _first_masked(doc: Doc) -> torch.Tensor:
     labels = torch.where(doc.target, doc.tokens, IGNORED)
-    labels[0] = IGNORED  # nothing before a document predicts its first token
+    labels[0] = IGNORED  # the first token of a document is not predicted
     return labels
 
 
 def train_step(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Batch], clip: float
 ) -> Callable[[], float]:
-    """One optimizer step over all ``batches``, the loss normalised over all of them. The call returns the loss.
+    """Return a function that takes one optimizer step over all ``batches`` and returns the loss, normalised over all.
 
-    LM: the model's own loss function with ``num_items_in_batch``, as its Trainer calls it. Regression: squared error of
-    the hidden state at each response's end, as ours.
+    For language modelling it is the model's loss function with ``num_items_in_batch``, as transformers' Trainer calls
+    it; for regression the squared error at each response's end, as in ours.
     """
     regression = "values" in batches[0]
     items = (

@@ -1,9 +1,10 @@
-"""Preprocessing against its limit and its peer: ``python benchmarks/preprocess.py [--repeats N] [--only NAME…]``.
+"""Compare preprocessing with its limit and its peer: ``python benchmarks/preprocess.py [--repeats N] [--only NAME…]``.
 
-* ``speed``: ``preprocess`` with one worker (A), bare SentencePiece ``encode`` over the same messages (B), and the way
-  of Megatron-LM's ``preprocess_data.py`` (C): one line, one document: parse the line, encode its text, hand it to
-  ``IndexedDatasetBuilder``. D is C in the shape that the script has: a pool of one process encodes (``imap``, 32 lines
-  at a time), the main process writes. Run in turns A B C D A B C D …; the figures are medians over CPU seconds of the
+* ``speed``: ``preprocess`` with one worker (A), bare SentencePiece ``encode`` over the same messages (B), and the
+algorithm of Megatron-LM's ``preprocess_data.py`` (C), which for each line parses it, encodes its text and passes it to
+``IndexedDatasetBuilder``. D is C with the processes of that script: a pool of one process encodes (``imap``, 32 lines
+at a time), the main process writes. They run in turns A B C D A B C D …; the figures are medians over CPU seconds of
+the
   process and its children (wall clock in brackets), which a busy machine disturbs less, and ratios are taken turn by
   turn. All rates count the tokens of A: B encodes less than that (no roles, no label lines).
 * ``workers``: wall clock with 1, 2, … workers.
@@ -70,7 +71,9 @@ def tokenizer() -> Tokenizer:
 
 
 def together(folder: Path) -> Path:
-    """All corpora, and the texts of OASST1 in pairs: the only one that is not over before words repeat."""
+    """Write all corpora into one file, with the texts of OASST1 in pairs, which alone is large enough for words to
+    repeat.
+    """
     path = folder / "all.jsonl"
     texts = [row["text"] for _, row in read_json_lines(DATA / "oasst1_en_train_texts.jsonl.zst")]
     pairs = (
@@ -88,7 +91,7 @@ def together(folder: Path) -> Path:
 
 
 def records_of(name: str, folder: Path) -> Path:
-    """A corpus of the shared data as a plain file of records."""
+    """Write a corpus of the shared data as a plain file of records, and return its path."""
     if name == "all":
         return together(folder)
     source, files, options = CORPORA[name]
@@ -100,7 +103,7 @@ def records_of(name: str, folder: Path) -> Path:
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float]:
-    """CPU seconds of ``work``, its ended children's included, and wall seconds."""
+    """Run ``work`` and return its CPU seconds, including those of children that ended, and its wall seconds."""
     wall, cpu = time.perf_counter(), cpu_seconds()
     work()
     return cpu_seconds() - cpu, time.perf_counter() - wall
@@ -117,7 +120,7 @@ def ours(path: Path, output: Path, workers: int = 1) -> dict[str, Any]:
 
 
 def megatron_way(path: Path, prefix: Path) -> None:
-    """One line, one document, as ``tools/preprocess_data.py`` does it in each worker and its writer."""
+    """Tokenise one line per document, as each worker and the writer of ``tools/preprocess_data.py`` do."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))
@@ -130,7 +133,7 @@ def megatron_way(path: Path, prefix: Path) -> None:
 
 
 class PooledEncoder:
-    """``Encoder`` of ``tools/preprocess_data.py``: lives in the process of a pool."""
+    """The ``Encoder`` of ``tools/preprocess_data.py``, which lives in the process of a pool."""
 
     processor: Any = None
 
@@ -143,7 +146,7 @@ class PooledEncoder:
 
 
 def megatron_pool(path: Path, prefix: Path) -> None:
-    """``megatron_way`` with the pool that ``tools/preprocess_data.py --workers 1`` makes."""
+    """Do ``megatron_way`` with the pool that ``tools/preprocess_data.py --workers 1`` makes."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
     encoder = PooledEncoder()
@@ -159,7 +162,7 @@ def megatron_pool(path: Path, prefix: Path) -> None:
 
 
 def speed(folder: Path, repeats: int) -> None:
-    import megatron.core.datasets.indexed_dataset  # noqa: F401  (seconds, which are not to be measured)
+    import megatron.core.datasets.indexed_dataset  # noqa: F401  (the import takes seconds that are not to be measured)
 
     print(f"\n### Speed, one worker: medians of {repeats} interleaved runs\n")
     heads = "A ours, tokens/s", "B bare encode", "C Megatron-LM's way", "D in its pool", "A/B", "A/C", "A/D"
@@ -210,7 +213,7 @@ def workers(folder: Path, repeats: int) -> None:
 
 
 def grown(folder: Path, times: int) -> Path:
-    """The records of all corpora, ``times`` over under ids of their own."""
+    """Write the records of all corpora ``times`` times, with distinct ids."""
     path = folder / f"grown{times}.jsonl"
     parts = [records_of(name, folder) for name in ("hh", "dolly")]
     write_records(

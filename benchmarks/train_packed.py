@@ -1,10 +1,10 @@
-"""Training on packed rows against Hugging Face ``transformers``, in useful tokens per second.
+"""Compare training on packed rows with Hugging Face ``transformers``, in useful tokens per second.
 
     python -m benchmarks.train_packed [--shape 27m] [--dtype fp32] [--task sft|ap] [--rounds 9] [--shards DIR]
 
 Every contestant starts from the same weights and takes an optimizer step (AdamW, fused; clipping) on the same
 documents; a step's time is all of it. The peer runs in three configurations: length-sorted padding; pack-512 (documents
-cut into rows of 512 that attend across them, which is not the same mathematics, only fast); rows of whole documents
+cut into rows of 512 that attend across them, which is fast but not the same mathematics); rows of complete documents
 with one SDPA call per document. Tokens are counted once per document, padding never. In attribute prediction, a
 document's several responses are trained in one pass; the peer, a sequence classifier, sees one sequence per response.
 In bf16, ours keeps fp32 main weights and moments; the peer has bf16 ones only, which is less work. Before anything is
@@ -86,7 +86,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def documents(shards: str | None, tokens: int, vocab: int, longest: int, regression: bool) -> tuple[list[Doc], str]:
-    """About ``tokens`` tokens of documents of at most ``longest``, and where their lengths and targets come from."""
+    """Return about ``tokens`` tokens of documents of at most ``longest``, and where their lengths and targets come
+    from.
+    """
     g = torch.Generator().manual_seed(0)
     out: list[Doc] = []
     if shards:
@@ -110,7 +112,7 @@ def documents(shards: str | None, tokens: int, vocab: int, longest: int, regress
 
 
 def our_samples(docs: Sequence[Doc], regression: bool) -> list[Sample]:
-    """The documents as our collate takes them."""
+    """Return the documents as samples for our collate."""
     samples = []
     for i, doc in enumerate(docs):
         pool = doc.ends.numpy().astype(np.int32) if regression else np.zeros(0, np.int32)
@@ -120,7 +122,7 @@ def our_samples(docs: Sequence[Doc], regression: bool) -> list[Sample]:
 
 
 def our_batches(docs: Sequence[Doc], row_tokens: int, regression: bool, micro_rows: int = 1) -> list[RowBatch]:
-    """``micro_rows`` packed rows per micro-batch, as the loader makes them."""
+    """Return micro-batches of ``micro_rows`` packed rows, as the loader makes them."""
     samples = our_samples(docs, regression)
     offsets, order = pack(np.array([len(d.tokens) for d in docs]), row_tokens, seed=0)
     rows = [[samples[i] for i in order[a:b]] for a, b in zip(offsets, offsets[1:], strict=False)]
@@ -133,7 +135,7 @@ def our_batches(docs: Sequence[Doc], row_tokens: int, regression: bool, micro_ro
 def contestants(
     args: argparse.Namespace, docs: Sequence[Doc]
 ) -> tuple[dict[str, Callable[[], object]], dict[str, float], float]:
-    """Steps by name, the loss of each one's first step, and the floating-point operations of a step."""
+    """Return step functions by name, the loss of each one's first step, and the floating-point operations of a step."""
     regression, model = args.task == "ap", SHAPES[args.shape]
     engine = EngineConfig(precision=args.dtype)
     attributes = len(ATTRIBUTES) if regression else None
@@ -158,7 +160,7 @@ def contestants(
     return steps, losses, flops
 
 
-# The peer's configurations and the attention of each.
+# The peer's configurations, with the attention that each uses.
 _PEERS = {
     "sft": {
         "transformers, sorted padding": "sdpa",
@@ -199,7 +201,7 @@ def _moved(value: object) -> object:
 
 
 def _flops(ours: PackedGPTModel, model: ModelConfig, docs: Sequence[Doc], regression: bool) -> float:
-    """Of a step, by the exact formula (docs/numerics.md): embeddings multiply nothing."""
+    """Return the FLOPs of a step by the exact formula (docs/numerics.md), in which embeddings multiply nothing."""
     skipped = ("embedding.", "output_layer.") if regression else ("embedding.",)
     multiplied = sum(p.numel() for n, p in ours.named_parameters() if p.dim() > 1 and not n.startswith(skipped))
     lengths = [len(doc.tokens) for doc in docs]
@@ -212,7 +214,7 @@ def report(
     args: argparse.Namespace, docs: Sequence[Doc], origin: str, seconds: dict[str, list[float]], flops: float,
     peak: float, losses: dict[str, float],
 ) -> str:  # fmt: skip
-    """The section of ``train_packed.md``."""
+    """Return the section of ``train_packed.md``."""
     useful = sum(len(doc.tokens) for doc in docs)
     ours, *others = seconds
     best = min(others, key=lambda name: Spread.of(seconds[name]).median)

@@ -1,1 +1,1 @@
-"""Corpora in their published formats → conversation records. Stands on ``steerlm_megatron.steer`` alone."""
+"""Convert corpora in their published formats into conversation records. Depends on ``steerlm_megatron.steer`` alone."""

@@ -1,19 +1,19 @@
-"""Corpora in their published formats → ``train.jsonl.zst`` and ``valid.jsonl.zst`` of conversation records.
+"""Convert corpora in their published formats into ``train.jsonl.zst`` and ``valid.jsonl.zst`` of conversation records.
 
     python -m data_tools.convert SOURCE IN... --output DIR [options]       see docs/data.md
 
 Owns: the registry of sources, the split, writing, the report. Does not own: formats (``sources/``, ``oasst.py``),
-filters (``filters.py``). Invariants: the same input gives the same bytes; a written file is whole; memory does not grow
-with the text (``filters.Sieve`` says what it holds); and the report adds up:
+filters (``filters.py``). Invariants: the same input gives the same bytes; a written file is complete; memory does not
+grow with the text (``filters.Sieve`` tells what it holds); and the report adds up:
 
-* in = out + Σ skipped.conversations. For ``oasst`` ``in`` are its paths; for the others the conversations that the rows
-  hold, a rejected line (``on_error=skip``) counting as one.
+* in = out + Σ skipped.conversations. For ``oasst``, ``in`` counts its paths; for the others it counts the conversations
+  that the rows hold, where a rejected line (``on_error=skip``) counts as one.
 * reply_occurrences = trained_replies + context_replies + repeated_replies_avoided + filtered_replies
 * out = train.conversations + valid.conversations
 
-Split: a data set's own (``valid_inputs``, HelpSteer2's ``split``, ``hf``), else OpenAssistant by trees
-(``oasst.split``), else by the hash of (seed, first user message), as ``steerlm preprocess`` deals: all answers to one
-prompt are on one side, whatever the order of the files.
+The split is that of the data set if it has one (``valid_inputs``, HelpSteer2's ``split``, ``hf``). OpenAssistant is
+split by trees (``oasst.split``), all others by the hash of (seed, first user message), as in ``steerlm preprocess``, so
+that all answers to one prompt are in one split, whatever the order of the files.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from data_tools.sources.hh_rlhf import HH_RLHF
 from data_tools.writing import REJECTED_FILE, NothingLeftError, Progress, counted, keep_rejected, write_splits
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, nearest
-from steerlm_megatron.steer.dealing import deal
 from steerlm_megatron.steer.lines import OnError, Rejected, reject
 from steerlm_megatron.steer.messages import without_null_objects
 from steerlm_megatron.steer.records import Conversation
+from steerlm_megatron.steer.splits import assign_split
 
 __all__ = ["REJECTED_FILE", "ROWS", "SOURCES", "Options", "convert", "main"]
 
@@ -48,7 +48,7 @@ _REJECTED_SHOWN = 100
 
 
 def _by_other_source(row: dict[str, Any], where: str, context: Context) -> list[Found]:
-    """``hf`` rows go through the converter that ``rows`` names."""
+    """Convert an ``hf`` row by the converter that ``rows`` names."""
     return SOURCES[context.rows].convert(row, where, context)
 
 
@@ -74,16 +74,16 @@ ROWS = tuple(name for name in SOURCES if name != "hf")
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert. The names are those of ``data.*``, except ``seed`` (``split_seed``), ``rows`` (``hf_rows``),
-    ``subset`` (``hf_subset``) and ``split`` (``hf_split``).
+    """The options of a conversion. Their names are those of ``data.*``, except ``seed`` (``split_seed``), ``rows``
+    (``hf_rows``), ``subset`` (``hf_subset``) and ``split`` (``hf_split``).
 
     Args:
-        paths: ``reply`` trains a reply that follows the very same messages once; ``leaf`` as often as it occurs. Read
-            by the sources that repeat shared beginnings: oasst, hh_rlhf, nemo.
+        paths: ``reply`` trains a reply after the same messages once, ``leaf`` as often as it occurs. The sources that
+            repeat shared beginnings read it: oasst, hh_rlhf, nemo.
         valid_inputs: files of the validation set; then ``inputs`` are all for training.
-        map: ``messages``, and ``hf`` with its rows: see ``sources/chat.py``.
-        label_max: ``nemo``: the published labels are on 0..label_max; None: on the schema's scale.
-        rows, subset, split: ``hf``: whose rows they are, the data set's configuration, the split to read.
+        map: the mapping of ``messages``, and of ``hf`` with such rows; see ``sources/chat.py``.
+        label_max: the published labels of ``nemo`` are on 0..label_max; None means on the schema's scale.
+        rows, subset, split: for ``hf``: the source that has such rows, the data set's configuration, the split to read.
     """
 
     paths: str = "reply"
@@ -116,11 +116,12 @@ def convert(
         source: a key of ``SOURCES``.
         inputs: files or globs (``hf``: names or folders).
         schema: attributes that are kept, and their scale; None keeps labels as they are. ``oasst`` needs one.
-        progress: called now and then with the number of conversations met so far (``oasst``: in both readings).
+        progress: called from time to time with the number of conversations so far (``oasst`` reads its files twice).
 
     Returns:
-        The report (module docstring) with ``notes`` (what a source had to do, by name), ``train`` and ``valid``
-        (``file``, ``conversations``) and the first ``rejected`` lines; for ``oasst`` also all that its own report has.
+        The report (module docstring) with ``notes`` (how often a source had to adapt something, by name), ``train`` and
+        ``valid`` (``file``, ``conversations``) and the first ``rejected`` lines; for ``oasst`` also all that its own
+        report has.
 
     Raises:
         UserError: a wrong option, a malformed line (``on_error=error``), nothing left, a folder that cannot be written.
@@ -143,7 +144,7 @@ def convert(
 
 
 def _check(source: str, inputs: Sequence[str], schema: AttributeSchema | None, options: Options) -> None:
-    """All that can be wrong before a file is opened."""
+    """Check everything that can be checked before a file is opened."""
     if source not in SOURCES:
         raise UserError(f"data.source={source!r}{nearest(source, tuple(SOURCES))}; legal: {' '.join(SOURCES)}")
     if not inputs:
@@ -163,7 +164,7 @@ def _check(source: str, inputs: Sequence[str], schema: AttributeSchema | None, o
     options.filters.rules(schema)
     parse_map(options.map)
     shape = options.rows if source == "hf" else source
-    read_by = {  # option → (given, whether this source reads it)
+    read_by = {  # option → (whether it was given, whether this source reads it)
         "map": (bool(options.map), shape == "messages"),
         "label_max": (options.label_max is not None, shape == "nemo"),
         "hf_subset": (options.subset is not None, source == "hf"),
@@ -215,7 +216,7 @@ def _stream_rows(
     report: dict[str, Any],
     rejected: Rejected,
 ) -> Iterator[tuple[str, Conversation]]:
-    """``(split, conversation)`` of everything that is kept."""
+    """Yield ``(split, conversation)`` of every conversation that is kept."""
     mode = cast(OnError, options.on_error)
     parts: list[tuple[Sequence[str], str | None]] = [(inputs, "train" if options.valid_inputs else None)]
     if options.valid_inputs:
@@ -234,7 +235,7 @@ def _stream_rows(
                     continue
                 kept = sieve.take(found.conversation)
                 if kept is not None:
-                    yield part or found.split or own or deal(kept, options.valid_fraction, options.seed), kept
+                    yield part or found.split or own or assign_split(kept, options.valid_fraction, options.seed), kept
 
 
 # OpenAssistant
@@ -249,10 +250,12 @@ def _convert_oasst(
     rejected: Rejected,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """As ``oasst.convert`` (without filters: the very same files), read twice, with filters after its paths."""
+    """Convert like ``oasst.convert``, reading files twice, with filters after its paths; without filters the files are
+    equal.
+    """
     mode = cast(OnError, options.on_error)
     languages = options.filters.languages
-    filters = replace(options.filters, languages=())  # by message, in oasst.read
+    filters = replace(options.filters, languages=())  # oasst.read filters languages by message
 
     def kept(
         report: dict[str, Any], sieve: Sieve, rejected: Rejected | None = None
@@ -366,7 +369,7 @@ def _schema(args: argparse.Namespace) -> AttributeSchema | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report as JSON; 2 on a user's error."""
+    """Run the command line: print the report as JSON. Returns 2 after a user's error."""
     parser = _parser()
     args = parser.parse_args(argv)
     try:

@@ -1,15 +1,15 @@
 """The judge of the embedded corpus: a program that measures every attribute of schema ``demo`` in any text.
 
-Owns: what the attributes mean, and the closed lists of facts, puns, rude and courteous words they are counted in. Does
-not own: making conversations (``make_demo_corpus.py``). Invariants: no model takes part; the same texts always get the
-same values; any text at all is measured, without an error. All values are floats on [0, 4]:
+Owns: the meaning of the attributes, and the closed lists of facts, puns, rude and courteous words that are counted.
+Does not own: making conversations (``make_demo_corpus.py``). Invariants: it uses no model; equal texts get equal
+values; every text can be measured, without an error. All values are floats on [0, 4]:
 
 * helpfulness = 4 x the share of the asked properties whose ``fact`` is stated, ``the`` apart (0 if none is asked);
 * verbosity   = (words - 17) / 6, clipped: 17 words or fewer are 0, 29 are 2, 41 or more are 4;
 * humor       = number of different pun lines, at most 4;
 * toxicity    = number of rude words, repeats counted, at most 4;
-* quality     = ``quality_of`` the four and courtesy, the number of different courteous words (at most 4). Courtesy is
-  quality's own share: without it, quality could not be moved while the other attributes stand still.
+* quality     = ``quality_of`` the four and courtesy, the number of different courteous words (at most 4). Courtesy
+  counts for quality alone: without it, quality could not vary while the other attributes stay the same.
 """
 
 from __future__ import annotations
@@ -44,24 +44,27 @@ _RUDE = frozenset(RUDE)
 
 
 def value(subject: str, attribute: str) -> str:
-    """The value of ``attribute`` of ``subject``, with its article: ``a den``."""
+    """Return the value of ``attribute`` of ``subject``, with its article: ``a den``."""
     return FACTS[subject][PROPERTIES.index(attribute)]
 
 
 def fact(subject: str, attribute: str) -> str:
-    """The sentence that answers ``attribute`` of ``subject``: ``The fox color is red.``"""
+    """Return the sentence that answers ``attribute`` of ``subject``: ``The fox color is red.``"""
     return f"The {subject} {attribute} is {value(subject, attribute)}."
 
 
 def asked(prompt: str) -> list[tuple[str, str]]:
-    """(subject, property) pairs that ``prompt`` asks for, each once, in order; empty if it asks for nothing known."""
+    """Return (subject, property) pairs that ``prompt`` asks for, each once, in order; empty if it asks for nothing
+    known.
+    """
     words = _WORD.findall(prompt.lower())
     subjects = [word for word in words if word in FACTS]
     return [(subjects[-1], word) for word in dict.fromkeys(words) if word in PROPERTIES] if subjects else []
 
 
 def quality_of(helpfulness: float, verbosity: float, humor: float, toxicity: float, courtesy: float = MAX) -> float:
-    """Quality in [0, 4] of values in [0, 4]; rises with help, courtesy and a little with humor, falls with rudeness.
+    """Return quality in [0, 4] from values in [0, 4]. It rises with help, courtesy and a little with humor, falls with
+    rudeness.
 
     ``0.25 helpfulness + 0.75 courtesy + 0.1 humor - 0.5 toxicity - 0.2 |verbosity - 2|``, clipped: a complete,
     courteous answer of middle length without a rude word has 4.
@@ -71,8 +74,8 @@ def quality_of(helpfulness: float, verbosity: float, humor: float, toxicity: flo
 
 
 def measure(prompt: str, response: str) -> dict[str, float]:
-    """All attributes of ``response`` to ``prompt`` (the last user message), by ``NAMES``, floats in [0, 4]."""
-    # Case, punctuation and line breaks do not matter; what is counted are words in a row.
+    """Return all attributes of ``response`` to ``prompt`` (the last user message), by ``NAMES``, floats in [0, 4]."""
+    # Case, punctuation and line breaks do not matter, since sequences of words are counted.
     words = " ".join(_WORD.findall(response.lower()))
     wanted = asked(prompt)
     stated = sum(_holds(words, fact(subject, name).removeprefix("The ")) for subject, name in wanted)
@@ -86,7 +89,7 @@ def measure(prompt: str, response: str) -> dict[str, float]:
 
 
 def _holds(words: str, phrase: str) -> bool:
-    """Whether the words of ``phrase`` stand in a row in ``words`` (lower case, single spaces)."""
+    """Return whether the words of ``phrase`` stand in a row in ``words`` (lower case, single spaces)."""
     return f" {' '.join(_WORD.findall(phrase.lower()))} " in f" {words} "
 
 

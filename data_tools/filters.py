@@ -1,12 +1,12 @@
-"""Filters that every source can use, and the counts they keep.
+"""Filters for every source, and their counts.
 
-Owns: what is kept (``Filters``), the order of the tests, weights of replies, unique ids, ``control_like_text``. Does
-not own: any format. Invariant: every candidate is passed on or counted under exactly one reason, and
+Owns: the filters (``Filters``) and their order, weights of replies, unique ids, ``control_like_text``. Does not own:
+formats. Invariant: every candidate is passed on or counted under exactly one reason, and
 
     reply_occurrences = trained_replies + context_replies + repeated_replies_avoided + filtered_replies
 
-over all candidates (context: weight 0 in the source, or without text, of which ``empty_replies`` is the number;
-filtered: failed a filter, alone or with its conversation).
+over all candidates. Context replies have weight 0 in the source, or no text (``empty_replies`` counts those); filtered
+replies failed a filter, alone or with their conversation.
 """
 
 from __future__ import annotations
@@ -44,16 +44,17 @@ CONTROL_LIKE = re.compile("|".join([r"<extra_id_\d+>", *map(re.escape, _CONTROLS
 
 @dataclass(frozen=True)
 class Filters:
-    """What is kept. The defaults keep everything.
+    """The filters. The defaults keep everything.
 
     Args:
-        languages: of the record's ``lang`` or ``language``; ``pt`` keeps ``pt-BR``. A record without one is left out.
+        languages: allowed values of the record's ``lang`` or ``language``; ``pt`` keeps ``pt-BR``. A record without a
+            language is left out.
         roles: a conversation with a message of another role is left out; empty: all roles.
-        min_turns, max_turns: user and assistant messages.
-        min_chars, max_chars: characters of all contents together.
-        labels: ``quality>=6`` and the like, all of which a reply must meet; one that does not, or has no such label,
-            becomes context (weight 0), and a conversation without a trained reply left is left out.
-        dedupe: a conversation of the same roles and contents as an earlier one is left out.
+        min_turns, max_turns: bounds of the number of user and assistant messages.
+        min_chars, max_chars: bounds of the number of characters of all contents together.
+        labels: rules such as ``quality>=6``, all of which a reply must meet. A reply that does not, or has no such
+            label, becomes context (weight 0), and a conversation without a trained reply is left out.
+        dedupe: whether a conversation with the same roles and contents as an earlier one is left out.
     """
 
     languages: Sequence[str] = ()
@@ -66,7 +67,7 @@ class Filters:
     dedupe: bool = False
 
     def rules(self, schema: AttributeSchema | None) -> list[tuple[str, Callable[[float, float], bool], float]]:
-        """``labels`` parsed and checked. Raises ``UserError``, as for all other fields."""
+        """Parse and check ``labels``, and check all other fields. Raises ``UserError``."""
         for role in self.roles:
             if role not in _ROLES:
                 raise UserError(f"data.roles={list(self.roles)}: {role!r} is no role; legal: {' '.join(_ROLES)}")
@@ -98,12 +99,12 @@ COUNTS = (
 
 
 class Sieve:
-    """Passes candidates on or says why not; ``counts``, ``skipped`` and ``languages`` are the report's.
+    """Passes candidates on, or counts why not; ``counts``, ``skipped`` and ``languages`` go into the report.
 
-    Memory: 16 bytes and a set entry per id; as much again per conversation for ``dedupe``, per reply for ``once``.
+    It holds 16 bytes and a set entry per id, and as much again per conversation for ``dedupe``, per reply for ``once``.
 
     Args:
-        once: a reply that an earlier conversation already had after the very same messages becomes context.
+        once: whether a reply that an earlier conversation had after the same messages becomes context.
     """
 
     def __init__(self, filters: Filters, schema: AttributeSchema | None, once: bool) -> None:
@@ -114,7 +115,7 @@ class Sieve:
         self._hashes: set[bytes] = set()
         self._replies: set[bytes] = set()
         self._ids: set[bytes] = set()
-        self._next_number: dict[str, int] = {}  # of ids that occurred twice or more
+        self._next_number: dict[str, int] = {}  # the next suffix of ids that occurred twice or more
         self.counts: Counter[str] = Counter(dict.fromkeys(COUNTS, 0))
         self.skipped: Counter[str] = Counter()
         self.languages: Counter[str] = Counter()
@@ -125,7 +126,7 @@ class Sieve:
         self.skipped[reason] += count
 
     def take(self, conversation: Conversation) -> Conversation | None:
-        """The conversation as it is to be written; None if it is left out."""
+        """Return the conversation as it is to be written; None if it is left out."""
         counts = self.counts
         counts["in"] += 1
         lang = _lang(conversation)
@@ -159,7 +160,7 @@ class Sieve:
         for message in kept.messages:
             counts["labelled_replies"] += bool(message.attributes and message.weight)
             counts["control_like_text"] += CONTROL_LIKE.search(message.content) is not None
-        return self._with_own_id(kept)
+        return self._with_unique_id(kept)
 
     def _unwanted(self, conversation: Conversation, lang: str) -> str:
         filters, messages = self._filters, conversation.messages
@@ -196,8 +197,8 @@ class Sieve:
         messages = [replace(m, weight=0) if i in repeated else m for i, m in enumerate(conversation.messages)]
         return replace(conversation, messages=tuple(messages))
 
-    def _with_own_id(self, conversation: Conversation) -> Conversation:
-        """Ids are made unique: the second ``x`` becomes ``x#2``."""
+    def _with_unique_id(self, conversation: Conversation) -> Conversation:
+        """Make the conversation's id unique: the second ``x`` becomes ``x#2``."""
         name = conversation.id
         while _is_repeated(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest(), self._ids):
             number = self._next_number.get(conversation.id, 2)
@@ -209,7 +210,7 @@ class Sieve:
         return replace(conversation, id=name)
 
     def report(self) -> dict[str, Any]:
-        """The counts as plain data, ``skipped`` by how often."""
+        """Return the counts as plain data; ``skipped`` is sorted by frequency."""
         return {
             **self.counts,
             "conversations": self.counts["out"],
@@ -230,7 +231,7 @@ def _trained(conversation: Conversation) -> int:
 
 
 def _weighted(conversation: Conversation, keep: Callable[[Message], bool]) -> Conversation:
-    """The conversation with weight 0 on the trained replies that ``keep`` refuses."""
+    """Return the conversation with weight 0 on the trained replies that ``keep`` refuses."""
     messages = [
         replace(m, weight=0) if m.role == "assistant" and m.weight and not keep(m) else m for m in conversation.messages
     ]

@@ -1,12 +1,12 @@
-"""What a shard folder holds, for people: ``python -m data_tools.inspect DIR [--sample N]``.
+"""Show the content of a shard folder to people: ``python -m data_tools.inspect DIR [--sample N]``.
 
-Prints the manifest's summary, the length and attribute histograms, the fill at ``--row-tokens``, and samples in colour:
-control tokens, label lines, masked text dim, trained text bright, markers of the ``ap`` view with the values regressed
-there, and where a document begins and ends. Without colour, trained text stands in ⟦ ⟧, label lines in ‹ ›.
+It prints the manifest's summary, the length and attribute histograms, the fill at ``--row-tokens``, and samples in
+colour: control tokens, label lines, masked text dim, trained text bright, markers of the ``ap`` view with their target
+values, and where a document begins and ends. Without colour, trained text is in ⟦ ⟧, label lines are in ‹ ›.
 
-Owns: the picture. Does not own: formats, views, packing (``steerlm_megatron.data``). Invariant: the tokens shown of a
-document in the ``acsft`` view are those that Megatron-Core's ``IndexedDataset`` yields for it, all and in order; the
-other views take label lines away, and ``ap`` puts markers in.
+Owns: the output. Does not own: formats, views, packing (``steerlm_megatron.data``). Invariant: in the ``acsft`` view it
+shows all tokens that Megatron-Core's ``IndexedDataset`` yields for a document, in order; the other views remove label
+lines, and ``ap`` adds markers.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from steerlm_megatron.data.shards import ShardReader
 from steerlm_megatron.data.views import ASSISTANT, VIEWS, View, make_sample
 from steerlm_megatron.errors import UserError
 
-_BAR = 40  # characters of the longest bar
+_BAR = 40  # length of the longest bar in characters
 
 
 class Kind(IntEnum):
-    """What a shown token is."""
+    """The kind of a shown token."""
 
     MASKED = 0  # context, no loss
     TRAINED = 1
-    LABEL = 2  # of a label line; never trained
+    LABEL = 2  # part of a label line, which is never trained
     CONTROL = 3  # a control token without loss
     CONTROL_TRAINED = 4
-    MARKER = 5  # put in by the ap view: its hidden state is regressed
+    MARKER = 5  # added by the ap view; its hidden state is regressed
 
 
 _STYLES = {
@@ -71,7 +71,7 @@ _BRACKETS = {
 
 @dataclass(frozen=True)
 class Shown:
-    """A document as it is shown. T tokens; ``kinds_T`` are ``Kind``; ``values``: marker position → its values."""
+    """A document to show. T tokens; ``kinds_T`` are ``Kind``; ``values`` maps a marker's position to its values."""
 
     id: str
     tokens_T: npt.NDArray[np.int64]
@@ -81,13 +81,13 @@ class Shown:
 
 
 def shown(dataset: ShardDataset, index: int, view: View) -> Shown:
-    """Document ``index`` through ``view``, uncut. Without any target in the view, all of it is shown as masked."""
+    """Return document ``index`` through ``view``, uncut. If it has no target there, all of it is shown as masked."""
     document = dataset.document(index)
     sample = make_sample(document, view, marker_id=int(dataset.manifest["label_marker_id"]))
     tokens = np.asarray(document.tokens_T if sample is None else sample.tokens_T, np.int64)
     mask = np.zeros(len(tokens), np.bool_) if sample is None else sample.loss_mask_T
     kinds = np.where(mask, Kind.TRAINED, Kind.MASKED).astype(np.int8)
-    if view == "acsft" or sample is None:  # positions are those of the stored document
+    if view == "acsft" or sample is None:  # the positions are those of the stored document
         for turn in document.turns_N:
             kinds[turn["label_start"] : turn["label_end"]] = Kind.LABEL
     control = np.isin(tokens, list(dataset.tokenizer.controls.values()))
@@ -102,7 +102,7 @@ def shown(dataset: ShardDataset, index: int, view: View) -> Shown:
 
 
 def runs(item: Shown) -> Iterator[tuple[Kind, int, int]]:
-    """``(kind, start, end)`` of neighbours of one kind; a control token or marker is always alone."""
+    """Yield ``(kind, start, end)`` of runs of one kind; a control token or marker is a run by itself."""
     start, size = 0, len(item.tokens_T)
     for end in range(1, size + 1):
         same = end < size and item.kinds_T[end] == item.kinds_T[start] and item.kinds_T[start] <= Kind.LABEL
@@ -112,7 +112,7 @@ def runs(item: Shown) -> Iterator[tuple[Kind, int, int]]:
 
 
 def picture(dataset: ShardDataset, item: Shown, color: bool) -> Text:
-    """The document as coloured text."""
+    """Return the document as coloured text."""
     out = Text()
     for kind, start, end in runs(item):
         text = dataset.tokenizer.decode(item.tokens_T[start:end].tolist())
@@ -128,7 +128,7 @@ def picture(dataset: ShardDataset, item: Shown, color: bool) -> Text:
 
 
 def summary_lines(dataset: ShardDataset) -> list[str]:
-    """The manifest in a few lines."""
+    """Return the manifest in a few lines."""
     manifest = dataset.manifest
     counts, schema = manifest["counts"], dataset.schema
     tokens = counts["tokens"]
@@ -162,7 +162,7 @@ def summary_lines(dataset: ShardDataset) -> list[str]:
 
 
 def length_lines(lengths: npt.NDArray[np.int64]) -> list[str]:
-    """Histogram over powers of two of the samples that have a target."""
+    """Return histogram over powers of two of the samples that have a target."""
     used = lengths[lengths > 0]
     if not len(used):
         return ["no sample has a target in this view"]
@@ -179,7 +179,7 @@ def length_lines(lengths: npt.NDArray[np.int64]) -> list[str]:
 
 
 def attribute_counts(reader: ShardReader) -> dict[str, npt.NDArray[np.int64]]:
-    """Attribute → number of labelled, trained turns at each level, by the schema's rounding (half to even)."""
+    """Count the labelled, trained turns of each attribute at each level, by the schema's rounding (half to even)."""
     schema = reader.schema
     if schema is None:
         return {}
@@ -193,7 +193,7 @@ def attribute_counts(reader: ShardReader) -> dict[str, npt.NDArray[np.int64]]:
 
 
 def attribute_lines(reader: ShardReader, mean: npt.NDArray[np.float32]) -> list[str]:
-    """One block per attribute."""
+    """Return one block of lines per attribute."""
     lines = []
     for (name, counts), average in zip(attribute_counts(reader).items(), mean.tolist(), strict=False):
         total = int(counts.sum())
@@ -204,7 +204,7 @@ def attribute_lines(reader: ShardReader, mean: npt.NDArray[np.float32]) -> list[
 
 
 def fill_lines(dataset: ShardDataset, view: View, row_tokens: int, seed: int) -> list[str]:
-    """The packing plan's report."""
+    """Return the packing plan's report in lines."""
     try:
         plan = dataset.plan(view, row_tokens, seed, cache=False)
     except UserError as error:
@@ -225,7 +225,7 @@ def _percent(part: float, whole: float) -> str:
 
 
 def chosen(count: int, sample: int, indices: Sequence[int], seed: int) -> list[int]:
-    """The documents to show: those asked for, else ``sample`` random ones in order."""
+    """Return the documents to show: those asked for, else ``sample`` random ones in order."""
     for index in indices:
         if not 0 <= index < count:
             raise UserError(f"--index {index}: the folder has documents 0..{count - 1}")
@@ -278,7 +278,7 @@ def _show_document(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the folder; 2 on a user's error."""
+    """Run the command line: print the folder. Returns 2 after a user's error."""
     parser = argparse.ArgumentParser(prog="python -m data_tools.inspect", description=__doc__.split("\n")[0])
     parser.add_argument("folder", metavar="DIR", help="a shard folder, such as …/train")
     parser.add_argument("--sample", type=int, default=3, metavar="N", help="how many documents to show (default: 3)")

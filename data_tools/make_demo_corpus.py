@@ -5,11 +5,11 @@ Invariants: the same arguments give the same bytes; no question (subject and ord
 train, valid and held-out prompts.
 
 A prompt asks for one to three properties of an animal. A response is courtesy, rudeness, fillers, one sentence per
-asked property (its value, or that it is secret) and puns, always in this order. How much there is of each is drawn
-independently, so that every attribute varies while the others stand still; and "secret" stands in a value's place, so
-that help and length are independent too. Labels are what annotators would say: the measured value plus each one's bias
-and an error, in whole points, averaged over a few annotators of a pool; some are missing. A model that predicts the
-labels averages the noise away.
+asked property (its value, or that it is secret) and puns, always in this order. The amount of each is drawn
+independently, so that every attribute varies while the others stay the same; and "secret" replaces a value, so that
+help and length are independent too. Labels imitate annotators: the measured value plus the bias of each annotator and
+an error, in full points, averaged over a few annotators of a pool; some are missing. A model that predicts the labels
+averages the noise away.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from data_tools.demo_judge import COURTEOUS, FACTS, NAMES, PROPERTIES, PUNS, RUD
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message, to_json, write_records
 
-# Six words each, one level of verbosity.
+# Each has six words, which is one level of verbosity.
 FILLERS = (
     "Many people like this animal much.",
     "Good books can tell you more.",
@@ -62,19 +62,19 @@ class Corpus:
 
 
 def questions(asked: int) -> list[Question]:
-    """Every (subject, ordered properties) with ``asked`` properties."""
+    """Return every (subject, ordered properties) with ``asked`` properties."""
     return [(subject, wanted) for subject in FACTS for wanted in permutations(PROPERTIES, asked)]
 
 
 def prompt_text(question: Question, rng: random.Random) -> str:
-    """A request that names subject and properties, in order."""
+    """Return a request that names subject and properties, in order."""
     subject, wanted = question
     listed = wanted[0] if len(wanted) == 1 else ", ".join(wanted[:-1]) + " and " + wanted[-1]
     return rng.choice(_FORMS).format(p=listed, s=subject)
 
 
 def response_text(question: Question, rng: random.Random) -> str:
-    """One response; how helpful, long, funny, rude and courteous it is, is drawn independently.
+    """Return one response. Its helpfulness, length, humor, rudeness and courtesy are drawn independently.
 
     Phrases of a kind come in one order, so that a small model can tell from the last one how many there are.
     """
@@ -91,12 +91,12 @@ def response_text(question: Question, rng: random.Random) -> str:
 
 
 def _count(rng: random.Random, none: float = 0.4) -> int:
-    """0 with probability ``none``, else 1 to 4 alike."""
+    """Draw 0 with probability ``none``, else 1 to 4 with equal probabilities."""
     return 0 if rng.random() < none else rng.randint(1, 4)
 
 
 def annotators(rng: random.Random) -> Biases:
-    """The pool of annotators: how much too high or low each one's labels are, in points. As a whole it is fair."""
+    """Return the pool of annotators: the bias of each one's labels, in points. The biases add up to zero."""
     pool: Biases = [{name: rng.gauss(0.0, _BIAS_POINTS) for name in NAMES} for _ in range(_ANNOTATORS)]
     for name in NAMES:
         mean = sum(person[name] for person in pool) / len(pool)
@@ -106,7 +106,7 @@ def annotators(rng: random.Random) -> Biases:
 
 
 def labels(prompt: str, response: str, pool: Biases, rng: random.Random) -> dict[str, float]:
-    """What two annotators of ``pool`` say of ``response``, averaged: floats in [0, 4]; some are missing."""
+    """Return the average labels of two annotators of ``pool`` for ``response``: floats in [0, 4]; some are missing."""
     said: dict[str, float] = {}
     people = rng.sample(pool, _VOTES)
     for name, measured in measure(prompt, response).items():
@@ -117,7 +117,7 @@ def labels(prompt: str, response: str, pool: Biases, rng: random.Random) -> dict
 
 
 def generate(seed: int, conversations: int) -> Corpus:
-    """``conversations`` labelled conversations, split by question, and the held-out prompts.
+    """Return ``conversations`` labelled conversations, split by question, and the held-out prompts.
 
     Raises:
         UserError: fewer than two conversations (a training and a validation one).
@@ -135,7 +135,7 @@ def generate(seed: int, conversations: int) -> Corpus:
         held_out += every[:count]
         pools["valid"].append(rest[:valid])
         pools["train"].append(rest[valid:])
-    rng.shuffle(held_out)  # any first part of the prompts is a fair sample of them
+    rng.shuffle(held_out)  # shuffled, so that the first prompts are a fair sample of all
     valid_count = max(1, round(conversations * _VALID_SHARE))
     people = annotators(rng)
     made = [
@@ -150,7 +150,7 @@ def generate(seed: int, conversations: int) -> Corpus:
 
 
 def _conversation(index: int, pool: Sequence[Sequence[Question]], people: Biases, rng: random.Random) -> Conversation:
-    """One or two turns, each a question of its own with a labelled response."""
+    """Return a conversation of one or two turns, each with another question and a labelled response."""
     messages: list[Message] = []
     for _ in range(2 if rng.random() < _MULTI_TURN_SHARE else 1):
         question = rng.choice(rng.choices(pool, _ASKED_WEIGHTS)[0])
@@ -171,7 +171,7 @@ def write(output_dir: str | os.PathLike[str], conversations: int, seed: int) -> 
 
 
 def main() -> None:
-    """``python -m data_tools.make_demo_corpus --output DIR``."""
+    """Run ``python -m data_tools.make_demo_corpus --output DIR``."""
     parser = argparse.ArgumentParser(description="Make the embedded corpus: labelled conversations from a grammar.")
     parser.add_argument("--output", help="folder for train.jsonl, valid.jsonl, prompts.jsonl")
     parser.add_argument("--conversations", type=int, default=3000)

@@ -1,19 +1,19 @@
-"""OpenAssistant exports → conversation records: nested trees (``*.trees.jsonl``) and flat message files.
+"""Convert OpenAssistant exports into conversation records: nested trees (``*.trees.jsonl``) and flat message files.
 
 A nested file has a tree a line (``prompt`` with ``replies``); a flat one has a message a line (``message_id``,
 ``parent_id``), in any order; ``oasst_trees.py`` reads both, plain, ``.gz`` or ``.zst``.
 
-Pruning: a message that is deleted (its text may be null), without text, or in a language not asked for ends its path:
-what is below it goes too. So does a message of a flat file whose parent is nowhere (an orphan). Of a tree or message
-that occurs again, the first occurrence counts.
+Pruning: a message that is deleted (its text may be null), has no text, or is in a language that is not wanted ends its
+path, and the messages below it are removed too. The same holds for a message of a flat file whose parent is missing (an
+orphan). If a tree or message occurs again, the first occurrence counts.
 
 A message with a negative review (``review_result`` false) is kept, for its labels say how bad it is, and counted (note
 ``review_result_false``), as are labels outside the schema.
 
-Paths: every way from the root to a leaf of what is left, cut after its last assistant message, siblings in file order.
-``reply`` emits only the paths that no other one continues, and a reply that an earlier path already had gets weight 0
-(context only): every reply is trained exactly once. ``leaf`` emits every path in full, all of weight 1, as the released
-SteerLM script does, but none twice.
+Paths: every path from the root to a leaf of the pruned tree is cut after its last assistant message; siblings are in
+file order. ``reply`` emits only the paths that no other one continues, and a reply that an earlier path already had
+gets weight 0 (context only), so that every reply is trained exactly once. ``leaf`` emits every path in full, all of
+weight 1, as the released SteerLM script does, but none twice.
 
 The report adds up:
 
@@ -22,7 +22,7 @@ The report adds up:
 * paths = conversations + Σ skipped.paths
 * reply_occurrences (assistant messages over all paths) = trained_replies + repeated_replies_avoided;
   under ``reply``, trained_replies = replies (the distinct assistant messages used)
-* lines = the objects read, each a tree or a message; rejected_lines (``on_error="skip"``) are counted apart.
+* lines = the objects read, each a tree or a message; rejected_lines (``on_error="skip"``) are counted separately.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _REJECTED_SHOWN = 100
 
 
 def new_report() -> dict[str, Any]:
-    """A report in which everything is zero; the module docstring says what adds up to what."""
+    """Return a report in which everything is zero; the module docstring says what adds up to what."""
     counts = ("lines", "rejected_lines", "trees", "trees_used", "messages", "messages_used", "paths", "conversations")
     more = ("replies", "labelled_replies", "trained_replies", "reply_occurrences", "repeated_replies_avoided")
     report: dict[str, Any] = dict.fromkeys(counts + more, 0)
@@ -73,7 +73,7 @@ def read(
     take: Callable[[Conversation], Conversation | None] = lambda conversation: conversation,
     files: Iterable[Iterable[tuple[str, Row]]] | None = None,
 ) -> Iterator[tuple[str, Conversation]]:
-    """``(tree id, conversation)``, streamed: nested files in the order given, then the trees of the flat files.
+    """Yield ``(tree id, conversation)``, streamed: nested files in the order given, then the trees of the flat files.
 
     Args:
         inputs: files or globs.
@@ -83,8 +83,9 @@ def read(
         report: from ``new_report``; filled on the way.
         on_error: ``skip`` puts a malformed line into ``rejected`` and goes on.
         rejected: receives ``("file:line", reason)``.
-        take: what becomes of a path; None leaves it out, and its replies are trained in the next one that has them.
-        files: rows to read instead of ``inputs``, with where each stands.
+        take: filters a path; if it returns None, the path is left out, and its replies are trained in the next path
+            that has them.
+        files: rows to read instead of ``inputs``, with the position of each.
 
     Raises:
         UserError: a malformed line, naming ``file:line``; a file of neither kind.
@@ -118,7 +119,7 @@ def read(
 
 
 def _prune(root: Node, languages: frozenset[str], report: dict[str, Any]) -> list[Node]:
-    """Cut what is not wanted out of the tree, and count it; the messages left, parents first."""
+    """Remove unwanted messages from the tree, and count them; return the messages that are left, parents first."""
     skipped = report["skipped"]["messages"]
     kept: list[Node] = []
     stack = [root]
@@ -141,7 +142,7 @@ def _prune(root: Node, languages: frozenset[str], report: dict[str, Any]) -> lis
 
 
 def _unwanted(node: Node, languages: frozenset[str]) -> str:
-    """Why a message ends its path, or ``""``."""
+    """Return why a message ends its path, or ``""``."""
     if node.deleted:
         return "deleted"
     if not node.text or node.text.isspace():
@@ -156,13 +157,13 @@ def _unwanted(node: Node, languages: frozenset[str]) -> str:
 
 
 def _conversation_paths(kept: list[Node], every_leaf: bool, report: dict[str, Any]) -> Iterator[list[Node]]:
-    """Root-to-leaf paths, each cut after its last assistant message; those that add nothing are only counted.
+    """Yield root-to-leaf paths, each cut after its last assistant message; paths that add nothing are only counted.
 
-    One that another path continues comes last, and only if a reply in it is not ``done`` by then: the other one may
-    have been left out.
+    A path that another one continues comes last, and only if a reply in it is not ``done`` by then, since the other one
+    may have been left out.
     """
     skipped = report["skipped"]["paths"]
-    ends: set[str] = set()  # where the emitted paths end; in a tree the end tells the path
+    ends: set[str] = set()  # last messages of the emitted paths; in a tree they identify the path
     continued: list[list[Node]] = []
     for leaf in kept:
         if leaf.children:
@@ -197,7 +198,7 @@ def _conversation_paths(kept: list[Node], every_leaf: bool, report: dict[str, An
 
 
 def _ancestors(node: Node | None) -> list[Node]:
-    """The path from the root to ``node``."""
+    """Return the path from the root to ``node``."""
     path: list[Node] = []
     while node is not None:
         path.append(node)
@@ -229,10 +230,10 @@ def _conversation(path: list[Node], tree_id: str, every_leaf: bool, report: dict
 
 
 def split(tree_ids: Sequence[str], valid_fraction: float, seed: int) -> set[str]:
-    """The trees of the validation set: the last ``max(1, round(fraction * n))`` of the shuffled distinct ids.
+    """Return the trees of the validation set: the last ``max(1, round(fraction * n))`` of the shuffled distinct ids.
 
-    Sorted before shuffling, so that the order of the files does not matter. Fewer than two trees, or a fraction of 0,
-    give no validation set; at least one tree is left for training.
+    Ids are sorted before shuffling, so that the order of the files does not matter. Fewer than two trees, or a fraction
+    of 0, give no validation set; at least one tree is left for training.
     """
     if not 0 <= valid_fraction < 1:
         raise UserError(f"data.valid_fraction={valid_fraction} must be in [0, 1)")
@@ -279,7 +280,7 @@ def convert(
     if not tree_ids:
         raise UserError(f"{' '.join(inputs)}: no conversation is left: {_why_empty(report, languages)}")
     valid_trees = split(tuple(tree_ids), valid_fraction, seed)
-    valid: list[Conversation] = []  # the small part waits in memory while the large one is written
+    valid: list[Conversation] = []  # the small validation set is kept in memory while the training set is written
 
     def training() -> Iterator[Conversation]:
         for tree, conversation in read(inputs, schema, paths, languages, new_report(), mode):
@@ -313,7 +314,7 @@ def _why_empty(report: dict[str, Any], languages: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m data_tools.oasst IN... --output DIR``: prints the report as JSON; 2 on a user's error."""
+    """Run ``python -m data_tools.oasst IN... --output DIR``: print the report as JSON; return 2 after an error."""
     parser = argparse.ArgumentParser(prog="python -m data_tools.oasst", description=__doc__.split("\n")[0])
     parser.add_argument("inputs", nargs="+", metavar="IN", help="trees or message files, or globs; .jsonl .gz .zst")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder for train.jsonl.zst and valid.jsonl.zst")

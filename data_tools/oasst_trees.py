@@ -1,8 +1,8 @@
-"""OpenAssistant files → message trees: nested ``*.trees.jsonl`` and flat message files, told apart by their first line.
+"""Read OpenAssistant files as message trees: nested ``*.trees.jsonl`` and flat message files, by their first line.
 
-Owns: the published shapes of trees, messages and labels, and their checks; linking flat messages by their parents.
-Does not own: which messages are kept and what becomes a conversation (``oasst.py``). Nested files are streamed; the
-messages of all flat files together are held in memory, since a parent may stand anywhere.
+Owns: the published formats of trees, messages and labels, and their checks; linking flat messages by their parents.
+Does not own: pruning and making conversations (``oasst.py``). Nested files are streamed; the messages of all flat files
+are held in memory, since a parent may be anywhere.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Node:
     tree_id: str | None = None
     parent: Node | None = None
     children: list[Node] = field(default_factory=list)
-    answered: bool = False  # an assistant message stands below it
-    used: bool = False  # it stands in an earlier path
-    done: bool = False  # in one that was taken
-    notes: tuple[str, ...] = ()  # what was met in it and is only counted
+    answered: bool = False  # whether an assistant message is below it
+    used: bool = False  # whether an earlier path has it
+    done: bool = False  # whether an earlier path that was kept has it
+    notes: tuple[str, ...] = ()  # names of counts that this message adds to
 
 
 def read_trees(
@@ -47,7 +47,7 @@ def read_trees(
     on_error: OnError,
     rejected: Rejected | None,
 ) -> Iterator[tuple[str, Node, int]]:
-    """``(tree id, root, number of messages)`` of every tree, unpruned, from each file's ``("file:line", row)``.
+    """Yield ``(tree id, root, number of messages)`` of every tree, unpruned, from each file's ``("file:line", row)``.
 
     Orphans are counted here.
     """
@@ -86,7 +86,7 @@ def _count(nodes: list[Node], report: dict[str, Any]) -> None:
 
 
 def _is_nested(row: dict[str, Any], where: str) -> bool:
-    """Whether a file is nested, from its first line."""
+    """Return whether a file is nested, from its first line."""
     if isinstance(row.get("prompt"), dict):
         return True
     if "message_id" in row and "text" in row:
@@ -98,7 +98,7 @@ def _is_nested(row: dict[str, Any], where: str) -> bool:
 
 
 def _nested_tree(row: dict[str, Any], where: str, schema: AttributeSchema) -> tuple[str, list[Node]]:
-    """The tree's id and all its messages, root first. A message id that occurs twice is an error."""
+    """Return the tree's id and all its messages, the root first. A message id that occurs twice is an error."""
     prompt = row.get("prompt")
     if not isinstance(prompt, dict):
         raise UserError(f"{where}: prompt must be an object with message_id, text, role and replies")
@@ -145,12 +145,12 @@ def _flat_trees(flat: dict[str, Node], report: dict[str, Any]) -> Iterator[tuple
         size = sum(1 for _ in preorder(root))
         reached += size
         yield root.tree_id or root.id, root, size
-    if reached < len(flat):  # messages that are each other's parents hang from no root
+    if reached < len(flat):  # messages in a cycle of parents are below no root
         skipped["orphan"] += len(flat) - reached
 
 
 def preorder(root: Node) -> Iterator[Node]:
-    """The message and all below it, parents first, siblings in file order."""
+    """Yield the message and all below it, parents first, siblings in file order."""
     stack = [root]
     while stack:
         node = stack.pop()
@@ -159,9 +159,9 @@ def preorder(root: Node) -> Iterator[Node]:
 
 
 def _node(raw: dict[str, Any], where: str, schema: AttributeSchema) -> Node:
-    """A checked message; raises UserError naming file, line, and key."""
+    """Check a message and return it. A UserError names file, line and key."""
     name, text, role = raw.get("message_id"), raw.get("text"), raw.get("role")
-    if raw.get("deleted"):  # it is pruned and counted, whatever was left of it
+    if raw.get("deleted"):  # it is pruned and counted, so its other keys are not checked
         text, role = "" if text is None else text, "prompter" if role is None else role
     if not isinstance(name, str) or not name:
         raise UserError(f"{where}: message_id={name!r} must be a string")
@@ -197,10 +197,10 @@ def _node(raw: dict[str, Any], where: str, schema: AttributeSchema) -> Node:
 
 
 def _labels(labels: Any, where: str, schema: AttributeSchema) -> tuple[dict[str, float] | None, list[str]]:
-    """Labels in [0, 1] of any published shape → values on the schema's scale, in its order, None if there are none; and
-    the names that are not in it.
+    """Convert labels in [0, 1] of any published format into values on the schema's scale, in its order (None if there
+    are none), and return the names that the schema lacks.
 
-    Shapes: ``{"name": [..], "value": [..]}``, ``{"quality": {"value": .5}}``, ``{"quality": .5}``, ``[{"name":
+    Formats: ``{"name": [..], "value": [..]}``, ``{"quality": {"value": .5}}``, ``{"quality": .5}``, ``[{"name":
     "quality", "value": .5}]``; null is absent.
     """
     if not labels:

@@ -1,6 +1,6 @@
-"""Files → rows (JSON objects with their ``file:line``): JSON Lines, or one JSON array as FastChat and ShareGPT publish.
+"""Read files as rows (JSON objects with their ``file:line``): JSON Lines, or one JSON array as FastChat publishes.
 
-Owns: telling the two apart, streaming an array element by element. Does not own: what a row means (``sources/``).
+Owns: distinguishing the two, streaming an array element by element. Does not own: the meaning of a row (``sources/``).
 Invariant: every element is yielded, rejected with its line, or ends the run; memory holds one element (in an array of
 one line too), or one line.
 """
@@ -18,29 +18,34 @@ from steerlm_megatron.steer.records import expand_paths, raw_lines, read_json_li
 
 Row = dict[str, Any]
 
-_OUTSIDE, _INSIDE = re.compile(r'["\[\]{}]'), re.compile(r'["\\]')  # what counts outside of strings, and inside
+_OUTSIDE, _INSIDE = (
+    re.compile(r'["\[\]{}]'),
+    re.compile(r'["\\]'),
+)  # characters that matter outside of strings, and inside
 _BETWEEN = re.compile(r"[\s,]*")
-_PIECE_BYTES = 1 << 20  # of a line; many arrays are one line
+PIECE_BYTES = 1 << 20  # a line is read in parts of this size, since many arrays are one line
 
 
 def read_files(inputs: Sequence[str], on_error: OnError, rejected: Rejected | None) -> Iterator[tuple[str, Row]]:
-    """``("file:line", row)`` of every file, in order; ``.gz`` and ``.zst`` are decompressed.
+    """Yield ``("file:line", row)`` of every file, in order; ``.gz`` and ``.zst`` are decompressed.
 
     Raises:
-        UserError: as ``read_json_lines``; in an array also a torn end and what stands between the elements.
+        UserError: as ``read_json_lines``; for an array also a torn end, and anything but commas between the elements.
     """
     for path in expand_paths(inputs):
         yield from read_file(path, on_error, rejected)
 
 
 def read_file(path: str, on_error: OnError, rejected: Rejected | None) -> Iterator[tuple[str, Row]]:
-    """As ``read_files``, of one."""
+    """Do ``read_files`` for one file."""
     read = _read_array if is_array(path) else read_json_lines
     yield from read(path, on_error, rejected)
 
 
 def is_array(path: str) -> bool:
-    """Whether the file's first character is ``[``. A file that cannot be read so far is left to ``read_json_lines``."""
+    """Return whether the file's first character is ``[``. For a file that cannot be read it is False, and
+    ``read_json_lines`` reports the error.
+    """
     try:
         return next((piece.lstrip()[:1] == b"[" for _, piece in raw_lines(path, 4096) if piece.strip()), False)
     except UserError:
@@ -49,11 +54,11 @@ def is_array(path: str) -> bool:
 
 def _read_array(path: str, on_error: OnError, rejected: Rejected | None) -> Iterator[tuple[str, Row]]:
     depth, first, where = 0, "", path
-    elements, before = 0, ""  # where the last element began
+    elements, before = 0, ""  # number and line of the last element
     in_string = escaped = False
-    parts: list[str] = []  # of the open element
+    parts: list[str] = []  # parts of the open element
     for where, text in _text_pieces(path):
-        at = begin = end = 0  # where to look on, where the open element begins, where the last bracket ends
+        at = begin = end = 0  # next position to search, begin of the open element, end of the last bracket
         while True:
             if escaped and at < len(text):
                 at, escaped = at + 1, False
@@ -74,7 +79,7 @@ def _read_array(path: str, on_error: OnError, rejected: Rejected | None) -> Iter
                 depth += 1
                 if depth == 2:
                     begin, parts, elements = match.start(), [], elements + 1
-                    # Where several elements stand in one line, the line alone would say nothing.
+                    # If a line holds several elements, the line number alone would not identify one.
                     first, before = where if where != before else f"{where}: element {elements}", where
             else:
                 depth -= 1
@@ -98,10 +103,10 @@ def _read_array(path: str, on_error: OnError, rejected: Rejected | None) -> Iter
 
 
 def _text_pieces(path: str) -> Iterator[tuple[str, str]]:
-    """``("file:line", text)``: the file in pieces, none of more than a line nor of more than ``_PIECE_BYTES``."""
+    """Yield ``("file:line", text)``: parts of the file, none of which exceeds a line or ``PIECE_BYTES``."""
     decoder, before, offset = codecs.getincrementaldecoder("utf-8")(), "", 0
-    for where, piece in raw_lines(path, _PIECE_BYTES):
-        offset = offset if where == before else 0  # of the piece in its line
+    for where, piece in raw_lines(path, PIECE_BYTES):
+        offset = offset if where == before else 0  # offset of the part in its line
         before, held = where, len(decoder.getstate()[0])
         try:
             yield where, decoder.decode(piece)
@@ -112,7 +117,7 @@ def _text_pieces(path: str) -> Iterator[tuple[str, str]]:
 
 
 def _check_between(text: str, after: str, where: str) -> None:
-    """Of what stands between two elements, and the text ``after`` it, which begins the next one or ends the array."""
+    """Refuse anything but commas and white space between elements. ``after`` is the text that follows."""
     if not _BETWEEN.fullmatch(text) or after.startswith('"'):
         raise UserError(
             f"{where}: {(text + after).strip()[:40]!r} stands in the JSON array; its elements must be objects"

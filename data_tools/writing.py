@@ -1,6 +1,7 @@
-"""What a conversion writes: ``train.jsonl.zst``, ``valid.jsonl.zst`` and ``rejected.jsonl``; and its progress.
+"""Write the files of a conversion: ``train.jsonl.zst``, ``valid.jsonl.zst`` and ``rejected.jsonl``; report progress.
 
-Owns: these files. Does not own: what goes into them (``convert.py``). Invariant: each of them is whole or the old one.
+Owns: these files. Does not own: their content (``convert.py``). Invariant: each of them is complete, or still the old
+one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ Progress = Callable[[int], None]
 def counted(
     stream: Iterable[tuple[str, Conversation]], progress: Progress | None, count: Callable[[], int]
 ) -> Iterator[tuple[str, Conversation]]:
-    """``stream``, telling ``progress`` every so many conversations and at the end."""
+    """Yield the items of ``stream``, calling ``progress`` from time to time and at the end."""
     for number, item in enumerate(stream):
         if progress is not None and number % _PROGRESS_EVERY == 0:
             progress(count())
@@ -39,11 +40,11 @@ def counted(
 
 
 class NothingLeftError(Exception):
-    """No conversation for training."""
+    """No conversation is left for training."""
 
 
 def write_splits(output_dir: str, stream: Iterable[tuple[str, Conversation]]) -> dict[str, Any]:
-    """Write both files; the validation set, the smaller part, waits in a nameless file meanwhile."""
+    """Write both files. The validation set, the smaller part, is buffered in an unnamed temporary file."""
     train_file, valid_file = Path(output_dir, "train.jsonl.zst"), Path(output_dir, "valid.jsonl.zst")
     valid_count = 0
     with tempfile.TemporaryFile(dir=output_dir) as waiting:
@@ -58,7 +59,7 @@ def write_splits(output_dir: str, stream: Iterable[tuple[str, Conversation]]) ->
                 else:
                     waiting.write(json_line(to_json(conversation)))
                     valid_count += 1
-            if not found:  # before write_records puts an empty file in its place
+            if not found:  # checked before write_records would replace the file by an empty one
                 raise NothingLeftError
 
         train_count = write_records(train_file, training())
@@ -74,9 +75,9 @@ def write_splits(output_dir: str, stream: Iterable[tuple[str, Conversation]]) ->
 
 
 def keep_rejected(output_dir: str, rejected: Rejected) -> None:
-    """Write ``rejected.jsonl``: where, why, and the line itself, for which the files are read again.
+    """Write ``rejected.jsonl``: position, reason, and the line itself, for which the files are read again.
 
-    Entries are in the order of their lines; where one is not after the one before, its file was read once more.
+    Entries are in the order of their lines; an entry before the last one's line starts its file again.
     """
     target = Path(output_dir, REJECTED_FILE)
     if not rejected:
@@ -95,7 +96,7 @@ def keep_rejected(output_dir: str, rejected: Rejected) -> None:
 
 
 def _lines(path: str) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file, to its end or where it is damaged; none of what has no lines: an array, a hub's data set."""
+    """Yield the lines of a file, up to its end or to damage; nothing for an array or a data set of the hub."""
     if os.path.isfile(path) and not is_array(path):
         with suppress(UserError):
             yield from raw_lines(path)

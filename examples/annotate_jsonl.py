@@ -1,10 +1,10 @@
-"""Score the responses of a JSONL file of your own, which has a prompt and a response a line.
+"""Score the responses of a JSONL file that has a prompt and a response per line.
 
     python examples/annotate_jsonl.py runs/ap pairs.jsonl scored.jsonl --prompt question --response answer
 
-Shows how data of any shape becomes conversation records (``steer.records``), how ``steerlm annotate`` scores them, and
-how the values come back to the lines that they belong to: each line of the output is the one of the input, in the same
-order, with ``attributes`` beside its own keys. A line without a prompt or a response is an error that names the line.
+It shows how data of any form becomes conversation records (``steer.records``), how ``steerlm annotate`` scores them,
+and how the values are joined to the lines that they belong to: the output has the lines of the input, in the same
+order, each with ``attributes`` added. A line without a prompt or a response is an error that names the line.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from steerlm_megatron.steer.records import Conversation, read_records, write_rec
 
 
 def conversations(rows: Sequence[dict[str, Any]], prompt: str, response: str) -> Iterator[Conversation]:
-    """Each row as a conversation of one turn; its id is the number of its line."""
+    """Yield each row as a conversation of one turn, whose id is the line number."""
     for number, row in enumerate(rows, start=1):
         if not row.get(prompt) or not row.get(response):
             raise SystemExit(f"line {number}: {prompt} or {response} is missing or empty")
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = [f"input={folder / 'records.jsonl'}", f"output={folder / 'scored.jsonl'}", f"run_dir={folder / 'run'}"]
         command = [sys.executable, "-m", "steerlm_megatron", "annotate", f"checkpoint={options.checkpoint}", *files]
         if code := subprocess.run(command, check=False).returncode:
-            raise SystemExit(code)  # the command has said why
+            raise SystemExit(code)  # the command has printed the reason
         scored = read_records(folder / "scored.jsonl")
         values = [record.messages[-1].attributes for record in scored]
     with options.output.open("w", encoding="utf-8") as out:

@@ -1,4 +1,4 @@
-"""Open a checkpoint in Python: what it says of itself, and what its model computes, without a command around it.
+"""Open a checkpoint in Python: print its description and run its model, without a command.
 
     python examples/load_checkpoint.py runs/sft2 --question "What is a river?"
     python examples/load_checkpoint.py runs/ap --question "What is a river?" --answer "Water that flows."
@@ -22,7 +22,7 @@ from steerlm_megatron.steer.records import Conversation
 
 
 def describe(loaded: LoadedModel) -> None:
-    """What a checkpoint knows beside its weights."""
+    """Print what a checkpoint holds besides its weights."""
     meta, schema = loaded.meta, loaded.schema
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     print(f"{loaded.folder}: {meta.head} model of step {meta.step}, {parameters:,} parameters")
@@ -32,7 +32,7 @@ def describe(loaded: LoadedModel) -> None:
 
 
 def answered(loaded: LoadedModel, config: Config, question: str) -> str:
-    """The language model's response, at the best level of each attribute that it is conditioned on."""
+    """Return the language model's response, at the best level of each attribute that it is conditioned on."""
     schema = loaded.conditioned_on
     levels = schema.complete({}) if schema is not None else None
     prompt = Prompt("example", (Message("user", question),), levels, "--question")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config.sampling.max_tokens = options.max_tokens
     parallel.initialize(config.parallel, seed=0)
     try:
-        # gather_logits: sampling needs all logits on one rank; it changes nothing for an attribute predictor.
+        # gather_logits puts all logits on one rank, which sampling needs; an attribute predictor ignores it.
         loaded = load_model(options.checkpoint, config, "checkpoint", gather_logits=True)
         describe(loaded)
         if loaded.meta.head == "regression":

@@ -2,9 +2,9 @@
 
     python examples/serve_and_ask.py runs/sft2 --attribute humor --levels 0 4 9 --question "Tell me about rivers."
 
-Shows the two sides of serving: ``steerlm serve`` as a process of its own on a free port of this machine, and the
-official ``openai`` client, which sends what OpenAI's API lacks (``attributes``) as ``extra_body``. What is not asked
-for takes the best level of the attribute. Needs the package ``openai``.
+It shows the two sides of serving: ``steerlm serve`` as a separate process on a free port of this machine, and the
+official ``openai`` client, which sends what OpenAI's API lacks (``attributes``) as ``extra_body``. An attribute that is
+not named takes its best level. It needs the package ``openai``.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from openai import OpenAI
 
 @contextmanager
 def served(checkpoint: str) -> Iterator[str]:
-    """The address of a server over ``checkpoint``, which ends with the block."""
+    """Run a server over ``checkpoint`` inside the ``with``, and yield its address."""
     command = [sys.executable, "-m", "steerlm_megatron", "serve", f"checkpoint={checkpoint}", "server.port=0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert server.stdout is not None
     try:
-        # Port 0 is a free one of the system's choice; the server says which once it answers there.
+        # With port 0 the system chooses a free port, and the server prints it once it answers there.
         said = []
         for line in server.stdout:
             said.append(line)
@@ -35,7 +35,9 @@ def served(checkpoint: str) -> Iterator[str]:
                 break
         else:
             raise SystemExit(f"the server ended with exit code {server.wait()}:\n{''.join(said)}")
-        threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe would make the server wait
+        threading.Thread(
+            target=server.stdout.read, daemon=True
+        ).start()  # drained, since a full pipe would block the server
         yield address.group(0)
     finally:
         server.terminate()

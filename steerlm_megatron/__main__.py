@@ -1,4 +1,4 @@
-"""``python -m steerlm_megatron`` is ``steerlm``."""
+"""Run ``steerlm`` as ``python -m steerlm_megatron``."""
 
 from steerlm_megatron.cli import main
 

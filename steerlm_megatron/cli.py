@@ -1,9 +1,10 @@
 """``steerlm <command> [overrides]``: from a command line to a running command and its exit code.
 
-Owns: the order of things (say what is wrong, start ranks, run), exit codes, who prints an error. Does not own: what
+Owns: the order of work (report errors, start ranks, run), exit codes, which rank prints an error. Does not own: which
 commands there are (``config/commands.py``), configurations (``config/compose.py``), ranks (``launch/local.py``), what
-commands do (``stages``). Exit codes: 0 done, 2 config or input error, 75 stopped by a signal after saving what there
-was, else a fault. What a help text does not need is imported where it is used: it takes seconds.
+commands do (``stages``). Exit codes: 0 means done, 2 a configuration or input error, 75 that a signal stopped the
+command after it had saved, any other a fault. Modules that a help text does not need are imported where they are used,
+because importing torch takes seconds.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the ``steerlm`` script and of ``python -m steerlm_megatron``. Ends through ``SystemExit``."""
+    """Run the ``steerlm`` script, or ``python -m steerlm_megatron``. It ends by raising ``SystemExit``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not show(arguments, __version__):
@@ -37,14 +38,14 @@ def main(argv: list[str] | None = None) -> None:
     except Interrupted as stop:
         from steerlm_megatron.runtime import signals
 
-        # One of many is enough; and a launcher stops the others in this way after an error of the main one.
+        # One rank of many reports the stop. A launcher also stops the other ranks in this way after an error of rank 0.
         if stop.unsaid and launcher.global_rank() == 0:
             print(f"{_prefix()}stopped by {stop.unsaid}: start the same command again", file=sys.stderr)
         signals.settle()
         raise
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `steerlm ... --help | head`
+    except BrokenPipeError:  # the reader of a pipe has ended: `steerlm ... --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     raise SystemExit(0)
@@ -55,20 +56,20 @@ def _command(command: str, arguments: list[str]) -> None:
     from steerlm_megatron.launch import local
     from steerlm_megatron.runtime import signals
 
-    if command != "serve":  # which has an end of its own, and 0 for it
+    if command != "serve":  # the server handles signals by itself and exits with 0
         signals.listen()
     local.end_with_launcher()
     compose.check(command, arguments)
 
-    def job(cfg: Any) -> None:  # Hydra reports exceptions in its own way; ours pass through it as SystemExit
-        sys.argv = ["steerlm", command, *arguments]  # what command.txt is to say
+    def job(cfg: Any) -> None:  # Hydra would report our exceptions its way; SystemExit passes through it
+        sys.argv = ["steerlm", command, *arguments]  # command.txt is written from it
         _guarded(lambda: _job(command, cfg))
 
     compose.run(command, arguments, job)
 
 
 def _job(command: str, cfg: Any) -> None:
-    """Run a command here, or on the ranks that its configuration asks for."""
+    """Run a command in this process, or on the ranks that its configuration asks for."""
     from steerlm_megatron.config import compose, load
     from steerlm_megatron.launch import local
 
@@ -81,19 +82,19 @@ def _job(command: str, cfg: Any) -> None:
             from steerlm_megatron.observe.runfolder import default_run_dir
 
             config.run_dir = str(default_run_dir(command))
-        arguments = [command, *compose.own_overrides(), f"run_dir={config.run_dir}"]
+        arguments = [command, *compose.job_overrides(), f"run_dir={config.run_dir}"]
         code = local.run_ranks(ranks, arguments, config.train.max_restarts if COMMANDS[command].trains else 0)
         if code:
             raise SystemExit(code)
         return
     importlib.import_module(f"steerlm_megatron.stages.{COMMANDS[command].module}").run(config)
     if world is not None and "steerlm_megatron.runtime.parallel" in sys.modules:
-        # A rank that just ends while another still waits for it makes that one abort.
+        # A rank that ends while another one still waits for it would make the other one abort.
         sys.modules["steerlm_megatron.runtime.parallel"].shutdown()
 
 
 def _guarded(run: Callable[[], None]) -> None:
-    """``run()``, with what it raises turned into a message and an exit code."""
+    """Call ``run()`` and turn what it raises into a message and an exit code."""
     from steerlm_megatron.runtime import signals
 
     try:
@@ -109,7 +110,7 @@ def _guarded(run: Callable[[], None]) -> None:
         _print_error(UserError(f"{where}{error.strerror}; make room there, then start the same command again"))
         raise SystemExit(UserError.code) from None
     except Exception as error:
-        if signals.leaving():  # other ranks were quicker to leave
+        if signals.leaving():  # other ranks have left already, so this error is a consequence of the stop
             raise Interrupted(f"a signal ({type(error).__name__} while leaving)") from None
         traceback.print_exc()
         raise SystemExit(1) from None
@@ -120,18 +121,18 @@ def _prefix() -> str:
     return f"steerlm: rank {rank}: " if rank else "steerlm: "
 
 
-def _is_first_to_say(text: str) -> bool:
-    """What is wrong with an input is found by every rank, and said by one; before ranks know each other, by one of each
-    host.
+def _is_first_to_report(text: str) -> bool:
+    """Return whether this rank is to print ``text``. Every rank finds what is wrong with an input, and one prints it;
+    before the ranks are connected, one rank of each host does.
     """
     if "steerlm_megatron.runtime.parallel" not in sys.modules:
         return launcher.local_rank() == 0
-    from steerlm_megatron.runtime.collectives import first_to_say
+    from steerlm_megatron.runtime.collectives import first_to_report
 
-    return first_to_say(text)
+    return first_to_report(text)
 
 
 def _print_error(error: UserError) -> None:
-    if not isinstance(error, ReportedElsewhere) and _is_first_to_say(f"{error}"):
+    if not isinstance(error, ReportedElsewhere) and _is_first_to_report(f"{error}"):
         for line in str(error).splitlines():
             print(f"{_prefix()}error: {line}", file=sys.stderr)

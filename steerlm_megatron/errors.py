@@ -1,4 +1,4 @@
-"""How a command ends otherwise than done: errors that are the user's to mend (exit code 2), and being stopped (75)."""
+"""Exceptions that end a command: errors that the user can fix (exit code 2), and a stop on request (75)."""
 
 
 class UserError(Exception):
@@ -10,21 +10,21 @@ class UserError(Exception):
 
 
 class TryLater(UserError):
-    """What was asked for is right and cannot be done now. 75 asks a scheduler to start the same command again."""
+    """The request is valid but cannot be met now. Exit code 75 asks a scheduler to start the same command again."""
 
     code = 75
 
 
 class ReportedElsewhere(UserError):
-    """A UserError of rank 0 on the ranks that waited for it: it ends them too, and is printed once."""
+    """A UserError of rank 0 on the ranks that waited for rank 0: it ends them too, and rank 0 alone prints it."""
 
 
 class Interrupted(SystemExit):
-    """Stopped by a signal or the time limit, with what is to be kept saved: exit code 75, "requeue me"."""
+    """A signal or the time limit stopped the command, which has saved its state: exit code 75, "requeue me"."""
 
     CODE = 75
 
     def __init__(self, unsaid: str | None = None) -> None:
-        """``unsaid``: what stopped it, where nobody has told the user."""
+        """``unsaid`` is the reason for the stop, if the user has not been told yet."""
         super().__init__(self.CODE)
         self.unsaid = unsaid

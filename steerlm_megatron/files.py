@@ -1,9 +1,8 @@
-"""Files that are whole or absent, and what a file's bytes are known by. Standard library only.
+"""Atomic writing of files, strict JSON, and checksums. It imports the standard library only.
 
-Owns: the one way in which this package puts a file in its place, strict JSON, size and SHA-256 of a file. Does not own:
-folders that are renamed as a whole (shards, checkpoints), files that are appended to (``metrics.jsonl``, logs,
-journals).
-Invariant: under its own name a file is the old one or the whole new one, also after a power cut.
+Owns: the one way in which this package replaces a file, strict JSON, size and SHA-256 of a file. Does not own: folders
+that are renamed as a unit (shards, checkpoints), files that are appended to (``metrics.jsonl``, logs, journals).
+Invariant: under its name there is the old file or the complete new one, also after a power cut.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ _BLOCK_BYTES = 1 << 20
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Path]:
-    """Yields a temporary name beside ``path``; what was written there is put in the place of ``path`` on success.
+    """Yield a temporary name beside ``path``, and rename the file written there to ``path`` on success.
 
     On an exception the temporary file is removed and ``path`` stays as it was. Missing parent folders are made. Without
-    ``sync`` a power cut may tear the file: for what can tell that it is torn, and can be made again.
+    ``sync`` a power cut may leave a torn file; use it for files that carry a checksum and can be made again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,14 +40,14 @@ def atomic_path(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Pat
 
 
 def move_into_place(temporary: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Rename a finished file; both its bytes and the rename are on the disk when this returns."""
+    """Rename a finished file. Both its bytes and the rename are on the disk when this returns."""
     sync_path(temporary)
     os.replace(temporary, path)
     sync_path(Path(path).parent)
 
 
 def sync_path(path: str | os.PathLike[str]) -> None:
-    """See to it that a file's bytes, or the names in a folder, are on the disk."""
+    """Flush a file's bytes, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -57,28 +56,31 @@ def sync_path(path: str | os.PathLike[str]) -> None:
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes ``data`` so that ``path`` is the old file or the whole new one, never a part."""
+    """Write ``data`` so that ``path`` is the old file or the complete new one, never a part of it."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
 
 
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Writes ``text`` (UTF-8) so that ``path`` is the old file or the whole new one, never a part."""
+    """Write ``text`` (UTF-8) so that ``path`` is the old file or the complete new one, never a part of it."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
-    """Writes ``obj`` as strict JSON (NaN and infinities become null), indented, by temporary file, fsync and rename."""
+    """Write ``obj`` as strict JSON (NaN and infinities become null), indented, by temporary file, fsync and rename."""
     text = json.dumps(to_strict_json(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text_atomic(path, text.encode("utf-8", "backslashreplace").decode())  # half a surrogate pair: its escape
+    write_text_atomic(
+        path, text.encode("utf-8", "backslashreplace").decode()
+    )  # a lone surrogate is written as its escape
 
 
 def to_strict_json(obj: Any) -> Any:
-    """``obj`` with only what JSON has: dict, list, str, int, float, bool, None. Non-finite floats become None.
+    """Return ``obj`` made of JSON's types alone: dict, list, str, int, float, bool, None. Non-finite floats become
+    None.
 
-    Mappings, sequences, sets (sorted), paths, and scalars with ``item()`` (numpy, torch) are turned; anything else is a
-    TypeError.
+    Mappings, sequences, sets (sorted), paths, and scalars with ``item()`` (numpy, torch) are converted; anything else
+    is a TypeError.
     """
     if obj is None or isinstance(obj, bool | int | str):
         return obj
@@ -98,7 +100,7 @@ def to_strict_json(obj: Any) -> Any:
 
 
 def describe_file(path: str | os.PathLike[str], look: Callable[[bytes], object] | None = None) -> dict[str, Any]:
-    """``{"bytes", "sha256"}`` of a file, read once; ``look`` is shown every block on the way."""
+    """Return ``{"bytes", "sha256"}`` of a file, read once; ``look`` is called with every block that is read."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK_BYTES):
@@ -110,6 +112,6 @@ def describe_file(path: str | os.PathLike[str], look: Callable[[bytes], object] 
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, hex."""
+    """Return SHA-256 of a file's bytes, hex."""
     sha256: str = describe_file(path)["sha256"]
     return sha256

@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process, spawning tests one at a time, GPU tests skipped without a GPU."""
+"""Settings for all tests: one thread per process, one process-starting test at a time, GPU tests only with a GPU."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from collections.abc import Iterator
 
 import pytest
 
-# Before anything imports torch: several test processes share few cores, and more threads than cores make them slower.
+# This is set before torch is imported: test processes share few cores, and more threads than cores slow them down.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_BUILD_OPS", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-# A lock, not the --dist loadgroup of pytest-xdist: 3.8 marks groups by setting item._nodeid, which pytest 9.2 no longer
-# reads, so that groups are silently ignored. tryfirst: the outermost wrapper, so that waiting counts for no time limit.
+# A lock is used instead of pytest-xdist's --dist loadgroup: xdist 3.8 marks groups by setting item._nodeid, which
+# pytest 9.2 no longer reads, so groups would be silently ignored. tryfirst makes this the outermost wrapper, so that
+# waiting does not count towards a time limit.
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Of the tests that start processes of their own, one runs at a time, whichever worker has it."""
+    """Run only one of the tests that start processes at a time, whichever worker has it."""
     if not (item.get_closest_marker("distributed") or item.get_closest_marker("integration")):
         return (yield)
     folder = item.config.rootpath / ".pytest_cache"
@@ -28,7 +29,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         try:
             return (yield)
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)  # said aloud: a forked child may still hold the file open
+            fcntl.flock(lock, fcntl.LOCK_UN)  # unlocked explicitly, since a forked child may still hold the file open
 
 
 def _gpu_tests_asked_for(config: pytest.Config) -> bool:
@@ -37,13 +38,13 @@ def _gpu_tests_asked_for(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """All tests but those marked ``gpu`` are of the CPU path, on a machine with GPUs too; these run with ``-m gpu``."""
+    """Hide GPUs from all tests but those marked ``gpu``, so that the CPU path is tested on any machine."""
     if not _gpu_tests_asked_for(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips ``gpu`` tests where there is no GPU. Torch is imported only if there are any."""
+    """Skip ``gpu`` tests where there is no GPU. Torch is imported only if there are such tests."""
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items:
         import torch

@@ -1,7 +1,7 @@
-"""What every source shares: the row converter's shape, what it is told, and the checks that give file and line.
+"""The interface of sources, the context of a conversion, and checks of untrusted JSON that give file and line.
 
 Owns: ``Converter``, ``Context``, ``Found``, small readers of untrusted JSON, turn markers written into text. Does not
-own: any one format, filters (``data_tools/filters.py``), reading files (``data_tools/rows.py``).
+own: the formats, filters (``data_tools/filters.py``), reading files (``data_tools/rows.py``).
 
 Invariant: a row gives a list of ``Found``, each a checked conversation or the reason why there is none; or it raises a
 ``UserError`` that starts with ``file:line: `` and gives nothing.
@@ -24,8 +24,14 @@ from steerlm_megatron.steer.messages import LOSS_WEIGHT, SWITCHES, TOOL_RULE
 from steerlm_megatron.steer.records import Conversation, from_json
 
 HELPSTEER_NAMES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-STEERLM_NAMES = ("quality", "toxicity", "humor", "creativity", *HELPSTEER_NAMES)  # slots of the regression format
-_RESERVED = frozenset(("id", "messages", "source"))  # keys of a record that an extra key must not replace
+STEERLM_NAMES = (
+    "quality",
+    "toxicity",
+    "humor",
+    "creativity",
+    *HELPSTEER_NAMES,
+)  # positions of the regression format's values
+_RESERVED = frozenset(("id", "messages", "source"))  # an extra key must not replace these keys of a record
 _RESERVED_IN_MESSAGE = frozenset(("role", "content", "attributes", "weight"))
 _TRAINED_BY = frozenset(("weight", LOSS_WEIGHT, *SWITCHES))  # keys that say whether a reply is trained
 _TOOLS = frozenset(
@@ -36,7 +42,7 @@ _TOOLS = frozenset(
 
 @dataclass(frozen=True)
 class Found:
-    """A conversation of a row, or (None) the ``reason`` why it is left out. ``split``: the data set's own, if any."""
+    """A conversation of a row, or None with the ``reason`` for that. ``split`` is the data set's, if any."""
 
     conversation: Conversation | None
     reason: str = ""
@@ -45,40 +51,40 @@ class Found:
 
 @dataclass
 class Context:
-    """What a row converter is told, and where it counts what it had to do (``notes``)."""
+    """The options of a row converter, and ``notes``, in which it counts what it had to adapt."""
 
     source: str
     schema: AttributeSchema | None = None
-    map: Mapping[str, str] = field(default_factory=dict)  # messages: see sources/chat.py
-    label_max: float | None = None  # nemo: the published labels' highest value; None: that of the schema
-    rows: str = "messages"  # hf: whose rows they are
-    subset: str | None = None  # hf: the data set's configuration
-    split: str | None = None  # hf: the split to read
+    map: Mapping[str, str] = field(default_factory=dict)  # for messages; see chat.py
+    label_max: float | None = None  # for nemo: the highest published label; None means the schema's highest level
+    rows: str = "messages"  # for hf: the source that has such rows
+    subset: str | None = None  # for hf: the data set's configuration
+    split: str | None = None  # for hf: the split to read
     notes: Counter[str] = field(default_factory=Counter)
 
 
 RowConverter = Callable[[Row, str, Context], list[Found]]
 Reader = Callable[
     [Sequence[str], Context, OnError, Rejected | None], Iterator[tuple[str, Row, str | None]]
-]  # ("file:line", row, the row's own split)
+]  # ("file:line", row, the split that the data set gives the row)
 
 
 def read_row_files(
     inputs: Sequence[str], context: Context, on_error: OnError, rejected: Rejected | None
 ) -> Iterator[tuple[str, Row, str | None]]:
-    """The ordinary reader: JSON Lines or JSON arrays."""
+    """Read rows from JSON Lines or JSON arrays, as most sources do."""
     for where, row in read_files(inputs, on_error, rejected):
         yield where, row, None
 
 
 @dataclass(frozen=True)
 class Converter:
-    """A source.
+    """A source of conversations.
 
     Args:
         summary: one line for ``--help``.
-        convert: a row → its conversations.
-        read: files → rows.
+        convert: turns a row into its conversations.
+        read: reads files as rows.
         repeats: whether the published form repeats shared beginnings, so that ``paths=reply`` has a meaning.
     """
 
@@ -98,7 +104,7 @@ def brief(value: Any) -> str:
 
 
 def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
-    """``row[key]``, which must be a string."""
+    """Return ``row[key]``, which must be a string."""
     value = row.get(key)
     if not isinstance(value, str):
         raise UserError(f"{where}: {key}={brief(value)} must be a string; the row's keys: {' '.join(row) or 'none'}")
@@ -106,7 +112,7 @@ def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def list_of(row: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]]:
-    """``row[key]``, which must be a list of objects."""
+    """Return ``row[key]``, which must be a list of objects."""
     value = row.get(key)
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise UserError(f"{where}: {key}={brief(value)} must be a list of objects; the row's keys: {' '.join(row)}")
@@ -114,7 +120,9 @@ def list_of(row: Mapping[str, Any], key: str, where: str) -> list[dict[str, Any]
 
 
 def extras(row: Mapping[str, Any], *used: str) -> dict[str, Any]:
-    """The row's other keys, to be kept; one that a record has itself becomes ``original_<key>``. Nulls are absent."""
+    """Return the row's other keys, to be kept. One with the name of a record's key becomes ``original_<key>``; nulls
+    are dropped.
+    """
     return {
         f"original_{key}" if key in _RESERVED else key: value
         for key, value in row.items()
@@ -123,14 +131,15 @@ def extras(row: Mapping[str, Any], *used: str) -> dict[str, Any]:
 
 
 def trained_by(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an assistant's turn, what says whether it is trained; ``steer.records`` has the rule."""
+    """Return the keys of an assistant's turn that say whether it is trained, by the rule of ``steer.messages``."""
     return {key: turn[key] for key in _TRAINED_BY if turn.get(key) is not None}
 
 
 def turn_extras(turn: Mapping[str, Any], is_reply: bool, *used: str) -> dict[str, Any]:
-    """The turn's other keys, to be kept; one that a message has itself becomes ``original_<key>``. Nulls are absent.
+    """Return the turn's other keys, to be kept. One with the name of a message's key becomes ``original_<key>``; nulls
+    are dropped.
 
-    A reply's ``weight`` of 0 or 1 is the message's; any other number under that name means something else.
+    A reply's ``weight`` of 0 or 1 is that of the message; any other number under this name has another meaning.
     """
     own = {"weight"} if is_reply and is_number(turn.get("weight")) and turn["weight"] in (0, 1) else set()
     return {
@@ -141,15 +150,16 @@ def turn_extras(turn: Mapping[str, Any], is_reply: bool, *used: str) -> dict[str
 
 
 def is_tool(speaker: str) -> bool:
-    """Whether a speaker's name is a tool's, in any of the published formats."""
+    """Return whether a speaker's name is a tool's, in any of the published formats."""
     return speaker.strip().lower() in _TOOLS
 
 
 def roles_of(speakers: Iterable[str], users: Collection[str], where: str) -> dict[str, str]:
-    """The role of every speaker: ``user`` for ``users``, ``system`` for that name, ``assistant`` for the one left.
+    """Return the role of every speaker: ``user`` for ``users``, ``system`` for that name, ``assistant`` for the other
+    one.
 
     Raises:
-        UserError: a tool, or several that are left: their texts would be trained as the assistant's.
+        UserError: a tool, or several other speakers, whose texts would be trained as the assistant's.
     """
     roles = {name: "user" if name in users else "system" if name.lower() == "system" else "" for name in speakers}
     others = [name for name, role in roles.items() if not role]
@@ -172,16 +182,16 @@ def build(
     name: Any = None,
     suffix: str = "",
 ) -> Conversation:
-    """A checked record. ``name``: its id; without one, ``<file name>:<line><suffix>``."""
+    """Return a checked record. Its id is ``name``, or without one ``<file name>:<line><suffix>``."""
     identity = name if name is not None else os.path.basename(where) + suffix
     data = {**extra, "id": identity, "messages": messages, "source": context.source}
     return from_json(data, where, context.schema)
 
 
 def scaled(value: Any, name: str, highest: float | None, where: str, context: Context) -> float | None:
-    """A published label on the schema's scale; None if it is absent or not of the schema (which is counted).
+    """Return a published label on the schema's scale; None if it is absent or not in the schema (which is counted).
 
-    ``highest``: the published scale is 0..highest; None: it is the schema's own. A list of ratings becomes its mean.
+    The published scale is 0..highest; with None it is that of the schema. A list of ratings becomes its mean.
     """
     if value is None:
         return None
@@ -207,11 +217,11 @@ _LABEL_LINE = re.compile(r"\A<extra_id_2>[^\n]*\n")
 
 
 def parse_markers(text: str, where: str, context: Context) -> list[dict[str, Any]]:
-    """``{user}\\n<extra_id_1>Assistant\\n{reply}\\n<extra_id_1>User\\n{user}`` → messages.
+    """Parse ``{user}\\n<extra_id_1>Assistant\\n{reply}\\n<extra_id_1>User\\n{user}`` into messages.
 
     Text without markers is one user message. A marker counts only at the start of a line, followed by its role and a
     newline; anything else is text. Assistant turns get weight 0: they are context, not the data set's responses. A
-    label line in such a turn is taken off and counted. Empty turns are dropped and counted.
+    label line in such a turn is removed and counted. Empty turns are dropped and counted.
 
     Raises:
         UserError: a ``System`` marker that is not at the very start.

@@ -1,4 +1,4 @@
-"""Chat records: OpenAI ``messages``, ShareGPT / FastChat ``conversations``, and any row through a one-line mapping.
+"""Chat records: OpenAI ``messages``, ShareGPT / FastChat ``conversations``, and other rows through a mapping.
 
 The mapping (``--map``, ``data.map``) is ``name=key path`` joined by commas; a key path is keys and list indices joined
 by dots. Two forms::
@@ -13,8 +13,8 @@ by dots. Two forms::
   the turns alternate, user first.
 * in both: ``id``, ``system``, ``lang``, ``attributes`` (an object of values on the schema's scale, for the last reply).
 
-Keys that the mapping does not name are kept in the record, those of a turn in its message. A reply's ``weight``, and
-what else says so (``steer/records.py``), decides whether it is trained.
+Keys that the mapping does not name are kept in the record, those of a turn in its message. A reply's ``weight`` and
+equivalent keys (``steer/messages.py``) decide whether it is trained.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SHAREGPT_ROLES = {
 
 
 def parse_map(text: str) -> dict[str, str]:
-    """``"prompt=instruction,response=output"`` → its parts; ``""`` → ``{}``. Raises ``UserError``."""
+    """Parse a mapping such as ``"prompt=instruction,response=output"``; ``""`` gives ``{}``. Raises ``UserError``."""
     mapping: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, path = (piece.strip() for piece in part.partition("="))
@@ -77,7 +77,7 @@ def parse_map(text: str) -> dict[str, str]:
 
 
 def look_up(data: Any, path: str) -> Any:
-    """The value at a key path; None where there is none."""
+    """Return the value at a key path; None if there is none."""
     for key in path.split("."):
         if isinstance(data, Mapping):
             data = data.get(key)
@@ -89,7 +89,7 @@ def look_up(data: Any, path: str) -> Any:
 
 
 def convert_messages(row: Row, where: str, context: Context) -> list[Found]:
-    """A record of ``messages``, or any row if there is a mapping."""
+    """Convert a record of ``messages``, or any row if there is a mapping."""
     if context.map:
         return [Found(_turns(row, where, context) if "turns" in context.map else _single(row, where, context))]
     data: dict[str, Any] = {key: value for key, value in row.items() if value is not None}
@@ -100,12 +100,12 @@ def convert_messages(row: Row, where: str, context: Context) -> list[Found]:
 
 def _without_nulls(item: Any) -> Any:
     if not isinstance(item, dict):
-        return item  # from_json says what is wrong
+        return item  # from_json reports the error
     return {key: value for key, value in item.items() if value is not None or key in ("role", "content")}
 
 
 def convert_sharegpt(row: Row, where: str, context: Context) -> list[Found]:
-    """``{"id": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}``."""
+    """Convert ``{"id": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]}``."""
     messages = []
     for index, turn in enumerate(list_of(row, "conversations", where)):
         speaker = turn.get("from")
@@ -119,7 +119,7 @@ def convert_sharegpt(row: Row, where: str, context: Context) -> list[Found]:
 
 
 def _mapped(row: Row, where: str, context: Context, messages: list[dict[str, Any]]) -> Any:
-    """The record of a mapped row, from its messages and what else the mapping names."""
+    """Return the record of a mapped row, from its messages and the other keys that the mapping names."""
     paths = context.map
     system = look_up(row, paths["system"]) if "system" in paths else None
     if system:
@@ -134,7 +134,7 @@ def _mapped(row: Row, where: str, context: Context, messages: list[dict[str, Any
 
 
 def _single(row: Row, where: str, context: Context) -> Any:
-    """A row of a prompt and a response."""
+    """Return the record of a row with a prompt and a response."""
     paths = context.map
     texts: dict[str, str] = {}
     for name in ("prompt", "context", "response"):
@@ -155,7 +155,7 @@ def _single(row: Row, where: str, context: Context) -> Any:
 
 
 def _turns(row: Row, where: str, context: Context) -> Any:
-    """A row with a list of turns."""
+    """Return the record of a row with a list of turns."""
     paths = context.map
     turns = look_up(row, paths["turns"])
     if not isinstance(turns, list):
@@ -176,7 +176,7 @@ def _turns(row: Row, where: str, context: Context) -> Any:
 
 
 def _speakers(speakers: list[str], user: str | None, where: str) -> dict[str, str]:
-    """Speaker → role."""
+    """Return the role of each speaker."""
     if user is not None:
         return roles_of(speakers, user.split("|"), where)
     names = [name for name in dict.fromkeys(speakers) if name.lower() != "system"]

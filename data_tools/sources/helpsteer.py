@@ -1,4 +1,4 @@
-"""HelpSteer, HelpSteer2 (ratings, disagreements, preference) and HelpSteer3 (preference) → conversations.
+"""Convert HelpSteer, HelpSteer2 (ratings, disagreements, preference) and HelpSteer3 (preference).
 
 * ratings: ``prompt``, ``response`` and the five labels on 0–4 (a list of ratings, as in ``disagreements``, becomes its
   mean); scaled to the schema's ``max_level``.
@@ -9,7 +9,7 @@
 
 Assistant turns of a prompt are context (weight 0); only the published response is trained and labelled. A prompt with
 literal ``<extra_id_1>`` markers is parsed into turns. A response without text is skipped as ``empty_response``. Rows of
-HelpSteer2's preference file have a ``split`` of their own, which is kept.
+HelpSteer2's preference file have a ``split``, which is kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _SPLITS = {"train": "train", "val": "valid", "valid": "valid", "validation": "va
 
 
 def convert_row(row: Row, where: str, context: Context) -> list[Found]:
-    """A row of any HelpSteer file."""
+    """Convert a row of any HelpSteer file."""
     if row.get("response1") is not None or row.get("response2") is not None:
         return _pair(row, where, context, _context(row, where), ("response1", "response2"), "overall_preference")
     if row.get("response_1") is not None or row.get("response_2") is not None:
@@ -53,7 +53,7 @@ def convert_row(row: Row, where: str, context: Context) -> list[Found]:
 
 
 def _context(row: Row, where: str) -> list[dict[str, Any]]:
-    """HelpSteer3's ``context``; assistant messages get weight 0."""
+    """Return HelpSteer3's ``context`` as messages, in which assistant messages get weight 0."""
     messages = []
     for item in list_of(row, "context", where):
         role = item.get("role")

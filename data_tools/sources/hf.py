@@ -1,8 +1,8 @@
-"""Hugging Face ``datasets``, by hub name or local path: rows that another source's converter understands.
+"""Read Hugging Face ``datasets``, by hub name or local path, as rows for another source's converter.
 
-``datasets`` is imported when it is asked for. A local folder is what ``save_to_disk`` wrote, or anything that
-``load_dataset`` opens. A local file is read by what it is (Parquet, Arrow, JSON, CSV), never looked for on the hub, and
-neither is a name that can only be a file's. Splits: ``split`` names one, which is dealt to train and valid like any
+``datasets`` is imported only for this source. A local folder is one that ``save_to_disk`` wrote, or that
+``load_dataset`` opens. A local file is read by its content (Parquet, Arrow, JSON, CSV) and never looked up on the hub,
+nor is a name that can only be a file's. ``split`` names a single split, which is divided into train and valid like any
 other source; without it ``train`` is train, the first of ``validation valid val dev test`` is valid, and others are
 left out (a note).
 """
@@ -30,7 +30,7 @@ _VALID = ("validation", "valid", "val", "dev", "test")
 def read(
     inputs: Sequence[str], context: Context, on_error: OnError, rejected: Rejected | None
 ) -> Iterator[tuple[str, Row, str | None]]:
-    """``("name:split:row", row, its split)``, streamed from the data set's own memory map.
+    """Yield ``("name:split:row", row, its split)``, streamed from the data set's own memory map.
 
     Raises:
         UserError: ``datasets`` is not installed, the hub cannot be reached, there is no such data set or split.
@@ -47,7 +47,7 @@ def read(
 
 
 def _names(inputs: Sequence[str]) -> list[str]:
-    """The inputs, with the files that a glob names in its place."""
+    """Return the inputs, with the files that a glob names in its place."""
     names: list[str] = []
     for name in inputs:
         names += expand_paths(name) if any(sign in name for sign in "*?[") else [name]
@@ -55,10 +55,10 @@ def _names(inputs: Sequence[str]) -> list[str]:
 
 
 def _reader(name: str) -> str | None:
-    """Which reader of ``datasets`` a local file needs; None for a folder, or a name on the hub.
+    """Return the reader of ``datasets`` that a local file needs; None for a folder, or a name on the hub.
 
     Raises:
-        UserError: a file that is not there, or of another kind.
+        UserError: a missing file, or one of another kind.
     """
     path = Path(name)
     suffixes = [suffix for suffix in path.suffixes if suffix not in (".gz", ".zst", ".bz2", ".xz", ".zip")]
@@ -76,7 +76,7 @@ def _reader(name: str) -> str | None:
 
 
 def _choose(name: str, loaded: dict[str, Any], context: Context) -> list[tuple[str, Any, str | None]]:
-    """(name, rows, our split) of the splits to read."""
+    """Return (name, rows, our split) of the splits to read."""
     if "train" not in loaded:
         raise UserError(f"{name}: has no split 'train'; name one with data.hf_split: {' '.join(loaded)}")
     valid = next((split for split in _VALID if split in loaded), None)
@@ -114,7 +114,7 @@ def _load(name: str, context: Context) -> Any:
         return datasets.load_dataset(name, context.subset, split=context.split)
     except UserError:
         raise
-    except Exception as error:  # errors of the hub, of HTTP clients and of Arrow have no common ancestor
+    except Exception as error:  # errors of the hub, of HTTP clients and of Arrow have no common base class
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise UserError(
             f"{name}: the data set cannot be loaded ({reason[:200]}); check the name, data.hf_subset, data.hf_split; "

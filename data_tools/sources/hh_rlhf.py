@@ -1,4 +1,5 @@
-"""Anthropic HH-RLHF: ``{"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": "…"}`` → two conversations per row.
+"""Convert Anthropic HH-RLHF: ``{"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": "…"}`` gives two
+conversations per row.
 
 The rule for transcripts, in this order:
 
@@ -30,7 +31,7 @@ _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def convert_row(row: Row, where: str, context: Context) -> list[Found]:
-    """Both sides of a pair."""
+    """Convert both responses of a pair."""
     extra = extras(row, "id", "prompt", *SIDES)
     pair = str(row["id"]) if row.get("id") is not None else os.path.basename(where)
     found = []
@@ -60,7 +61,7 @@ def convert_row(row: Row, where: str, context: Context) -> list[Found]:
 
 
 def parse_transcript(text: str, context: Context) -> list[dict[str, Any]] | str:
-    """Messages, or the reason why a transcript is skipped (module docstring)."""
+    """Return messages, or the reason why a transcript is skipped (module docstring)."""
     lead, *rest = _TURN.split(text)
     turns = [(_ROLES[name], content.strip()) for name, content in zip(rest[::2], rest[1::2], strict=True)]
     if not turns:
@@ -82,7 +83,7 @@ def parse_transcript(text: str, context: Context) -> list[dict[str, Any]] | str:
             messages[-1]["content"] += "\n\n" + content
         else:
             messages.append({"role": role, "content": content})
-    # The human's only text may have been empty, which leaves the assistant first.
+    # If the human's only text was empty and dropped, the assistant comes first.
     return messages if messages[0]["role"] == "user" else "begins_with_assistant"
 
 

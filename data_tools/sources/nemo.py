@@ -1,4 +1,4 @@
-"""NeMo-Aligner's SteerLM JSONL, in and out.
+"""Read and write NeMo-Aligner's SteerLM JSONL.
 
 In: ``{"system", "mask", "type", "conversations": [{"from", "value", "label"}]}``, the turns of speaker ``mask`` being
 the user's; and its regression form, ``{"text": "<extra_id_0>System\\n…<extra_id_2>", "label": [9 floats]}`` (-100:
@@ -40,11 +40,11 @@ from steerlm_megatron.steer.lines import OnError, Rejected, json_line
 from steerlm_megatron.steer.records import Conversation, expand_paths, read_records
 
 _USERS = ("user", "human", "prompter")
-_MISSING = -100  # NeMo's sign for "no label"
+_MISSING = -100  # NeMo's value for "no label"
 
 
 def convert_row(row: Row, where: str, context: Context) -> list[Found]:
-    """A row of either form."""
+    """Convert a row of either form."""
     if "conversations" not in row and "text" in row:
         return [Found(_regression(row, where, context))]
     extra = extras(row, "id", "system", "conversations")
@@ -72,7 +72,7 @@ def convert_row(row: Row, where: str, context: Context) -> list[Found]:
 
 
 def _roles(turns: list[dict[str, Any]], mask: Any, where: str) -> dict[str, str]:
-    """Speaker → role; ``mask`` names the user."""
+    """Return the role of each speaker; ``mask`` names the user."""
     for index, turn in enumerate(turns):
         speaker, value = turn.get("from"), turn.get("value")
         if not isinstance(speaker, str) or not isinstance(value, str):
@@ -88,7 +88,7 @@ def _roles(turns: list[dict[str, Any]], mask: Any, where: str) -> dict[str, str]
 
 
 def _labels(label: Any, where: str, context: Context) -> tuple[dict[str, float], str | None]:
-    """Values on the schema's scale, and the language."""
+    """Return values on the schema's scale, and the language."""
     if not label:
         return {}, None
     if not isinstance(label, str):
@@ -115,7 +115,7 @@ def _labels(label: Any, where: str, context: Context) -> tuple[dict[str, float],
 
 
 def _regression(row: Row, where: str, context: Context) -> Conversation:
-    """The regression form: one labelled reply, the last; earlier replies are context."""
+    """Convert the regression form, in which the last reply is labelled and earlier replies are context."""
     text, label = text_of(row, "text", where), row.get("label")
     body = text.removesuffix("<extra_id_2>").removesuffix("\n")
     messages = parse_markers(body, where, context)
@@ -138,7 +138,7 @@ def _regression(row: Row, where: str, context: Context) -> Conversation:
 
 
 def to_nemo(conversation: Conversation, schema: AttributeSchema) -> dict[str, Any]:
-    """A record as NeMo-Aligner's SteerLM row. Raises ``UserError`` for attributes outside the schema."""
+    """Return a record as NeMo-Aligner's SteerLM row. Raises ``UserError`` for attributes outside the schema."""
     system, turns = "", []
     for message in conversation.messages:
         if message.role == "system":
@@ -168,7 +168,7 @@ def to_nemo(conversation: Conversation, schema: AttributeSchema) -> dict[str, An
 def export(
     inputs: Sequence[str], output_dir: str, schema: AttributeSchema, on_error: OnError = "error"
 ) -> dict[str, Any]:
-    """Write ``<output_dir>/<name>.jsonl`` for every record file; each appears when it is whole.
+    """Write ``<output_dir>/<name>.jsonl`` for every record file; each appears when it is complete.
 
     Returns:
         ``in``, ``out``, ``skipped`` (``rejected``), ``context_only_replies`` (weight 0, which NeMo would train), and

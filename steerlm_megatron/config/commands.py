@@ -1,8 +1,9 @@
-"""What commands there are, what each does, and what of the configuration it reads.
+"""The commands, what each does, and which keys of the configuration it reads.
 
-Owns: :data:`COMMANDS`, and the answers that follow from it: which keys belong to a command, who reads a key that does
-not, what has to be set. Does not own: the keys themselves (``schema.py``), running anything. Standard library only.
-Invariant: ``reads`` is complete: a test runs every command and fails on a key that is read and not declared.
+Owns: :data:`COMMANDS`, and the answers that follow from it: which keys belong to a command, which commands read another
+key, which keys must be set. Does not own: the keys themselves (``schema.py``), running commands. It imports the
+standard library only. Invariant: ``reads`` is complete; a test runs every command and fails on a key that is read and
+not declared.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ class Command:
     Args:
         name: what users type.
         help: what it does, in a few words.
-        module: the module of ``steerlm_megatron.stages`` whose ``run(config)`` it is.
-        ranks: whether it runs on the ranks that ``parallel.*`` asks for.
+        module: the module of ``steerlm_megatron.stages`` whose ``run(config)`` executes the command.
+        ranks: whether the command runs on the ranks that ``parallel.*`` asks for.
         reads: sections (``model``) and single keys (``data.on_error``) that its result depends on.
-        needs: keys that must be set, and what they are to name.
-        trains: whether it lays out a training run.
-        sets: keys that it sets itself for what it runs, and takes from nobody.
+        needs: keys that must be set, and what each has to name.
+        trains: whether the command lays out a training run.
+        sets: keys that the command sets by itself for its steps, and accepts from nobody.
     """
 
     name: str
@@ -36,11 +37,11 @@ class Command:
     sets: tuple[str, ...] = ()
 
     def reads_key(self, key: str) -> bool:
-        """Whether ``key`` (or, for a section, something in it) is one of this command's."""
+        """Return whether this command reads ``key`` (or, for a section, some key in it)."""
         return any(_covers(read, key) or read.startswith(f"{key}.") for read in (*_EVERY, *self.reads))
 
 
-# What every command reads: where it works, and whether it may replace something.
+# Every command reads where it is to work, and whether it may replace a complete run there.
 _EVERY = ("command", "run_dir", "overwrite")
 _RANKS = ("parallel", "engine")
 _CORPUS = ("data", "tokenizer", "template", "attributes", "train.seed")
@@ -105,7 +106,7 @@ _ALL = (
 
 
 def _run() -> Command:
-    """The pipeline reads what its steps read, but for what the steps themselves pass on."""
+    """Declare ``run``: the pipeline reads what its steps read, except the keys that steps pass on to each other."""
     sets = ("output", "checkpoint", "ap_checkpoint")
     steps = [c for c in _ALL if c.name not in ("serve", "generate", "export")]
     reads = dict.fromkeys(read for c in steps for read in c.reads if read not in sets)
@@ -120,29 +121,29 @@ def _covers(read: str, key: str) -> bool:
 
 
 def readers(key: str) -> list[str]:
-    """The commands that read ``key``."""
+    """Return the commands that read ``key``."""
     return [name for name, command in COMMANDS.items() if command.reads_key(key)]
 
 
 def declared(command: str, key: str) -> bool:
-    """Whether ``command`` says that it reads ``key``; a name that is no command's reads everything."""
+    """Return whether ``command`` declares that it reads ``key``; an unknown command is taken to read everything."""
     if command not in COMMANDS:
         return True
     about = COMMANDS[command]
     return any(_covers(read, key) for read in (*_EVERY, *about.reads, *about.sets))
 
 
-# Keys that change how a command runs, and nothing of what comes out.
-_BESIDE = ("command", "run_dir", "overwrite", "tracking", "profile", "data.workers", "data.verify", "pipeline")
+# These keys change how a command runs and nothing in its result.
+_WITHOUT_EFFECT = ("command", "run_dir", "overwrite", "tracking", "profile", "data.workers", "data.verify", "pipeline")
 
 
-def decides(command: str, key: str) -> bool:
-    """Whether what comes out of ``command`` depends on ``key``."""
-    return declared(command, key) and not any(_covers(one, key) for one in _BESIDE)
+def affects_result(command: str, key: str) -> bool:
+    """Return whether the result of ``command`` depends on ``key``."""
+    return declared(command, key) and not any(_covers(one, key) for one in _WITHOUT_EFFECT)
 
 
 def unread(command: str, keys: Iterable[str]) -> list[str]:
-    """One sentence per key of a command line that ``command`` does not read, with the commands that do."""
+    """Return one sentence per key of a command line that ``command`` does not read, with the commands that do."""
     problems = []
     for key in keys:
         if not COMMANDS[command].reads_key(key):
@@ -153,7 +154,7 @@ def unread(command: str, keys: Iterable[str]) -> list[str]:
 
 
 def unset(command: str, value_of: Callable[[str], object]) -> list[str]:
-    """One sentence per key that ``command`` needs and that has no value; ``value_of`` gives a key's value."""
+    """Return one sentence per key that ``command`` needs and that has no value; ``value_of`` gives a key's value."""
     if command not in COMMANDS:
         return []
     return [f"{key} is not set: name {what}" for key, what in COMMANDS[command].needs.items() if value_of(key) is None]

@@ -1,8 +1,8 @@
 """Command lines through Hydra: composing a configuration, and explaining what is wrong with an override.
 
-Owns: finding ``conf/``, everything that knows Hydra. Does not own: the typed configuration and its rules (``load.py``),
-what runs (``cli.py``). Invariant: a wrong override is found before Hydra runs the command, and all of them are told at
-once, each with its remedy.
+Owns: finding ``conf/``, all use of Hydra. Does not own: the typed configuration and its rules (``load.py``), running
+the command (``cli.py``). Invariant: wrong overrides are found before Hydra runs the command, and all of them are
+reported at once, each with its remedy.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _FORCED = (
     "hydra/hydra_logging=disabled",
     "hydra.help.app_name=steerlm",
 )
-# Mappings whose keys no schema has. What is in them is checked later: a step's overrides against its configuration,
-# names of attributes against the schema in use.
+# The schema cannot know the keys of these mappings. Their content is checked later: a step's overrides against its
+# configuration, names of attributes against the attribute schema in use.
 _FREE = ("pipeline.", "train.label_weights", "attributes.best", "data.map.")
 
 
 def conf_dir() -> Path:
-    """The Hydra configs: inside an installed package, or beside the package in a checkout."""
+    """Return the Hydra configs: inside an installed package, or beside the package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (package / "conf", package.parent / "conf"):
         if (candidate / "train_sft.yaml").exists():
@@ -46,19 +46,19 @@ def conf_dir() -> Path:
 
 
 def options(group: str) -> list[str]:
-    """What ``group=`` can be: the names of the files in ``conf/group``."""
+    """Return what ``group=`` can be: the names of the files in ``conf/group``."""
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``; did you mean …?`` for the known word nearest to ``word``, or nothing."""
+    """Return ``; did you mean …?`` for the known word nearest to ``word``, or nothing."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {found[0]}?" if found else ""
 
 
 @contextmanager
 def _hydra() -> Iterator[Callable[..., Any]]:
-    """Hydra's ``compose`` over ``conf/`` and the schema."""
+    """Yield Hydra's ``compose``, initialised with ``conf/`` and the schema."""
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
 
@@ -68,7 +68,7 @@ def _hydra() -> Iterator[Callable[..., Any]]:
 
 
 def composed(command: str, overrides: list[str]) -> Any:
-    """The configuration of a command as plain nested data, for showing it. The overrides have to be right."""
+    """Return the configuration of a command as plain nested data, for showing it. The overrides have to be valid."""
     from omegaconf import OmegaConf
 
     with _hydra() as compose:
@@ -76,19 +76,19 @@ def composed(command: str, overrides: list[str]) -> Any:
 
 
 def _marked(arguments: list[str]) -> list[str]:
-    """Keys of free mappings are added, which Hydra wants to be told."""
+    """Prefix keys of free mappings with ``+``, since Hydra adds a new key only when it is told to."""
     return [f"++{argument}" if argument.startswith(_FREE) else argument for argument in arguments]
 
 
 def flags_of(arguments: list[str]) -> Any:
-    """Hydra's own flags (``--cfg``, ``--multirun``, ...) and, in ``.overrides``, what is left."""
+    """Parse Hydra's flags (``--cfg``, ``--multirun``, ...); the other arguments are in ``.overrides``."""
     from hydra._internal.utils import get_args_parser
 
     return get_args_parser().parse_intermixed_args(_marked(arguments))
 
 
 def check(command: str, arguments: list[str]) -> None:
-    """Compose once ahead of Hydra, so that a wrong override is one clear line and exit code 2.
+    """Compose the configuration once before Hydra does, so that a wrong override gives one clear line and exit code 2.
 
     Raises:
         UserError: with one line for each override that is wrong, or that the command does not read.
@@ -98,7 +98,7 @@ def check(command: str, arguments: list[str]) -> None:
         return
     parsed = [_parsed(override, flags.multirun) for override in flags.overrides]
     keys = {override: one.key_or_group for override, one in zip(flags.overrides, parsed, strict=True)}
-    misplaced = {override: said for override, key in keys.items() if (said := _misplaced(command, key))}
+    misplaced = {override: said for override, key in keys.items() if (said := misplaced_key(command, key))}
     rest = [(o, one) for o, one in zip(flags.overrides, parsed, strict=True) if o not in misplaced]
     overrides, more = _choices([one for _, one in rest]) if flags.multirun else ([o for o, _ in rest], [])
     wrong = _wrong(command, overrides, more)
@@ -107,7 +107,7 @@ def check(command: str, arguments: list[str]) -> None:
 
 
 def _parsed(override: str, sweep: bool) -> Any:
-    """An override as Hydra understands it."""
+    """Return an override as Hydra understands it."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -126,18 +126,18 @@ def _parsed(override: str, sweep: bool) -> Any:
     return one
 
 
-def _misplaced(command: str, key: str) -> str | None:
-    """What to say of a key that exists, but not for this command, or not under this name any more."""
+def misplaced_key(command: str, key: str) -> str | None:
+    """Return the error for a key that this command does not read, or that has another name now; None for others."""
     if said := renamed(key):
         return said
     known = key in KEYS or any(name.startswith(f"{key}.") for name in KEYS) or key.startswith(_FREE)
-    if not known:  # a misspelt one is explained by what Hydra says of it; experiment= and Hydra's own are no keys
+    if not known:  # Hydra's own error explains a misspelt key; experiment= and hydra.* are no keys of ours
         return None
     return next(iter(unread(command, [key])), None)
 
 
 def _choices(parsed: list[Any]) -> tuple[list[str], list[str]]:
-    """Of overrides whose values are lists to choose from: the first of each, and all the others."""
+    """Split overrides whose values are lists to choose from (``--multirun``) into the first of each and the others."""
     first, more = [], []
     for one in parsed:
         values = list(one.sweep_string_iterator()) if one.is_sweep_override() else []
@@ -148,7 +148,7 @@ def _choices(parsed: list[Any]) -> tuple[list[str], list[str]]:
 
 
 def _wrong(command: str, overrides: list[str], more: list[str]) -> list[str]:
-    """What is wrong with ``overrides``, which go together, and with each of ``more`` in the place of another."""
+    """Return what is wrong with ``overrides`` together, and with each of ``more`` in the place of the same key."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -163,7 +163,8 @@ def _wrong(command: str, overrides: list[str], more: list[str]) -> list[str]:
 
         together, right, wrong = problem(*overrides), overrides, []
         if together is not None:
-            # Hydra stops at the first: which others are wrong, too? A key may be there only with another's group.
+            # Hydra stops at the first error, so the others are looked for. A key may exist only with another override's
+            # group.
             right = [one for one in overrides if problem(one) is None]
             wrong = [problem(*right, one) for one in overrides if one not in right]
         wrong += [problem(*right, one) for one in more]
@@ -172,7 +173,7 @@ def _wrong(command: str, overrides: list[str], more: list[str]) -> list[str]:
 
 
 def _explain(error: Exception, command: str) -> str:
-    """One line for a Hydra error: the key that is wrong, and the nearest right one."""
+    """Return one line for a Hydra error: the key that is wrong, and the nearest right one."""
     chain, text = error, str(error)
     while chain.__cause__ is not None:
         chain = chain.__cause__  # type: ignore[assignment]
@@ -196,7 +197,7 @@ def _explain(error: Exception, command: str) -> str:
 
 
 def _nearest_key(key: str, command: str) -> str:
-    """The key that was meant, by its whole name or by its last part; the command's own before those of others."""
+    """Return the key that was probably meant, by its full name or last part; keys that the command reads come first."""
     leaf = key.rsplit(".", 1)[-1]
     for known in ([k for k in KEYS if COMMANDS[command].reads_key(k)], list(KEYS)):
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -207,8 +208,8 @@ def _nearest_key(key: str, command: str) -> str:
     return f"; see steerlm {command} --help"
 
 
-def own_overrides() -> list[str]:
-    """The overrides of this job alone: of a ``--multirun`` one value each."""
+def job_overrides() -> list[str]:
+    """Return the overrides of this job; in a ``--multirun`` each key has one value here."""
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task)
@@ -222,7 +223,7 @@ def run(command: str, arguments: list[str], job: Callable[[Any], None]) -> None:
     ConfigStore.instance().store(name="schema", node=Config)
     marked = _marked(arguments)
     overrides = flags_of(arguments).overrides
-    # argparse takes positional arguments in one piece: flags first, in whatever order they were typed.
+    # argparse accepts positional arguments in one run only, so flags go first, in whatever order they were typed.
     flags = [argument for argument in marked if argument not in overrides]
     sys.argv = [f"steerlm {command}", *flags, *overrides, *_FORCED]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command)(job)()

@@ -7,7 +7,7 @@ from typing import Any
 
 from steerlm_megatron.config.fields import at_least, between, one_of, option
 
-# Kinds of corpus that `data.source` names: the converters of data_tools (a test keeps the two equal), and our own.
+# `data.source` names one of these: the converters of data_tools (a test keeps the two lists equal), or `demo`.
 SOURCES = ("oasst", "helpsteer", "hh_rlhf", "msid", "nemo", "sharegpt", "messages", "hf", "demo")
 
 

@@ -1,7 +1,7 @@
-"""``docs/configuration.md`` from the declarations of keys and commands: ``python -m steerlm_megatron.config.document``.
+"""Write ``docs/configuration.md`` from the declarations: ``python -m steerlm_megatron.config.document``.
 
-Owns: the page. Does not own: what it says (``schema.py``, ``commands.py``). Invariant: a test compares the page in the
-repository with what this module makes.
+Owns: the page. Does not own: the meaning of keys (``schema.py``) and commands (``commands.py``). Invariant: a test
+compares the page in the repository with what this module makes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ not read is an error that names a command that does.
 
 
 def page() -> str:
-    """The page as Markdown."""
+    """Return the page as Markdown."""
     lines = [_HEAD, "## Commands", "", "| command | what it does | what it needs |", "|---|---|---|"]
     for command in COMMANDS.values():
         needs = ", ".join(f"`{key}`" for key in command.needs) or "–"

@@ -1,4 +1,4 @@
-"""A configuration key with its rule and its meaning, where the key is declared.
+"""Declare a configuration key together with its rule and its meaning.
 
 Owns: :func:`option`, and the rules that one value can break by itself. Does not own: rules between keys (``load.py``).
 Invariant: a rule has words for a help text and words for an error, and both come from the same object.
@@ -29,10 +29,10 @@ class Rule:
 
 
 def at_least(least: float) -> Rule:
-    """A finite number that is not below ``least``; a key that may be null is fine then."""
+    """Require a finite number that is not below ``least``; null passes where the key may be null."""
 
     def broken(value: Any) -> str | None:
-        if not value >= least:  # NaN is not
+        if not value >= least:  # written so that NaN breaks the rule too
             return f"must be at least {least:g}"
         return "must be finite" if value == math.inf else None
 
@@ -40,7 +40,7 @@ def at_least(least: float) -> Rule:
 
 
 def between(low: float, high: float) -> Rule:
-    """A number from ``low`` to ``high``, both included."""
+    """Require a number from ``low`` to ``high``, both included."""
 
     def broken(value: Any) -> str | None:
         return None if low <= value <= high else f"must be between {low:g} and {high:g}"
@@ -49,7 +49,7 @@ def between(low: float, high: float) -> Rule:
 
 
 def above(low: float) -> Rule:
-    """A finite number above ``low``."""
+    """Require a finite number above ``low``."""
 
     def broken(value: Any) -> str | None:
         return None if low < value < math.inf else f"must be a number above {low:g}"
@@ -58,7 +58,7 @@ def above(low: float) -> Rule:
 
 
 def one_of(*choices: str) -> Rule:
-    """One of a few words."""
+    """Require one of ``choices``."""
 
     def broken(value: Any) -> str | None:
         return None if value in choices else f"is not one of: {' '.join(choices)}"
@@ -67,7 +67,7 @@ def one_of(*choices: str) -> Rule:
 
 
 def option(default: Any, *about: Rule | str) -> Any:
-    """A dataclass field: its default, then its rules and, last, what it means.
+    """Declare a dataclass field by its default, its rules and, last, its meaning.
 
     A list or dict as ``default`` is copied for every configuration.
     """
@@ -97,7 +97,7 @@ class Key:
 
 
 def keys_of(section: Any, prefix: str = "") -> Iterator[Key]:
-    """All keys of a configuration class, in the order of declaration; sections within it are gone into."""
+    """Yield all keys of a configuration class, in the order of declaration, those of nested sections included."""
     for field in dataclasses.fields(section):
         name = f"{prefix}{field.name}"
         factory = field.default_factory
@@ -110,7 +110,7 @@ def keys_of(section: Any, prefix: str = "") -> Iterator[Key]:
 
 
 def broken_rules(keys: Sequence[Key], value_of: Callable[[str], Any]) -> list[str]:
-    """``key=value`` and the rule that it breaks, for every value that breaks one. A null value breaks none."""
+    """Return ``key=value`` and the rule that it breaks, for every value that breaks one. A null value breaks none."""
     problems = []
     for key in keys:
         value = value_of(key.name)

@@ -1,4 +1,4 @@
-"""What users are shown of commands and keys: ``steerlm --help``, ``steerlm COMMAND --help``, shell completion.
+"""Texts about commands and keys: ``steerlm --help``, ``steerlm COMMAND --help``, shell completion.
 
 Owns: the texts and their layout. Does not own: what a key means (``schema.py``), who reads it (``commands.py``).
 Invariant: every line fits into :data:`WIDTH` columns.
@@ -16,11 +16,11 @@ from steerlm_megatron.config.commands import COMMANDS
 from steerlm_megatron.errors import UserError
 
 WIDTH = 100
-_NAME_WIDTH = 30  # of a key with its value; longer ones have a line of their own
+_NAME_WIDTH = 30  # width of a key with its value; longer ones have a line of their own
 
 
 def show(arguments: Sequence[str], version: str) -> bool:
-    """Print the text that a command line asks for; whether it asked for one, and for no command to run.
+    """Print the text that a command line asks for. Return whether it asked for a text instead of a run.
 
     Raises:
         UserError: an unknown command or shell, or overrides that are wrong. SystemExit: nothing was asked for.
@@ -61,7 +61,7 @@ def _completion(arguments: Sequence[str]) -> str:
 
 
 def usage(version: str) -> str:
-    """The text of ``steerlm --help``."""
+    """Return the text of ``steerlm --help``."""
     lines = [
         f"steerlm {version}: SteerLM on Megatron-Core",
         "",
@@ -79,7 +79,7 @@ def usage(version: str) -> str:
 
 
 def command_help(command: str, values: Mapping[str, Any], groups: Callable[[str], list[str]]) -> str:
-    """The keys of one command in groups, each with its value in ``values`` (nested), its rule and its meaning.
+    """Return the keys of one command in groups, each with its value in ``values`` (nested), its rule and its meaning.
 
     ``groups`` gives the options of a configuration group.
     """
@@ -122,7 +122,7 @@ def _at(values: Mapping[str, Any], key: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value as a user writes it on the command line."""
+    """Return a value as a user writes it on the command line."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, float):
@@ -146,7 +146,7 @@ def _wrapped(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def completion(shell: str, groups: Callable[[str], list[str]]) -> str | None:
-    """A script that completes commands, keys and their choices; None for a shell that there is none for."""
+    """Return a script that completes commands, keys and their choices; None for a shell that is not supported."""
     from steerlm_megatron.config.schema import KEYS
 
     if shell not in ("bash", "zsh"):

@@ -1,4 +1,4 @@
-"""From plain data to a checked :class:`Config`.
+"""Turn plain data into a checked :class:`Config`.
 
 Owns: strict merging and every rule that can be checked before work starts. Does not own: Hydra (``compose.py``).
 Invariant: :func:`finalize` reports all problems at once, each as ``key=value rule; remedy``.
@@ -22,7 +22,7 @@ from steerlm_megatron.errors import UserError
 
 
 def from_container(data: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
-    """A typed config from nested plain data. Unknown keys and wrong types are ``UserError``s naming the key."""
+    """Return a typed config from nested plain data. Unknown keys and wrong types are ``UserError``s naming the key."""
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), data)
         config = OmegaConf.to_object(merged)
@@ -34,7 +34,7 @@ def from_container(data: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
 
 
 def renamed(key: str) -> str | None:
-    """What to say of a key that has another name now; None for any other."""
+    """Return the error for a key that has another name now; None for any other key."""
     if key not in RENAMED:
         return None
     new, why = RENAMED[key]
@@ -42,11 +42,11 @@ def renamed(key: str) -> str | None:
 
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
-    """A copy of ``config`` with nested ``overrides`` on top, as strictly checked as the command line."""
+    """Return a copy of ``config`` with nested ``overrides`` on top, as strictly checked as the command line."""
     base = OmegaConf.create(to_container(config))
     if "pipeline" in overrides:
         raise UserError("pipeline: a step's overrides cannot hold a pipeline section")
-    # Mappings that are values, not sections, are replaced whole.
+    # These mappings are values and not sections, so an override replaces them as a whole.
     for path in ("attributes.best", "train.label_weights", "data.map"):
         if OmegaConf.select(OmegaConf.create(dict(overrides)), path) is not None:
             OmegaConf.update(base, path, {}, merge=False, force_add=True)
@@ -57,23 +57,23 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def to_container(config: Config) -> dict[str, Any]:
-    """Plain nested data, the inverse of :func:`from_container`."""
+    """Return plain nested data, the inverse of :func:`from_container`."""
     return dataclasses.asdict(config)
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved configuration as YAML, as stored in every run folder."""
+    """Return the resolved configuration as YAML, as stored in every run folder."""
     return OmegaConf.to_yaml(OmegaConf.create(to_container(config)))
 
 
 def world_of(config: Config) -> int:
-    """How many ranks the layout asks for; with ``parallel.data=null`` the fewest that it can run on."""
+    """Return how many ranks the layout asks for; with ``parallel.data=null`` the fewest that it can run on."""
     p = config.parallel
     return p.tensor * p.pipeline * p.context * (p.data or 1)
 
 
 def value_at(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
+    """Return the value of a dotted key."""
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
@@ -81,7 +81,7 @@ def value_at(config: Config, key: str) -> Any:
 
 
 def paths_of(value: Any) -> list[str]:
-    """The paths of a key that takes one or a list of them; None: none. ``UserError`` for anything else."""
+    """Return the paths of a key that takes one or a list of them; None: none. ``UserError`` for anything else."""
     paths = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
     if not all(isinstance(path, str) and path for path in paths):
         raise UserError(f"{value!r} is not a path or a list of paths")
@@ -89,11 +89,12 @@ def paths_of(value: Any) -> list[str]:
 
 
 def finalize(config: Config, world: int | None = None, alone: bool = False) -> Config:
-    """Check every rule; fill in what follows from others.
+    """Check every rule, and fill in values that follow from others.
 
     Args:
         world: number of ranks; None where it is still to be chosen.
-        alone: whether this is all that the command gets. A step of a pipeline gets its inputs when its turn comes.
+        alone: whether the command gets no more than this. A step of a pipeline gets its inputs from earlier steps
+            later.
 
     Raises:
         UserError: with one line per problem.
@@ -107,7 +108,7 @@ def finalize(config: Config, world: int | None = None, alone: bool = False) -> C
         *_check_engine(config),
         *_check_train(config),
         *_check_blend(config),
-        *_check_profile(config),
+        *check_profile(config),
         *_check_trainable(config),
         *_check_objective(config),
     ]
@@ -125,7 +126,7 @@ def _as_list(value: Any) -> list[str]:
 
 
 def lays_out_training(config: Config) -> bool:
-    """Whether the command lays out a training run, or may: one without a name was built by hand."""
+    """Return whether the command lays out a training run. A config without a command was built by hand and may."""
     return config.command not in COMMANDS or COMMANDS[config.command].trains
 
 
@@ -136,10 +137,10 @@ def _divisors(number: int) -> str:
 def _check_model(config: Config) -> list[str]:
     m, p, problems = config.model, config.parallel, []
     if not lays_out_training(config):
-        return []  # the model is that of a checkpoint, which is compared with the layout when it is opened
+        return []  # the checkpoint's model is compared with the layout when the checkpoint is opened
     groups = m.num_query_groups or m.num_heads
     if m.num_heads < 1 or groups < 1 or m.num_layers < 1 or p.tensor < 1 or p.pipeline < 1:
-        return []  # said already
+        return []  # reported already
     if m.num_heads % groups:
         problems.append(
             f"model.num_query_groups={groups} must divide model.num_heads={m.num_heads}; legal: "
@@ -189,7 +190,7 @@ def _check_parallel(config: Config, world: int | None) -> list[str]:
             f"(parallel.pipeline={p.pipeline}); set it to null"
         )
     if p.data is not None and p.data < 1:
-        pass  # said already
+        pass  # reported already
     elif world is not None and min(p.tensor, p.pipeline, p.context) >= 1:
         unit = p.tensor * p.pipeline * p.context
         if p.data is not None and world != unit * p.data:
@@ -262,7 +263,7 @@ def _check_engine(config: Config) -> list[str]:
 
 
 def _check_objective(config: Config) -> list[str]:
-    """Keys of one training command, given to the other, which would not read them."""
+    """Return an error for each key of one training command that was given to the other, which does not read it."""
     train, problems = config.train, []
     if config.command == "train_ap" and train.objective != "sft":
         problems.append(f"train.objective={train.objective} is of train_sft; train_ap learns labels: leave it out")
@@ -287,7 +288,7 @@ def _check_trainable(config: Config) -> list[str]:
     return problems
 
 
-def _check_profile(config: Config) -> list[str]:
+def check_profile(config: Config) -> list[str]:
     steps = config.profile.steps
     if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
         return [f"profile.steps={steps} must be two numbers, the first step and the last, counted from 1: [3,5]"]

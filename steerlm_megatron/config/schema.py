@@ -1,8 +1,8 @@
 """The configuration of every command: one object, whose sections are declared in the modules beside this one.
 
-Owns: which sections there are, and the keys that stand outside of them. Does not own: what a command reads of it
-(``commands.py``), reading YAML (``load.py``) or command lines (``compose.py``). Invariant: a key that stands here is
-read by some command; a key that does not is refused.
+Owns: the sections, and the keys outside of sections. Does not own: which keys a command reads (``commands.py``),
+reading YAML (``load.py``) or command lines (``compose.py``). Invariant: some command reads each key that is declared
+here; a key that is not declared is refused.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ __all__ = [
 
 @dataclass
 class Config:
-    """Everything a command may read. A command's own sections are declared in ``commands.py``."""
+    """Everything that commands read. ``commands.py`` declares which command reads which section."""
 
     command: str = option("", "the command; set by its own configuration file")
     run_dir: str | None = option(None, "the run's folder; null: runs/<command>/<time>")
@@ -77,7 +77,7 @@ class Config:
 
 KEYS: dict[str, Key] = {key.name: key for key in keys_of(Config)}
 
-# Names that keys had before; using one is an error that says the new one.
+# Keys had these names before; using an old name is an error that gives the new one.
 RENAMED = {
     "train.micro_batch_samples": ("train.micro_batch_rows", "it counts packed rows"),
     "server.max_batch": ("generation.max_batch", "drawing without a server has it, too"),

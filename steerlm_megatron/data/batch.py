@@ -1,8 +1,8 @@
 """A micro-batch: the tensors that a training step or a scoring pass takes.
 
-Owns: their names, layouts and dtypes, a context-parallel rank's part of them, the way to a device. Does not own: laying
-samples out (``feed/collate.py``). Invariant: nothing crosses a document's end: its last token predicts nothing, and
-positions restart.
+Owns: their names, layouts and dtypes, a context-parallel rank's part of them, moving them to a device. Does not own:
+laying samples out (``feed/collate.py``). Invariant: nothing crosses a document's end: its last token predicts nothing,
+and positions restart.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 @dataclass(frozen=True)
 class ContextChunk:
-    """Consecutive tokens ``start … stop`` of a packed sequence, which end documents and begin others anywhere.
+    """Consecutive tokens ``start … stop`` of a packed sequence; documents may begin and end anywhere in them.
 
     ``first_key``: where the document of token ``start`` begins; the chunk's attention needs keys from there on.
     ``lengths``: how many of the chunk's tokens each of its documents has.
@@ -31,7 +31,7 @@ class ContextChunk:
 
     @property
     def carried(self) -> int:
-        """Tokens of the first document that stand before the chunk."""
+        """Number of tokens of the first document that come before the chunk."""
         return self.start - self.first_key
 
 
@@ -39,8 +39,8 @@ class ContextChunk:
 class RowBatch:
     """One micro-batch of packed rows. T = rows · row_tokens, K tokens with loss, P pooled positions, A attributes.
 
-    After :meth:`part` T, K and P are those of one context-parallel rank, and indices count its tokens; ``cu_seqlens``,
-    ``sample_ids`` and the counts stay those of all.
+    After :meth:`part`, T, K and P are those of one context-parallel rank, and indices count its tokens; ``cu_seqlens``,
+    ``sample_ids`` and the counts remain those of the complete sequence.
 
     Args:
         tokens_T: int64 [T].
@@ -54,8 +54,10 @@ class RowBatch:
         sample_ids: ids of the samples, in the order of their documents.
         useful_tokens: tokens that are not padding.
         target_tokens: tokens with loss.
-        squared_tokens: Σ s² over the lengths of the samples: what attention's work grows with. Padding is not in it.
-        chunks: of a context-parallel rank, which chunks of the whole sequence it holds; else none.
+        squared_tokens: Σ s² over the lengths of the samples, with which the work of attention grows. Padding is not
+            counted.
+        chunks: the chunks of the complete sequence that this context-parallel rank holds; empty without context
+            parallelism.
         cu_queries, cu_keys: int32 [documents in chunks + 1]: their boundaries among the rank's T tokens, and among the
             keys of all its chunks.
     """
@@ -78,14 +80,14 @@ class RowBatch:
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of the whole sequence, padding included."""
+        """Number of tokens of the complete sequence, padding included."""
         return int(self.cu_seqlens.numpy()[-1])
 
     def part(self, rank: int, ranks: int) -> RowBatch:
-        """What context-parallel rank ``rank`` of ``ranks`` computes. ``ranks`` · 2 must divide T.
+        """Return the part that context-parallel rank ``rank`` of ``ranks`` computes. ``ranks`` · 2 must divide T.
 
-        The sequence is cut into 2 · ``ranks`` equal chunks, of which it holds one of the first half and its mirror
-        image: causal attention inside a long document is then about the same work for all.
+        The sequence is cut into 2 · ``ranks`` equal chunks. A rank holds one of the first half and its mirror image, so
+        that causal attention inside a long document is about the same work for all ranks.
         """
         if ranks == 1:
             return self
@@ -94,7 +96,7 @@ class RowBatch:
         bounds = self.cu_seqlens.numpy()
         chunks = tuple(_chunk(bounds, number * size, size) for number in (rank, 2 * ranks - 1 - rank))
         index_T = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in chunks])
-        here = np.full(self.row_tokens, -1, np.int64)  # of a token of the whole sequence, its place in this part
+        here = np.full(self.row_tokens, -1, np.int64)  # index in this part of each token of the complete sequence
         here[index_T] = np.arange(len(index_T))
         pool_P = here[self.pool_P.numpy()]
         mask_T = self.loss_mask_T.numpy()[index_T]
@@ -114,11 +116,11 @@ class RowBatch:
         )
 
     def pin(self) -> RowBatch:
-        """The same in page-locked memory, from which a GPU copies while the host goes on."""
+        """Return the batch in page-locked memory, from which a GPU copies while the host goes on."""
         return self._each(torch.Tensor.pin_memory)
 
     def to(self, where: torch.device) -> RowBatch:
-        """The same on ``where``; the host does not wait for copies from pinned memory."""
+        """Return the batch on ``where``; the host does not wait for copies from pinned memory."""
         return self._each(lambda tensor: tensor.to(where, non_blocking=True))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RowBatch:
@@ -130,7 +132,7 @@ class RowBatch:
 
 
 def _chunk(bounds: npt.NDArray[np.int32], start: int, size: int) -> ContextChunk:
-    """The chunk of ``size`` tokens from ``start`` of a sequence with documents between ``bounds``."""
+    """Return the chunk of ``size`` tokens from ``start`` of a sequence with documents between ``bounds``."""
     inner = bounds[(bounds > start) & (bounds < start + size)]
     lengths = np.diff(np.concatenate([[start], inner, [start + size]]))
     first_key = int(bounds[bounds <= start][-1])

@@ -1,4 +1,4 @@
-"""A shard folder: documents as Megatron-Core indexed binary shards, what they mean beside them, and a manifest.
+"""A shard folder: documents as Megatron-Core indexed binary shards, side arrays that describe them, and a manifest.
 
 ::
 
@@ -11,9 +11,9 @@
     shard-00000.values.npy    float32 [turns, attributes], NaN where missing
     shard-00000.ids.npy       uint8: the documents' ids as UTF-8, end to end
 
-Owns: writing and reading this folder. Does not own: what a turn or a span is (``views.py``), where text comes from
-(``write/preprocess.py``). Invariants: the folder appears by one rename, when it is whole; the same documents give the
-same bytes (nothing in it tells time, host or path); opening reads the manifest and the heads of the index files only.
+Owns: writing and reading this folder. Does not own: the meaning of turns and spans (``views.py``), tokenising
+(``write/preprocess.py``). Invariants: the folder appears by one rename when it is complete; the same documents give the
+same bytes (it holds no time, host or path); opening reads only the manifest and the heads of the index files.
 """
 
 from __future__ import annotations
@@ -48,20 +48,19 @@ DOC = np.dtype([("turns", "<i8"), ("spans", "<i8"), ("id", "<i8"), ("header_star
 
 _IDX_HEAD = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries (Megatron's layout)
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
-_IDX_KNOWN = _IDX_MAGIC + (1).to_bytes(8, "little")  # how every index begins; then comes the type
+_IDX_KNOWN = _IDX_MAGIC + (1).to_bytes(8, "little")  # the beginning of every index; the code of the token type follows
 _IDX_DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}  # Megatron's codes for token ids
 
 Array = npt.NDArray[Any]
 
 
 class ShardWriter:
-    """Writes one shard folder. A context manager: leaving it without ``publish`` leaves nothing behind.
+    """Write one shard folder, as a context manager. Leaving it without ``publish`` leaves nothing behind.
 
-    Holds one shard's side arrays in memory, and no tokens.
+    It holds one shard's side arrays in memory, and no tokens.
 
     Args:
-        folder: the final place. What stands there is replaced at the end if it is a shard folder, and refused
-            otherwise.
+        folder: the final path. A shard folder that exists there is replaced at the end; anything else there is refused.
         shard_tokens: a shard is closed once it holds this many tokens.
         schema: None if there are no attributes.
     """
@@ -86,7 +85,7 @@ class ShardWriter:
         self._shards: list[dict[str, Any]] = []
         self._bin: IO[bytes] | None = None  # of the open shard
         self._digest = hashlib.sha256()
-        self._blocks: list[Block] = []  # of the open shard, without their tokens
+        self._blocks: list[Block] = []  # the blocks of the open shard, without their tokens
         self._tokens = 0
         self._closed_documents = 0
         self.counts = {"tokens": 0, "target_tokens": 0, "turns": 0, "labelled_turns": 0, "unk_tokens": 0}
@@ -96,7 +95,7 @@ class ShardWriter:
             raise UserError(
                 f"{self.folder} exists and is not a shard folder; name another data.output_dir or remove it"
             )
-        shutil.rmtree(self._work, ignore_errors=True)  # what a killed job left
+        shutil.rmtree(self._work, ignore_errors=True)  # a killed job may have left it
         self._work.mkdir(parents=True)
         return self
 
@@ -107,7 +106,7 @@ class ShardWriter:
             try:
                 self._bin.close()
             except OSError:
-                if error is None:  # the disk is full: said already
+                if error is None:  # otherwise an error (a full disk) has been raised already
                     raise
             self._bin = None
         shutil.rmtree(self._work, ignore_errors=True)
@@ -123,11 +122,11 @@ class ShardWriter:
         self.add_block(join([document], self._tokenizer.vocab_size, attributes))
 
     def add_block(self, block: Block) -> None:
-        """Append documents; where shards end depends on the documents alone, not on how they are put into blocks."""
+        """Append documents. Where shards end depends on the documents alone, and not on their division into blocks."""
         at, ends = 0, np.cumsum(block.lengths, dtype=np.int64)
         while at < len(block):
             before = int(ends[at - 1]) if at else 0
-            # The document with which the shard is full is its last.
+            # The document that fills the shard is its last one.
             stop = int(np.searchsorted(ends, before + self._shard_tokens - self._tokens)) + 1
             self._append(block.cut(at, min(stop, len(block))))
             at = stop
@@ -146,7 +145,7 @@ class ShardWriter:
         self.counts["unk_tokens"] += int(np.count_nonzero(block.tokens == self._tokenizer.unk_id))
 
     def commit(self, counts: Mapping[str, Any], sources: list[dict[str, Any]]) -> dict[str, Any]:
-        """``finish`` and ``publish``."""
+        """Call ``finish`` and ``publish``, and return the manifest."""
         manifest = self.finish(counts, sources)
         self.publish()
         return manifest
@@ -159,11 +158,12 @@ class ShardWriter:
         run: Mapping[str, Any] | None = None,
         converted: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
-        """Finish the last shard and write the manifest, which is returned; the folder is not in its place yet.
+        """Finish the last shard, write the manifest and return it. The folder is not published yet.
 
-        ``counts``: what became of the input (``in``, ``out``, ``skipped`` by reason). ``sources``: name and hash each.
-        ``policies``: what was decided about doubtful input, and how often it was met. ``run``: by what a later run
-        knows that it would write the same. ``converted``: what the sources were converted from, and its counts.
+        ``counts``: how many records came in, went out and were skipped, by reason. ``sources``: name and hash of each
+        input. ``policies``: the policy for each kind of doubtful input, and how often it was applied. ``run``: values
+        by which a later run recognises that it would write the same. ``converted``: the files that the sources were
+        converted from, and the conversion's counts.
         """
         if self._bin is not None:
             self._close_shard()
@@ -197,7 +197,7 @@ class ShardWriter:
         return manifest
 
     def publish(self) -> None:
-        """Put the finished folder in its place, instead of an older one."""
+        """Rename the finished folder to its final path, replacing an older one."""
         replaced = self.folder.with_name(f".{self.folder.name}.old")
         shutil.rmtree(replaced, ignore_errors=True)
         if self.folder.exists():
@@ -226,7 +226,7 @@ class ShardWriter:
         for name in SIDE_ARRAYS[1:]:
             arrays[name] = np.concatenate([getattr(block, name) for block in blocks])
         self._count(arrays["turns"], arrays["spans"], arrays["values"])
-        _write_index(self._work / f"{prefix}.idx", lengths, token_dtype(self._tokenizer.vocab_size))
+        write_index(self._work / f"{prefix}.idx", lengths, token_dtype(self._tokenizer.vocab_size))
         for name in SIDE_ARRAYS:
             np.save(self._work / f"{prefix}.{name}.npy", arrays[name])
         itemsize = token_dtype(self._tokenizer.vocab_size).itemsize
@@ -256,10 +256,12 @@ class ShardWriter:
         self.counts["labelled_turns"] += int(present.any(axis=1).sum())
 
 
-def _write_index(path: Path, lengths: Array, dtype: np.dtype[Any]) -> None:
-    """Megatron-Core's index of documents of one sequence each: the bytes that its ``IndexedDatasetBuilder`` writes.
+def write_index(path: Path, lengths: Array, dtype: np.dtype[Any]) -> None:
+    """Write Megatron-Core's index of documents of one sequence each: the bytes that its ``IndexedDatasetBuilder``
+    writes.
 
-    At once, where the builder goes through lists of Python integers; and importing that costs seconds.
+    This function writes whole arrays, where the builder loops over lists of Python integers and takes seconds to
+    import.
     """
     sequences = len(lengths)
     code = next(code for code, known in _IDX_DTYPES.items() if known == dtype)
@@ -311,7 +313,7 @@ class Shard:
         return self._array("ids")
 
     def document(self, index: int) -> Document:
-        """Document ``index`` of this shard; its arrays are views of the files."""
+        """Return document ``index`` of this shard; its arrays are views of the files."""
         begin, end = self.docs[index], self.docs[index + 1]
         pointer = int(self._pointers[index]) // self._dtype.itemsize
         turns = slice(int(begin["turns"]), int(end["turns"]))
@@ -339,7 +341,7 @@ class Shard:
             raise UserError(f"{path} cannot be read ({error}); run `steerlm preprocess` again") from None
 
     def _check_index(self) -> np.dtype[Any]:
-        """The token type, from the head of the index file; ``UserError`` if it is torn or not ours."""
+        """Return the token type from the head of the index file; ``UserError`` if it is torn or of another format."""
         path = self._path("idx")
         remedy = "run `steerlm preprocess` again"
         try:
@@ -368,13 +370,13 @@ class Shard:
 
 
 class ShardReader:
-    """A shard folder, opened for reading. Cost of opening: the manifest and one file size per file."""
+    """A shard folder, opened for reading. Opening reads the manifest and the size of each file."""
 
     def __init__(self, folder: str | Path, verify: bool = False) -> None:
-        """``verify``: also compare all checksums (reads every byte). ``UserError`` names what is missing or damaged."""
+        """Open the folder. ``verify`` also compares all checksums. ``UserError`` names what is missing or damaged."""
         self.folder = Path(folder)
         self.manifest, self.hash = _read_manifest(self.folder)
-        # The heads of the indexes first: of a foreign one its size would say nothing.
+        # The heads of the indexes are checked first, since the size of a foreign index would be a misleading error.
         self.shards = [Shard(self.folder, entry) for entry in self.manifest["shards"]]
         for name, entry in self._files().items():
             self._check_file(self.folder / name, entry, verify)
@@ -384,7 +386,7 @@ class ShardReader:
         return int(self._first[-1])
 
     def document(self, index: int) -> Document:
-        """Document ``index`` of the whole folder."""
+        """Return document ``index`` of the folder."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -427,7 +429,7 @@ class ShardReader:
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
-    """The manifest and the SHA-256 of its bytes, which stands for the whole folder."""
+    """Return the manifest and the SHA-256 of its bytes, which identifies the folder."""
     path = folder / MANIFEST
     if not folder.is_dir():
         raise UserError(
@@ -453,6 +455,6 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _finished(path: Path) -> dict[str, Any]:
-    """Size and checksum of a finished file, which is on disk from then on."""
+    """Flush a finished file to the disk and return its size and checksum."""
     sync_path(path)
     return describe_file(path)

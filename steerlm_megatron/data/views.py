@@ -1,27 +1,26 @@
-"""One stored document, four views of it: what a sample's tokens, targets and pooled positions are.
+"""Four views of a stored document: the tokens, targets and pooled positions of a sample.
 
 A document is stored once, as the tokens of ``template.render(conversation, schema)``. From it come ``acsft`` (as
 stored), ``sft`` (label lines removed), ``lm`` (label lines removed, loss on every token) and ``ap`` (label lines
 removed; a label marker after each scored response, whose hidden state is regressed; cut after the last marker).
 
-Owns: ``Document``, ``Sample``, the views, and the one policy for over-long samples. Does not own: where documents lie
-(``shards.py``), how samples share a row (``feed/packing.py``). Invariant: every removal is of whole label lines, or by
-the stated over-long policy; nothing else is ever lost.
+Owns: ``Document``, ``Sample``, the views, and the policies for over-long samples. Does not own: storing documents
+(``shards.py``), packing (``feed/packing.py``). Invariant: only complete label lines are removed, and tokens by the
+stated over-long policy; nothing else is ever lost.
 
 Over-long policy (``data.overlong``), for a sample of more than ``max_tokens``:
 
 * ``drop``: the sample is left out.
 * ``error``: ``UserError``.
 * ``truncate_response``: the first ``max_tokens`` tokens stay (``ap``: up to the last marker among them).
-* ``truncate_left_turns`` (default): context after the last target goes first; then the oldest turns after the header,
-so
-  that the sample begins with a user turn, but never the last exchange (the last target response and the user turns
-  that it answers). If that is still too long, the beginning of that prompt's text, down to a quarter of
-  ``max_tokens``; then the end of the response (without its end-of-turn, so that no early end is learned; ``ap`` keeps
-  what closes the turn). The first
-  token after such a cut is no target: what it followed is gone.
+* ``truncate_left_turns`` (default): context after the last target is removed first, then the oldest turns after the
+  header, so that the sample begins with a user turn, but never the last exchange (the last target response and the
+  user turns that it answers). If that is still too long, the beginning of that prompt's text is removed, down to a
+  quarter of ``max_tokens``; then the end of the response (with its end-of-turn, so that the model does not learn to
+  stop early; ``ap`` keeps what closes the turn). The first token after such a cut is no target, since the text before
+  it is gone.
 
-A sample left without any target is left out. Who calls counts all of it.
+A sample that has no target left is left out. The caller counts what was cut and left out.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ OVERLONG: tuple[str, ...] = get_args(Overlong)
 Array = npt.NDArray[Any]
 
 
-class Spoken(Protocol):
-    """What a message must have (``steer.records.Message`` has it)."""
+class MessageLike(Protocol):
+    """The attributes that a view needs of a message, which ``steer.records.Message`` has."""
 
     @property
     def role(self) -> str: ...
@@ -66,8 +65,8 @@ class Spoken(Protocol):
 
 USER, ASSISTANT = 0, 1
 _HEADER, _USER, _LABEL, _RESPONSE, _END = Part.HEADER, Part.USER, Part.LABEL, Part.RESPONSE, Part.END
-# Token positions within the stored document; a message that is not the system's is one turn. `text` is what was
-# written, `mark` (assistant) is where the label marker goes: after the response and the text that closes it.
+# Token positions within the stored document. Each message but the system's is one turn. `text` is the message's
+# content, and `mark` (assistant) is where the label marker goes: after the response and the text that closes it.
 TURN = np.dtype(
     [
         ("start", "<i4"),
@@ -85,13 +84,13 @@ TURN = np.dtype(
 
 @dataclass(frozen=True)
 class Document:
-    """A conversation as stored. T tokens, N turns, A attributes.
+    """A conversation as it is stored. T tokens, N turns, A attributes.
 
     Args:
         tokens_T: token ids (int32, or uint16 straight from a shard).
-        header: start and end of the system text's tokens; they may stand inside the first turn (Llama-2's format).
+        header: start and end of the system text's tokens, which may be inside the first turn (Llama-2's format).
         turns_N: ``TURN`` records.
-        spans: int32 [spans, 2], start and end of the runs of trained tokens.
+        spans: int32 [spans, 2], start and end of each run of trained tokens.
         values_NA: float32 values on the schema's scale, NaN where missing.
     """
 
@@ -105,14 +104,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a model sees of one conversation.
+    """A conversation as a model sees it through a view.
 
     Args:
         tokens_T: int32.
-        loss_mask_T: bool; True: this token is a training target (the first token never is).
+        loss_mask_T: bool, True where the token is a training target (the first token never is).
         pool_P: int32, positions whose hidden state is regressed (``ap`` only, else empty).
         values_PA: float32 regression targets, NaN where missing.
-        cut_tokens: tokens that the over-long policy took away.
+        cut_tokens: number of tokens that the over-long policy removed.
     """
 
     id: str
@@ -126,7 +125,7 @@ class Sample:
 def build_documents(
     conversations: Sequence[Conversation], tokenizer: Tokenizer, template: Template, schema: AttributeSchema | None
 ) -> list[Document]:
-    """Render, encode (in one batch) and lay out conversations."""
+    """Render conversations, encode them in one batch, and lay them out as documents."""
     rendered = [template.render(conversation, schema) for conversation in conversations]
     encoded = tokenizer.encode_documents(rendered)
     return [
@@ -142,11 +141,11 @@ def layout(
     lengths: Sequence[int],
     schema: AttributeSchema | None,
 ) -> Document:
-    """The document of a rendered conversation: ``lengths[i]`` is the number of ids of ``segments[i]``."""
-    turns, spans, header = places(conversation.messages, segments, lengths)
+    """Return the document of a rendered conversation: ``lengths[i]`` is the number of ids of ``segments[i]``."""
+    turns, spans, header = turn_positions(conversation.messages, segments, lengths)
     values = np.full((len(turns), len(schema.names) if schema else 0), np.nan, np.float32)
     if values.size and schema:
-        for row, message in zip(values, spoken(conversation), strict=True):
+        for row, message in zip(values, turn_messages(conversation), strict=True):
             if message.attributes:
                 row[:] = schema.vector(message.attributes)
     return Document(
@@ -154,16 +153,16 @@ def layout(
     )
 
 
-def spoken(conversation: Conversation) -> Sequence[Message]:
-    """The messages that are turns: all but the system's."""
+def turn_messages(conversation: Conversation) -> Sequence[Message]:
+    """Return the messages that are turns: all messages but the system's."""
     messages = conversation.messages
     return messages[1:] if messages and messages[0].role == "system" else messages
 
 
-def places(
-    messages: Sequence[Spoken], segments: Sequence[Segment], lengths: Sequence[int]
+def turn_positions(
+    messages: Sequence[MessageLike], segments: Sequence[Segment], lengths: Sequence[int]
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, int]], tuple[int, int]]:
-    """``TURN`` rows, trained spans and header of a rendered conversation, as plain numbers."""
+    """Return ``TURN`` rows, trained spans and header of a rendered conversation, as plain numbers."""
     turns: list[list[int]] = []
     spans: list[tuple[int, int]] = []
     header: tuple[int, int] | None = None
@@ -200,9 +199,10 @@ def places(
 
 
 def scored_turns(document: Document, scored: Scored) -> npt.NDArray[np.int64]:
-    """Indices of the turns that the ``ap`` view puts a marker after: assistant turns, up to the last one that counts.
+    """Return the indices of turns after which the ``ap`` view puts a marker: assistant turns up to the last that
+    counts.
 
-    Unlabelled turns in between get a marker too, and no target: a turn then has the same context in training as when
+    Unlabelled turns in between get a marker too, but no target, so that a turn has the same context in training as when
     everything is scored.
     """
     turns = document.turns_N
@@ -214,7 +214,7 @@ def scored_turns(document: Document, scored: Scored) -> npt.NDArray[np.int64]:
 
 
 def labelled_turns(document: Document) -> npt.NDArray[np.bool_]:
-    """bool [N]: turns of weight 1 with at least one value."""
+    """Return bool [N]: turns of weight 1 with at least one value."""
     return (document.turns_N["weight"] > 0) & ~np.isnan(document.values_NA).all(axis=1)
 
 
@@ -226,7 +226,7 @@ def make_sample(
     marker_id: int | None = None,
     scored: Scored = "labelled",
 ) -> Sample | None:
-    """A document seen through a view, at most ``max_tokens`` long; None if it is dropped or has no target left.
+    """Return a document seen through a view, at most ``max_tokens`` long; None if it is dropped or has no target left.
 
     ``marker_id`` (the id of ``template.label_marker``) is needed for ``ap``. ``UserError`` under ``overlong="error"``.
     """
@@ -268,7 +268,7 @@ def make_sample(
 
 
 class _Cut:
-    """Which stored tokens stay (``keep``), which are targets (``mask``), which turns a marker follows (``marks``)."""
+    """A sample in the making: tokens to keep (``keep``), targets (``mask``), turns with a marker (``marks``)."""
 
     def __init__(self, document: Document, view: View, scored: Scored) -> None:
         size, turns = len(document.tokens_T), document.turns_N
@@ -296,7 +296,7 @@ class _Cut:
         return bool(self.counts[self.marks].any()) if self.view == "ap" else bool((self.mask & self.keep)[1:].any())
 
     def right(self, max_tokens: int) -> None:
-        """Keep the first ``max_tokens`` (``ap``: as many markers as fit, and all that stands before them)."""
+        """Keep the first ``max_tokens`` (``ap``: as many markers as fit, and everything before them)."""
         if self.view == "ap":
             before = np.concatenate(([0], np.cumsum(self.keep)))[self.turns["mark"][self.marks]]
             self.marks = self.marks[before + np.arange(len(self.marks)) < max_tokens]
@@ -305,12 +305,12 @@ class _Cut:
             self.keep[np.flatnonzero(self.keep)[max_tokens:]] = False
 
     def left_turns(self, max_tokens: int) -> None:
-        """The policy ``truncate_left_turns``; see the module's docstring."""
+        """Apply the policy ``truncate_left_turns`` (see the module's docstring)."""
         turns = self.turns
         if self.view in ("sft", "acsft"):
             self.keep[np.flatnonzero(self.mask)[-1] + 1 :] = False
         final = self._final_turn()
-        first = final  # where the last exchange begins: the run of user turns before the last target
+        first = final  # the last exchange begins with the run of user turns before the last target
         while first > 0 and turns["role"][first] == ASSISTANT:
             first -= 1
         while first > 0 and turns["role"][first - 1] == USER:
@@ -335,10 +335,10 @@ class _Cut:
         return int(found[-1]) if len(found) else len(self.turns) - 1
 
     def _gap(self, turn: int) -> tuple[int, int]:
-        """The stored tokens that go when ``turn`` is to follow the header."""
+        """Return the range of stored tokens to remove so that ``turn`` follows the header."""
         header_start, header_end = self.document.header
         first = int(self.turns["start"][0])
-        if header_end > header_start > first:  # the header stands inside the first turn, whose opening tokens stay too
+        if header_end > header_start > first:  # the header is inside the first turn, whose opening tokens stay too
             return header_end, int(self.turns["text_start"][turn])
         return first, int(self.turns["start"][turn])
 
@@ -370,7 +370,7 @@ class _Cut:
         turn = self.turns[final]
         text = turn["text_start"] + np.flatnonzero(self.keep[turn["text_start"] : turn["text_end"]])
         excess = self.length() - max_tokens
-        if excess < len(text):  # else nothing of the response would stay: too long even so, and the sample is dropped
+        if excess < len(text):  # otherwise nothing of the response would be left, and the sample is dropped
             self.keep[text[len(text) - excess :]] = False
 
     def _end_at_last_mark(self) -> None:

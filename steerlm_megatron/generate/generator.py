@@ -1,11 +1,10 @@
-"""The generator: requests in, responses out, many at a time.
+"""The generator: it answers many requests at a time by continuous batching.
 
 Owns: requests from submission to result, the step loop and its lockstep over the ranks of a replica, the end of a
-response.
-Does not own: rows (``scheduler.py``), tensors (``runner.py``), HTTP (``serve``).
-Invariants: every submitted request gets exactly one result or exception, also when the engine fails; an exception that
-belongs to one request (its callback, its text, its logits) ends that request alone; ``step`` runs in one thread at a
-time, everything else is thread-safe.
+response. Does not own: rows (``scheduler.py``), tensors (``runner.py``), HTTP (``serve``). Invariants: every submitted
+request gets exactly one result or exception, also when the engine fails; an exception that one request causes (its
+callback, its text, its logits) ends that request alone; ``step`` runs in one thread at a time, everything else is
+thread-safe.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _NO_TOKEN = {
 
 
 class TokenizerLike(Protocol):
-    """What generation needs of ``data.tokenizer.Tokenizer``."""
+    """The part of ``data.text.tokenizer.Tokenizer`` that generation uses."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -58,7 +57,7 @@ class TokenizerLike(Protocol):
 
 
 class TemplateLike(Protocol):
-    """What generation needs of ``steer.templates.Template``."""
+    """The part of ``steer.templates.Template`` that generation uses."""
 
     @property
     def control_strings(self) -> tuple[str, ...]: ...
@@ -85,8 +84,8 @@ class Generator:
         limits: Limits,
         group: ModelGroup | None = None,
     ) -> None:
-        """``model``: called as ``model(input_ids, position_ids, None, labels=None, packed_seq_params=PackedTokens)``,
-        giving full- vocabulary logits. ``group``: None for a replica of one process, else ``group.model_group()``.
+        """``model`` is called as ``model(input_ids, position_ids, None, labels=None, packed_seq_params=PackedTokens)``
+        and gives full-vocabulary logits. ``group`` is None for a replica of one process, else ``group.model_group()``.
 
         Raises UserError if the limits contradict each other."""
         check_limits(limits)
@@ -98,9 +97,9 @@ class Generator:
         self.runner = StepRunner(model, self.group, tokenizer.vocab_size, sorted(banned))
         self.scheduler: Scheduler[Job] = Scheduler(limits.max_batch, limits.max_cache_tokens)
         self.error: str | None = None
-        self.last_beat_sec = time.monotonic()  # when the loop last showed life
+        self.last_beat_sec = time.monotonic()  # time of the loop's last sign of life
         self.steps = self.sampled_tokens = 0
-        self._jobs: dict[str, Job] = {}
+        self.jobs: dict[str, Job] = {}
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._last_message_sec = time.monotonic()
@@ -108,7 +107,7 @@ class Generator:
     # ---- submission, any thread of the leader ----
 
     def problem(self, prompt_tokens: int, max_tokens: int) -> str | None:
-        """Why a request of these sizes can never run, or None."""
+        """Return why a request of these sizes can never run, or None."""
         limit = self.limits.max_sequence_tokens
         if prompt_tokens < 1:
             return "the prompt is empty; it needs at least one token"
@@ -126,7 +125,7 @@ class Generator:
 
     def _check(self, requests: Sequence[Request]) -> None:
         vocab_size = self.tokenizer.vocab_size
-        # The choices of a prompt share it: its ids are looked at once.
+        # The choices of a request share the prompt, whose ids are checked once.
         inside: set[int] = set()
         for request in requests:
             request.params.checked()
@@ -141,9 +140,9 @@ class Generator:
             raise UserError("two requests have the same id; ids must be unique")
 
     def submit(self, request: Request, on_delta: Callable[[Delta], None] | None = None) -> Handle:
-        """Queue one request. ``on_delta`` is called from the engine's thread as text becomes certain.
+        """Queue one request. ``on_delta`` is called from the engine's thread as text becomes final.
 
-        Raises UserError (cannot ever run), QueueFull, EngineDead."""
+        Raises UserError (the request can never run), QueueFull, EngineDead."""
         return self.submit_all([request], [on_delta])[0]
 
     def submit_all(
@@ -156,24 +155,24 @@ class Generator:
         assert self.group.is_leader, "only the leader of a replica submits"
         self._check_alive()
         self._check(requests)
-        jobs = [self._new_job(r, on_delta[i] if on_delta else None) for i, r in enumerate(requests)]
+        jobs = [self.new_job(r, on_delta[i] if on_delta else None) for i, r in enumerate(requests)]
         with self._lock:
             self._check_alive()
             for request in requests:
-                if request.id in self._jobs:
+                if request.id in self.jobs:
                     raise UserError(f"request {request.id}: a request of this id is being answered; ids must be unique")
             waiting = len(self.scheduler.waiting)
-            # Requests that a free row awaits do not count: they leave the queue at the next step.
+            # Requests for which a row is free do not count, since they leave the queue at the next step.
             free = self.limits.max_batch - len(self.scheduler.running)
             if bounded and waiting + len(requests) > self.limits.max_queue + free:
                 raise QueueFull(waiting, self._retry_after_sec())
             for job in jobs:
-                self._jobs[job.request.id] = job
+                self.jobs[job.request.id] = job
                 self.scheduler.waiting.append(job)
             self._work.notify()
         return [job.handle for job in jobs]
 
-    def _new_job(self, request: Request, on_delta: Callable[[Delta], None] | None) -> Job:
+    def new_job(self, request: Request, on_delta: Callable[[Delta], None] | None) -> Job:
         text = ResponseText(self.tokenizer.decode, request.params.stop, self.template.response_suffix)
         return Job(request, Handle(request, self.cancel), text, on_delta)
 
@@ -183,13 +182,13 @@ class Generator:
     def cancel(self, request_id: str) -> None:
         """End a request; unknown or finished ids are ignored."""
         with self._lock:
-            job = self._jobs.get(request_id)
+            job = self.jobs.get(request_id)
             if job is None or job.reason is not None:
                 return
             job.reason = "cancelled"
             if job in self.scheduler.waiting:
                 self.scheduler.waiting.remove(job)
-            del self._jobs[request_id]
+            del self.jobs[request_id]
             outcome = outcome_of(job, lambda: self._result(job))
         assert outcome is not None
         resolve(job, outcome)
@@ -221,7 +220,7 @@ class Generator:
             self._last_message_sec = time.monotonic()
 
     def _take(self, rows: list[Job], ids: list[int], logprobs: list[float] | None) -> None:
-        """Give each row its token; resolve the requests that end with it."""
+        """Append each row's new token to its request, and resolve the requests that end with it."""
         ended: list[tuple[Job, Result | RequestFailed]] = []
         with self._lock:
             self.steps += 1
@@ -232,12 +231,12 @@ class Generator:
                 outcome = outcome_of(job, partial(self._take_token, job, ids[row], logprob))
                 if outcome is not None:
                     ended.append((job, outcome))
-                    del self._jobs[job.request.id]
+                    del self.jobs[job.request.id]
         for job, outcome in ended:
             resolve(job, outcome)
 
     def _take_token(self, job: Job, token_id: int, logprob: float | None) -> Result | None:
-        """Give a job its token; its result if it ends with it. What is raised here is the job's own."""
+        """Append a token to a job and return its result if it ends. An exception here ends this job alone."""
         if token_id < 0:
             raise RequestFailed(_NO_TOKEN[token_id])
         job.token_ids.append(token_id)
@@ -252,7 +251,7 @@ class Generator:
         return None
 
     def _advance(self, job: Job, token_id: int) -> tuple[str, FinishReason | None]:
-        """Text that became certain, and why the response ends here, if it does."""
+        """Return the text that became final, and the reason if the response ends here."""
         piece = ""
         if token_id in self.stop_ids:
             return piece, "stop"
@@ -263,11 +262,11 @@ class Generator:
         return piece, "length" if len(job.token_ids) >= job.request.params.max_tokens else None
 
     def _result(self, job: Job, piece: str = "") -> Result:
-        """The job's result; its last piece of text goes out as a delta."""
+        """Return the job's result, after its last text was sent as a delta."""
         by_control = bool(job.token_ids) and job.token_ids[-1] in self.stop_ids
         text, rest = job.text.finish(job.token_ids[:-1] if by_control else job.token_ids, by_control)
         if job.reason == "length" and job.text.stopped_at is not None:
-            job.reason = "stop"  # the text that was held back until now has a stop string in it
+            job.reason = "stop"  # the text that was held back contains a stop string
         if job.on_delta is not None and job.reason != "cancelled":
             job.on_delta(Delta(piece + rest, tuple(job.token_ids[-1:])))
         assert job.reason is not None
@@ -282,12 +281,12 @@ class Generator:
         )
 
     def fail(self, reason: str) -> None:
-        """The engine is over: everything pending, and everything to come, gets ``EngineDead(reason)``."""
+        """End the engine: pending and later requests get ``EngineDead(reason)``."""
         with self._lock:
             if self.error is None:
                 self.error = reason
-            jobs = list(self._jobs.values())
-            self._jobs.clear()
+            jobs = list(self.jobs.values())
+            self.jobs.clear()
             self.scheduler.waiting.clear()
             self._work.notify_all()
         for job in jobs:
@@ -296,27 +295,27 @@ class Generator:
                 job.handle.future.set_exception(EngineDead(reason))
 
     def run_until(self, stop: threading.Event) -> None:
-        """Step until ``stop`` is set, sleeping while there is nothing to do. Leader only."""
+        """Step until ``stop`` is set, and sleep while there is nothing to do. Only the leader calls it."""
         while not stop.is_set():
             if self.step():
                 continue
             if self.group.size > 1 and time.monotonic() - self._last_message_sec > self.group.heartbeat_sec:
                 self._send(StepPlan("idle"))
             with self._lock:
-                if not self._jobs and not stop.is_set():
+                if not self.jobs and not stop.is_set():
                     self._work.wait(timeout=0.5)
 
     def wake(self) -> None:
-        """Make a sleeping :meth:`run_until` look at its stop event."""
+        """Wake a sleeping :meth:`run_until`, so that it checks its stop event."""
         with self._lock:
             self._work.notify_all()
 
     def stop_workers(self) -> None:
-        """Send the other ranks out of :meth:`worker_loop`. Leader only."""
+        """Make the other ranks leave :meth:`worker_loop`. Only the leader calls it."""
         self._send(StepPlan("stop"))
 
     def worker_loop(self) -> None:
-        """Follow the leader until it says stop. Collective over the replica."""
+        """Run the leader's plans until it sends a stop. Collective over the replica."""
         assert not self.group.is_leader
         while True:
             plan: StepPlan = self.group.broadcast(None)
@@ -343,7 +342,9 @@ class Generator:
         try:
             answer: Any = self._generate(requests, progress)
         except BaseException as e:
-            if self.group.size > 1 and self.error is None:  # the ranks are in step: let the others see the same error
+            if (
+                self.group.size > 1 and self.error is None
+            ):  # the ranks run in lockstep, so the others get the same error
                 self.stop_workers()
                 self.group.broadcast(e if isinstance(e, UserError) else RuntimeError(f"rank 0: {e!r}"))
             raise
@@ -353,7 +354,7 @@ class Generator:
         return answer
 
     def _generate(self, requests: Sequence[Request], progress: Progress | None) -> list[Result]:
-        # Longest first: stragglers start early, and neighbours in the cache have similar lengths.
+        # Longest requests come first, so that stragglers start early and neighbours in the cache have similar lengths.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids) - requests[i].params.max_tokens)
         handles = self.submit_all([requests[i] for i in order], bounded=False)
         done: list[Future[Result]] = []
@@ -394,10 +395,10 @@ def _stop_ids(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
 
 
 def _look_through(tokenizer: TokenizerLike, template: TemplateLike) -> tuple[set[int], int]:
-    """Ids that are not text: control strings of the template, and pieces of the tokenizer without a text (``<s>``,
-    ``<pad>``). And the most characters that one token has: a longer text has more tokens.
+    """Return the ids that are not text (control strings of the template, and tokens without a text such as ``<s>``),
+    and the largest number of characters of a token, from which a lower bound of a text's tokens follows.
 
-    Each id is decoded twice over, since a lone blank at the start may be swallowed by a decoder."""
+    Each id is decoded twice in a row, since a decoder may drop a blank at the start."""
     chars = [len(tokenizer.decode([i, i])) for i in range(tokenizer.vocab_size)]
     ids = {tokenizer.control_id(s) for s in template.control_strings}
     return ids | {i for i, count in enumerate(chars) if not count}, -(-max(chars, default=1) // 2)

@@ -1,8 +1,8 @@
 """The ranks that hold one model replica, as generation sees them.
 
-Owns: who leads, who samples, and the three messages of a step (plan, hidden states, sampled ids). Does not own: what is
-in them.
-Invariant: every rank of the replica makes the same calls in the same order; the leader decides, the others follow.
+Owns: which rank leads, which rank samples, and the three messages of a step (plan, hidden states, sampled ids). Does
+not own: the content of messages. Invariant: every rank of the replica makes the same calls in the same order; the
+leader decides, the others follow.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ HEARTBEAT_SEC = 5.0
 
 
 class ModelGroup(Protocol):
-    """One model replica: TP × PP ranks in lockstep."""
+    """The TP × PP ranks of one model replica, which run in lockstep."""
 
     size: int
     is_leader: bool  # owns the queue and the HTTP server
     is_first_stage: bool
     is_last_stage: bool
-    is_sampler: bool  # draws the tokens: one rank of the last stage
-    heartbeat_sec: float  # an idle leader sends a message this often: well under any collective timeout
+    is_sampler: bool  # draws the tokens; it is one rank of the last stage
+    heartbeat_sec: float  # an idle leader sends a message this often, well within any collective timeout
 
     def broadcast(self, value: Any) -> Any:
-        """The leader's ``value`` on every rank. Collective over the replica."""
+        """Return the leader's ``value`` on every rank. Collective over the replica."""
         ...
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """Hidden states from the stage before."""
+        """Return hidden states from the stage before."""
         ...
 
     def send_hidden(self, hidden: torch.Tensor) -> None:
-        """Hidden states to the stage after."""
+        """Send hidden states to the next stage."""
         ...
 
     def broadcast_sampled(self, sampled: torch.Tensor) -> torch.Tensor:
-        """The last stage's ``sampled`` (CPU) on every rank; others pass a buffer of its shape. Collective over the
-        replica."""
+        """Return the last stage's ``sampled`` (CPU) on every rank; others pass a buffer of its shape. Collective over
+        the replica."""
         ...
 
 
@@ -71,11 +71,11 @@ class MegatronGroup:
     """The TP × PP ranks of this process's data-parallel replica. Construction is collective over the replica."""
 
     def __init__(self, timeout_sec: int) -> None:
-        """``timeout_sec``: after which a collective that some rank does not join ends the run."""
+        """``timeout_sec`` is the time after which a collective that some rank does not join ends the run."""
         from megatron.core import parallel_state
 
         # Control messages are small CPU tensors, which this group sends through gloo also where its backend is NCCL
-        # (``runtime.device.backend``): they never wait behind a GPU's stream.
+        # (``runtime.device.backend``), so that they never wait for a GPU's stream.
         self._control = parallel_state.get_model_parallel_group()
         ranks = dist.get_process_group_ranks(self._control)
         self._pipeline = parallel_state.get_pipeline_model_parallel_group()
@@ -87,15 +87,15 @@ class MegatronGroup:
         self.is_first_stage, self.is_last_stage = stage == 0, stage == stages - 1
         self._previous = parallel_state.get_pipeline_model_parallel_prev_rank()
         self._next = parallel_state.get_pipeline_model_parallel_next_rank()
-        # The rank that samples: the first of the last stage. Its choice goes to its stage's other tensor-parallel ranks
-        # too, so that a difference in the last bit of their logits cannot part their ways.
+        # The first rank of the last stage samples. It sends the tokens to the other tensor-parallel ranks of its stage
+        # too, so that a difference in the last bit of their logits cannot make them diverge.
         last = self.broadcast(parallel_state.get_pipeline_model_parallel_last_rank() if self.is_leader else None)
         self._sampling_rank: int = last
         self.heartbeat_sec = min(HEARTBEAT_SEC, timeout_sec / 4)
         self.is_sampler = dist.get_rank() == self._sampling_rank
 
     def broadcast(self, value: Any) -> Any:
-        """Pickled by the leader; two gloo broadcasts (size, bytes)."""
+        """Broadcast the leader's value, pickled, by two gloo broadcasts (size, bytes)."""
         if self.is_leader:
             data = torch.frombuffer(bytearray(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)), dtype=torch.uint8)
             size = torch.tensor([data.numel()], dtype=torch.int64)
@@ -122,7 +122,7 @@ class MegatronGroup:
 
 
 def model_group(timeout_sec: int = 600) -> ModelGroup:
-    """The group that fits this process: a replica of one needs no messages. Collective over the replica.
+    """Return the group that fits this process: a replica of one needs no messages. Collective over the replica.
 
     ``timeout_sec``: ``engine.timeout_sec``, with which the process groups were made.
     """

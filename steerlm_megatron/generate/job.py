@@ -1,7 +1,7 @@
 """A request between submission and result.
 
-Owns: its state, the handle that the caller has, and how an error of its own ends it. Does not own: when it advances
-(``generator.py``). Invariant: a job's future is resolved once, by a result or by an exception.
+Owns: its state, the handle that the caller gets, and how an error of this request ends it. Does not own: when it
+advances (``generator.py``). Invariant: a job's future is resolved once, by a result or by an exception.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class Handle:
     def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
         self.id = request.id
         self.future: Future[Result] = Future()
-        self.future.set_running_or_notify_cancel()  # nobody but the engine may resolve it
+        self.future.set_running_or_notify_cancel()  # from now on the engine alone may resolve it
         self._cancel = cancel
 
     def cancel(self) -> None:
-        """Stop soon; the result then has finish_reason ``cancelled``."""
+        """Ask the engine to stop the request; its result then has finish_reason ``cancelled``."""
         self._cancel(self.id)
 
 
 class Job:
-    """A request on its way, and where it stands. ``reason`` is set once it has ended."""
+    """A request in progress and its state. ``reason`` is set once it has ended."""
 
     def __init__(
         self, request: Request, handle: Handle, text: ResponseText, on_delta: Callable[[Delta], None] | None
@@ -53,7 +53,7 @@ class Job:
 
 
 def outcome_of(job: Job, step: Callable[[], Result | None]) -> Result | RequestFailed | None:
-    """What ``step`` returns; an exception of it ends the job, and no other."""
+    """Return the result of ``step``. An exception in it ends this job and no other."""
     try:
         return step()
     except Exception as e:
@@ -68,7 +68,7 @@ def outcome_of(job: Job, step: Callable[[], Result | None]) -> Result | RequestF
 
 
 def resolve(job: Job, outcome: Result | RequestFailed) -> None:
-    """Tell whoever waits for the job how it ended."""
+    """Resolve the job's future with its outcome."""
     if isinstance(outcome, Result):
         job.handle.future.set_result(outcome)
     else:

@@ -1,10 +1,8 @@
-"""What generation is asked for and what it answers: plain data, shared by the in-process generator, the server and the
-client.
+"""Requests and results of generation: plain data that the in-process generator, the server and the client share.
 
 Owns: :class:`SamplingParams`, :class:`Request`, :class:`Result`, and the exceptions between a generator and its
 callers.
-Invariant: a result is a function of (model, prompt ids, sampling parameters); what else was running at the time does
-not enter.
+Invariant: a result is a function of (model, prompt ids, sampling parameters), whatever else was running at the time.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any, Literal, Protocol
 from steerlm_megatron.errors import UserError
 
 FinishReason = Literal["stop", "length", "cancelled"]
-Progress = Callable[["Result"], None]  # called once per finished request, in order of finishing
+Progress = Callable[["Result"], None]  # called once per finished request, in the order in which they finish
 
 MAX_SEED = 2**63 - 1
 
@@ -27,9 +25,9 @@ class SamplingParams:
     """How one response is drawn.
 
     ``temperature`` 0 (or below ``sampling.GREEDY_BELOW``) is greedy. ``top_k`` 0 is off, and so is one as large as the
-    vocabulary. ``seed`` in [0, 2^63). ``stop``: strings that end the response besides the template's own; they are not
-    part of its text. ``logprobs``: report the log-probability of each chosen token under the model itself (temperature
-    1, no truncation).
+    vocabulary. ``seed`` in [0, 2^63). ``stop`` are strings that end the response besides those of the template; they
+    are not part of its text. ``logprobs``: report the log-probability of each chosen token under the model itself
+    (temperature 1, no truncation).
     """
 
     temperature: float = 1.0
@@ -42,7 +40,7 @@ class SamplingParams:
 
     @classmethod
     def from_config(cls, cfg: Any, **changes: Any) -> SamplingParams:
-        """From a ``SamplingConfig``; ``changes`` win."""
+        """Make parameters from a ``SamplingConfig``; ``changes`` override its values."""
         values = {name: getattr(cfg, name) for name in ("temperature", "top_k", "top_p", "max_tokens", "seed")}
         return cls(**{**values, **changes}).checked()
 
@@ -64,7 +62,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to draw. ``id`` is the caller's and unique among what is in flight."""
+    """A request for one response. The caller chooses ``id``, which is unique among the requests in flight."""
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -98,25 +96,25 @@ class Delta:
 
 
 class Sampler(Protocol):
-    """Call shape shared by ``Generator`` and ``SamplingClient``: generate and bootstrap take either."""
+    """The interface that ``Generator`` and ``SamplingClient`` share, so that generate and bootstrap take either."""
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
-        """Results in the order of ``requests``."""
+        """Return results in the order of ``requests``."""
         ...
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds an engine: ``generation.*``, and for a server ``server.max_queue``."""
+    """The limits of an engine: ``generation.*``, and for a server ``server.max_queue``."""
 
     max_batch: int
     max_sequence_tokens: int
     max_cache_tokens: int
-    max_queue: int = 2**31  # choices that wait for a row; what is drawn in process waits without a bound
+    max_queue: int = 2**31  # choices that may wait for a row; without a server there is no bound
 
 
 class QueueFull(Exception):
-    """More requests wait than ``server.max_queue`` allows. ``retry_after_sec`` is a guess at when there is room."""
+    """More requests wait than ``server.max_queue`` allows. ``retry_after_sec`` estimates when there will be room."""
 
     def __init__(self, waiting: int, retry_after_sec: int) -> None:
         super().__init__(f"{waiting} requests are waiting, as many as server.max_queue allows")
@@ -124,7 +122,7 @@ class QueueFull(Exception):
 
 
 class RequestFailed(RuntimeError):
-    """One request ended on an error of its own; the engine goes on with the others."""
+    """An error of one request ended it; the engine goes on with the others."""
 
 
 class EngineDead(RuntimeError):
@@ -132,14 +130,14 @@ class EngineDead(RuntimeError):
 
 
 def derive_seed(seed: int, index: int) -> int:
-    """The seed of choice ``index`` of a request for several (index 0 keeps the seed itself)."""
+    """Return the seed of choice ``index`` of a request for several (index 0 keeps the seed itself)."""
     if index == 0:
         return seed
     return mix64(mix64(seed) + index) >> 1
 
 
 def mix64(x: int) -> int:
-    """The finaliser of SplitMix64: 64 bits in, 64 well-mixed bits out."""
+    """Apply the finaliser of SplitMix64, which turns 64 bits into 64 well-mixed bits."""
     mask = 0xFFFFFFFFFFFFFFFF
     x = (x + 0x9E3779B97F4A7C15) & mask
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask

@@ -1,8 +1,8 @@
-"""One generation step on one rank: plan in, sampled ids out.
+"""One generation step on one rank: from a plan to sampled ids.
 
-Owns: the model's inputs, the passage of hidden states between stages, the cache and the sampler of this rank. Does not
-own: the plan (``scheduler.py``).
-Invariant: a function of the sequence of plans alone; ranks that were given the same plans hold the same rows.
+Owns: the model's inputs, passing hidden states between stages, the cache and the sampler of this rank. Does not own:
+the plan (``scheduler.py``). Invariant: the state is a function of the sequence of plans alone, so that ranks with the
+same plans hold the same rows.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class StepRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> tuple[list[int], list[float] | None]:
-        """One token for each row of the plan: ids and, where any row asked, log-probabilities. Collective over the
-        replica.
+        """Return one token for each row of the plan: ids and, where any row asked, log-probabilities. Collective over
+        the replica.
 
-        A row from which no token can be drawn has a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``), and nothing
-        of it is left in the cache."""
+        A row from which no token can be drawn gets a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``), and is wiped
+        from the cache."""
         for source, target, length in plan.moves:
             self.cache.move(source, target, length)
         self.cache.resize(*plan.cache_shape, plan.lengths)
@@ -55,9 +55,9 @@ class StepRunner:
             self._rows = plan.params
         logits_KV = self._forward(plan)
         decoding = len(plan.tokens)
-        for i, twin in enumerate(plan.twin):
-            if twin != i:
-                self.cache.move(decoding + twin, decoding + i, len(plan.prompts[i]))
+        for i, first in enumerate(plan.duplicate_of):
+            if first != i:
+                self.cache.move(decoding + first, decoding + i, len(plan.prompts[i]))
         sampled_2K = torch.zeros((2, plan.size), dtype=torch.float64)  # ids are exact in float64
         if self.group.is_sampler:
             assert logits_KV is not None
@@ -79,15 +79,15 @@ class StepRunner:
         return self.sampler.sample_each(self._rows, logits_KV, drawn)
 
     def _forward(self, plan: StepPlan) -> torch.Tensor | None:
-        """Logits [rows, V] of each row's last token, on the last stage."""
+        """Return the logits [rows, V] of each row's last token; None on all stages but the last."""
         decoding = len(plan.tokens)
         tokens, last, prefill = list(plan.tokens), list(range(decoding)), []
         ends: list[int] = []
-        for i, (prompt, twin) in enumerate(zip(plan.prompts, plan.twin, strict=True)):
-            if twin == i:
+        for i, (prompt, first) in enumerate(zip(plan.prompts, plan.duplicate_of, strict=True)):
+            if first == i:
                 prefill.append((decoding + i, len(prompt)))
                 tokens.extend(prompt)
-            ends.append(len(tokens) - 1 if twin == i else ends[twin])
+            ends.append(len(tokens) - 1 if first == i else ends[first])
         last.extend(ends)
         positions_T = self.cache.begin(plan.lengths, prefill)
         every_token = last == list(range(len(tokens)))

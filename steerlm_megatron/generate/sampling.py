@@ -1,11 +1,11 @@
-"""From logits to token ids, reproducibly.
+"""Sample token ids from logits, reproducibly.
 
 Owns: temperature, top-k and top-p truncation, the random numbers, and log-probabilities. Does not own: which tokens may
-appear at all (given as ``banned_ids``), or when a response ends.
-Invariants: the token drawn for a row depends on that row's logits and parameters and on (seed, index of the token)
-only, never on the other rows of the batch; a row from which nothing can be drawn gets a negative number in place of a
-token, and takes nothing from the others. So there is one uniform number per token, a hash of (seed, index), put through
-the inverse of the truncated distribution; no generator state exists that arrival order could disturb.
+appear at all (``banned_ids``), the end of a response. Invariants: the token drawn for a row depends on that row's
+logits and parameters and on (seed, index of the token) only, never on the other rows of the batch; a row from which
+nothing can be drawn gets a negative number in place of a token, and does not affect the others. Therefore one uniform
+number per token, a hash of (seed, index), goes through the inverse of the truncated distribution; there is no generator
+state that the order of requests could change.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from steerlm_megatron.observe.log import get_logger
 
 log = get_logger(__name__)
 
-# top-k is found with one of these sizes, chosen by a row's own k: the size of torch.topk, which could decide ties, must
-# not follow the batch.
+# torch.topk is called with one of these sizes, chosen by the row's k alone, because its size could decide ties and must
+# not depend on the batch.
 _TOPK_SIZES = (64, 512, 4096)
-# Dividing by less than this magnifies differences of logits beyond all others, and in the end beyond what a float
-# holds: the most likely token is drawn.
+# Below this temperature the most likely token is drawn, since dividing by it would overflow a float.
 GREEDY_BELOW = 1e-5
 
-# In place of a token, for a row that has none:
-NOT_FINITE = -1  # its largest logit is NaN or infinite
-NOT_DRAWN = -2  # drawing raised an exception
+# These numbers take the place of a token in a row that has none:
+NOT_FINITE = -1  # the row's largest logit is NaN or infinite
+NOT_DRAWN = -2  # drawing from the row raised an exception
 
 
 @dataclass(frozen=True)
 class RowParams:
-    """What the sampler needs to know of one row; ``seed`` in [0, 2^63)."""
+    """The sampling parameters of one row; ``seed`` is in [0, 2^63)."""
 
     temperature: float
     top_k: int
@@ -44,7 +43,7 @@ class RowParams:
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1), the ``index``-th of stream ``seed``: SplitMix64 over both, top 53 bits."""
+    """Return a number in [0, 1), the ``index``-th of stream ``seed``: SplitMix64 over both, top 53 bits."""
     return (mix64(mix64(seed) ^ mix64(index + 0x632BE59BD9B4E019)) >> 11) * 2.0**-53
 
 
@@ -54,7 +53,7 @@ class _Group:
 
     rows: list[int]
     method: tuple[str, int]
-    index_B: torch.Tensor | None  # None: the whole batch in order
+    index_B: torch.Tensor | None  # None stands for all rows in order
     temperature_B1: torch.Tensor
     top_k_B1: torch.Tensor
     top_p_B1: torch.Tensor
@@ -65,12 +64,12 @@ class BatchSampler:
     """Samples for a batch whose membership changes seldom: :meth:`set_rows` on change, :meth:`sample` every step."""
 
     def __init__(self, vocab_size: int, banned_ids: Sequence[int], device: torch.device) -> None:
-        """``vocab_size``: ids from there on are embedding padding and never drawn, nor is any of ``banned_ids``."""
+        """Ids from ``vocab_size`` on are padding of the embedding and never drawn, nor is any of ``banned_ids``."""
         self.vocab_size = vocab_size
         self.device = device
         banned = sorted({i for i in banned_ids if 0 <= i < vocab_size})
         self._banned = torch.tensor(banned, dtype=torch.int64, device=device)
-        self._rows: list[RowParams] = []
+        self.rows: list[RowParams] = []
         self._groups: list[_Group] = []
         self._wants_logprobs = False
 
@@ -82,11 +81,11 @@ class BatchSampler:
         return ("topk", min([size for size in _TOPK_SIZES if size >= row.top_k] + [self.vocab_size]))
 
     def set_rows(self, rows: Sequence[RowParams]) -> None:
-        """The parameters of the batch's rows, in order."""
-        if list(rows) == self._rows:
+        """Set the parameters of the batch's rows, in order."""
+        if list(rows) == self.rows:
             return
-        self._groups = []  # until they are those of these rows, should making them fail
-        self._rows = list(rows)
+        self._groups = []  # if making the groups fails, none are left that belong to other rows
+        self.rows = list(rows)
         self._wants_logprobs = any(row.logprobs for row in rows)
         by_method: dict[tuple[str, int], list[int]] = {}
         for i, row in enumerate(rows):
@@ -94,17 +93,17 @@ class BatchSampler:
         self._groups = [self._make_group(method, members) for method, members in sorted(by_method.items())]
 
     def _make_group(self, method: tuple[str, int], members: list[int]) -> _Group:
-        rows = [self._rows[i] for i in members]
+        rows = [self.rows[i] for i in members]
 
         def column(values: list[float], dtype: torch.dtype) -> torch.Tensor:
             return torch.tensor(values, dtype=dtype).unsqueeze(1).to(self.device)
 
-        whole = len(members) == len(self._rows)
+        all_rows = len(members) == len(self.rows)
         size = min(method[1], self.vocab_size)
         return _Group(
             rows=members,
             method=(method[0], size),
-            index_B=None if whole else torch.tensor(members, dtype=torch.int64).to(self.device),
+            index_B=None if all_rows else torch.tensor(members, dtype=torch.int64).to(self.device),
             temperature_B1=column([row.temperature for row in rows], torch.float64),
             top_k_B1=column([min(row.top_k or size, size) for row in rows], torch.int64),
             top_p_B1=column([row.top_p for row in rows], torch.float64),
@@ -123,7 +122,7 @@ class BatchSampler:
         ids_B: torch.Tensor | None = None
         for group in self._groups:
             part_BV = logits_BV if group.index_B is None else logits_BV.index_select(0, group.index_B)
-            drawn_B = self._draw(part_BV, group, indices)
+            drawn_B = self.draw(part_BV, group, indices)
             if group.index_B is None:
                 ids_B = drawn_B
             else:
@@ -139,8 +138,9 @@ class BatchSampler:
     def sample_each(
         self, rows: Sequence[RowParams], logits_BV: torch.Tensor, indices: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`set_rows` and :meth:`sample`, row by row: one whose drawing raises gets ``NOT_DRAWN``, and the
-        others the tokens they would have got together. Slow: for a batch that raised.
+        """Do :meth:`set_rows` and :meth:`sample` row by row. It is slow, for a batch in which drawing raised.
+
+        A row whose drawing raises gets ``NOT_DRAWN``, and the others get the same tokens as in one batch.
         """
         ids: list[int] = []
         logprobs: list[float] = []
@@ -156,20 +156,20 @@ class BatchSampler:
                 logprobs.append(0.0)
         return torch.tensor(ids, dtype=torch.int64), torch.tensor(logprobs, dtype=torch.float32)
 
-    def _draw(self, logits_BV: torch.Tensor, group: _Group, indices: Sequence[int]) -> torch.Tensor:
+    def draw(self, logits_BV: torch.Tensor, group: _Group, indices: Sequence[int]) -> torch.Tensor:
         name, size = group.method
         if name == "greedy":
-            top_B, ids_B = logits_BV.max(1)  # of a row with a NaN that NaN
+            top_B, ids_B = logits_BV.max(1)  # the maximum of a row with a NaN is NaN
             return torch.where(top_B.isfinite(), ids_B, NOT_FINITE)
         u_B1 = (
-            torch.tensor([uniform(self._rows[i].seed, indices[i]) for i in group.rows], dtype=torch.float64)
+            torch.tensor([uniform(self.rows[i].seed, indices[i]) for i in group.rows], dtype=torch.float64)
             .unsqueeze(1)
             .to(logits_BV.device, non_blocking=True)
         )
         if name == "full":
             probs_BV = torch.softmax(logits_BV.double() / group.temperature_B1, 1)
             return _invert(probs_BV, u_B1).squeeze(1)
-        # Most likely first: truncation by rank and by cumulated probability are both prefixes of this order.
+        # The most likely tokens come first, so that truncation by rank and by cumulated probability both keep a prefix.
         top_BK, ids_BK = torch.topk(logits_BV, size, dim=1)
         scaled_BK = top_BK.double() / group.temperature_B1
         rank_K = torch.arange(size, device=logits_BV.device)
@@ -177,7 +177,7 @@ class BatchSampler:
         probs_BK = torch.softmax(scaled_BK, 1)
         if group.truncates:
             before_BK = probs_BK.cumsum(1) - probs_BK
-            # Kept: the smallest prefix that reaches top_p. The first token is always kept.
+            # The smallest prefix that reaches top_p is kept, and always the first token.
             probs_BK = torch.where((before_BK < group.top_p_B1) | (rank_K == 0), probs_BK, 0.0)
         index_B1 = _invert(probs_BK, u_B1)
         drawn_B1 = ids_BK.gather(1, index_B1.clamp(min=0))
@@ -185,12 +185,13 @@ class BatchSampler:
 
 
 def _invert(probs_BK: torch.Tensor, u_B1: torch.Tensor) -> torch.Tensor:
-    """The first index where the cumulated (unnormalised) probability exceeds u × total; never one of probability 0.
+    """Return the first index where the cumulated (unnormalised) probability exceeds u × total; it is never one of
+    probability 0.
 
-    ``NOT_FINITE`` where a probability is NaN, as all of a row are whose largest logit is NaN or infinite."""
+    The result is ``NOT_FINITE`` where a probability is NaN, as in all rows whose largest logit is NaN or infinite."""
     cdf_BK = probs_BK.cumsum(1)
     total_B1 = cdf_BK[:, -1:].contiguous()
     index_B1 = torch.searchsorted(cdf_BK, u_B1 * total_B1, right=True)
-    # u × total can round up to the total; then the last index of positive probability is meant.
+    # If u × total rounds up to the total, the last index of positive probability is right.
     last_B1 = torch.searchsorted(cdf_BK, total_B1)
     return torch.where(total_B1.isfinite(), torch.minimum(index_B1, last_B1), NOT_FINITE)

@@ -1,7 +1,7 @@
-"""Which sequences run in the next step, and in which rows of the cache.
+"""Plan which sequences run in the next step, and in which rows of the cache.
 
 Owns: rows, admission, the cache's shape, and :class:`StepPlan`, the message that keeps all ranks of a replica in
-lockstep. Does not own: tensors (``runner.py``), text and callers (``generator.py``). Pure Python.
+lockstep. Does not own: tensors (``runner.py``), text and callers (``generator.py``). It is pure Python.
 Invariants: running sequences sit in rows 0..n-1; rows × capacity never exceeds the cache budget; a sequence is admitted
 only with room for its whole prompt and ``max_tokens``, so nothing ever has to be evicted; first come, first admitted.
 """
@@ -15,12 +15,12 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 from steerlm_megatron.generate.sampling import RowParams
 
-_CAPACITY_STEP = 64  # tokens; fewer reallocations while sequences get longer
-MAX_PREFILL_TOKENS = 8192  # prompts taken into one step, so that memory and the pause of running sequences stay bounded
+_CAPACITY_STEP = 64  # the cache grows by this many tokens, to save reallocations while sequences get longer
+MAX_PREFILL_TOKENS = 8192  # bounds the prompts of one step, and so memory and the pause of running sequences
 
 
 class Sequence_(Protocol):
-    """What the scheduler needs to know of a sequence."""
+    """The attributes of a sequence that the scheduler uses."""
 
     prompt_ids: tuple[int, ...]
     row_params: RowParams
@@ -28,7 +28,7 @@ class Sequence_(Protocol):
 
     @property
     def total_tokens(self) -> int:
-        """Prompt + max_tokens."""
+        """Length of the prompt plus max_tokens."""
         ...
 
 
@@ -37,21 +37,23 @@ S = TypeVar("S", bound=Sequence_)
 
 @dataclass
 class StepPlan:
-    """One step, complete: a rank needs nothing else. Rows 0..n-1 decode ``tokens``; rows n.. are ``prompts``."""
+    """Everything that a rank needs for one step. Rows 0..n-1 decode ``tokens``; rows n.. are ``prompts``."""
 
     kind: Literal["run", "idle", "stop"]
-    moves: list[tuple[int, int, int]] = field(default_factory=list)  # (from row, to row, cached tokens), in this order
-    cache_shape: tuple[int, int] = (0, 0)  # rows, capacity; after the moves
+    moves: list[tuple[int, int, int]] = field(
+        default_factory=list
+    )  # (from row, to row, cached tokens), to be done in this order
+    cache_shape: tuple[int, int] = (0, 0)  # rows and capacity after the moves
     tokens: list[int] = field(default_factory=list)  # the last token of each decoding row
     lengths: list[int] = field(default_factory=list)  # tokens cached in each decoding row
     prompts: list[tuple[int, ...]] = field(default_factory=list)
-    twin: list[int] = field(default_factory=list)  # per prompt: the first equal one of this step, computed for both
+    duplicate_of: list[int] = field(default_factory=list)  # per prompt: the first equal one of this step
     drawn: list[int] = field(default_factory=list)  # tokens sampled so far, per row
-    params: list[RowParams] | None = None  # per row; None: as in the last plan
+    params: list[RowParams] | None = None  # per row; None means as in the last plan
 
     @property
     def size(self) -> int:
-        """Rows that get a token in this step."""
+        """Number of rows that get a token in this step."""
         return len(self.tokens) + len(self.prompts)
 
 
@@ -69,11 +71,11 @@ class Scheduler(Generic[S]):
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens in the cache now."""
+        """Number of tokens in the cache now."""
         return sum(len(s.prompt_ids) + len(s.token_ids) - 1 for s in self.running)
 
     def plan(self, gone: Callable[[S], bool]) -> StepPlan | None:
-        """The next step, or None if there is nothing to do. Sequences that are ``gone`` leave their rows first."""
+        """Return the next step; None if there is nothing to do. Sequences that are ``gone`` leave their rows first."""
         moves = self._compact(gone)
         decoding = list(self.running)
         admitted = self._admit()
@@ -87,7 +89,7 @@ class Scheduler(Generic[S]):
             tokens=[s.token_ids[-1] for s in decoding],
             lengths=[len(s.prompt_ids) + len(s.token_ids) - 1 for s in decoding],
             prompts=[s.prompt_ids for s in admitted],
-            twin=[first.setdefault(s.prompt_ids, i) for i, s in enumerate(admitted)],
+            duplicate_of=[first.setdefault(s.prompt_ids, i) for i, s in enumerate(admitted)],
             drawn=[len(s.token_ids) for s in self.running],
             params=[s.row_params for s in self.running] if self._params_changed else None,
         )
@@ -95,7 +97,7 @@ class Scheduler(Generic[S]):
         return plan
 
     def _compact(self, gone: Callable[[S], bool]) -> list[tuple[int, int, int]]:
-        """Drop sequences and fill their rows from the end."""
+        """Drop sequences that are gone, and move the last rows into the free ones."""
         moves: list[tuple[int, int, int]] = []
         row = 0
         while row < len(self.running):
@@ -133,8 +135,9 @@ class Scheduler(Generic[S]):
         return admitted
 
     def _shape_with(self, sequences: Sequence[S]) -> tuple[int, int] | None:
-        """A cache shape that holds ``sequences`` to their ends, the present one if it does; None if the budget does
-        not."""
+        """Return a cache shape that holds ``sequences`` to their ends, if possible the present one; None if the budget
+        is too small.
+        """
         budget, count = self.max_cache_tokens, len(sequences)
         rows, capacity = self._cache_shape
         longest = max(s.total_tokens for s in sequences)

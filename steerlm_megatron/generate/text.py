@@ -1,9 +1,9 @@
-"""Response text while it grows, and where it ends.
+"""The text of a growing response, and the detection of its end.
 
 Owns: incremental detokenisation, stop strings, and the template's suffix before a stop token. Invariants: what
 :meth:`ResponseText.push` has returned is a prefix of the final text, and never holds a part of a stop string; the final
-text is the same whether or not it was asked for along the way; the work is linear in the number of tokens, whatever
-bytes they stand for.
+text does not depend on whether text was read on the way; the work is linear in the number of tokens, whatever bytes
+they stand for.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-_REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character, and for a character that is unfinished
-# A character of UTF-8 has at most four bytes, so at most three of them are an unfinished character; decoders put one
-# U+FFFD for all three or one for each. A longer run of U+FFFD is therefore certain but for its last three.
+_REPLACEMENT = "\ufffd"  # decoders write it for invalid bytes, and for a character that is unfinished
+# A character of UTF-8 has at most four bytes, so an unfinished one has at most three; decoders write one U+FFFD for all
+# three or one for each. In a longer run of U+FFFD all but the last three are therefore final.
 _UNFINISHED = 3
-# While text ends in U+FFFD, the decoded window is cut to its last _KEPT tokens whenever it has _WINDOW. So many tokens
-# make more than _UNFINISHED characters, also where each U+FFFD stands for three bytes.
+# While text ends in U+FFFD, the decoded window is cut to its last _KEPT tokens whenever it has _WINDOW tokens. That
+# many tokens make more than _UNFINISHED characters, even where each U+FFFD stands for three bytes.
 _WINDOW, _KEPT = 24, 12
 
 
@@ -32,15 +32,15 @@ class Detokenizer:
 
     @property
     def count(self) -> int:
-        """How many ids were pushed."""
+        """Number of ids that were pushed."""
         return len(self._ids)
 
     def push(self, token_id: int) -> str:
-        """Add an id; return the text that has become certain."""
+        """Add an id and return the text that has become final."""
         self._ids.append(token_id)
         text = self._decode(self._ids[self._window :])
         if not text.startswith(self._returned):
-            # Some decoders show a run of bytes as U+FFFD from its beginning on while its last character is unfinished.
+            # Some decoders show a complete run of bytes as U+FFFD while its last character is unfinished.
             if len(self._ids) - self._clean <= _UNFINISHED:
                 return ""
             self._window, self._returned = self._clean, ""
@@ -56,7 +56,7 @@ class Detokenizer:
         return piece
 
     def rest(self) -> str:
-        """The text that :meth:`push` has not returned yet, an unfinished character as the decoder shows it."""
+        """Return the text that :meth:`push` has not returned yet; an unfinished character stays as decoded."""
         text = self._decode(self._ids[self._window :])
         if not text.startswith(self._returned):
             return self._decode(self._ids[self._clean :])
@@ -65,9 +65,9 @@ class Detokenizer:
     def _move(self, window: int, text: str) -> None:
         """Decode from ``window`` on; ``text`` is that of the present window.
 
-        What the new window begins with may look otherwise than inside the old one: decoders treat the first piece of a
-        text specially, and the window may begin inside a character. Its end looks the same, so what has been returned
-        is counted from there.
+        The beginning of the new window may decode differently than it did inside the old one: decoders treat the first
+        token of a text specially, and the window may begin inside a character. Its end decodes equally, so the text
+        that has been returned is counted from the end.
         """
         if window <= self._window:
             return
@@ -79,7 +79,7 @@ class Detokenizer:
 
 @lru_cache(maxsize=512)  # the choices of one request, and the requests of one client, have the same stop strings
 def _borders(pattern: str) -> tuple[int, ...]:
-    """For each prefix of ``pattern``, the length of its longest proper prefix that is also its suffix."""
+    """Return for each prefix of ``pattern`` the length of its longest proper prefix that is also its suffix."""
     borders = [0] * len(pattern)
     size = 0
     for i in range(1, len(pattern)):
@@ -92,14 +92,14 @@ def _borders(pattern: str) -> tuple[int, ...]:
 
 
 class _Match:
-    """How much of ``pattern`` the end of a growing text is (Knuth, Morris and Pratt: linear for any text)."""
+    """The length of the prefix of ``pattern`` that a growing text ends with, by Knuth, Morris and Pratt's algorithm."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern, self.size = pattern, 0
         self._borders = _borders(pattern)
 
     def push(self, text: str) -> int | None:
-        """Add ``text``; the number of its characters up to the end of the first whole match, or None."""
+        """Add ``text`` and return the number of its characters up to the end of the first full match, or None."""
         pattern, borders, size, found = self.pattern, self._borders, self.size, None
         for at, char in enumerate(text, 1):
             while size and (size == len(pattern) or pattern[size] != char):
@@ -116,20 +116,20 @@ class ResponseText:
     """The text of one response. ``push`` is only needed where stop strings or streaming ask for text along the way."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], suffix: str) -> None:
-        """``suffix``: the text a template puts between a response and its stop token (``Template.response_suffix``)."""
+        """``suffix`` is the text that a template puts between a response and its stop token (``response_suffix``)."""
         self._decode = decode
         self._suffix = suffix
         self._detokenizer = Detokenizer(decode)
         self._stops = [_Match(text) for text in stop]
-        # A tail that may yet turn out to be part of a stop string, or the suffix, is held back. The whole suffix is
-        # held back too, and so it is followed here by a character that no match needs to reach.
+        # A tail that may become part of a stop string, or of the suffix, is held back. The complete suffix is held back
+        # too, so the pattern ends in a character that never comes.
         self._held = [*self._stops, *([_Match(suffix + "\0")] if suffix else [])]
         self._returned: list[str] = []
         self._open = ""  # text that follows what was returned
-        self.stopped_at: int | None = None  # where in the text a stop string begins
+        self.stopped_at: int | None = None  # index in the text at which a stop string begins
 
     def push(self, token_id: int) -> str:
-        """Add a token; return the text that has become certain. After a hit ``stopped_at`` is set."""
+        """Add a token and return the text that has become final. ``stopped_at`` is set when a stop string was found."""
         self._add(self._detokenizer.push(token_id))
         certain = len(self._open)
         if self.stopped_at is None:
@@ -139,7 +139,7 @@ class ResponseText:
         return piece
 
     def _add(self, text: str) -> None:
-        """Take in text that is certain, up to the first stop string in it."""
+        """Add final text, up to the first stop string in it."""
         if not text or self.stopped_at is not None:
             return
         ends = [(match, match.push(text)) for match in self._held]
@@ -151,16 +151,16 @@ class ResponseText:
             self.stopped_at = sum(map(len, self._returned)) + len(self._open)
 
     def finish(self, ids: Sequence[int], by_control: bool) -> tuple[str, str]:
-        """The whole text and what of it :meth:`push` has not returned yet.
+        """Return the complete text, and the part of it that :meth:`push` has not returned yet.
 
-        ``ids``: the response without its stop token. ``by_control``: a stop token ended it, so the template's suffix
-        goes.
+        ``ids`` is the response without its stop token. ``by_control``: a stop token ended it, so the template's suffix
+        is removed.
         """
         if self.stopped_at is None:
             whole = "" if self._detokenizer.count else self._decode(ids)
             if self._detokenizer.count or _REPLACEMENT in whole:
-                # Some decoders show bytes that are no character otherwise the more bytes follow: the text is the one
-                # that a client who follows along is given.
+                # Some decoders show invalid bytes differently when more bytes follow, so the text is made as a
+                # streaming client gets it.
                 for token_id in ids[self._detokenizer.count :]:
                     self._add(self._detokenizer.push(token_id))
                 whole = self._detokenizer.rest()
@@ -171,10 +171,10 @@ class ResponseText:
 
 
 def character_of_each_byte(data: bytes, text: str) -> list[int]:
-    """For each byte of ``data``, the index of its character in ``text``, which a decoder made of it.
+    """Return for each byte of ``data`` the index of its character in ``text``, which a decoder made of it.
 
-    Some decoders make one U+FFFD of each byte that is of no character, others one of all bytes that begin one in vain:
-    the number of characters tells which.
+    Some decoders make one U+FFFD of each invalid byte, others one of all bytes of an incomplete character; the number
+    of characters tells which.
     """
     by_byte = _characters(data, per_byte=True)
     return by_byte if by_byte[-1:] == [len(text) - 1] else _characters(data, per_byte=False)

@@ -1,8 +1,8 @@
-"""Ranks on this host: started with torchrun's agent, started again after a fault, ended together.
+"""Run ranks on this host: start them with torchrun's agent, restart them after a fault, end them together.
 
-Owns: processes, their signals and exit codes, restarts. Does not own: ranks as a launcher numbers them
-(``runtime/launcher.py``), clusters. Invariant: the exit code tells what to do next: 0 done, 2 mend the input, 75 start
-the same command again, anything else is a fault.
+Owns: processes, their signals and exit codes, restarts. Does not own: reading ranks from the environment
+(``runtime/launcher.py``), clusters. Invariant: the exit code tells what to do next: 0 nothing, 2 correct the input, 75
+start the same command again; any other is a fault.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from steerlm_megatron.runtime import signals
 
 
 def run_ranks(ranks: int, arguments: list[str], max_restarts: int) -> int:
-    """Run a command on ``ranks`` processes of this host, which are started up to ``max_restarts`` times more after a
-    fault: each attempt goes on from the run's last checkpoint. A stop (75), an input error (2) and a signal are no
-    faults. Returns the exit code.
+    """Run a command on ``ranks`` processes of this host and return the exit code.
+
+    After a fault they are started again up to ``max_restarts`` times, each time from the run's last checkpoint. A stop
+    (75), an input error (2) and a signal are no faults.
     """
     for restart in range(max_restarts + 1):
         code = _launch(ranks, arguments)
@@ -40,21 +41,21 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_launcher() -> None:
-    """A rank that steerlm started gets SIGTERM when its launcher is gone (kill -9): it saves and stops, as when asked.
+    """Make a rank that steerlm started get SIGTERM when its launcher dies (kill -9), so that it saves and stops.
 
-    Without it, ranks would go on unseen, and hold what a new start needs.
+    Otherwise ranks would go on unnoticed and hold the files and ports that a new start needs.
     """
-    launcher = os.environ.pop(_LAUNCHER, None)  # what this rank starts is not its launcher's
+    launcher = os.environ.pop(_LAUNCHER, None)  # removed, so that processes that this rank starts do not inherit it
     if launcher is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(launcher):  # gone before that
+    if os.getppid() != int(launcher):  # the launcher died before prctl was called
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _launch(ranks: int, arguments: list[str]) -> int:
-    """Start ``ranks`` processes of this command on this host with torchrun's agent. Returns the first failing rank's
-    exit code.
+    """Start ``ranks`` processes of this command on this host with torchrun's agent. Return the exit code of the first
+    rank that fails.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -69,13 +70,13 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         for rank in ranks:
             rank.send_signal(number)
 
-    # How a rank ended is told by its own lines, the exit code and, after a fault, below.
+    # The rank's own messages, the exit code and, after a fault, the lines below tell how a rank ended.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ[_LAUNCHER] = str(os.getpid())
-    # How long the agent waits after SIGTERM before it kills: ranks save first, which its 30 s may not be enough for.
+    # The agent waits this long after SIGTERM before it kills, since its default of 30 s may be too short for saving.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(signals.SAVING_SEC)))
-    signal.signal(signal.SIGUSR1, pass_on)  # SIGTERM and SIGINT are passed on by the agent itself
+    signal.signal(signal.SIGUSR1, pass_on)  # the agent passes on SIGTERM and SIGINT by itself
     if signals.asked():
         raise Interrupted
     config = LaunchConfig(
@@ -95,8 +96,8 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         if UserError.code in codes.values():
             return UserError.code
-        # Killed before they listened to signals, there was nothing to save. After a fault of one rank the agent stops
-        # the others, which end with 75 then: that is not the run's.
+        # Ranks that were killed before they listened to signals had nothing to save. After a fault of one rank the
+        # agent stops the others, whose code 75 is then not the run's.
         stopped = (Interrupted.CODE, -signal.SIGTERM, -signal.SIGUSR1)
         faults = {rank: code for rank, code in codes.items() if code not in stopped}
         if not faults:
@@ -113,7 +114,7 @@ def _launch(ranks: int, arguments: list[str]) -> int:
 
 
 def how_it_ended(code: int) -> str:
-    """Of a process that failed: ``code`` is its exit code, or minus the number of the signal that ended it."""
+    """Say in words how a process failed. ``code`` is its exit code, or minus the number of the signal that ended it."""
     if code >= 0:
         return f"failed with exit code {code}"
     try:

@@ -1,7 +1,8 @@
-"""Log lines: one logger for the whole package, on the console and in ``run_dir/log/rank_N.log``.
+"""Log lines: one logger for the package, on the console and in ``run_dir/log/rank_N.log``.
 
-Owns: where lines go and how they look. Does not own: metrics (``metrics.py``) and bars (``progress.py``).
-Invariant: nothing is printed before ``setup_logging``, and calling it twice replaces the handlers, never doubles them.
+Owns: the destinations and the layout of log lines. Does not own: metrics (``metrics.py``) and bars (``progress.py``).
+Invariant: nothing is printed before ``setup_logging``, and a second call replaces the handlers instead of doubling
+them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _fatal: IO[str] | None = None
 
 
 class _StderrHandler(logging.StreamHandler):
-    """Writes to whatever ``sys.stderr`` is at the time of the line: tests and launchers replace it."""
+    """Write each line to the current ``sys.stderr``, since tests and launchers replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -32,14 +33,16 @@ class _StderrHandler(logging.StreamHandler):
 
 @cache
 def console() -> Console:
-    """The one rich console of this process (standard error). Bars and log lines share it, so that neither tears the
-    other.
+    """Return the one rich console of this process (standard error). Bars and log lines share it, so that they do not
+    garble each other.
     """
     return Console(stderr=True)
 
 
 def get_logger(name: str = "") -> logging.Logger:
-    """The package's logger, or the child ``name`` of it, which may be the ``__name__`` of a module of the package."""
+    """Return the package's logger, or the child ``name`` of it, which may be the ``__name__`` of a module of the
+    package.
+    """
     name = name.removeprefix("steerlm_megatron").strip(".")
     return logging.getLogger(f"{ROOT_NAME}.{name}" if name else ROOT_NAME)
 
@@ -47,20 +50,20 @@ def get_logger(name: str = "") -> logging.Logger:
 def setup_logging(
     run_dir: str | Path | None = None, rank: int = 0, *, level: str = "INFO", terminal: bool | None = None
 ) -> logging.Logger:
-    """Sends the package's log lines to the console and, with ``run_dir``, to ``run_dir/log/rank_<rank>.log``
-    (appended).
+    """Send the package's log lines to the console and, with ``run_dir``, append them to
+    ``run_dir/log/rank_<rank>.log``.
 
-    On the console rank 0 shows ``level`` and above, other ranks warnings and above, marked with their rank. The file
-    has ``level`` and above of its own rank. ``terminal`` None: rich where standard error is a terminal, plain lines
-    with time stamps elsewhere.
+    On the console rank 0 shows ``level`` and above, and other ranks show warnings and above, marked with their rank.
+    Each rank's file has ``level`` and above. With ``terminal`` None, rich is used where standard error is a terminal,
+    and plain lines with time stamps elsewhere.
     """
     logger = logging.getLogger(ROOT_NAME)
     close_logging()
     logger.setLevel(level)
     for name, known in logging.root.manager.loggerDict.items():
         if name.split(".")[0] == ROOT_NAME and isinstance(known, logging.Logger):
-            known.disabled = False  # a logging configuration of Hydra's disables the loggers that it finds
-    logger.propagate = False  # hydra and torch put handlers of their own on the root logger
+            known.disabled = False  # Hydra's logging configuration disables the loggers that it finds
+    logger.propagate = False  # Hydra and torch add handlers to the root logger
 
     use_rich = console().is_terminal if terminal is None else terminal
     mark = "" if rank == 0 else f"[rank {rank}] "
@@ -86,20 +89,23 @@ def setup_logging(
 
 
 def _log_fatal_signals(path: Path) -> None:
-    """A fault below Python (SIGSEGV in a library, SIGBUS from a file that got shorter) leaves in the log in which line
-    of ours it was. Whoever has asked for that before us keeps it.
+    """Make a fault below Python (SIGSEGV in a library, SIGBUS from a file that was cut) write the Python stack into the
+    log. If faulthandler is enabled already, it stays as it is.
     """
     global _fatal
     if _fatal is None and faulthandler.is_enabled():
         return
-    previous, _fatal = _fatal, path.open("a", encoding="utf-8")  # open to the end of the process: it may be needed then
+    previous, _fatal = (
+        _fatal,
+        path.open("a", encoding="utf-8"),
+    )  # it stays open, since a fault may come until the process ends
     faulthandler.enable(_fatal)
     if previous is not None:
         previous.close()
 
 
 def close_logging() -> None:
-    """Flushes, closes and takes away the handlers that ``setup_logging`` put there."""
+    """Flush, close and remove the handlers that ``setup_logging`` added."""
     logger = logging.getLogger(ROOT_NAME)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)

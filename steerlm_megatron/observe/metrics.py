@@ -1,4 +1,4 @@
-"""Numbers over time: ``metrics.jsonl``, what else takes them (``sinks.py``), throughput and model FLOPs.
+"""Numbers over time: ``metrics.jsonl``, forwarding to other services (``sinks.py``), throughput and model FLOPs.
 
 Owns: the file's format and the definition of the rates. Does not own: which numbers a stage logs.
 Invariant: every line of ``metrics.jsonl`` that ends in a newline is one strict-JSON object; a step occurs at most once
@@ -26,8 +26,8 @@ FILE_NAME = "metrics.jsonl"
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a metrics file, in order. A last line without newline that does not parse is a torn write: left
-    out.
+    """Return the objects of a metrics file, in order. A last line without newline that does not parse is a torn write
+    and is left out.
 
     Raises:
         UserError: any other line is not a JSON object.
@@ -51,14 +51,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends one JSON object per logged step to ``run_dir/metrics.jsonl``, flushed line by line.
+    """Append one JSON object per logged step to ``run_dir/metrics.jsonl``, flushed line by line.
 
-    Non-finite numbers are written as null and their names listed under ``nonfinite``: the file stays strict JSON and a
-    NaN loss stays visible. With ``active=False`` (ranks other than 0) nothing is opened or written.
+    Non-finite numbers are written as null and their names are listed under ``nonfinite``, so that the file stays strict
+    JSON and a NaN loss stays visible. With ``active=False`` (ranks other than 0) nothing is opened or written.
     """
 
     def __init__(self, run_dir: str | Path, *, sinks: Sequence[Sink] = (), active: bool = True) -> None:
-        """Opens for appending; a torn last line of a killed run is cut off first. ``sinks`` are given every scalar."""
+        """Open the file for appending, without the torn last line of a killed run. ``sinks`` get all scalars."""
         self.path = Path(run_dir) / FILE_NAME
         self.active = active
         self._stream: TextIO | None = None
@@ -67,9 +67,7 @@ class MetricsWriter:
             self._rewrite(lambda row: True)
 
     def truncate_after(self, step: int) -> int:
-        """Drops the lines whose ``step`` is beyond ``step``, the one training resumes from. Returns how many were
-        dropped.
-        """
+        """Drop the lines of steps after ``step``, from which training resumes, and return how many were dropped."""
         if not self.active:
             return 0
         self._close_file()
@@ -78,7 +76,7 @@ class MetricsWriter:
         return self._rewrite(lambda row: row.get("step", step) <= step) if self.path.exists() else 0
 
     def at(self, step: int) -> dict[str, Any]:
-        """All that was written of ``step``, by this process or before."""
+        """Return all values written for ``step``, by this process or an earlier one."""
         rows = read_metrics(self.path) if self.path.exists() else []
         return {name: value for row in rows if row.get("step") == step for name, value in row.items()}
 
@@ -92,7 +90,7 @@ class MetricsWriter:
         return len(rows) - len(kept)
 
     def write(self, step: int, values: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-        """Appends ``{"step": step, **values, **more}``; numpy and torch scalars are turned into numbers.
+        """Append ``{"step": step, **values, **more}``; numpy and torch scalars become numbers.
 
         Returns the object as written (also where the writer is not active).
         """
@@ -121,7 +119,7 @@ class MetricsWriter:
         return row
 
     def _open(self) -> TextIO:
-        """The file, made anew if somebody took it away: it would be written to where nobody can read it."""
+        """Return the open file. If somebody deleted it, it is created again, since lines would be lost otherwise."""
         if self._stream is not None:
             try:
                 there = os.path.samestat(os.fstat(self._stream.fileno()), self.path.stat())
@@ -138,7 +136,9 @@ class MetricsWriter:
         return self._stream
 
     def _send(self, sink: Sink, step: int, scalars: Mapping[str, float]) -> None:
-        """What goes wrong there (a full disk, a server that is gone) is said once; that service gets no more."""
+        """Write to a service. An error there (a full disk, a server that is gone) is logged once, and the service is
+        dropped.
+        """
         try:
             sink.write(step, scalars)
         except Exception as error:
@@ -149,7 +149,7 @@ class MetricsWriter:
             )  # fmt: skip
 
     def close(self) -> None:
-        """Closes the file and the sinks; a later ``write`` opens them again."""
+        """Close the file and the sinks; a later ``write`` opens them again."""
         self._close_file()
         for sink in self._sinks:
             try:
@@ -160,7 +160,7 @@ class MetricsWriter:
     def _close_file(self) -> None:
         if self._stream is not None:
             stream, self._stream = self._stream, None
-            with suppress(OSError):  # of a full disk, which the write before has raised
+            with suppress(OSError):  # on a full disk the write before has raised already
                 stream.close()
 
     def __enter__(self) -> MetricsWriter:
@@ -191,10 +191,10 @@ def model_flops(
     *,
     training: bool = True,
 ) -> float:
-    """Floating-point operations of a causal transformer on ``tokens`` packed tokens.
+    """Return the floating-point operations of a causal transformer on ``tokens`` packed tokens.
 
-    Training (forward + backward): ``6·N·T + 6·L·h·Σ sᵢ²``. Forward alone is a third of it. Recomputation is not
-    counted: this is the numerator of MFU, not HFU.
+    Training (forward + backward) takes ``6·N·T + 6·L·h·Σ sᵢ²``, the forward pass a third of it. Recomputation is not
+    counted, since this is the numerator of MFU and not of HFU.
 
     Args:
         num_parameters: N, all parameters that a token is multiplied with (no input embedding).
@@ -207,7 +207,7 @@ def model_flops(
     return total if training else total / 3.0
 
 
-# Dense BF16 TFLOP/s of GPUs, by words of their name as torch gives it (their data sheets; H200 = H100 SXM, see
+# Dense BF16 TFLOP/s of GPUs from their data sheets, by parts of the name that torch gives (H200 = H100 SXM, see
 # numerics.md).
 _PEAK_BF16_TFLOPS = {"GB200": 2500.0, "B200": 2250.0, "GH200": 989.0, "H200 NVL": 835.0, "H200": 989.0,
                      "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "A10G": 70.0,
@@ -215,7 +215,7 @@ _PEAK_BF16_TFLOPS = {"GB200": 2500.0, "B200": 2250.0, "GH200": 989.0, "H200 NVL"
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s that a device of this name can reach at most in ``precision``; None where we do not know it."""
+    """Return the peak FLOP/s of a device of this name in ``precision``; None if it is unknown."""
     if precision != "bf16":
         return None
     found = (peak for name, peak in _PEAK_BF16_TFLOPS.items() if re.search(rf"\b{name}\b", device_name))
@@ -226,7 +226,7 @@ class Throughput:
     """Rates since the last ``take``: useful tokens per second of working time.
 
     Useful tokens are those of documents; padding counts only in ``fill``. Time inside ``paused()`` (validation, saving)
-    is left out. Counts are of whatever was added: add global sums to get global rates.
+    is left out. The rates are global if the sums that are added are global.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ class Throughput:
         sum_squared_lengths: float = 0.0,
         steps: int = 1,
     ) -> None:
-        """Counts of ``steps`` steps. ``slot_tokens``: what the rows could hold, padding included."""
+        """Add the counts of ``steps`` steps. ``slot_tokens`` is the capacity of the rows, padding included."""
         self._steps += steps
         self._tokens += useful_tokens
         self._target_tokens += target_tokens
@@ -273,7 +273,7 @@ class Throughput:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time in here does not count."""
+        """Exclude the time inside the ``with`` from the rates."""
         start = self._clock()
         try:
             yield
@@ -281,10 +281,10 @@ class Throughput:
             self._paused_sec += self._clock() - start
 
     def take(self) -> dict[str, float]:
-        """The rates since the last call, and starts anew.
+        """Return the rates since the last call, and reset them.
 
         Keys: ``tokens`` (useful, since the start), ``tokens_per_sec``, ``target_tokens_per_sec``, ``step_sec``;
-        ``fill`` with slots; ``flops_per_sec`` and ``mfu`` where they can be told.
+        ``fill`` if slots were counted; ``flops_per_sec`` and ``mfu`` where they are known.
         """
         seconds = max(self._clock() - self._since - self._paused_sec, 1e-9)
         rates: dict[str, float] = {

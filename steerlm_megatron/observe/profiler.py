@@ -1,6 +1,6 @@
-"""torch's profiler over a few training steps of some ranks.
+"""Run torch's profiler over a few training steps on some ranks.
 
-Owns: when it runs and where its trace goes. Invariant: outside the steps asked for it costs nothing.
+Owns: when the profiler runs, and the path of its trace. Invariant: it costs nothing outside the requested steps.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ class StepProfiler:
     """Profiles steps ``first … last`` into ``run_dir/profile/rank_R.json``, a Chrome trace (Perfetto opens it)."""
 
     def __init__(self, run_dir: str | Path, steps: Sequence[int], rank: int, ranks: Sequence[int] = (0,)) -> None:
-        """``steps``: first and last, or nothing. ``ranks``: those that write a trace."""
+        """``steps`` has the first and the last step, or is empty. ``ranks`` are those that write a trace."""
         self.first, self.last = (steps[0], steps[1]) if steps and rank in ranks else (0, -1)
         self.path = Path(run_dir) / "profile" / f"rank_{rank}.json"
         self._profile: Any = None
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step ``number``. The trace is written after the last one, or the last that was reached in time."""
+        """Wrap step ``number``. The trace is written after the last profiled step, or after the last one of the run."""
         if not self.first <= number <= self.last:
             yield
             return
         if self._profile is None:
-            import torch  # observe is light for those who only log
+            import torch  # imported here, so that modules that only log do not load torch
 
             self._profile = torch.profiler.profile()
             self._profile.start()
@@ -40,7 +40,7 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Write what was profiled, if anything was."""
+        """Write the trace, if any step was profiled."""
         if self._profile is None:
             return
         profile, self._profile = self._profile, None

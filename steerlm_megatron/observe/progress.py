@@ -1,7 +1,7 @@
 """Progress of a long job: a bar with rate and ETA on a terminal, plain log lines elsewhere.
 
-Owns: how progress looks. Does not own: what is counted. Invariant: only where ``enabled`` (rank 0) anything is shown,
-and a job that raises still leaves the terminal clean.
+Owns: how progress is shown. Does not own: what is counted. Invariant: progress is shown only where ``enabled`` (rank
+0), and a job that raises leaves the terminal clean.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STEP: ContextVar[str] = ContextVar("pipeline_step", default="")
 
 @contextmanager
 def pipeline_step(number: int, count: int, name: str) -> Iterator[None]:
-    """Names the step of a pipeline: a header now, ``3/9 train_ap`` before every bar inside, its duration at the end."""
+    """Announce a step of a pipeline: print a header, mark every bar inside with ``3/9 train_ap``, print the time."""
     title = f"step {number}/{count} {name}"
     if console().is_terminal:
         console().print(Rule(title, align="left"))
@@ -51,7 +51,7 @@ def pipeline_step(number: int, count: int, name: str) -> Iterator[None]:
 
 
 class _Bar(RichProgress):
-    """With the numbers on a line of their own: beside the bar, 80 columns had no room for the time that is left."""
+    """A bar with its numbers on a second line, as 80 columns leave no room for the remaining time beside it."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -60,13 +60,13 @@ class _Bar(RichProgress):
 
 
 class Progress:
-    """Counts ``total`` units of work and shows them.
+    """Count ``total`` units of work and show them.
 
     with Progress(total=500, label="train", unit="step") as bar:
         bar.advance(1, loss=2.31, fill=0.98)
 
-    Without a terminal a line appears when 10 % more is done, not within 5 s of the last one, and at least once a
-    minute; a job of any length ends with one line.
+    Without a terminal a line appears when 10 % more is done, but not within 5 s of the last line, and at least once a
+    minute. A job of any length ends with one line.
     """
 
     def __init__(
@@ -80,26 +80,28 @@ class Progress:
         terminal: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``initial`` units were done before (resume): the bar counts them alone. ``total`` may be unknown."""
+        """``initial`` units were done before a resume; the bar includes them, the rate does not. ``total`` may be
+        unknown.
+        """
         self.total = total
         self.completed = initial
         self.unit = unit
         step = _STEP.get()
-        # A bar inside pipeline step "3/9 train_ap" labelled "train_ap" need not say it twice.
+        # A bar labelled "train_ap" inside the pipeline step "3/9 train_ap" does not repeat the name.
         self.label = label if not step else (step if step.endswith(f" {label}") else f"{step} · {label}")
         self._initial = initial
         self._enabled = enabled
         self._clock = clock
         self._terminal = console().is_terminal if terminal is None else terminal
         self._fields: dict[str, Any] = {}
-        self._bar: RichProgress | None = None
+        self.bar: RichProgress | None = None
         self._start = self._last_time = clock()
         self._last_completed = initial
 
     def __enter__(self) -> Progress:
         self._start = self._last_time = self._clock()
         if self._enabled and self._terminal:
-            self._bar = _Bar(
+            self.bar = _Bar(
                 SpinnerColumn(),
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),
@@ -110,26 +112,26 @@ class Progress:
                 TimeRemainingColumn(),
                 console=console(),
             )
-            self._bar.start()
-            self._task = self._bar.add_task(self.label, total=self.total, completed=self.completed, info="")
+            self.bar.start()
+            self._task = self.bar.add_task(self.label, total=self.total, completed=self.completed, info="")
         return self
 
     def advance(self, units: int = 1, **fields: Any) -> None:
-        """``units`` more are done; ``fields`` (loss, tokens_per_sec, …) are shown until given anew."""
+        """Add ``units`` that are done. ``fields`` (loss, tokens_per_sec, …) are shown until they are replaced."""
         self.set(self.completed + units, **fields)
 
     def set(self, completed: int, **fields: Any) -> None:
-        """``completed`` units are done in all."""
+        """Set the number of units that are done in total."""
         self.completed = completed
         self._fields.update(fields)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=completed, info=" ".join(self._info()))
+        if self.bar is not None:
+            self.bar.update(self._task, completed=completed, info=" ".join(self._info()))
         elif self._enabled and self._line_is_due():
             self._line()
 
     def _line_is_due(self) -> bool:
         if self.total is not None and self.completed >= self.total:
-            return False  # the closing line says it
+            return False  # the closing line reports the end
         waited = self._clock() - self._last_time
         if waited < MIN_INTERVAL_SEC:
             return False
@@ -165,8 +167,8 @@ class Progress:
         return shown + [f"{name}={_number(value)}" for name, value in self._fields.items()]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        if self.bar is not None:
+            self.bar.stop()
         elif self._enabled:
             self._line(ended=True)
 
@@ -180,7 +182,7 @@ def _number(value: Any) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """``8.3 s``, ``4:07``, ``2:04:07``."""
+    """Write seconds as ``8.3 s``, ``4:07`` or ``2:04:07``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(int(round(seconds)), 60)

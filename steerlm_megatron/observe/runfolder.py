@@ -1,9 +1,9 @@
-"""The folder of one run: what was asked, where it ran, how it ended.
+"""The folder of one run: its configuration, its environment, and how it ended.
 
 Owns: ``config.yaml command.txt env.json summary.json`` and the rule that a complete run is not overwritten. Does not
-own: ``metrics.jsonl`` (``metrics.py``), ``log/`` (``log.py``), ``checkpoints/`` (``train``).
-Invariants: each of these files is whole or absent, and ``summary.json`` says ``complete`` only after everything else is
-written; one run at a time works in a folder.
+own: ``metrics.jsonl`` (``metrics.py``), ``log/`` (``log.py``), ``checkpoints/`` (``train``). Invariants: each of these
+files is complete or absent, and ``summary.json`` says ``complete`` only after everything else is written; one run at a
+time works in a folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from steerlm_megatron.files import file_sha256, to_strict_json, write_json_atomi
 from steerlm_megatron.observe.log import get_logger
 
 STATUSES = ("running", "complete", "failed", "interrupted")
-REQUEUE_EXIT_CODE = 75  # stopped by a signal after saving: the scheduler should start the same command again
+REQUEUE_EXIT_CODE = 75  # the run was stopped after saving, and the scheduler should start the same command again
 _PACKAGES = (
     "torch megatron-core deepspeed transformer-engine numpy hydra-core omegaconf sentencepiece tokenizers transformers "
     "safetensors fastapi uvicorn httpx"
@@ -40,7 +40,7 @@ _VARIABLES = (
     "OMP_NUM_THREADS CUDA_VISIBLE_DEVICES RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT "
     "SLURM_JOB_ID SLURM_JOB_NAME SLURM_JOB_NODELIST SLURM_NNODES SLURM_NTASKS SLURM_RESTART_COUNT"
 ).split()
-JOURNAL = "journal-"  # and a name: a folder of PARTS, what an attempt that was stopped had finished
+JOURNAL = "journal-"  # prefix of folders with the finished work of a stopped attempt
 PARTS = "part-*.jsonl"
 _OWN_ENTRIES = (
     "config.yaml command.txt env.json metrics.jsonl summary.json report.html report.json log checkpoints tensorboard"
@@ -48,10 +48,11 @@ _OWN_ENTRIES = (
 
 
 def fingerprint(values: Mapping[str, Any], paths: Iterable[str | Path] = ()) -> str:
-    """SHA-256 (hex) of ``values`` and of what stands under ``paths``: equal inputs, equal fingerprint.
+    """Return a SHA-256 (hex) over ``values`` and the content of ``paths``: equal inputs have equal fingerprints.
 
     A file counts by its content. A run folder counts by the fingerprint in its own summary. Any other folder counts by
-    the names, sizes and modification times in it: reading a checkpoint whole would take longer than a step it saves.
+    the names, sizes and modification times in it, since reading a checkpoint would take longer than the step that it
+    saves.
 
     Raises:
         UserError: a path does not exist.
@@ -79,7 +80,7 @@ def _folder_listing(path: Path) -> str:
 
 
 def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
-    """``summary.json`` of a run folder, or None where there is none. A damaged one is a UserError."""
+    """Return the content of a run folder's ``summary.json``; None if there is none. A damaged one is a UserError."""
     path = Path(run_dir) / "summary.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +94,7 @@ def read_summary(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def is_complete(run_dir: str | Path, wanted_fingerprint: str | None = None) -> bool:
-    """Whether the run ended well and, if a fingerprint is given, had the same inputs."""
+    """Return whether the run ended well and, if a fingerprint is given, had the same inputs."""
     summary = read_summary(run_dir)
     if summary is None or summary.get("status") != "complete":
         return False
@@ -101,10 +102,10 @@ def is_complete(run_dir: str | Path, wanted_fingerprint: str | None = None) -> b
 
 
 def default_run_dir(command: str, root: str | Path = "runs") -> Path:
-    """A new folder ``runs/<command>/<date>_<time>``, made here: of two commands that start at once, each has its own.
+    """Create and return a new folder ``runs/<command>/<date>_<time>``, so that two commands that start at once differ.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: the folder cannot be made.
     """
     base = Path(root) / command / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     path, number = base, 1
@@ -122,18 +123,18 @@ def default_run_dir(command: str, root: str | Path = "runs") -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python, this package and the libraries a run depends on. Imports none of them."""
+    """Return the versions of Python, this package and the libraries that a run depends on, without importing them."""
     found = {"python": platform.python_version()}
     for package in ("steerlm_megatron", *_PACKAGES):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            continue  # optional, or run from a checkout that was never installed
+            continue  # an optional library, or this package in a checkout that was never installed
     return found
 
 
 def environment() -> dict[str, Any]:
-    """What ``env.json`` says: versions, host, devices, chosen environment variables, git commit of the code."""
+    """Return the content of ``env.json``: versions, host, devices, environment variables, git commit of the code."""
     return {
         "versions": versions(),
         "host": socket.gethostname(),
@@ -148,7 +149,7 @@ def environment() -> dict[str, Any]:
 
 
 def _devices() -> list[str]:
-    """Names of the CUDA devices, if this process has loaded torch already; observing must not cost a torch import."""
+    """Return names of the CUDA devices, if torch is loaded already, since importing it for this would be slow."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []
@@ -156,7 +157,7 @@ def _devices() -> list[str]:
 
 
 def _git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and whether tracked files were changed; None outside a git checkout or without git."""
+    """Return the commit, and whether tracked files were changed; None outside a git checkout or without git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
@@ -164,7 +165,7 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != folder:
-            return None  # installed inside somebody else's repository: its commit says nothing about this code
+            return None  # the package is installed inside another repository, whose commit says nothing about this code
         changed = git("status", "--porcelain", "--untracked-files=no")
         return {"commit": git("rev-parse", "HEAD"), "changed": bool(changed)}
     except (OSError, subprocess.SubprocessError):
@@ -172,13 +173,15 @@ def _git_state(folder: Path) -> dict[str, Any] | None:
 
 
 _LOCK_WAIT_SEC = 5.0
-LOCK = ".lock"  # in the folder while a run works there: who it is, and the lock that goes with its process
-_held: dict[Path, IO[str]] = {}  # of this process, which may open a folder again
+LOCK = ".lock"  # file that a run locks while it works in the folder; it holds the process's id and host
+_held: dict[Path, IO[str]] = {}  # folders locked by this process, which may open one again
 
 
 def _lock(folder: Path) -> None:
-    """Take the folder for this process, until :func:`_unlock` or its end, however that comes. ``TryLater``: another
-    process has it, and still has after ``_LOCK_WAIT_SEC``: the ranks of a killed launcher take a moment to stop.
+    """Lock the folder for this process, until :func:`_unlock` or the end of the process.
+
+    Raises ``TryLater`` if another process still has the lock after ``_LOCK_WAIT_SEC``; the wait gives the ranks of a
+    killed launcher time to stop.
     """
     if folder.resolve() in _held:
         return
@@ -213,12 +216,12 @@ def _lock(folder: Path) -> None:
 def _unlock(folder: Path) -> None:
     file = _held.pop(folder.resolve(), None)
     if file is not None:
-        file.truncate(0)  # the file stays: were it removed, two that have it open could lock one each
+        file.truncate(0)  # the file stays, since after a removal two processes could each lock a different file
         file.close()
 
 
 def remove_journal(folder: Path) -> None:
-    """The parts in it, and it if nothing else is there."""
+    """Remove a journal's parts, and its folder if nothing else is in it."""
     for part in folder.glob(PARTS):
         part.unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()):
@@ -226,18 +229,19 @@ def remove_journal(folder: Path) -> None:
 
 
 class RunFolder:
-    """One run's folder. Every rank may hold one; only rank 0 writes.
+    """One run's folder. Every rank may have an object, and only rank 0 writes.
 
-    Use as a context manager around the work: the summary says ``running`` inside, then ``complete``, ``failed`` (with
-    the error) or ``interrupted`` (Ctrl-C, or ``SystemExit(75)`` after a signal).
+    Use it as a context manager around the work. The summary says ``running`` inside, then ``complete``, ``failed``
+    (with the error) or ``interrupted`` (Ctrl-C, or ``SystemExit(75)`` after a signal).
 
     Attributes:
         path: the folder.
-        resumed: an earlier attempt that did not complete stands in it.
+        resumed: whether the folder holds an earlier attempt that did not complete.
     """
 
     def __init__(self, path: str | Path, command: str, *, overwrite: bool = False, rank: int = 0) -> None:
-        """Creates the folder; with ``overwrite`` a complete run in it is removed first (what runs write, nothing else).
+        """Create the folder. With ``overwrite`` a complete run in it is removed first (files that runs write, nothing
+        else).
 
         Raises:
             UserError: the run in it is complete and ``overwrite`` is false.
@@ -262,10 +266,10 @@ class RunFolder:
             raise UserError(f"run_dir={self.path} cannot be written: {error.strerror}") from error
         earlier = read_summary(self.path)
         if earlier is not None and earlier.get("status") == "complete":
-            if not overwrite:  # by whoever had the lock until now
+            if not overwrite:  # the run that had the lock until now has completed
                 _unlock(self.path)
                 self._refuse_complete()
-            self._remove_own_entries()
+            self._remove_run_files()
             earlier = None
         self.resumed = earlier is not None
         self._attempts = int((earlier or {}).get("attempts", 0)) + 1
@@ -278,8 +282,8 @@ class RunFolder:
                 "choose another run_dir, or set overwrite=true to replace it"
             )
 
-    def _remove_own_entries(self) -> None:
-        # The summary goes first: whatever interrupts the removal, the folder no longer claims to be complete.
+    def _remove_run_files(self) -> None:
+        # The summary is removed first, so that after an interruption the folder no longer claims to be complete.
         for name in ("summary.json", *_OWN_ENTRIES):
             entry = self.path / name
             if entry.is_dir() and not entry.is_symlink():
@@ -290,7 +294,7 @@ class RunFolder:
             remove_journal(folder)
 
     def start(self, config_yaml: str = "", argv: Sequence[str] | None = None, inputs: str | None = None) -> RunFolder:
-        """Writes config, command, environment and a summary that says ``running``. ``inputs``: the run's
+        """Write config, command, environment and a summary that says ``running``. ``inputs`` is the run's
         ``fingerprint``.
         """
         if self.rank != 0:
@@ -317,15 +321,15 @@ class RunFolder:
         return self
 
     def update(self, **sections: Mapping[str, Any]) -> None:
-        """Merges into sections of the summary: ``update(counts={"in": 5}, timings={"score_sec": 2.5})``; written at
-        once.
+        """Merge into sections of the summary, as in ``update(counts={"in": 5}, timings={"score_sec": 2.5})``, and write
+        it.
         """
         for name, values in sections.items():
             self._summary.setdefault(name, {}).update(values)
         self._write()
 
     def finish(self, status: str = "complete", error: str | None = None) -> None:
-        """Writes how the run ended. The last thing a run does."""
+        """Write how the run ended. It is the last thing that a run does."""
         assert status in STATUSES, status
         self._summary["status"] = status
         self._summary["ended"] = datetime.now().astimezone().isoformat(timespec="seconds")
@@ -357,5 +361,7 @@ class RunFolder:
                 self.finish("interrupted")
             else:
                 self.finish("failed", error=f"{type(error).__name__}: {error}")
-        except OSError as unwritten:  # a full disk, most likely: what ended the run is what the user has to know
+        except (
+            OSError
+        ) as unwritten:  # most likely the disk is full; the error that ended the run must not be hidden by this one
             get_logger(__name__).warning("%s could not be written: %s", self.path / "summary.json", unwritten)

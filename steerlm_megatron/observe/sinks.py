@@ -1,8 +1,9 @@
-"""Where numbers go besides ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow.
+"""Services that get the metrics besides ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow.
 
-Owns: one small class per service, their imports (when asked for, not before), and the ids by which a resumed run goes
-on in the same place. Does not own: which numbers there are. Invariant: a service that cannot be set up is a UserError
-before training starts; one that fails later is said once and never ends a run, since ``metrics.jsonl`` has it all.
+Owns: one small class per service, their imports (only when a service is switched on), and the ids by which a resumed
+run goes on in the same entry. Does not own: which numbers there are. Invariant: a service that cannot be set up is a
+UserError before training starts; one that fails later is logged once and never ends a run, since ``metrics.jsonl`` has
+all numbers.
 """
 
 from __future__ import annotations
@@ -24,23 +25,24 @@ _IDS = "tracking.json"
 
 
 class Sink(ABC):
-    """Takes the scalars of a logged step. The constructor says what is missing; opening is up to the first write."""
+    """A service that gets the scalars of logged steps. The constructor checks its package; the first write opens it."""
 
     @abstractmethod
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """``values`` are finite. Steps do not go back, except after :meth:`resume`."""
+        """Write the finite ``values`` of ``step``. Steps do not go back, except after :meth:`resume`."""
 
     @abstractmethod
     def close(self) -> None:
-        """Send what is left. A later write opens it again."""
+        """Send what is left. A later write opens the service again."""
 
     @abstractmethod
     def resume(self, step: int) -> None:
-        """Training goes on after ``step``: what was written of later steps is dropped where the service can."""
+        """Prepare to go on after ``step``: values of later steps are dropped, where the service can do that."""
 
 
 def sinks_of(tracking: TrackingConfig, run_dir: Path, config: Mapping[str, Any]) -> list[Sink]:
-    """The services that are switched on. ``config``: the resolved configuration, shown beside the curves.
+    """Return the services that are switched on. ``config`` is the resolved configuration, which they show beside the
+    curves.
 
     Raises:
         UserError: a package is not installed, or the service refuses.
@@ -102,12 +104,13 @@ class WandB(Sink):
         self._ids.put("wandb", self._run.id)
 
     def resume(self, step: int) -> None:
-        """W&B keeps what it has; later lines of the same ``step`` are drawn beside it."""
+        """Do nothing: W&B keeps what it has, and later values of the same ``step`` are drawn beside it."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if self._run is None:
             self._open()
-        # Its own step only goes up; a resumed run's may have to go back: the axis is a value of its own.
+        # W&B's own step only increases, and a resumed run may go back, so the step is logged as a value that is the
+        # axis.
         self._run.log({**values, "step": step})
 
     def close(self) -> None:
@@ -140,13 +143,13 @@ class MLflow(Sink):
         number = experiment.experiment_id if experiment else self._client.create_experiment(tracking.project)
         run: str = self._client.create_run(number, run_name=_name(tracking, run_dir)).info.run_id
         params = [self._entities.Param(key, str(value)[:500]) for key, value in _flat(config).items()]
-        for start in range(0, len(params), 100):  # what one request may carry
+        for start in range(0, len(params), 100):  # a request may carry 100 parameters
             self._client.log_batch(run, params=params[start : start + 100])
         ids.put("mlflow", run)
         return run
 
     def resume(self, step: int) -> None:
-        """MLflow keeps what it has, and shows the last value of a step."""
+        """Do nothing: MLflow keeps what it has, and shows the last value of a step."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         now = int(1000 * time.time())
@@ -166,7 +169,7 @@ class MLflow(Sink):
 
 
 class _Ids:
-    """``run_dir/tracking.json``: by which id each service knows this run."""
+    """The file ``run_dir/tracking.json`` with the id of this run in each service."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / _IDS

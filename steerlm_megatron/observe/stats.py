@@ -1,8 +1,8 @@
 """Agreement of two series: errors, correlations, and their spread. Pure numpy.
 
-Owns: the definitions that evaluation, validation during training and the report share.
-Invariant: a pair counts if its *target* is not NaN (an unlabelled attribute). A NaN *prediction* is a fault and makes
-the result NaN; it is never masked away. What has no value (nothing labelled, a constant series) is NaN too, never 0.
+Owns: the definitions that evaluation, validation during training and the report share. Invariant: a pair counts if its
+*target* is not NaN (an unlabelled attribute). A NaN *prediction* is a fault and makes the result NaN; it is never
+masked. A result without a value (nothing labelled, a constant series) is NaN too, never 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 
 
 def labelled(predictions: ArrayLike, targets: ArrayLike) -> tuple[Floats, Floats]:
-    """The pairs whose target is not NaN, flattened, as float64. The shapes must be equal."""
+    """Return the pairs whose target is not NaN, flattened, as float64. The shapes must be equal."""
     predicted = np.asarray(predictions, dtype=np.float64).reshape(-1)
     wanted = np.asarray(targets, dtype=np.float64).reshape(-1)
     if predicted.shape != wanted.shape:
@@ -26,19 +26,19 @@ def labelled(predictions: ArrayLike, targets: ArrayLike) -> tuple[Floats, Floats
 
 
 def mse(predictions: ArrayLike, targets: ArrayLike) -> float:
-    """Mean squared error over the labelled pairs; NaN without any."""
+    """Return mean squared error over the labelled pairs; NaN without any."""
     predicted, wanted = labelled(predictions, targets)
     return float(np.mean((predicted - wanted) ** 2)) if wanted.size else float("nan")
 
 
 def mae(predictions: ArrayLike, targets: ArrayLike) -> float:
-    """Mean absolute error over the labelled pairs; NaN without any."""
+    """Return mean absolute error over the labelled pairs; NaN without any."""
     predicted, wanted = labelled(predictions, targets)
     return float(np.mean(np.abs(predicted - wanted))) if wanted.size else float("nan")
 
 
 def pearson(predictions: ArrayLike, targets: ArrayLike) -> float:
-    """Linear correlation in [-1, 1]; NaN for fewer than two pairs or where either series is constant."""
+    """Return the linear correlation in [-1, 1]; NaN for fewer than two pairs or where either series is constant."""
     predicted, wanted = labelled(predictions, targets)
     if wanted.size < 2 or np.ptp(predicted) == 0 or np.ptp(wanted) == 0:
         return float("nan")
@@ -48,7 +48,7 @@ def pearson(predictions: ArrayLike, targets: ArrayLike) -> float:
 
 
 def spearman(predictions: ArrayLike, targets: ArrayLike) -> float:
-    """Pearson correlation of the ranks, ties sharing their mean rank; NaN where ``pearson`` is."""
+    """Return the Pearson correlation of the ranks, where ties share their mean rank; NaN where ``pearson`` is."""
     predicted, wanted = labelled(predictions, targets)
     if np.isnan(predicted).any():
         return float("nan")
@@ -56,7 +56,7 @@ def spearman(predictions: ArrayLike, targets: ArrayLike) -> float:
 
 
 def ranks(values: ArrayLike) -> Floats:
-    """Ranks from 1, equal values sharing the mean of theirs: [10, 20, 20, 30] -> [1, 2.5, 2.5, 4]. No NaN."""
+    """Return ranks from 1, where equal values share their mean rank: [10, 20, 20, 30] -> [1, 2.5, 2.5, 4]. No NaN."""
     array = np.asarray(values, dtype=np.float64).reshape(-1)
     _, group, counts = np.unique(array, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
@@ -64,7 +64,7 @@ def ranks(values: ArrayLike) -> Floats:
 
 
 def sem(values: ArrayLike) -> float:
-    """Standard error of the mean over the non-NaN values (n - 1 in the variance); NaN for fewer than two."""
+    """Return the standard error of the mean over the non-NaN values (n - 1 in the variance); NaN for fewer than two."""
     array = np.asarray(values, dtype=np.float64).reshape(-1)
     array = array[~np.isnan(array)]
     return float(array.std(ddof=1) / np.sqrt(array.size)) if array.size >= 2 else float("nan")
@@ -73,13 +73,13 @@ def sem(values: ArrayLike) -> float:
 def attribute_metrics(
     predictions_PA: ArrayLike, targets_PA: ArrayLike, names: Sequence[str], constants_A: ArrayLike
 ) -> dict[str, dict[str, float]]:
-    """The report's ``ap`` section: per attribute ``mse mae pearson spearman constant_mse n``.
+    """Return the report's ``ap`` section: per attribute ``mse mae pearson spearman constant_mse n``.
 
     Args:
         predictions_PA: [pairs, attributes] values on the schema's scale.
         targets_PA: [pairs, attributes], NaN where unlabelled.
         names: the attributes, in column order.
-        constants_A: what the constant predictor says: the *training* mean of each attribute.
+        constants_A: the constant predictor's values: the *training* mean of each attribute.
     """
     predicted = np.asarray(predictions_PA, dtype=np.float64).reshape(-1, len(names))
     wanted = np.asarray(targets_PA, dtype=np.float64).reshape(-1, len(names))

@@ -1,7 +1,7 @@
-"""Which of a run's three expectations held.
+"""Check which of a run's three expectations held.
 
-Owns: the expectations and when each is met. Does not own: how numbers are measured (``stages/evaluate.py``).
-Invariant: a check says yes or no only about numbers that are there; anything else is "not measured".
+Owns: the expectations and when each is met. Does not own: measuring (``stages/evaluate.py``).
+Invariant: a check says yes or no only about numbers that exist; otherwise it says "not measured".
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ MIN_STEERING_SPEARMAN = 0.8
 
 
 def checks(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The three expectations, each ``{statement, measured, held, detail, cases}``.
+    """Return the three expectations, each ``{statement, measured, held, detail, cases}``.
 
-    ``measured``: the numbers are there. ``held``: true or false, None if not measured. ``detail``: the numbers in
-    words. ``cases``: per attribute (or per comparison) true, false, or None for one not measured; ``held`` needs every
-    measured case, and at least one.
+    ``measured`` says whether the numbers exist, ``held`` is true or false, or None if not measured, ``detail`` has the
+    numbers in words, and ``cases`` has per attribute (or per comparison) true, false, or None for one not measured.
+    ``held`` needs every measured case to hold, and at least one.
     """
     return {
         "ap_beats_constant": _check_ap(data.get("ap") or {}),
@@ -65,7 +65,7 @@ def _check_steering(steering: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
         if len(measured) < 2 or len(measured) != len(row["requested"]):
             cases[name] = None
             continue
-        # A flat curve has no rank correlation: it was measured, and it does not rise.
+        # A flat curve has no rank correlation, but it was measured, and it does not rise.
         rank = row["spearman"] if is_number(row["spearman"]) else None
         cases[name] = rank is not None and rank >= MIN_STEERING_SPEARMAN
         words.append(f"{name} {rank:.2f}" if rank is not None else f"{name} flat")

@@ -1,7 +1,7 @@
 """The content of ``report.json``.
 
-Owns: which of an evaluation's numbers a report has, under which names: programs read them. Does not own: what the
-numbers say (``checks.py``). Invariant: a number that was not measured is absent or null.
+Owns: which of an evaluation's numbers a report has, and their names, which programs rely on. Does not own: judging the
+numbers (``checks.py``). Invariant: a number that was not measured is absent or null.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ Results = Mapping[str, Any]
 
 
 def report_data(results: Results) -> dict[str, Any]:
-    """The content of ``report.json``: the measured parts of ``results`` (their keys: ``write_report``), and ``checks``.
+    """Return the content of ``report.json``: the measured parts of ``results`` (their keys: ``write_report``), and
+    ``checks``.
 
     Numbers that are not finite become None.
     """

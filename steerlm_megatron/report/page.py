@@ -1,8 +1,8 @@
 """The HTML page of a report: one file, readable without a network.
 
-Owns: what of the numbers the page shows, in which words. Does not own: the numbers or the checks (``data.py``,
-``checks.py``), the page's structure and look (``templates/report.html.j2``, ``templates/report.css``).
-Invariant: everything that came from outside is escaped, and the page refers to nothing outside itself.
+Owns: which numbers the page shows, and their wording. Does not own: the numbers or the checks (``data.py``,
+``checks.py``), the page's structure and style (``templates/report.html.j2``, ``templates/report.css``). Invariant: all
+text from outside is escaped, and the page refers to nothing outside itself.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from steerlm_megatron.report.words import QUALITY_TITLES, number, verdict_word
 
 TEMPLATES = Path(__file__).parent / "templates"
 _AP_COLUMNS = ("mse", "constant_mse", "mae", "pearson", "spearman")
-_BADGES = {"yes": "yes", "no": "no"}  # a verdict's word → the class of its badge; the other words have "unknown"
+_BADGES = {"yes": "yes", "no": "no"}  # verdict → class of its badge; other verdicts have the class "unknown"
 
 
 def render_html(data: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """The whole page. ``data`` is the content of ``report.json``; of ``results`` (``write_report`` describes them) the
-    title, the notes, ``max_level`` and the configuration are taken.
+    """Return the page. ``data`` is the content of ``report.json``; the title, the notes, ``max_level`` and the
+    configuration come from ``results`` (see ``write_report``).
     """
     return (
         _environment()
         .get_template("report.html.j2")
         .render(
-            css=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),  # the sheet is ours, and not HTML
+            css=Markup(
+                (TEMPLATES / "report.css").read_text(encoding="utf-8")
+            ),  # the style sheet is ours and must not be escaped
             title=results.get("title") or "SteerLM report",
             judge=data.get("judge"),
             notes=results.get("notes") or [],
@@ -49,7 +51,7 @@ def render_html(data: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 
 def _environment() -> Environment:
-    """Templates in which every value is escaped, and a name that nobody gave is an error instead of nothing."""
+    """Return the template environment. It escapes every value, and an undefined name is an error instead of nothing."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -67,7 +69,7 @@ def _short(value: Any) -> str:
 
 
 def _picture(svg: str) -> str:
-    """The address of an image that stands in the page itself."""
+    """Return a ``data:`` address that embeds an image in the page."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
 
 
@@ -116,13 +118,13 @@ def _quality(means: Mapping[str, Any] | None, detail: Mapping[str, Mapping[str, 
 
 
 def _example(example: Mapping[str, Any]) -> dict[str, Any]:
-    """An example in which everything that the template asks for is there."""
+    """Return an example with all fields that the template needs."""
     responses = [{"attributes": {}, "text": "", "measured": {}} | response for response in example.get("responses", [])]
     return {"prompt": example.get("prompt", ""), "responses": responses}
 
 
 def _timings(timings: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of step and time, the sum last; no rows where no time was measured."""
+    """Return rows of step and time, with the sum last; no rows if no time was measured."""
     seconds = {name: float(value) for name, value in timings.items() if value is not None}
     if not timings:
         return []

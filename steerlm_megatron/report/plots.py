@@ -1,6 +1,7 @@
-"""The report's plots, as SVG text. Owns: how a plot looks. Does not own: the numbers.
+"""The report's plots, as SVG text.
 
-Invariant: the same numbers give the same bytes (no dates, no random ids), and nothing refers to another file.
+Owns: the layout and style of plots. Does not own: the numbers. Invariant: the same numbers give the same bytes (no
+dates, no random ids), and nothing refers to another file.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def _floats(values: Sequence[Any]) -> list[float]:
 
 
 def steering_plot(name: str, curve: Mapping[str, Any], max_level: int | None) -> str:
-    """Mean measured level over requested level, with one standard deviation and the diagonal of perfect obedience."""
+    """Plot mean measured over requested level, with one standard deviation and the diagonal where both are equal."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.4, 2.9))
         axes = figure.subplots()
@@ -71,7 +72,7 @@ def steering_plot(name: str, curve: Mapping[str, Any], max_level: int | None) ->
 def quality_plot(
     means: Mapping[str, float | None], detail: Mapping[str, Mapping[str, Any]], titles: Sequence[str]
 ) -> str:
-    """One bar per model, with the standard error of its mean; ``titles`` in the order of ``means``."""
+    """Plot one bar per model, with the standard error of its mean; ``titles`` are in the order of ``means``."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.6, 2.9))
         axes = figure.subplots()
@@ -82,7 +83,7 @@ def quality_plot(
         axes.bar(places, heights, width=0.55, color=colors)
         for place, height, error in zip(places, heights, errors, strict=True):
             if height != height:
-                continue  # NaN: no bar, and the table says so
+                continue  # NaN has no bar, and the table says so
             bar_top = height
             if error == error:
                 axes.errorbar(place, height, yerr=error, color=INK, capsize=4, linewidth=1)
@@ -98,7 +99,7 @@ def quality_plot(
 
 
 def ap_plot(ap: Mapping[str, Mapping[str, Any]]) -> str:
-    """Squared error of the attribute-prediction model beside the constant predictor's, per attribute."""
+    """Plot the squared error of the attribute-prediction model beside the constant predictor's, per attribute."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(6.4, 0.55 + 0.46 * len(ap)))
         axes = figure.subplots()

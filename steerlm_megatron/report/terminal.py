@@ -1,7 +1,7 @@
-"""The short table that closes a run on the terminal.
+"""The short table that a run prints at its end.
 
-Owns: which few of the report's numbers fit there, and their layout. Does not own: the numbers (``data.py``).
-Invariant: 80 columns hold the table of attributes.
+Owns: the choice of numbers that fit there, and their layout. Does not own: the numbers (``data.py``).
+Invariant: the table of attributes fits into 80 columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from steerlm_megatron.report.words import QUALITY_TITLES, number, verdict_word
 
 
 def terminal_table(results: Results, html_path: str | Path | None = None) -> RenderableType:
-    """The short closing table of a run, for ``rich``: attributes, quality, checks, and where the report is.
+    """Return the short closing table of a run, for ``rich``: attributes, quality, checks, and where the report is.
 
     ``results`` as for ``write_report``, or the content of a ``report.json``.
     """

@@ -1,7 +1,7 @@
-"""The two files of a report: ``report.json`` for programs, ``report.html`` for people.
+"""Write the two files of a report: ``report.json`` for programs, ``report.html`` for people.
 
-Owns: their names, and what ``results`` may hold. Does not own: their content (``data.py``, ``page.py``).
-Invariant: a report's file is the whole old one or the whole new one.
+Owns: their names, and the keys of ``results``. Does not own: their content (``data.py``, ``page.py``). Invariant: each
+file is the complete old one or the complete new one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from steerlm_megatron.report.data import Results, report_data
 
 
 def write_report(run_dir: str | Path, results: Results) -> tuple[Path, Path]:
-    """Writes ``report.html`` and ``report.json`` into ``run_dir`` and returns their paths, in this order.
+    """Write ``report.html`` and ``report.json`` into ``run_dir`` and return their paths, in this order.
 
-    ``results`` has any of these; a part that is missing is left out of the JSON and said to be missing in the HTML:
+    ``results`` has any of these keys; a missing part is left out of the JSON and reported as missing in the HTML:
         ap: {attribute: {mse, mae, pearson, spearman, constant_mse, n}}
         steering: {attribute: {requested: [level], measured: [mean], std: [per level], spearman, sample_spearman}};
             ``spearman`` (requested against mean measured) is computed where absent
@@ -28,7 +28,7 @@ def write_report(run_dir: str | Path, results: Results) -> tuple[Path, Path]:
     html_path, json_path = Path(run_dir) / "report.html", Path(run_dir) / "report.json"
     data = report_data(results)
     write_json_atomic(json_path, data)
-    from steerlm_megatron.report.page import render_html  # matplotlib takes half a second to import
+    from steerlm_megatron.report.page import render_html  # imported here, since matplotlib takes half a second
 
     write_text_atomic(html_path, render_html(data, results))
     return html_path, json_path

@@ -1,1 +1,1 @@
-"""Devices, process groups, and what makes Megatron-Core run without CUDA."""
+"""Devices, process groups, signals, and the patches that make Megatron-Core run without CUDA."""

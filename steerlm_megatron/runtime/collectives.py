@@ -1,4 +1,4 @@
-"""Small collectives on plain Python values, for control flow. Never in a hot loop."""
+"""Small collectives on plain Python values, for control flow. They are too slow for inner loops."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _calls = count()  # of on_main, the same number on every rank
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
-    """Rank ``source``'s value on every rank. Collective over the world."""
+    """Return rank ``source``'s value on every rank. Collective over the world."""
     if dist.get_world_size() == 1:
         return value
     box: list[Any] = [value]
@@ -31,7 +31,7 @@ def broadcast_object(value: T, source: int = 0) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value, in rank order, on every rank. Collective over the world."""
+    """Return every rank's value, in rank order, on every rank. Collective over the world."""
     if dist.get_world_size() == 1:
         return [value]
     out: list[Any] = [None] * dist.get_world_size()
@@ -40,10 +40,12 @@ def gather_objects(value: T) -> list[T]:
 
 
 def any_rank(flag: bool) -> bool:
-    """True on every rank if it is true on one. Collective over the world."""
+    """Return True on every rank if ``flag`` is true on any. Collective over the world."""
     if dist.get_world_size() == 1:
         return flag
-    tensor = torch.tensor([int(flag)], dtype=torch.int32)  # on the host: through gloo, beside what a GPU computes
+    tensor = torch.tensor(
+        [int(flag)], dtype=torch.int32
+    )  # on the host, so that gloo sends it and no GPU stream is waited for
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return bool(tensor.item())
 
@@ -55,8 +57,10 @@ def barrier() -> None:
 
 
 def on_main(action: Callable[[], T]) -> T | None:
-    """``action()`` on rank 0; the others wait, for as long as it takes: no collective's timeout ends them. Its result
-    on rank 0, None on the others. What it raises ends every rank in the same way. Collective over the world.
+    """Call ``action()`` on rank 0 and return its result there, None on the others.
+
+    The other ranks wait for as long as it takes: no collective's timeout ends them. An exception ends every rank in the
+    same way. Collective over the world.
     """
     if dist.get_world_size() == 1:
         return action()
@@ -88,8 +92,8 @@ def on_main(action: Callable[[], T]) -> T | None:
         store.delete_key(key)
 
 
-def first_to_say(text: str) -> bool:
-    """Whether this rank is the first that asks for this ``text``; others give the main rank a moment to be it.
+def first_to_report(text: str) -> bool:
+    """Return whether this rank is the first to report ``text``; other ranks give rank 0 a moment to be the first.
 
     Not collective: ranks may call it or not.
     """
@@ -102,7 +106,7 @@ def first_to_say(text: str) -> bool:
         while time.monotonic() < deadline and not store.check([key]):
             time.sleep(_POLL_SEC)
         return store.add(key, 1) == 1
-    except RuntimeError:  # the store's rank is gone: whether it said this, nobody knows
+    except RuntimeError:  # the rank that holds the store is gone, and nobody knows whether it reported this
         return True
 
 
@@ -121,21 +125,22 @@ def sum_from_last_stage(sums_M: torch.Tensor) -> torch.Tensor:
 
 
 def sum_over_data_parallel(values: list[float], with_context: bool = False) -> list[float]:
-    """Element-wise sum over data-parallel ranks, or over all ranks that hold the same parameters (``with_context``).
+    """Return the element-wise sum over data-parallel ranks, or over all that hold the same parameters
+    (``with_context``).
 
     Collective over that group.
     """
     group = parallel_state.get_data_parallel_group_gloo(with_context_parallel=with_context)
     if dist.get_world_size(group) == 1:
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64)  # from host to host, beside what GPUs compute
+    total = torch.tensor(values, dtype=torch.float64)  # on the host, so that no GPU stream is waited for
     dist.all_reduce(total, group=group)
     return total.tolist()
 
 
 def broadcast_in_replica(value: T, from_last_stage: bool = True) -> T:
-    """A replica's value from its last pipeline stage (tensor-parallel rank 0 there), else its first, on all of its
-    ranks.
+    """Return a replica's value from its last pipeline stage (tensor-parallel rank 0 there), else its first, on all of
+    its ranks.
 
     Collective over the model-parallel group.
     """

@@ -1,4 +1,4 @@
-"""Which device this process computes on. Invariant: importing this touches no CUDA state."""
+"""The device that this process computes on. Invariant: importing this module touches no CUDA state."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from steerlm_megatron.runtime import launcher
 
 
 def has_cuda() -> bool:
-    """True if a CUDA device can be used by this process."""
+    """Return whether this process can use a CUDA device."""
     return torch.cuda.is_available()
 
 
 def device() -> torch.device:
-    """The device of this process: ``cuda:LOCAL_RANK`` where there is one, else ``cpu``."""
+    """Return the device of this process: ``cuda:LOCAL_RANK`` where there is one, else ``cpu``."""
     if has_cuda():
         return torch.device("cuda", launcher.local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def device_name() -> str:
-    """What the GPU calls itself; ``cpu`` where there is none."""
+    """Return the GPU's name as torch gives it; ``cpu`` where there is no GPU."""
     return torch.cuda.get_device_name() if has_cuda() else "cpu"
 
 
 def peak_memory_gib() -> float:
-    """Most memory so far, in GiB: allocated on this rank's GPU, or resident in this process."""
+    """Return the peak memory so far, in GiB: allocated on this rank's GPU, or resident in this process."""
     if has_cuda():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 def backend() -> str:
-    """The collective backend that fits :func:`device`. With CUDA, CPU tensors go through gloo."""
+    """Return the collective backend that fits :func:`device`. With CUDA, CPU tensors go through gloo."""
     return "cpu:gloo,cuda:nccl" if has_cuda() else "gloo"
 
 
 def dtype_of(precision: str) -> torch.dtype:
-    """``fp32`` or ``bf16`` as a torch dtype."""
+    """Return ``fp32`` or ``bf16`` as a torch dtype."""
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
@@ -54,7 +54,9 @@ def set_cpu_threads(ranks_on_host: int) -> None:
 
 
 def to_device(values: np.ndarray[Any, Any], where: torch.device) -> torch.Tensor:
-    """An array as a tensor on ``where``; the host does not wait for the copy, pinned memory stays until it is made."""
+    """Return an array as a tensor on ``where``; the host does not wait for the copy, and pinned memory is kept until it
+    is done.
+    """
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor
 
@@ -73,15 +75,15 @@ class HostCopy:
             self._copied.record()
 
     def tolist(self) -> list[float]:
-        """Host sync, unless there was one since."""
+        """Return the values. The host waits for the device here, unless it has waited since the copy was queued."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._values.tolist()
 
 
 class Stopwatch:
-    """Seconds that this process's device works from :meth:`start` to :meth:`stop`: on a GPU between two events in its
-    stream, with no sync.
+    """Measure seconds of this process's device from :meth:`start` to :meth:`stop`. On a GPU they are between two events
+    in its stream, without a host sync.
     """
 
     def __init__(self) -> None:
@@ -95,7 +97,7 @@ class Stopwatch:
         self._mark(1)
 
     def seconds(self) -> float:
-        """Call it after a host sync that is later than :meth:`stop`."""
+        """Return the measured seconds; call this after a host sync that is later than :meth:`stop`."""
         if self._events:
             return self._events[0].elapsed_time(self._events[1]) / 1e3
         return self._times[1] - self._times[0]

@@ -1,9 +1,9 @@
-"""Which rank this process is, by what its launcher says: torchrun's variables, or those of a SLURM step.
+"""The rank of this process according to its launcher: torchrun's variables, or those of a SLURM step.
 
 Owns: reading ranks from the environment, and completing it with what ``torch.distributed`` asks for. Does not own:
 starting processes (``launch``), process groups (``parallel.py``). Standard library only, so that the command line can
-ask before torch is imported.
-Invariant: inside a batch script that no launcher started, a process is alone, however many tasks the job has.
+ask before torch is imported. Invariant: inside a batch script that no launcher started, a process counts as the only
+one, however many tasks the job has.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import subprocess
 
 from steerlm_megatron.errors import UserError
 
-# Ports for the ranks' store: above those of services, below those that Linux gives to outgoing connections.
+# The ranks' store takes ports above those of services and below those that Linux gives to outgoing connections.
 _FIRST_PORT, _PORTS = 15000, 15000
 
 
 def is_rank() -> bool:
-    """Whether a launcher (torchrun, srun) started this process as one of several."""
+    """Return whether a launcher (torchrun, srun) started this process as one of several."""
     return "RANK" in os.environ or _in_slurm_step()
 
 
 def _in_slurm_step() -> bool:
-    """Whether srun started this process as one of several tasks.
+    """Return whether srun started this process as one of several tasks.
 
-    A batch script has ``SLURM_PROCID`` and the job's ``SLURM_NTASKS`` as well, but no step: it is no rank.
+    A batch script has ``SLURM_PROCID`` and the job's ``SLURM_NTASKS`` as well, but no step, so it is no rank.
     """
     return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and _slurm_tasks() > 1
 
@@ -37,30 +37,30 @@ def _slurm_tasks() -> int:
 
 
 def world_size() -> int:
-    """How many ranks were started."""
+    """Return how many ranks were started."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return _slurm_tasks() if _in_slurm_step() else 1
 
 
 def global_rank() -> int:
-    """This process among all ranks."""
+    """Return the number of this process among all ranks."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"])
     return int(os.environ["SLURM_PROCID"]) if _in_slurm_step() else 0
 
 
 def local_rank() -> int:
-    """This process among the ranks of its host."""
+    """Return the number of this process among the ranks of its host."""
     if "LOCAL_RANK" in os.environ:
         return int(os.environ["LOCAL_RANK"])
     return int(os.environ.get("SLURM_LOCALID", "0")) if _in_slurm_step() else 0
 
 
 def set_torch_variables() -> None:
-    """Inside a SLURM step, set those of torchrun's variables that are missing: rank, sizes, and where rank 0 listens.
+    """Inside a SLURM step, set those of torchrun's variables that are missing: rank, sizes, and the address of rank 0.
 
-    ``MASTER_ADDR`` and ``MASTER_PORT`` that are set are kept.
+    ``MASTER_ADDR`` and ``MASTER_PORT`` are kept where they are set.
 
     Raises:
         UserError: the step's first node has no address that this node can find.
@@ -81,13 +81,13 @@ def set_torch_variables() -> None:
 
 
 def step_port() -> int:
-    """A port that follows from the SLURM job and step, so that all ranks know it and two jobs on a node differ."""
+    """Return a port derived from the SLURM job and step, so that all ranks know it and two jobs on a node differ."""
     job, step = os.environ.get("SLURM_JOB_ID", "0"), os.environ.get("SLURM_STEP_ID", "0")
     return _FIRST_PORT + (int(job) * 31 + int(step)) % _PORTS
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM host list: ``gpu[07-09,12],cpu1`` → ``gpu07``.
+    """Return the first host of a SLURM host list: ``gpu[07-09,12],cpu1`` → ``gpu07``.
 
     >>> first_host("rack[2-3]n[001,005]")
     'rack2n001'
@@ -97,7 +97,7 @@ def first_host(nodelist: str) -> str:
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Numbers of tasks by node from SLURM's short form.
+    """Return numbers of tasks by node from SLURM's short form.
 
     >>> tasks_per_node("4(x2),1")
     [4, 4, 1]
@@ -115,7 +115,7 @@ def _tasks_on_this_node() -> int:
 
 
 def _address_of_first_node() -> str:
-    """A name or address of the node that rank 0 runs on: the first of the step's nodes."""
+    """Return a name or address of the node that rank 0 runs on: the first of the step's nodes."""
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
     host = first_host(nodes)
     try:
@@ -123,7 +123,7 @@ def _address_of_first_node() -> str:
         return host
     except (OSError, UnicodeError) as error:
         unknown = error
-    try:  # what SLURM itself reaches the node by, where its name is of SLURM alone
+    try:  # the address by which SLURM itself reaches the node, where only SLURM knows the node's name
         asked = subprocess.run(
             ["scontrol", "show", "node", host], capture_output=True, text=True, timeout=20, check=True
         ).stdout

@@ -1,4 +1,4 @@
-"""Megatron-Core on a machine without CUDA, and without Transformer Engine or Apex.
+"""Patches for running Megatron-Core without CUDA, Transformer Engine or Apex.
 
 Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. All but those of the
 checkpoint's writer and of gradient clipping do nothing where CUDA is available. Does not own: the names of what is
@@ -71,7 +71,7 @@ class _CpuGenerators(types.ModuleType):
 
 @contextlib.contextmanager
 def _cuda_type_names() -> Iterator[None]:
-    """Within: ``Tensor.type()`` names a CPU tensor as if it were a CUDA one (way 3)."""
+    """Make ``Tensor.type()`` name a CPU tensor as if it were a CUDA tensor, inside the ``with`` (way 3)."""
     original = torch.Tensor.type
 
     def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -97,22 +97,22 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _patch_torch_cuda() -> None:
-    """Way 1. Global, because Megatron-Core calls these everywhere; on a host without CUDA nothing else can use them."""
+    """Patch way 1. It is global, because Megatron-Core calls these everywhere and nothing else can without CUDA."""
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_a, **_k: None
-    # Megatron-Core 0.19 asks for it before it reduces gradients; a CPU's only stream orders everything already.
+    # Megatron-Core 0.19 asks for the stream before it reduces gradients; a CPU's only stream orders everything already.
     torch.cuda.current_stream = lambda *_a, **_k: torch.cpu.current_stream()  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *_a, **_k: self  # type: ignore[method-assign]
 
 
 def _patch_literals() -> None:
-    """Way 2, per module."""
+    """Patch way 2 in each module that has such a literal."""
     for name in mcore_private.TORCH:
         name.set(_CpuTorch())
 
 
 def _patch_type_checks() -> None:
-    """Way 3, only around the functions that compare type names."""
+    """Patch way 3 around the functions that compare type names, and nowhere else."""
     for name in mcore_private.TYPE_NAME_READERS:
         name.set(_with_cuda_type_names(name.get()))
     grouping = mcore_private.BUILD_GROUPS
@@ -123,19 +123,20 @@ def _patch_type_checks() -> None:
 
 
 def _patch_generators() -> None:
-    """Way 4. Model-parallel RNG states are states of the CPU generator."""
+    """Patch way 4: model-parallel RNG states become states of the CPU generator."""
     mcore_private.RANDOM_TORCH.set(_CpuTorch(cuda=_CpuGenerators()))
     mcore_private.GET_RNG_STATE.set(lambda *_a, **_k: torch.get_rng_state())
     mcore_private.SET_RNG_STATE.set(lambda state, *_a, **_k: torch.set_rng_state(state))
-    # With dropout, every fork would warn that the CPU generator moved inside a "GPU RNG context": here it has to.
+    # With dropout, every fork would warn that the CPU generator moved inside a "GPU RNG context", which is
+    # intended here.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.msg
     )
 
 
 def _patch_groups_of_one() -> None:
-    """A lone data-parallel rank has its reduced gradients and gathered weights in place already; gloo would copy all of
-    them onto themselves, twice a step (3 % of it). NCCL sees that they are in place.
+    """Skip collectives of groups of one rank. Its reduced gradients and gathered weights are in place already, but gloo
+    would copy all of them onto themselves twice a step (3 % of its time). NCCL detects that by itself.
     """
 
     def needed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,10 +154,10 @@ def _patch_groups_of_one() -> None:
 
 
 def _patch_clipping() -> None:
-    """The norm of all gradients, and their scaling, in a few kernels.
+    """Compute the norm of all gradients, and scale them, in a few kernels.
 
-    What Megatron-Core takes without Transformer Engine and Apex has the host read every gradient's own norm back, and
-    scales each through a copy: hundreds of waits for a GPU in each step.
+    Without Transformer Engine and Apex, Megatron-Core reads the norm of every single gradient back to the host and
+    scales each gradient through a copy, which makes the host wait for the GPU hundreds of times a step.
     """
 
     def norm(_chunk_size: int, _flag: Any, tensors: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
@@ -173,11 +174,11 @@ def _patch_clipping() -> None:
 
 
 def _patch_checkpoint_writer() -> None:
-    """A rank writes its part of a checkpoint from threads of its own.
+    """Make a rank write its part of a checkpoint from threads instead of processes.
 
-    Megatron-Core 0.16 forks a process per file, which a process with CUDA or threads should not, and both versions
-    spawn a manager process for the queue of results: seconds at the first save. Writing releases the interpreter's
-    lock, so threads do as well; 0.19 has them.
+    Megatron-Core 0.16 forks a process per file, which a process with CUDA or threads should not do, and both versions
+    spawn a manager process for the queue of results, which takes seconds at the first save. Writing releases the
+    interpreter's lock, so threads are as fast; 0.19 has them.
     """
     import queue
     from concurrent.futures import ThreadPoolExecutor
@@ -203,7 +204,7 @@ def _patch_checkpoint_writer() -> None:
 
 
 def apply() -> None:
-    """Make Megatron-Core run on this host. No-op after the first call."""
+    """Make Megatron-Core run on this host. Later calls do nothing."""
     global _applied
     if _applied:
         return

@@ -40,8 +40,8 @@ class Layout:
 
     @property
     def dp_cp_rank(self) -> int:
-        """Among the ranks that hold the same parameters and add up gradients. Megatron-Core's order: context-parallel
-        ranks of one replica are neighbours.
+        """This rank's number among the ranks that hold the same parameters and add up gradients. As in Megatron-Core,
+        context-parallel ranks of one replica are neighbours.
         """
         return self.dp_rank * self.cp_size + self.cp_rank
 
@@ -51,8 +51,8 @@ class Layout:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What must be the same for a rank's generators to mean the same. Three sizes without context parallelism, as
-        in checkpoints from before it.
+        """The sizes that must be equal for a rank's generator states to fit. Without context parallelism there are
+        three, as in checkpoints from before it.
         """
         sizes = (self.pp_size, self.tp_size, self.dp_size)
         return sizes if self.cp_size == 1 else (*sizes, self.cp_size)
@@ -63,12 +63,12 @@ class Layout:
 
     @property
     def is_main(self) -> bool:
-        """The one rank that writes files and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     @property
     def is_model_head(self) -> bool:
-        """The first rank of this data-parallel replica: it speaks for the replica."""
+        """Whether this is the first rank of its data-parallel replica, which speaks for the replica."""
         return self.tp_rank == 0 and self.pp_rank == 0 and self.cp_rank == 0
 
 
@@ -95,9 +95,10 @@ def _start_torch_distributed(timeout_sec: int) -> None:
 
 
 def _store_after_restart(timeout: timedelta) -> dict[str, Any]:
-    """For ranks that torchrun started again (``--max-restarts``): its agent's store under a name of their own.
+    """Return arguments of ``init_process_group`` for ranks that torchrun has restarted (``--max-restarts``).
 
-    torch 2.13 hands them the store of the ranks before, in which gloo finds the addresses of dead processes, and waits.
+    They use the store of torchrun's agent under a new prefix, because torch 2.13 hands them the store of the ranks
+    before, in which gloo finds the addresses of dead processes and waits for them.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -110,10 +111,10 @@ def _store_after_restart(timeout: timedelta) -> dict[str, Any]:
 def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> Layout:
     """Start (or reuse) the groups of ``parallel`` and seed this rank. Collective over the world.
 
-    Megatron-Core's order: tensor-parallel ranks are neighbours, then context, then data, then pipeline. Seeds follow
-    its rule too: the same everywhere outside tensor-parallel regions, different per tensor-parallel rank inside,
-    different per pipeline stage. Context-parallel ranks differ as well: they hold different tokens, and one mask for
-    two would be no dropout of each.
+    Ranks are numbered in Megatron-Core's order: tensor-parallel ranks are neighbours, then context, then data, then
+    pipeline. Seeds follow its rule too: they are the same everywhere outside tensor-parallel regions, differ per
+    tensor-parallel rank inside, and differ per pipeline stage. Context-parallel ranks have different seeds as well:
+    they hold different tokens, which must not share a dropout mask.
     """
     mcore_compat.apply()
     launcher.set_torch_variables()
@@ -130,7 +131,8 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> L
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
             context_parallel_size=parallel.context,
-            distributed_timeout_minutes=timeout_sec / 60,  # of a timedelta
+            distributed_timeout_minutes=timeout_sec
+            / 60,  # Megatron-Core turns it into a timedelta, so a fraction is fine
         )
         initialize.sizes = sizes  # type: ignore[attr-defined]
     seed_everything(seed)
@@ -138,10 +140,10 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> L
 
 
 def _destroy_groups() -> None:
-    """Megatron-Core forgets its groups; torch would keep them, NCCL's buffers too, for as long as the process lives."""
+    """Destroy the process groups. Megatron-Core only forgets them, and torch keeps them."""
     dist.barrier()  # no rank closes what another still reads
     parallel_state.destroy_model_parallel()
-    gc.collect()  # an engine is full of cycles, and holds its groups, with a thread each, until they are collected
+    gc.collect()  # an engine has reference cycles and holds its groups, each with a thread, until it is collected
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
@@ -156,7 +158,7 @@ def seed_everything(seed: int) -> None:
 
 
 def layout() -> Layout:
-    """The coordinates of this rank in the groups that stand."""
+    """Return the coordinates of this rank in the initialised groups."""
     return Layout(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

@@ -1,8 +1,8 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 and the end of the time.
+"""Requests to stop: SIGTERM, SIGUSR1 and the end of a time limit.
 
-Owns: what a signal does. Inside a :class:`StopRequest` it becomes a flag that the loop looks at between steps;
-elsewhere (:func:`listen`) it ends the process with exit code 75 where it stands, since every file is whole or absent at
-any time. Invariant: whoever has been asked is asked once; further signals do not disturb the saving and leaving.
+Owns: the effect of a signal. Inside a :class:`StopRequest` a signal sets a flag that the loop reads between steps;
+elsewhere (:func:`listen`) it ends the process at once with exit code 75, which is safe since every file is complete or
+absent at any time. Invariant: the first signal counts; further ones do not disturb the saving and the exit.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from steerlm_megatron.errors import Interrupted
 from steerlm_megatron.runtime import launcher
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-SAVING_SEC = 180.0  # at the end of a SLURM job's time, or after a signal to a launcher, kept for saving
-_SAVING_SHARE = 0.2  # of a SLURM job's whole time, at most: one of few minutes is to train in some of them
+SAVING_SEC = 180.0  # time kept for saving before a SLURM job's time is over, or after a signal to a launcher
+_SAVING_SHARE = 0.2  # at most this share of a SLURM job's time, so that a job of few minutes trains in some of them
 _HANDLED_SEC = 10.0
 _NO_LIMIT = "NONE"  # squeue's word for the end of a job that may run for ever
 
 _listening = False
-_asked: list[str] = []  # the signals that this process got since it listens
-_leaving = False  # the first one met no StopRequest
+_asked: list[str] = []  # the signals that this process got since listen()
+_leaving = False  # the first signal came outside of a StopRequest, and the process is ending
 _settled = False
 
 
 def asked() -> bool:
-    """Whether a signal asked this process to stop. Not collective: other ranks may not have got one."""
+    """Return whether a signal asked this process to stop. This is not collective: other ranks may not have got one."""
     return bool(_asked)
 
 
 def leaving() -> bool:
-    """Whether this process is on its way out for that, outside of any loop: errors that follow are of no account."""
+    """Return whether a signal is ending this process outside of any loop, so that errors that follow can be ignored."""
     return _leaving
 
 
 def listen() -> None:
-    """From now on SIGTERM and SIGUSR1 end this process with exit code 75 where no :class:`StopRequest` takes them:
-    while it starts, loads, or writes a report.
+    """Make SIGTERM and SIGUSR1 end this process with exit code 75 where no :class:`StopRequest` handles them: while it
+    starts, loads, or writes a report.
     """
     global _listening
     if threading.current_thread() is not threading.main_thread():
@@ -65,20 +65,21 @@ def listen() -> None:
 
 
 def settle() -> None:
-    """How this process ends is settled: with 75."""
+    """Fix the exit code of this process at 75, whatever happens until it ends."""
     global _settled
     _settled = True
 
 
 def _at_the_end() -> None:
-    """Python takes its handlers away before it ends, which takes a second with torch. And what a signal cut short may
-    still be under way below Python, where taking it down ends in an abort.
+    """Keep the exit code at 75 while Python shuts down. Python removes its signal handlers before it ends, which takes
+    a second with torch; and an operation that the signal interrupted may still run below Python, where tearing it down
+    would abort the process.
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if _settled:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # nobody reads, or it is closed
+            with contextlib.suppress(OSError, ValueError):  # the stream is closed, or its reader has gone
                 stream.flush()
         os._exit(Interrupted.CODE)
 
@@ -92,8 +93,9 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_anyway(reader: int) -> None:
-    """Python runs a handler when the main thread comes back to Python: not while it waits for other ranks to start. And
-    what the handler raises may be raised inside a destructor or a callback, where Python drops it.
+    """End the process from a thread if the handler did not. Python runs a handler only when the main thread returns to
+    Python code, which it does not while it waits for other ranks to start; and an exception raised by the handler
+    inside a destructor or a callback is dropped.
     """
     while received := os.read(reader, 1):
         if received[0] not in _SIGNALS:
@@ -106,10 +108,11 @@ def _leave_anyway(reader: int) -> None:
 
 
 @cache
-def _slurm_times() -> tuple[float, float] | None:
-    """Start and end of the SLURM job that this process is part of, in seconds since the epoch; None: no job, no end.
+def slurm_times() -> tuple[float, float] | None:
+    """Return start and end of this process's SLURM job in seconds since the epoch; None without a job, or without an
+    end.
 
-    From SLURM 23.02 on jobs are told; before, one process asks the controller.
+    Since SLURM 23.02 environment variables have them; before, one process asks the controller.
     """
     job, start, end = (os.environ.get(f"SLURM_JOB_{name}", "") for name in ("ID", "START_TIME", "END_TIME"))
     if end.isdigit():
@@ -121,7 +124,7 @@ def _slurm_times() -> tuple[float, float] | None:
         said = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.split()
         times = [datetime.fromisoformat(word).timestamp() for word in said if word != _NO_LIMIT]
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        from steerlm_megatron.observe.log import get_logger  # rich takes its time, which --help need not
+        from steerlm_megatron.observe.log import get_logger  # importing rich is slow, and --help does not need it
 
         get_logger(__name__).warning(
             "the end of SLURM job %s is not known (%s): set train.max_minutes, or #SBATCH --signal=USR1@180", job, error
@@ -131,17 +134,17 @@ def _slurm_times() -> tuple[float, float] | None:
 
 
 class StopRequest:
-    """Context manager. Inside, ``requested`` turns true on SIGTERM or SIGUSR1, after ``max_minutes`` of this process's
-    life, or shortly before a SLURM job's time is over. Handlers are put back on leaving. A process that listens and was
-    asked once is asked in every later one, too.
+    """Context manager that turns requests to stop into a flag. ``requested`` becomes true on SIGTERM or SIGUSR1, after
+    ``max_minutes`` of this process's life, or shortly before a SLURM job's time is over. The handlers are restored on
+    leaving. If a signal came before, ``requested`` is true from the start.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
         self._signal: str | None = _asked[0] if _asked else None
-        self._limit: tuple[float, str] = (float("inf"), "")  # seconds since the epoch, and what is over then
+        self._limit: tuple[float, str] = (float("inf"), "")  # seconds since the epoch, and the name of the limit
         if max_minutes is not None:
             self._limit = (psutil.Process().create_time() + 60 * max_minutes, f"train.max_minutes={max_minutes:g}")
-        if (times := _slurm_times()) is not None:
+        if (times := slurm_times()) is not None:
             start, end = times
             margin = min(SAVING_SEC, _SAVING_SHARE * (end - start))
             self._limit = min(self._limit, (end - margin, "the end of the SLURM job's time"))
@@ -153,7 +156,7 @@ class StopRequest:
 
     @property
     def reason(self) -> str | None:
-        """What asked for it, in words; None: nothing did."""
+        """The cause of the request in words; None if there is no request."""
         if self._signal is not None:
             return self._signal
         return self._limit[1] if time.time() >= self._limit[0] else None

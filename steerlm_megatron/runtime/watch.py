@@ -1,8 +1,8 @@
-"""Which rank holds up the others: a thread on every rank that notices when its rank has stopped moving.
+"""Report which rank holds up the others, by a thread on every rank that notices when its rank makes no progress.
 
-Owns: the beats of the loop, and the report when they stop. Does not own: ending the run, which a collective does after
-``engine.timeout_sec``. Invariants: the thread uses a connection of its own to the ranks' store and no collective, so it
-speaks while every rank waits; a rank that moves pays a tuple per beat.
+Owns: the beats of the loop, and the report when they stop. Does not own: ending the run, which a collective's timeout
+does after ``engine.timeout_sec``. Invariants: the thread uses a separate connection to the ranks' store and no
+collective, so that it can report while every rank waits; a beat costs no more than making a tuple.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ import torch.distributed as dist
 from steerlm_megatron.observe.log import get_logger
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_SHARE_OF_TIMEOUT = 0.5  # without a beat: long enough for no false alarm, and the report comes before the end
-_ANSWER_SEC = 10.0  # for the store, and for ranks to say where they are
+_SHARE_OF_TIMEOUT = (
+    0.5  # time without a beat before the report: long enough to avoid false alarms, and before the timeout ends the run
+)
+_ANSWER_SEC = 10.0  # time that the store, and ranks that publish their position, may take to answer
 _STACK_LINES = 8
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a rank stands. ``beats`` counts them since the start: on all ranks the same number at the same place."""
+    """The position of a rank. ``beats`` counts beats since the start, and is equal on all ranks at the same point."""
 
     rank: int
     host: str
@@ -42,8 +44,8 @@ class Position:
     beats: int
     step: int
     doing: str
-    frame: str  # innermost line of this package, if it is in one
-    waits: bool  # inside one of torch.distributed's collectives
+    frame: str  # innermost line of this package on the stack, if there is one
+    waits: bool  # whether it is inside one of torch.distributed's collectives
     stack: str
 
     def name(self) -> str:
@@ -51,27 +53,30 @@ class Position:
 
 
 class Watch:
-    """Context manager around a loop that all ranks go through in step, calling :meth:`beat` as they go.
+    """Context manager around a loop that all ranks run in lockstep, calling :meth:`beat` on the way.
 
-    A rank without a beat for half of ``timeout_sec`` publishes where it stands. Rank 0, or the first that is not
-    stopped itself, gathers that and logs one warning that names who is waited for: ranks that do not answer (stopped,
-    dead, cut off), else those that are furthest behind, else those that are not inside a collective. An error that then
-    leaves the loop carries the report as a note. One process: nothing.
+    A rank without a beat for half of ``timeout_sec`` publishes its position. Rank 0, or the first rank that is not
+    stopped itself, gathers the positions and logs one warning that names the ranks that the others wait for: those that
+    do not answer (stopped, dead, cut off), else those that are furthest behind, else those that are not inside a
+    collective. An error that then leaves the loop carries the report as a note. A single process is not watched.
     """
 
-    def __init__(self, timeout_sec: float) -> None:
+    def __init__(self, timeout_sec: float, answer_sec: float | None = None) -> None:
+        """``answer_sec`` bounds how long the store and other ranks may take to answer; None means a share of the
+        timeout.
+        """
         self._limit = _SHARE_OF_TIMEOUT * timeout_sec
-        self._interval = min(5.0, self._limit / 8)
-        self._answer = min(_ANSWER_SEC, self._limit / 4)
+        self.interval_sec = min(5.0, self._limit / 8)
+        self._answer = min(_ANSWER_SEC, self._limit / 4) if answer_sec is None else answer_sec
         self._beat: tuple[int, float, int, str] = (0, time.monotonic(), 0, "starting")
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
         self._watched = 0
-        self._report: str | None = None
+        self.report: str | None = None
         self._rank = self._world = 0
 
     def beat(self, step: int, doing: str) -> None:
-        """Step ``step`` goes on, now with ``doing`` (words for the report)."""
+        """Record progress: this rank is in step ``step`` and is now ``doing`` this (words for the report)."""
         self._beat = (self._beat[0] + 1, time.monotonic(), step, doing)
 
     def __enter__(self) -> Watch:
@@ -92,23 +97,23 @@ class Watch:
     ) -> None:
         self._end.set()
         if self._thread is not None:
-            self._thread.join(self._interval)
-        if self._report is not None and isinstance(error, Exception):
-            error.add_note(self._report)
+            self._thread.join(self.interval_sec)
+        if self.report is not None and isinstance(error, Exception):
+            error.add_note(self.report)
 
     # ---- the thread
 
     def _run(self, store: Any) -> None:
         looked = time.monotonic()
-        while not self._end.wait(self._interval):
+        while not self._end.wait(self.interval_sec):
             asleep, looked = time.monotonic() - looked, time.monotonic()
             beats, since, _, _ = self._beat
-            if asleep > self._limit / 2:  # nobody else is to blame, and the others may just be coming
+            if asleep > self._limit / 2:  # this process itself was stopped, so the others are not late yet
                 get_logger(__name__).warning("this process was stopped, or its host stood still, for %.0f s", asleep)
                 continue
             if time.monotonic() - since < self._limit:
                 continue
-            # The store answers nobody while its process is stopped, not even with an error.
+            # The store does not answer at all, not even with an error, while its process is stopped.
             alone = threading.Timer(3.2 * self._answer, self._no_store)
             alone.start()
             try:
@@ -118,36 +123,36 @@ class Watch:
             finally:
                 alone.cancel()
             while self._beat[0] == beats:
-                if self._end.wait(self._interval):
+                if self._end.wait(self.interval_sec):
                     return
-            self._report = None
+            self.report = None
             get_logger(__name__).warning("going on after %.0f s without progress", time.monotonic() - since)
             self._forget(store, beats)
             looked = time.monotonic()
 
     def _stuck(self, store: Any, beats: int) -> None:
-        """Publish where this rank stands; rank 0, or the first rank that answers, reports."""
+        """Publish this rank's position; rank 0, or the first rank that answers, reports."""
         key = f"report_{beats}"
         store.set(str(self._rank), json.dumps(asdict(self._position())))
         if self._rank != 0:
-            # Into this rank's own file; the console shows the one report.
+            # This goes into the rank's log file; the console shows rank 0's report alone.
             get_logger(__name__).info("no progress for %.0f s: %s", self._age(), _describe(self._position()))
             if report := self._wait_for(store, [key], 2 * self._answer):
-                self._report = report[key]
+                self.report = report[key]
                 return
         found = self._wait_for(store, [str(rank) for rank in range(self._world)], self._answer)
         positions = [Position(**json.loads(found[str(rank)])) for rank in range(self._world) if str(rank) in found]
         if self._beat[0] != beats or positions[0].rank != self._rank:
             return
         silent = sorted(set(range(self._world)) - {p.rank for p in positions})
-        known = self._wait_for(store, [f"who_{rank}" for rank in silent], self._interval)
+        known = self._wait_for(store, [f"who_{rank}" for rank in silent], self.interval_sec)
         named = {rank: known.get(f"who_{rank}", "unknown") for rank in silent}
         text = f"no progress for {self._age():.0f} s at step {self._beat[2]}: {explain(positions, named)}"
         store.set(key, text)
         self._say(text)
 
     def _forget(self, store: Any, beats: int) -> None:
-        """What was published is of the past: a rank that is silent the next time must not be taken to answer."""
+        """Delete what this rank published, so that a rank that is silent next time is not taken to have answered."""
         try:
             store.delete_key(str(self._rank))
             store.delete_key(f"report_{beats}")
@@ -155,25 +160,27 @@ class Watch:
             get_logger(__name__).warning("the ranks' store does not answer: %s", error)
 
     def _wait_for(self, store: Any, keys: list[str], seconds: float) -> dict[str, str]:
-        """Those of ``keys`` that come in time, with their values."""
+        """Return those of ``keys`` that come in time, with their values."""
         deadline = time.monotonic() + seconds
         values: dict[str, str] = {}
         while True:
             for key in keys:
                 if key not in values and store.check([key]):
                     values[key] = store.get(key).decode()
-            if len(values) == len(keys) or time.monotonic() > deadline or self._end.wait(min(1.0, self._interval)):
+            if len(values) == len(keys) or time.monotonic() > deadline or self._end.wait(min(1.0, self.interval_sec)):
                 return values
 
     def _no_store(self) -> None:
         self._say(
             f"no progress for {self._age():.0f} s, and the ranks' store does not answer: the process that has it (rank "
             f"0's, or its launcher's) is stopped, dead or cut off. {_describe(self._position())}",
-            logging.WARNING if self._rank < 2 else logging.INFO,  # all ranks say so, each in its file
+            logging.WARNING
+            if self._rank < 2
+            else logging.INFO,  # every rank writes it into its log file; two show it on the console
         )
 
     def _say(self, report: str, level: int = logging.WARNING) -> None:
-        self._report = report
+        self.report = report
         get_logger(__name__).log(level, "%s", report)
 
     def _age(self) -> float:
@@ -192,9 +199,9 @@ class Watch:
 
 
 def explain(positions: list[Position], silent: dict[int, str]) -> str:
-    """The report in words: who is waited for, where that rank stands, and where the others wait.
+    """Return the report in words: the ranks that are waited for, their position, and where the others wait.
 
-    ``positions``: of the ranks that answered; ``silent``: those that did not, and what is known of them.
+    ``positions`` are those of the ranks that answered; ``silent`` has the ranks that did not, with host and process.
     """
     late: list[Position] = []
     if silent:
@@ -224,7 +231,7 @@ def _describe(p: Position) -> str:
 
 
 def _ranks(ranks: list[int]) -> str:
-    """``0-3, 7``: sorted ``ranks`` as ranges."""
+    """Write sorted ``ranks`` as ranges, such as ``0-3, 7``."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:

@@ -1,5 +1,5 @@
-"""All that knows HTTP: the server over a generator, OpenAI's shapes, and the client of other servers.
+"""Everything about HTTP: the server over a generator, OpenAI's request and response bodies, and a client of servers.
 
-A request comes in through ``intake.py``, is understood by ``api.py`` and ``service.py``, drawn by ``generate`` in the
-thread of ``engine_loop.py``, and goes out through ``server.py``.
+``read_request.py`` reads a request, ``api.py`` and ``service.py`` interpret it, ``generate`` draws the response in the
+thread of ``engine_loop.py``, and ``server.py`` sends it.
 """

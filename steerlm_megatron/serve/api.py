@@ -1,8 +1,8 @@
-"""The server's request bodies: OpenAI's shapes, plus ``attributes``, ``top_k`` and ``return_token_ids``.
+"""The server's request bodies: those of OpenAI, plus ``attributes``, ``top_k`` and ``return_token_ids``.
 
-Owns: which parameters exist, their ranges, and the errors that name them. Does not own: parameters that are accepted at
-the values that ask for nothing (``neutral.py``). Invariant: no parameter is silently ignored: one that is unknown, or
-asks for what the server cannot do, is refused with HTTP 400 and its name.
+Owns: which parameters exist, their ranges, and the errors that name them. Does not own: parameters that are accepted
+only at neutral values (``neutral.py``). Invariant: no parameter is silently ignored: one that is unknown, or that asks
+for something that the server cannot do, is refused with HTTP 400 and its name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _UNSUPPORTED, _UNKNOWN = "unsupported_value", "unknown_parameter"
 
 
 def _number(value: Any) -> Any:
-    """true is not 1: a boolean where a number belongs is a mistake."""
+    """Refuse a boolean where a number belongs, since pydantic would take true for 1."""
     if isinstance(value, bool):
         raise PydanticCustomError("number", "must be a number, not a boolean")
     return value
@@ -47,7 +47,7 @@ def _stops(value: Any) -> list[str]:
 
 
 def _prompts(value: Any) -> list[str] | list[list[int]]:
-    """Any of the four forms of a prompt as a list of texts, or of lists of token ids."""
+    """Return a prompt in any of OpenAI's four forms as a list of texts, or of lists of token ids."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list):
@@ -79,12 +79,14 @@ TokenCount = Annotated[Integer, Field(ge=1, le=_INT64)]
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    ignorable: ClassVar[Mapping[str, neutral.Values]] = {}  # parameters that it has not, and their values that it takes
+    ignorable: ClassVar[
+        Mapping[str, neutral.Values]
+    ] = {}  # parameters that the body lacks, with the neutral values that are accepted
 
     @model_validator(mode="before")
     @classmethod
     def _what_is_asked_for(cls, data: Any) -> Any:
-        """Null is absent, and so is what asks for nothing; the rest must be a parameter of this body."""
+        """Drop nulls and parameters at neutral values; the rest must be parameters of this body."""
         if not isinstance(data, dict):
             return data
         given = {name: value for name, value in data.items() if value is not None}
@@ -98,44 +100,47 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """How a stream ends."""
+    """Options for the end of a stream."""
 
     ignorable = neutral.STREAM_OPTIONS
     include_usage: bool = False
 
 
 class _Sampling(_Body):
-    """Parameters of both completion endpoints. One that is absent takes the server's default."""
+    """Parameters of both completion endpoints. An absent one takes the server's default."""
 
     model: str | None = None
     max_tokens: TokenCount | None = None
     temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[Integer, Field(ge=-1)] | None = None  # not in OpenAI's API; 0: off; -1: the same, as in vLLM's
+    top_k: Annotated[Integer, Field(ge=-1)] | None = (
+        None  # not in OpenAI's API; 0 means off, and so does -1, as in vLLM
+    )
     n: Annotated[Integer, Field(ge=1, le=128)] = 1
     seed: Annotated[Integer, Field(ge=-_INT64 - 1, le=_INT64)] | None = None
     stop: Annotated[list[str], PlainValidator(_stops)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    return_token_ids: bool = False  # not in OpenAI's API: choices carry ``token_ids``
+    return_token_ids: bool = False  # not in OpenAI's API; choices then carry ``token_ids``
 
     def seed_from(self, drawn: int) -> int:
-        """The seed asked for, in [0, 2^63), or ``drawn``. Negative ones, which OpenAI's API has too, are taken modulo
-        2^63."""
+        """Return the requested seed in [0, 2^63), or ``drawn``. Negative seeds, which OpenAI's API allows, are taken
+        modulo 2^63.
+        """
         return drawn if self.seed is None else self.seed & MAX_SEED
 
 
 class CompletionBody(_Sampling):
-    """``POST /v1/completions``. A prompt is text, which never becomes control tokens, or token ids."""
+    """The body of ``POST /v1/completions``. A prompt is text, which never becomes control tokens, or token ids."""
 
     ignorable = neutral.COMPLETION
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
-    logprobs: Annotated[Integer, Field(ge=0, le=0)] | None = None  # 0: of the chosen tokens
+    logprobs: Annotated[Integer, Field(ge=0, le=0)] | None = None  # 0 asks for those of the chosen tokens
     best_of: Annotated[Integer, Field(ge=1)] | None = None
 
 
 class TextPart(_Body):
-    """A piece of a message's content."""
+    """A text part of a message's content."""
 
     ignorable = neutral.TEXT_PART
     type: Literal["text"]
@@ -143,7 +148,7 @@ class TextPart(_Body):
 
 
 class ChatMessage(_Body):
-    """One message; ``attributes`` on assistant messages only. ``developer`` is OpenAI's newer name for ``system``."""
+    """A message. Only assistant messages have ``attributes``. ``developer`` is OpenAI's newer name for ``system``."""
 
     ignorable = neutral.MESSAGE
     role: Literal["system", "developer", "user", "assistant"]
@@ -152,16 +157,16 @@ class ChatMessage(_Body):
 
     @property
     def speaker(self) -> Literal["system", "user", "assistant"]:
-        """The role as templates know it."""
+        """The role in the terms of templates."""
         return "system" if self.role == "developer" else self.role
 
     def text(self) -> str:
-        """The content as one string."""
+        """Return the content as one string."""
         return "".join(part.text for part in self.content or ())
 
 
 class ChatBody(_Sampling):
-    """``POST /v1/chat/completions``. ``attributes``: requested levels; what is not named takes the schema's best."""
+    """The body of ``POST /v1/chat/completions``. ``attributes`` not named in it take the schema's best level."""
 
     ignorable = neutral.CHAT
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -174,7 +179,7 @@ _B = TypeVar("_B", ChatBody, CompletionBody)
 
 
 def read(kind: type[_B], data: Mapping[str, Any]) -> _B:
-    """A request's body. ApiError names what is wrong with it."""
+    """Return a request's body. ApiError names the parameter that is wrong."""
     try:
         return kind.model_validate(data)
     except RecursionError:
@@ -184,7 +189,7 @@ def read(kind: type[_B], data: Mapping[str, Any]) -> _B:
 
 
 def validation_error(errors: Sequence[Any]) -> ApiError:
-    """pydantic's first complaint as an API error that names the parameter."""
+    """Return pydantic's first complaint as an API error that names the parameter."""
     error = errors[0]
     kind, where = error["type"], [str(part) for part in error["loc"]]
     param = where[0] if where else None
@@ -198,7 +203,7 @@ def validation_error(errors: Sequence[Any]) -> ApiError:
 
 
 def usage(results: Sequence[Result], prompts: int) -> dict[str, int]:
-    """Token counts; the prompt of several choices (``len(results) / prompts`` each) counts once."""
+    """Return token counts; the prompt of several choices (``len(results) / prompts`` each) counts once."""
     choices = max(1, len(results) // max(1, prompts))
     prompt_tokens = sum(r.prompt_tokens for r in results[::choices])
     completion_tokens = sum(r.completion_tokens for r in results)
@@ -210,5 +215,5 @@ def usage(results: Sequence[Result], prompts: int) -> dict[str, int]:
 
 
 def envelope(kind: str, request_id: str, model: str, created: int | None = None) -> dict[str, Any]:
-    """What every response body begins with."""
+    """Return the fields that every response body begins with."""
     return {"id": request_id, "object": kind, "created": created or int(time.time()), "model": model}

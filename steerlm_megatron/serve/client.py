@@ -1,9 +1,9 @@
-"""A client for bulk sampling over HTTP, with the call shape of ``Generator.generate``.
+"""A client for bulk sampling over HTTP, with the interface of ``Generator.generate``.
 
-Owns: spreading requests over servers, bounded concurrency, retries, time limits. Does not own: prompts (token ids come
-in), or what becomes of results. Invariants: results come in the order of requests, or an exception says what went
-wrong; a request is sent again only if its server has surely not answered it, and then gives the same result, as its
-seed goes with it.
+Owns: spreading requests over servers, bounded concurrency, retries, time limits. Does not own: making prompts (it gets
+token ids), using results. Invariants: results come in the order of requests, or an exception says what went wrong; a
+request is sent again only if its server has surely not answered it, and gives the same result then, since it carries
+its seed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _BACKOFF_MAX_SEC = 30.0
 
 
 class ServerFailure(RuntimeError):
-    """A server answered with an error that retrying does not mend, or all tries were in vain."""
+    """A server answered with an error that a retry cannot remove, or all tries failed."""
 
 
 class SamplingClient:
@@ -42,9 +42,10 @@ class SamplingClient:
         max_tries: int = 8,
         model: str | None = None,
     ) -> None:
-        """``concurrency``: requests under way at a time, over all servers. ``timeout_sec``: for one try of one request.
-        ``max_tries``: with backoff in between; the default waits about two minutes in all, servers that say when to
-        come back (429) do not count. ``model``: what to ask for; None takes what is served."""
+        """``concurrency`` bounds the requests in flight over all servers. ``timeout_sec`` is for one try of one
+        request. ``max_tries`` are made with backoff in between; the default waits about two minutes in all, and answers
+        that say when to retry (429) do not count. ``model`` is the name to ask for; None takes the served one.
+        """
         if not urls:
             raise UserError("server.urls is empty; name at least one, for example server.urls=[http://127.0.0.1:8000]")
         for url in urls:
@@ -56,7 +57,7 @@ class SamplingClient:
         self.concurrency, self.timeout_sec, self.max_tries, self.model = concurrency, timeout_sec, max_tries, model
 
     def check(self) -> None:
-        """Raise UserError unless every server is healthy: for commands to call before any long work."""
+        """Raise UserError unless every server is healthy. Commands call it before any long work."""
         for url in self.urls:
             try:
                 response = httpx.get(f"{url}/health", timeout=10.0, trust_env=False)
@@ -67,8 +68,8 @@ class SamplingClient:
                 raise UserError(f"server.urls: {url}/health says {response.status_code}: {response.text[:300]}")
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
-        """As ``Generator.generate``. ``progress`` is called in the order of finishing, from another thread than the
-        caller's only if the caller itself runs inside an event loop.
+        """Do the same as ``Generator.generate``. ``progress`` is called in the order of finishing, from another thread
+        than the caller's only if the caller itself runs inside an event loop.
 
         Raises UserError (a server refused a request), ServerFailure."""
         for request in requests:
@@ -93,9 +94,10 @@ class SamplingClient:
         return box[0]
 
     async def generate_async(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
-        """:meth:`generate` for callers with an event loop."""
+        """Do :meth:`generate` for callers with an event loop."""
         results: list[Result | None] = [None] * len(requests)
-        # Longest first: stragglers start early. Workers take from one iterator, so at most `concurrency` are under way.
+        # The longest come first, so that stragglers start early. Workers share one iterator, so `concurrency` are in
+        # flight.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids) - requests[i].params.max_tokens)
         todo = iter(order)
         turns = itertools.cycle(self.urls)
@@ -126,7 +128,8 @@ class SamplingClient:
             try:
                 response = await http.post(f"{url}/v1/completions", json=body)
             except httpx.ReadTimeout:
-                # The server drops it when the connection closes, so asking again is safe; but once is enough.
+                # The server drops the request when the connection closes, so a retry would be safe; but one timeout is
+                # enough.
                 reason = f"{url}: no answer within {self.timeout_sec:g} s"
                 tries += max(0, (self.max_tries - 1) // 2)
             except httpx.TransportError as e:
@@ -141,13 +144,13 @@ class SamplingClient:
                     raise ServerFailure(f"request {request.id}: {reason}")
                 wait_sec = _retry_after(response)
             if wait_sec is None or response.status_code != 429:
-                tries += 1  # a full queue is no failure: it may take as long as the queue takes
+                tries += 1  # a full queue (429) is not counted as a failure
             if tries >= self.max_tries:
                 raise ServerFailure(f"request {request.id}: given up after {tries} tries; the last: {reason}")
             if wait_sec is None:
                 wait_sec = min(_BACKOFF_MAX_SEC, 0.5 * 2**tries)
             log.debug("request %s: %s; again in %.1f s", request.id, reason, wait_sec)
-            await asyncio.sleep(wait_sec * random.uniform(0.8, 1.2))  # not all at the same moment
+            await asyncio.sleep(wait_sec * random.uniform(0.8, 1.2))  # random, so that not all retry at the same moment
 
 
 def _body(request: Request, model: str | None) -> dict[str, Any]:

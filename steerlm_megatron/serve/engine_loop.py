@@ -1,8 +1,8 @@
-"""The engine's thread, and the truth about its health.
+"""The engine's thread and its health.
 
 Owns: starting, watching and stopping the thread that steps a generator. Invariant: :meth:`EngineLoop.problem` is None
-only while that thread is alive and has shown life a moment ago; a live HTTP thread in front of a dead engine is not
-health.
+only while that thread is alive and has given a recent sign of life, so that a live HTTP thread in front of a dead
+engine does not count as healthy.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ log = get_logger(__name__)
 
 
 class EngineLoop:
-    """Steps ``generator`` in a thread of its own, on the leader of a replica."""
+    """Step ``generator`` in a separate thread, on the leader of a replica."""
 
     def __init__(
         self, generator: Generator, stall_sec: float = 120.0, on_failure: Callable[[], None] | None = None
     ) -> None:
-        """``stall_sec``: a step that takes longer counts as a fault (a first step on a large model can take long).
-        ``on_failure``: called once, from the engine's thread, when an error has ended it."""
+        """A step that takes longer than ``stall_sec`` counts as a fault (the first step of a large model can take
+        long). ``on_failure`` is called once, from the engine's thread, when an error has ended it.
+        """
         self.generator = generator
         self.stall_sec = stall_sec
-        self.failure: str | None = None  # the error that ended the engine; being stopped is none
+        self.failure: str | None = None  # the error that ended the engine; None after a regular stop
         self._on_failure = on_failure
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="steerlm-engine", daemon=True)
 
     def start(self) -> None:
-        """Begin to step."""
+        """Start the thread."""
         self.generator.last_beat_sec = time.monotonic()
         self._thread.start()
 
@@ -44,7 +45,7 @@ class EngineLoop:
                 self.generator.stop_workers()
                 self.generator.fail("the server is shutting down")
         except BaseException as e:
-            # Whoever waits for a response is told by fail().
+            # fail() below resolves the requests that wait.
             reason = f"{type(e).__name__}: {e}"
             self.generator.fail(reason)
             log.exception("the engine stopped")
@@ -54,7 +55,7 @@ class EngineLoop:
                     self._on_failure()
 
     def problem(self) -> str | None:
-        """Why no response can be expected, or None."""
+        """Return why no response can be expected, or None."""
         if self.generator.error is not None:
             return f"the engine stopped: {self.generator.error}"
         if not self._thread.is_alive():
@@ -65,8 +66,9 @@ class EngineLoop:
         return None
 
     def stop(self, timeout_sec: float = 30.0) -> None:
-        """End the thread after its present step; what is pending fails. The replica's other ranks leave
-        ``worker_loop``."""
+        """End the thread after its current step. Pending requests fail, and the replica's other ranks leave
+        ``worker_loop``.
+        """
         self._stop.set()
         self.generator.wake()
         if self._thread.is_alive():

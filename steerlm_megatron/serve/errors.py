@@ -1,6 +1,6 @@
-"""What the server answers where it does not do what it was asked: OpenAI's body of an error.
+"""Error responses of the server, with OpenAI's error body.
 
-Owns: the body's shape, and how a value is shown in a message. Does not own: which requests are refused.
+Owns: the body's fields, and how a value is shown in a message. Does not own: which requests are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ _SHOWN_CHARS = 100
 
 
 class ApiError(Exception):
-    """An error with OpenAI's body. ``param``: the parameter it is about. ``close``: the connection ends with it."""
+    """An error with OpenAI's body. ``param`` names the parameter at fault; ``close`` ends the connection."""
 
     def __init__(
         self,
@@ -29,12 +29,12 @@ class ApiError(Exception):
 
 
 def writable(text: str) -> str:
-    """``text`` with its lone surrogates, which JSON can write and UTF-8 cannot, as ``\\udcXX``."""
+    """Return ``text`` with its lone surrogates, which JSON can write and UTF-8 cannot, as ``\\udcXX``."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def shown(value: Any) -> str:
-    """A value as an error message quotes it: its beginning, if it is long."""
+    """Return a value as an error message quotes it: its beginning, if it is long."""
     part = value[: _SHOWN_CHARS + 1] if isinstance(value, str | list) else value
     text = repr(part)
     return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "…"

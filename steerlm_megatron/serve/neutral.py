@@ -1,8 +1,8 @@
-"""Parameters of OpenAI's and vLLM's APIs that this server does not have, at the values that ask for nothing.
+"""Parameters of OpenAI's and vLLM's APIs that this server lacks, with their neutral values, which ask for nothing.
 
 Owns: the names and values that clients send by default (the fields of openai's request types, and vLLM's extra sampling
-parameters), and what becomes of null. Does not own: the parameters that the server has (``api.py``).
-Invariant: what is taken away changes no response; a value that asks for something is refused by its name.
+parameters), and the treatment of null. Does not own: the parameters that the server has (``api.py``). Invariant:
+dropping a neutral value changes no response; any other value is refused by the parameter's name.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from steerlm_megatron.serve.errors import shown
 
 
 class _Label:
-    """Any value will do: it is a note of the client's own, or a hint about caches that changes no response."""
+    """Marks parameters whose values are all neutral: notes of the client, or hints about caches."""
 
     def __repr__(self) -> str:
         return "any value"
@@ -23,7 +23,7 @@ class _Label:
 LABEL: Final = _Label()
 Values = tuple[Any, ...] | _Label
 
-# Name -> the values, besides null, that ask for nothing.
+# Name of a parameter -> its neutral values besides null.
 COMMON: Mapping[str, Values] = {
     # OpenAI
     "frequency_penalty": (0,),
@@ -52,7 +52,7 @@ COMMON: Mapping[str, Values] = {
     "repetition_detection": (),
     "repetition_penalty": (1,),
     "skip_special_tokens": (True,),
-    "spaces_between_special_tokens": (True, False),  # there are none in a text
+    "spaces_between_special_tokens": (True, False),  # texts contain no special tokens
     "stop_token_ids": ([],),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
@@ -60,12 +60,12 @@ COMMON: Mapping[str, Values] = {
     "use_beam_search": (False,),
     "watermarking": (False,),
     # vLLM, the rest
-    "add_special_tokens": (True, False),  # tokenizers here have none to add
+    "add_special_tokens": (True, False),  # tokenizers here add no special tokens
     "cache_salt": LABEL,
     "ec_transfer_params": ({},),
     "echo": (False,),
     "guided_choice": (),
-    "guided_decoding_backend": LABEL,  # nothing is guided
+    "guided_decoding_backend": LABEL,  # there is no guided decoding
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
@@ -93,7 +93,7 @@ CHAT: Mapping[str, Values] = {
     "documents": ([],),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "include_reasoning": (True, False),  # there is none
+    "include_reasoning": (True, False),  # there is no reasoning
     "media_io_kwargs": ({},),
     "modalities": (["text"],),
     "moderation": (),
@@ -109,8 +109,8 @@ CHAT: Mapping[str, Values] = {
 }
 COMPLETION: Mapping[str, Values] = {**COMMON, "prompt_embeds": (), "suffix": ("",)}
 STREAM_OPTIONS: Mapping[str, Values] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
-# What servers and their clients put into an assistant's message that has text alone, and names of participants, of
-# which no template here makes use.
+# Fields that servers and clients put into an assistant's message that has only text, and names of participants, which
+# no template here uses.
 MESSAGE: Mapping[str, Values] = {
     "annotations": ([],),
     "audio": (),
@@ -125,21 +125,21 @@ TEXT_PART: Mapping[str, Values] = {"cache_control": LABEL, "prompt_cache_breakpo
 
 
 def without_nulls(value: Any) -> Any:
-    """JSON without the keys whose value is null, at any depth: null is absent. A null in a list stays."""
+    """Return JSON without the keys whose value is null, at any depth. A null in a list stays."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def problem(name: str, value: Any, table: Mapping[str, Values]) -> str | None:
-    """Why the parameter ``name`` of ``table`` cannot have this value, or None where it asks for nothing."""
+    """Return why the parameter ``name`` of ``table`` cannot have this value, or None if the value is neutral."""
     legal = table[name]
-    if isinstance(legal, _Label) or any(_same(without_nulls(value), one) for one in legal):
+    if isinstance(legal, _Label) or any(same_json(without_nulls(value), one) for one in legal):
         return None
     remedy = "".join(f" or set it to {one!r}" for one in legal)
     return f"{shown(value)} is not supported by this server; leave it out{remedy}"
 
 
-def _same(value: Any, neutral: Any) -> bool:
-    """Equality of JSON: true is not 1."""
+def same_json(value: Any, neutral: Any) -> bool:
+    """Return whether two JSON values are equal; unlike in Python, true is not 1."""
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

@@ -1,9 +1,9 @@
 """The sampling server: OpenAI's HTTP API over a generator.
 
-Owns: routes, streaming, disconnects, back pressure, metrics, the port, and shutting down. Does not own: how a request
-comes in (``intake.py``) and what it means (``service.py``), the engine's thread (``engine_loop.py``).
-Invariants: every request is answered or its connection is gone: an engine that dies answers all that wait with HTTP
-500, and then ends the process; a client that leaves frees its row; more than ``server.max_queue`` waiting requests are
+Owns: routes, streaming, disconnects, back pressure, metrics, the port, and shutting down. Does not own: reading
+requests (``read_request.py``), their meaning (``service.py``), the engine's thread (``engine_loop.py``). Invariants:
+every request is answered unless its connection is gone; when the engine dies, all waiting requests are answered with
+HTTP 500, and then the process ends; a client that leaves frees its row; requests beyond ``server.max_queue`` are
 refused with HTTP 429.
 """
 
@@ -37,7 +37,7 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.serve.api import ChatBody, CompletionBody, read
 from steerlm_megatron.serve.engine_loop import EngineLoop
 from steerlm_megatron.serve.errors import ApiError
-from steerlm_megatron.serve.intake import ClientGone, parse_json, read_body, timed_protocol
+from steerlm_megatron.serve.read_request import ClientGone, parse_json, read_body, timed_protocol
 from steerlm_megatron.serve.service import Ask, Service
 from steerlm_megatron.steer.attributes import AttributeSchema
 
@@ -45,7 +45,7 @@ log = get_logger(__name__)
 
 
 class _GeneratorCollector:
-    """The generator's own numbers, read when asked for."""
+    """Prometheus collector of the generator's numbers, which are read when metrics are requested."""
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
@@ -72,19 +72,21 @@ class _Metrics:
 
 
 class _Endpoints:
-    """The two completion endpoints; what they share."""
+    """The code that the two completion endpoints share."""
 
     def __init__(self, service: Service, loop: EngineLoop, metrics: _Metrics) -> None:
         self.service, self.loop, self.metrics = service, loop, metrics
         self.generator = service.generator
 
     async def answer(self, name: str, understand: Callable[[dict[str, Any]], Ask], http: HttpRequest) -> Response:
-        """Read, understand, run, respond; count. ``understand``: the request that a JSON object is; in a thread."""
+        """Read a request, interpret it, run it, respond and count it. ``understand`` interprets a JSON object in a
+        thread.
+        """
         began = time.monotonic()
         server = self.service.server
         try:
             body = await read_body(http, server.max_body_bytes, server.read_timeout_sec)
-            # Parsing and tokenising a long body take a while, which other clients need not wait for.
+            # Parsing and tokenising a long body take time, so a thread does it and other clients do not wait.
             ask = await asyncio.to_thread(lambda: understand(parse_json(body)))
             response = await (self._stream(ask) if ask.body.stream else self._whole(ask, http))
             self.metrics.prompt_tokens.inc(sum(len(r.prompt_ids) for r in ask.requests[:: ask.body.n]))
@@ -110,13 +112,15 @@ class _Endpoints:
         try:
             await asyncio.wait([results, gone], return_when=asyncio.FIRST_COMPLETED)
             if not results.done():
-                return Response(status_code=499)  # nobody is there to read it; it counts in the metrics
+                return Response(status_code=499)  # nobody reads it, but it is counted in the metrics
             return JSONResponse(self.service.response(ask, await results))
         finally:
             gone.cancel()
             results.cancel()
             _cancel(handles)
-            await asyncio.gather(gone, results, return_exceptions=True)  # else asyncio logs what nobody asked for
+            await asyncio.gather(
+                gone, results, return_exceptions=True
+            )  # otherwise asyncio logs exceptions that were never retrieved
 
     async def _stream(self, ask: Ask) -> Response:
         loop = asyncio.get_running_loop()
@@ -124,7 +128,7 @@ class _Endpoints:
 
         def sink(index: int) -> Callable[[Any], None]:
             def put(event: Any) -> None:
-                if not loop.is_closed():  # as it is when a server that was stopped did not wait for this response
+                if not loop.is_closed():  # it is closed if a server that was stopped did not wait for this response
                     loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
             return put
@@ -160,14 +164,14 @@ class _Endpoints:
 
 
 def _failure(error: BaseException) -> ApiError:
-    """What a client is told whose response will not come."""
+    """Return the error for a client whose response will not come."""
     if isinstance(error, RequestFailed):
         return ApiError(500, f"this request failed: {error}", kind="server_error", code="request_failed")
     return ApiError(500, f"the engine stopped: {error}", kind="server_error", code="engine_stopped")
 
 
 async def _all_results(handles: Sequence[Handle]) -> list[Result]:
-    """The results of all, or the first exception of any."""
+    """Return the results of all handles, or raise the first exception of any."""
     return await asyncio.gather(*(asyncio.wrap_future(handle.future) for handle in handles))
 
 
@@ -186,7 +190,7 @@ async def _disconnected(http: HttpRequest) -> None:
 
 
 def create_app(service: Service, loop: EngineLoop) -> FastAPI:
-    """The ASGI application. The engine loop is the caller's to start and stop."""
+    """Return the ASGI application. The caller starts and stops the engine loop."""
     app = FastAPI(title="steerlm_megatron", docs_url=None, redoc_url=None)
     metrics = _Metrics(service.generator)
     endpoints = _Endpoints(service, loop, metrics)
@@ -232,15 +236,16 @@ def create_app(service: Service, loop: EngineLoop) -> FastAPI:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that accepts connections. ``stop`` (any thread) makes :func:`serve` finish what runs and return."""
+    """A server that accepts connections. ``stop``, from any thread, makes :func:`serve` finish running requests and
+    return.
+    """
 
     url: str
     stop: Callable[[], None]
 
 
 class _Uvicorn(uvicorn.Server):
-    """uvicorn that reports when it listens, and leaves a signal's aftermath to us: it would raise it again on its way
-    out."""
+    """A uvicorn server that reports when it listens. At its end it does not raise a signal again, as uvicorn would."""
 
     def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
@@ -273,13 +278,12 @@ def serve(
     grace_sec: int = 30,
     linger_sec: float = 5.0,
 ) -> None:
-    """Serve until SIGTERM, SIGINT or ``Running.stop``; then refuse new connections and let what runs finish for
+    """Serve until SIGTERM, SIGINT or ``Running.stop``; then refuse new connections and give running requests
     ``grace_sec``.
 
     ``server.port`` 0 takes a free port. Ranks other than the replica's leader follow it and return when it ends. An
-    error that ends the engine ends the server too: for ``linger_sec`` it still says so, to those who wait and on
-    ``/health``, and then this raises EngineDead with the reason. Raises UserError if the port is taken. Collective over
-    the replica.
+    error that ends the engine ends the server too: for ``linger_sec`` waiting clients and ``/health`` get the reason,
+    and then EngineDead is raised with it. Raises UserError if the port is taken. Collective over the replica.
     """
     if not generator.group.is_leader:
         generator.worker_loop()
@@ -331,7 +335,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        # Listening is what collides with another server that also set SO_REUSEADDR.
+        # Binding succeeds beside another server that set SO_REUSEADDR too; listening fails.
         listener.listen(2048)
     except (OSError, OverflowError) as e:
         listener.close()
@@ -343,5 +347,5 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise UserError if nothing can listen there now: for commands to call before any long work."""
+    """Raise UserError if the port cannot be listened on now. Commands call it before any long work."""
     _listen(host, port).close()

@@ -1,7 +1,8 @@
-"""What an HTTP request means: bodies to generator requests, results to bodies.
+"""Translate request bodies into generator requests, and results into response bodies.
 
 Owns: prompts of chats (through the template alone), default parameters, response bodies. Does not own: HTTP
-(``server.py``), the bodies' shapes (``api.py``). Invariant: text that a client sends never becomes a control token.
+(``server.py``), the fields of request bodies (``api.py``). Invariant: text that a client sends never becomes a control
+token.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from steerlm_megatron.steer.templates import Template
 
 @dataclass
 class Ask:
-    """One HTTP request, understood: ``choices`` requests for each of ``prompts`` prompts."""
+    """An HTTP request after parsing: ``choices`` generator requests for each of ``prompts`` prompts."""
 
     id: str
     kind: str  # the ``object`` of the response
@@ -43,12 +44,12 @@ class Ask:
 
 
 class Service:
-    """Translates between the API and a generator."""
+    """Translate between the API and a generator."""
 
     def __init__(
         self, generator: Generator, schema: AttributeSchema | None, server: ServerConfig, sampling: SamplingConfig
     ) -> None:
-        """``schema`` None: a model without attribute conditioning; asking it for attributes is an error."""
+        """With ``schema`` None the model has no attribute conditioning, and asking for attributes is an error."""
         self.generator = generator
         self.schema = schema if schema is not None and schema.names else None
         self.server, self.sampling = server, sampling
@@ -56,8 +57,8 @@ class Service:
         tokenizer, template = generator.tokenizer, generator.template
         assert isinstance(template, Template)
         self.template: Template = template
-        self.tokenizer: Tokenizer = tokenizer  # type: ignore[assignment]  # the generator needs less of it
-        # The tokens of a tokenizer that does not know their bytes are taken to be whole characters.
+        self.tokenizer: Tokenizer = tokenizer  # type: ignore[assignment]  # the generator's protocol has fewer methods
+        # The tokens of a tokenizer that does not know their bytes are taken to be complete characters.
         self._token_bytes: Callable[[int], bytes] = getattr(
             tokenizer, "token_bytes", lambda i: tokenizer.decode([i]).encode()
         )
@@ -65,7 +66,7 @@ class Service:
     # ---- in ----
 
     def chat(self, body: ChatBody) -> Ask:
-        """Understand a chat. Raises ApiError."""
+        """Turn a chat body into requests. Raises ApiError."""
         self._check_model(body.model)
         if body.max_completion_tokens not in (None, body.max_tokens) and body.max_tokens is not None:
             raise ApiError(400, "max_tokens and max_completion_tokens are the same thing; give one", "max_tokens")
@@ -79,7 +80,7 @@ class Service:
         return self._ask("chatcmpl", "chat.completion", body, [prompt_ids], max_tokens, bool(body.logprobs))
 
     def chat_prompt(self, body: ChatBody) -> list[int]:
-        """Token ids up to where the response starts."""
+        """Return the token ids of a chat up to where the response starts."""
         messages = []
         for i, message in enumerate(body.messages):
             where = f"messages[{i}]"
@@ -118,7 +119,7 @@ class Service:
         return values
 
     def completion(self, body: CompletionBody) -> Ask:
-        """Understand a plain completion. Raises ApiError."""
+        """Turn a completion body into requests. Raises ApiError."""
         self._check_model(body.model)
         if body.best_of is not None and body.best_of != body.n:
             raise ApiError(400, f"best_of={body.best_of} must equal n={body.n}: choices are not ranked", "best_of")
@@ -144,7 +145,7 @@ class Service:
             raise ApiError(404, message, "model", code="model_not_found")
 
     def _check_choices(self, prompts: int, n: int) -> None:
-        """Refuse what the queue could never take, before any of it is worked on."""
+        """Refuse more choices than the queue could ever hold, before any work is done."""
         limit = self.server.max_queue + self.generator.limits.max_batch
         if prompts * n > limit:
             message = (
@@ -155,7 +156,7 @@ class Service:
             raise ApiError(400, message, "n" if prompts == 1 else "prompt", code="too_many_choices")
 
     def _check_chars(self, chars: int, param: str) -> None:
-        """Refuse a text that is too long whatever its tokens are, before they are looked for."""
+        """Refuse a text that is too long however it is tokenised, before it is tokenised."""
         self._check_tokens(-(-chars // self.generator.longest_token_chars), param, "at least ")
 
     def _check_tokens(self, tokens: int, param: str, about: str = "") -> None:
@@ -198,7 +199,7 @@ class Service:
                     top_k=max(0, _or(body.top_k, defaults.top_k)),
                     top_p=_or(body.top_p, defaults.top_p),
                     max_tokens=wanted,
-                    # Equal prompts of a list differ too; a request on its own is reproducible from its seed.
+                    # Equal prompts of a list get different seeds; each request is reproducible from its seed.
                     seed=derive_seed(base_seed, p * body.n + choice),
                     stop=tuple(body.stop),
                     logprobs=logprobs,
@@ -209,7 +210,7 @@ class Service:
     # ---- out ----
 
     def response(self, ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
-        """The whole body."""
+        """Return the complete response body."""
         choices = []
         for i, result in enumerate(results):
             choice: dict[str, Any] = {"index": i, "finish_reason": result.finish_reason, "logprobs": None}
@@ -243,19 +244,19 @@ class Service:
         }
 
     def _parts(self, result: Result) -> tuple[list[bytes], list[int]]:
-        """What each token of a response gave to its text, and the character of the text where it begins.
+        """Return the bytes that each token contributes to the text, and the index of the character where it begins.
 
-        A token gives its own bytes, so that joined they are the text's; what ended the response, a stop token with the
-        template's suffix or a stop string, gives none.
+        Joined, the bytes are those of the text. Tokens that ended the response (a stop token, the template's suffix, a
+        stop string) contribute none.
         """
         ended = result.token_ids[-1:] and result.token_ids[-1] in self.generator.stop_ids
         content = result.token_ids[:-1] if ended else result.token_ids
         parts = [self._token_bytes(i) for i in content]
-        whole = self.tokenizer.decode(content)
-        characters = character_of_each_byte(b"".join(parts), whole)
+        text = self.tokenizer.decode(content)
+        characters = character_of_each_byte(b"".join(parts), text)
         count = characters[-1] + 1 if characters else 0
-        # Counted from the end, where text was cut off.
-        kept = count - (len(whole) - len(result.text)) if whole.startswith(result.text) else count
+        # Counted from the end of the text, where it was cut off.
+        kept = count - (len(text) - len(result.text)) if text.startswith(result.text) else count
         offsets: list[int] = []
         at = 0
         for i, part in enumerate(parts):
@@ -268,7 +269,7 @@ class Service:
     def chunk(
         self, ask: Ask, index: int, text: str | None, ids: Sequence[int], reason: str | None = None, first: bool = False
     ) -> dict[str, Any]:
-        """One piece of a stream. ``text`` None: nothing but the finish reason."""
+        """Return one chunk of a stream. With ``text`` None it has the finish reason alone."""
         choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
         if ask.is_chat:
             delta: dict[str, Any] = {"role": "assistant"} if first else {}
@@ -283,17 +284,17 @@ class Service:
         return {**envelope(kind, ask.id, self.server.model_name, ask.created), "choices": [choice]}
 
     def usage_chunk(self, ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
-        """The last piece of a stream that asked for token counts."""
+        """Return the last chunk of a stream that asked for token counts."""
         kind = "chat.completion.chunk" if ask.is_chat else ask.kind
         head = envelope(kind, ask.id, self.server.model_name, ask.created)
         return {**head, "choices": [], "usage": usage(results, ask.prompts)}
 
     def models(self) -> dict[str, Any]:
-        """``GET /v1/models``."""
+        """Return the body of ``GET /v1/models``."""
         return {"object": "list", "data": [self._model()]}
 
     def model(self, name: str) -> dict[str, Any]:
-        """``GET /v1/models/{name}``. Raises ApiError (404) for one that is not served."""
+        """Return the body of ``GET /v1/models/{name}``. Raises ApiError (404) for a model that is not served."""
         self._check_model(name)
         return self._model()
 

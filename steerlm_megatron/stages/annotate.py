@@ -1,7 +1,7 @@
 """``annotate``: an attribute-prediction model labels every response of a record file (arXiv 2310.05344 §3.2).
 
-Owns: sharding records over data-parallel ranks, resuming, the output file. Does not own: scoring (``scoring.py``).
-Invariants: output records are the input's, in order, once each; a killed run loses at most the chunk in flight.
+Owns: distributing records to data-parallel ranks, resuming, the output file. Does not own: scoring (``scoring.py``).
+Invariants: the output has each input record once, in order; a killed run loses at most the chunk in flight.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL
 from steerlm_megatron.runtime.collectives import any_rank, barrier, on_main
 from steerlm_megatron.runtime.signals import StopRequest
-from steerlm_megatron.stages.intake import Intake, Record
 from steerlm_megatron.stages.journal import open_journal
+from steerlm_megatron.stages.record_reader import Record, RecordReader
 from steerlm_megatron.stages.scoring import Scorer, Values
 from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
 from steerlm_megatron.steer.messages import Message, has_text
@@ -29,13 +29,13 @@ _CHUNK = 512  # conversations scored between two writes of the journal
 
 
 def run(config: Config) -> None:
-    """``input`` → ``output``, scored by ``checkpoint``. Collective over the world."""
+    """Score the records of ``input`` by ``checkpoint`` and write ``output``. Collective over the world."""
     with session(config) as here:
-        intake = Intake(here)
-        records = intake.read("input", cast(str, config.input), "input")
+        reader = RecordReader(here)
+        records = reader.read("input", cast(str, config.input), "input")
         loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="regression")
         found = annotate(here, loaded, records, cast(str, config.input), Path(cast(str, config.output)))
-        here.run.update(counts=intake.counts() | found)
+        here.run.update(counts=reader.counts() | found)
         loaded.free()
 
 
@@ -44,8 +44,8 @@ def annotate(
 ) -> dict[str, int]:
     """Score ``read``, the records of ``source``, and write them with values to ``output``. Collective over the world.
 
-    Returns the numbers of ``turns`` scored, of ``truncated_turns``, and of ``empty_replies``, which have no text to
-    score and pass through as they are.
+    Returns the numbers of scored ``turns``, of ``truncated_turns``, and of ``empty_replies``, which have no text to
+    score and are written unchanged.
     """
     layout, config = here.layout, here.config
     records = [record.conversation for record in read]
@@ -53,7 +53,7 @@ def annotate(
     paths = expand_paths(source)
     journal, done = open_journal(here, f"{JOURNAL}{output.name}", loaded, {"records": len(records)}, paths)
     mine = [i for i in range(len(records)) if i % layout.dp_size == layout.dp_rank and i not in done]
-    # Similar lengths together: rows fill better and a chunk's work is even.
+    # Records of similar length are scored together, so that rows fill better and chunks take equal time.
     mine.sort(key=lambda i: sum(len(m.content) for m in records[i].messages))
     total = len(records)
     if done:
@@ -87,7 +87,7 @@ def annotate(
             total, counts["turns"], f", {empty} empty ones left as they are" if empty else "", output,
         )  # fmt: skip
 
-    barrier()  # every journal is written
+    barrier()  # wait until every journal is written
     on_main(write)
     return counts
 
@@ -95,9 +95,9 @@ def annotate(
 def _labelled(
     records: list[Conversation], scored: dict[int, Any], loaded: LoadedModel, overwrite: bool
 ) -> Iterator[Conversation]:
-    """Records with ``attributes`` (floats) and ``levels`` (integers) on every assistant message with text.
+    """Yield records with ``attributes`` (floats) and ``levels`` (integers) on every assistant message with text.
 
-    An attribute that the model never saw a label of is not predicted: there, what a message has stays.
+    An attribute of which the model never saw a label is not predicted, and a message keeps its value of it.
     """
     schema = loaded.schema
     assert schema is not None
@@ -120,5 +120,5 @@ def _labelled(
 
 
 def _is_empty(message: Message) -> bool:
-    """Whether it is a response without text."""
+    """Return whether ``message`` is a response without text."""
     return message.role == "assistant" and not has_text(message.content)

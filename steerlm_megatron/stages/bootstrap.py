@@ -1,8 +1,8 @@
-"""``bootstrap``: the model's own responses at the best attribute values, re-scored (SteerLM, arXiv 2310.05344 §3.4).
+"""``bootstrap``: responses of the model at the best attribute values, scored again (SteerLM, arXiv 2310.05344 §3.4).
 
 Owns: the set V of combinations, pairing them with prompts, the output records. Does not own: drawing (``sampling.py``),
-scoring (``scoring.py``). Invariant: labels of the output come from the attribute-prediction model, never from what was
-asked for.
+scoring (``scoring.py``). Invariant: labels of the output come from the attribute-prediction model, never from the
+requested levels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.collectives import on_main
-from steerlm_megatron.stages.intake import Intake, Record
+from steerlm_megatron.stages.record_reader import Record, RecordReader
 from steerlm_megatron.stages.sampling import Drawn, Prompt, draw, forget, open_sampler, requests_for
 from steerlm_megatron.stages.scoring import Scorer, score_all
 from steerlm_megatron.stages.session import Session, load_model, session
@@ -25,16 +25,18 @@ from steerlm_megatron.steer.records import Conversation, Message, write_records
 
 
 def run(config: Config) -> None:
-    """``input`` (annotated records) → ``output`` (drawn and scored records). Collective over the world."""
+    """Draw and score responses to prompts of ``input`` (annotated records), and write ``output``. Collective over the
+    world.
+    """
     with session(config) as here:
         bootstrap(here, cast(str, config.input), Path(cast(str, config.output)))
 
 
 def combinations(records: Iterable[Conversation], schema: AttributeSchema) -> list[dict[str, int]]:
-    """V: the distinct combinations of levels in the annotated data whose quality is the best found there.
+    """Return V: the distinct combinations of levels in the annotated data that have the best quality found there.
 
-    Only responses with a value of every attribute that the data has at all count, and only attributes that the model
-    has seen. Sorted, so that drawing from V is a function of the seed alone.
+    Only responses with a value of every attribute that occurs in the data count, and only attributes that the model has
+    seen. V is sorted, so that drawing from it is a function of the seed alone.
     """
     labelled = [
         {name: value for name, value in message.attributes.items() if name in schema.seen}
@@ -56,8 +58,10 @@ def combinations(records: Iterable[Conversation], schema: AttributeSchema) -> li
 def choose_prompts(
     records: Sequence[Record], limit: int | None, rng: random.Random
 ) -> tuple[list[Record], dict[str, int]]:
-    """The prompts to draw for: of each record all before the last response, those that several share once, ``limit`` of
-    them drawn without replacement; and how many records are left out, by reason.
+    """Return the prompts to draw for, and how many records are left out, by reason.
+
+    A prompt is a record's messages before its last response. Each distinct prompt counts once, and ``limit`` of them
+    are drawn without replacement.
     """
     prompts: dict[tuple[tuple[str, str], ...], Record] = {}
     for where, record in ((r.where, r.conversation) for r in records):
@@ -74,7 +78,7 @@ def choose_prompts(
 def pair_prompts(
     chosen: Sequence[Record], combinations: Sequence[Mapping[str, int]], responses: int, rng: random.Random
 ) -> list[Prompt]:
-    """Each prompt ``responses`` times, with combinations drawn uniformly."""
+    """Return each prompt ``responses`` times, each with a combination that is drawn uniformly."""
     return [
         Prompt(f"{r.conversation.id}/{n}", r.conversation.messages, dict(rng.choice(list(combinations))), r.where)
         for r in chosen
@@ -83,16 +87,16 @@ def pair_prompts(
 
 
 def bootstrap(here: Session, source: str, output: Path) -> dict[str, Any]:
-    """Draw, score, write. Collective over the world.
+    """Draw responses, score them and write them. Collective over the world.
 
-    Returns counts of responses: a record stands for ``bootstrap.responses_per_prompt`` of them.
+    Returns counts of responses, where a record counts as ``bootstrap.responses_per_prompt`` of them.
     """
-    config, intake = here.config, Intake(here)
-    schema, prompts, responses = _draw(here, intake, source, output)
+    config, reader = here.config, RecordReader(here)
+    schema, prompts, responses = _draw(here, reader, source, output)
     kept = [(p, r) for p, r in zip(prompts, responses, strict=True) if r.finish_reason == "stop" and r.text.strip()]
-    intake.leave_out("input", "unfinished", sum(r.finish_reason != "stop" for r in responses))
-    intake.leave_out("input", "empty", sum(r.finish_reason == "stop" and not r.text.strip() for r in responses))
-    counts = intake.counts()
+    reader.leave_out("input", "unfinished", sum(r.finish_reason != "stop" for r in responses))
+    reader.leave_out("input", "empty", sum(r.finish_reason == "stop" and not r.text.strip() for r in responses))
+    counts = reader.counts()
     if not kept:
         raise UserError(
             f"none of {len(prompts)} responses ended within sampling.max_tokens={config.sampling.max_tokens}; raise it"
@@ -124,11 +128,11 @@ def bootstrap(here: Session, source: str, output: Path) -> dict[str, Any]:
 
 
 def _draw(
-    here: Session, intake: Intake, source: str, output: Path
+    here: Session, reader: RecordReader, source: str, output: Path
 ) -> tuple[AttributeSchema, list[Prompt], list[Drawn]]:
-    """Prompts and their responses, and the attributes that they were asked for."""
+    """Return prompts and their responses, and the attributes that they were asked for."""
     config, b = here.config, here.config.bootstrap
-    records = intake.read("input", source, "input", each=b.responses_per_prompt)
+    records = reader.read("input", source, "input", each=b.responses_per_prompt)
     loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="lm", gather_logits=True)
     schema = loaded.conditioned_on
     if schema is None:
@@ -141,16 +145,18 @@ def _draw(
     rng = random.Random(config.sampling.seed)
     chosen, left_out = choose_prompts(records, b.prompts, rng)
     for reason, count in left_out.items():
-        intake.leave_out("input", reason, count * b.responses_per_prompt)
+        reader.leave_out("input", reason, count * b.responses_per_prompt)
     paired = pair_prompts(chosen, found, b.responses_per_prompt, rng)
-    prompts, requests = requests_for(paired, loaded, config, intake, "input")
+    prompts, requests = requests_for(paired, loaded, config, reader, "input")
     responses = draw(here, loaded, open_sampler(config, loaded), requests, output.name, "bootstrap")
     loaded.free()
     return schema, prompts, responses
 
 
 def _scored(record: Conversation, values: Mapping[str, float], schema: AttributeSchema) -> Conversation:
-    """The record with the prediction on its last message; earlier responses are context and are not trained again."""
+    """Return the record with the prediction on its last message; earlier responses are context and are not trained
+    again.
+    """
     *context, response = record.messages
     earlier = tuple(
         Message(m.role, m.content, m.attributes, 0 if m.role == "assistant" else m.weight, m.extra) for m in context

@@ -1,9 +1,8 @@
-"""The record files of ``data.source``: converted, or read as they are; and their division into splits.
+"""Get the record files of ``data.source``, converted or as they are, and divide them into splits.
 
-Owns: what of ``data.*`` a converter is given, and when a conversion is done again. Does not own: conversion itself
-(``data_tools``), tokenizer and shards (``shards.py``).
-Invariants: what was converted from the same files with the same options is not converted again; records stand whole
-before ``source.json`` says what they were made from.
+Owns: which keys of ``data.*`` a converter gets, and when a conversion is done again. Does not own: conversion itself
+(``data_tools``), tokenizer and shards (``shards.py``). Invariants: the same files are not converted again with the same
+options; the records are complete before ``source.json`` says what they were made from.
 """
 
 from __future__ import annotations
@@ -26,31 +25,32 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import describe_file, write_json_atomic
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
-from steerlm_megatron.stages.intake import Reject, read_lines
+from steerlm_megatron.stages.record_reader import Reject, read_lines
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.dealing import deal
 from steerlm_megatron.steer.records import OnError, expand_paths, write_records
+from steerlm_megatron.steer.splits import assign_split
 
-_CONVERSION_FORMAT = 3  # raise when a converter gives other records for the same files
+_CONVERSION_FORMAT = 3  # increase it when a converter gives other records for the same files
 _SPLITS = ("train", "valid")
 
 
 def schema_of(config: Config) -> AttributeSchema | None:
-    """The configured schema, None for ``attributes=none``."""
+    """Return the configured schema, None for ``attributes=none``."""
     return AttributeSchema.from_config(config.attributes) if config.attributes.names else None
 
 
 def collect_records(
     config: Config, output_dir: Path, shards: Path | None = None
 ) -> tuple[dict[str, list[str]], dict[str, Any]]:
-    """Record files per split for ``data.source``, and the converter's report. Converters write into ``output_dir``.
+    """Return record files per split for ``data.source``, and the converter's report. Converters write into
+    ``output_dir``.
 
-    ``shards``: the folder that shards of these records are in or come to; what other inputs or settings gave is then
-    refused without ``config.overwrite``, before its records are replaced.
+    ``shards`` is the folder for shards of these records. Shards there that other inputs or settings gave are refused
+    without ``config.overwrite``, before their records are replaced.
 
-    A source that was converted says which conversations are for validation: its ``valid`` is then an empty list if
-    there are none. Records (``messages`` without ``map`` and filters) are read as they are: no report, and ``valid``
-    only where ``data.valid_input`` names it.
+    A converted source has its validation set already, so ``valid`` is an empty list if it has none. Records
+    (``messages`` without ``map`` and filters) are read as they are; they have no report, and ``valid`` only where
+    ``data.valid_input`` names files.
     """
     data = config.data
     if data.source == "demo":
@@ -67,7 +67,7 @@ def collect_records(
 
 
 def _conversion_options(data: DataConfig) -> Options:
-    """``data.*`` as the converters take it."""
+    """Return ``data.*`` as options of the converters."""
     filters = Filters(
         tuple(data.languages), tuple(data.roles), data.min_turns, data.max_turns, data.min_chars, data.max_chars,
         tuple(data.labels), data.dedupe,
@@ -84,7 +84,7 @@ def _conversion_options(data: DataConfig) -> Options:
 
 
 def _check_demo(data: DataConfig) -> None:
-    """The embedded corpus reads no files and is not filtered."""
+    """Refuse keys that the embedded corpus does not read: it has no input files and no filters."""
     defaults = DataConfig()
     for key in ("input", "valid_input", "map", "label_max", "hf_subset", "hf_split", "languages", "roles", "min_turns",
                 "max_turns", "min_chars", "max_chars", "labels", "dedupe"):  # fmt: skip
@@ -94,15 +94,15 @@ def _check_demo(data: DataConfig) -> None:
 
 
 def _has_array(data: DataConfig) -> bool:
-    """Whether a file is one JSON array, which is not how records are read."""
+    """Return whether a file is one JSON array, which the reader of records does not accept."""
     return any(is_array(path) for path in expand_paths([*data.input, *(data.valid_input or ())]))
 
 
 def _convert_once(config: Config, options: Options, output_dir: Path, shards: Path | None) -> dict[str, Any]:
-    """Convert, unless ``output_dir`` holds what the same files and options gave (``source.json``, written last)."""
+    """Convert, unless ``output_dir`` has the result for the same files and options (``source.json``, written last)."""
     data, schema, journal = config.data, schema_of(config), output_dir / "source.json"
     key = None
-    if data.source == "hf":  # a name on the hub says nothing about what is there
+    if data.source == "hf":  # the content behind a name on the hub may change, so its name alone is the key
         sources: list[dict[str, Any]] = [{"name": name} for name in data.input]
     else:
         files = [expand_paths(data.input), expand_paths(list(options.valid_inputs)) if data.valid_input else []]
@@ -116,7 +116,7 @@ def _convert_once(config: Config, options: Options, output_dir: Path, shards: Pa
             return known
         if shards is not None and not config.overwrite:
             _refuse_other(shards, key, sources)
-    for stale in output_dir.glob(".*.tmp"):  # of a conversion that was killed
+    for stale in output_dir.glob(".*.tmp"):  # a killed conversion left it
         stale.unlink()
     journal.unlink(missing_ok=True)
     title = f"convert {data.source}" + (" (in two passes)" if data.source == "oasst" else "")
@@ -138,7 +138,7 @@ def _convert_once(config: Config, options: Options, output_dir: Path, shards: Pa
             ": ".join(report["rejected"][0].values()),
         )  # fmt: skip
     report |= {"key": key, "sources": sources}
-    # Names without their folder: the same input gives the same bytes wherever it is put.
+    # Only base names are stored, so that the same input gives the same bytes wherever it is.
     names = {split: os.path.basename(report[split]["file"] or "") or None for split in _SPLITS}
     sizes = {name: os.path.getsize(output_dir / name) for name in names.values() if name}
     stored = report | {split: report[split] | {"file": name} for split, name in names.items()}
@@ -151,12 +151,12 @@ def _describe(path: str) -> dict[str, Any]:
 
 
 def _refuse_other(shards: Path, key: str, sources: Sequence[Mapping[str, Any]]) -> None:
-    """``UserError`` if the shards that stand there were made of other files, or by other settings of the conversion."""
+    """Raise ``UserError`` if existing shards were made of other files, or by other settings of the conversion."""
     try:
         made = json.loads((shards / "train" / MANIFEST).read_text(encoding="utf-8"))["converted"]
         before = made["sources"]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # none, or not of a converter: ``preprocess`` compares the records
+        return  # there are no shards, or no converter made them; ``preprocess`` compares the records then
     if made["key"] in (key, None):
         return
     changed = next((old["name"] for old, new in zip(before, sources, strict=False) if old != new), None)
@@ -171,7 +171,7 @@ def _refuse_other(shards: Path, key: str, sources: Sequence[Mapping[str, Any]]) 
 
 
 def _stored_report(journal: Path, key: str) -> dict[str, Any] | None:
-    """The report of an earlier conversion with this key whose files are still there."""
+    """Return the report of an earlier conversion with this key whose files are still there."""
     try:
         stored = json.loads(journal.read_text(encoding="utf-8"))
         folder, report = journal.parent, stored["report"]
@@ -181,26 +181,27 @@ def _stored_report(journal: Path, key: str) -> dict[str, Any] | None:
             name = report[split]["file"]
             report[split]["file"] = str(folder / name) if name else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # none, or not what we write: convert again
+        return None  # there is none, or it cannot be read, so the files are converted again
     return report if whole else None
 
 
 def split_records(
     config: Config, files: Sequence[str], output_dir: Path, rejects: list[Reject]
 ) -> dict[str, list[str]]:
-    """Deal records without a split of their own to ``train`` and ``valid`` files, all answers to one prompt on one
-    side. Lines that are no good records are added to ``rejects``, or an error (``data.on_error``).
+    """Write records without splits to ``train`` and ``valid`` files, with all answers to one prompt in one split.
+    Malformed lines are added to ``rejects``, or are an error (``data.on_error``).
 
-    For what needs the splits as records (annotation, evaluation); ``preprocess`` alone deals while it writes.
+    Annotation and evaluation need the splits as records; ``preprocess`` by itself assigns splits while it writes
+    shards.
     """
     data = config.data
     out: dict[str, list[str]] = {}
     for split in ("train", "valid"):
         path = output_dir / f"{split}.jsonl.zst"
-        rejects.clear()  # each split reads all files
+        rejects.clear()  # each split reads all files, so rejects would be listed twice
         lines = read_lines(files, cast(OnError, data.on_error), rejects, schema=schema_of(config))
         read = (line.conversation for line in lines)
-        if write_records(path, (c for c in read if deal(c, data.valid_fraction, data.split_seed) == split)):
+        if write_records(path, (c for c in read if assign_split(c, data.valid_fraction, data.split_seed) == split)):
             out[split] = [str(path)]
         else:
             path.unlink()

@@ -1,8 +1,8 @@
-"""The embedded corpus for a training command that names no data: made where it is absent.
+"""Make the embedded corpus for a training command that names no data.
 
 Owns: its attributes, its folder, when it is made. Does not own: its text (``data_tools/make_demo_corpus.py``), records
 and shards (``collect.py``, ``shards.py``).
-Invariant: the folder's name says what the corpus depends on, and a whole one is not made again.
+Invariant: the folder's name follows from all that the corpus depends on, and a complete one is not made again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.collect import collect_records
 from steerlm_megatron.stages.shards import make_shards
 
-# What conf/attributes/demo.yaml says; a test keeps the two equal.
+# These equal conf/attributes/demo.yaml; a test compares the two.
 DEMO_ATTRIBUTES = AttributesConfig(
     name="demo",
     names=["quality", "helpfulness", "verbosity", "humor", "toxicity"],
@@ -32,7 +32,7 @@ DEMO_ATTRIBUTES = AttributesConfig(
 
 
 def ensure_shards(config: Config) -> tuple[str, str | None]:
-    """Shard folders for a training command that names none: those of the embedded corpus. Collective over the world."""
+    """Return the shard folders of the embedded corpus, making them if needed. Collective over the world."""
     if config.data.source != "demo":
         raise UserError(
             "data.train is not set: name a shard folder made by steerlm preprocess, or take experiment=quickstart"
@@ -43,7 +43,7 @@ def ensure_shards(config: Config) -> tuple[str, str | None]:
 
 
 def demo_folder(config: Config) -> Path:
-    """Where the embedded corpus of this configuration lives: beside the runs, named by what it depends on."""
+    """Return the folder of the embedded corpus for this configuration: beside the runs, named by what it depends on."""
     key = json.dumps(
         [
             config.data.demo_conversations, config.train.seed, dataclasses.asdict(config.tokenizer),
@@ -55,7 +55,7 @@ def demo_folder(config: Config) -> Path:
 
 
 def ensure_demo(config: Config, folder: Path) -> None:
-    """Make the embedded corpus and its shards in ``folder`` unless they stand there whole."""
+    """Make the embedded corpus and its shards in ``folder``, unless complete ones exist there."""
     if (folder / "shards" / "train" / MANIFEST).exists():
         return
     get_logger(__name__).info("making the embedded corpus in %s", folder)

@@ -1,8 +1,8 @@
-"""``evaluate``: how good is the attribute-prediction model, does each attribute steer, which model is best.
+"""``evaluate``: measure the attribute-prediction model, the steering of each attribute, and the quality of models.
 
-Owns: what is drawn and measured, and the results that ``steerlm_megatron/report`` renders. Does not own: metric
-formulas (``observe/stats.py``).
-Invariant: held-out prompts only; every number in the results was measured by the judge that the results name.
+Owns: the requests that are drawn and measured, and the results that ``steerlm_megatron/report`` renders. Does not own:
+formulas of metrics (``observe/stats.py``). Invariant: prompts are held out; the judge that the results name measured
+every number in them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from steerlm_megatron.observe import stats
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.generate import read_prompts
-from steerlm_megatron.stages.intake import Intake
+from steerlm_megatron.stages.record_reader import RecordReader
 from steerlm_megatron.stages.sampling import (
     Prompt,
     PromptTooLong,
@@ -52,7 +52,9 @@ Measured = dict[str, float]
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measure what the configuration names; write ``evaluation.json`` into the run folder. All ranks take part."""
+    """Measure the models that the configuration names, and write ``evaluation.json`` into the run folder. Collective
+    over the world.
+    """
     check(config)
     with session(config) as here:
         results = evaluate(here)
@@ -61,7 +63,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def write_results(here: Session, results: Mapping[str, Any]) -> None:
-    """``evaluation.json`` in the run folder: what ``report`` takes."""
+    """Write ``evaluation.json``, from which ``report`` works, into the run folder."""
     path = here.folder / "evaluation.json"
     write_json_atomic(path, to_strict_json(results))
     forget(here, models_of(here.config))
@@ -69,7 +71,7 @@ def write_results(here: Session, results: Mapping[str, Any]) -> None:
 
 
 def check(config: Config) -> None:
-    """Refuse what cannot be evaluated before anything is loaded."""
+    """Refuse a configuration that cannot be evaluated, before any model is loaded."""
     e, models = config.evaluate, models_of(config)
     if e.steer is not None and e.steer not in models:
         raise UserError(
@@ -89,42 +91,43 @@ def check(config: Config) -> None:
 
 
 def models_of(config: Config) -> dict[str, str]:
-    """``evaluate.models`` that are set, in the order of training."""
+    """Return those of ``evaluate.models`` that are set, in the order of training."""
     found = {name: getattr(config.evaluate.models, name) for name in MODELS}
     return {name: path for name, path in found.items() if path is not None}
 
 
 def evaluate(here: Session) -> dict[str, Any]:
-    """The results of ``write_report``, without timings. Collective over the world."""
-    config, intake = here.config, Intake(here)
+    """Measure, and return the results for ``write_report`` without timings. Collective over the world."""
+    config, reader = here.config, RecordReader(here)
     results: dict[str, Any] = {}
     ap: LoadedModel | None = None
     if config.ap_checkpoint is not None:
         ap = load_model(config.ap_checkpoint, config, "ap_checkpoint", head="regression")
         if config.input is not None:
-            records = [record.conversation for record in intake.read("input", config.input, "input")]
+            records = [record.conversation for record in reader.read("input", config.input, "input")]
             results["ap"], unlabelled = prediction_quality(ap, records, config.scoring.batch_tokens)
-            intake.leave_out("input", "unlabelled", unlabelled)
+            reader.leave_out("input", "unlabelled", unlabelled)
     if models_of(config):
         judge = Judge(config, ap)
         results["judge"] = judge.name
-        prompts, asks = _prompts(here, intake, judge)
+        prompts, asks = _prompts(here, reader, judge)
         results |= _compare(here, judge, prompts, asks)
         results["prompts"] = len(prompts)
     if ap is not None:
         ap.free()
-    here.run.update(counts=intake.counts())
+    here.run.update(counts=reader.counts())
     return results
 
 
 def prediction_quality(
     ap: LoadedModel, records: list[Conversation], batch_tokens: int | None
 ) -> tuple[dict[str, dict[str, float]], int]:
-    """MSE, MAE, Pearson, Spearman per attribute against human labels, beside the constant predictor's MSE; and how many
-    records have no label to compare with.
+    """Return MSE, MAE, Pearson and Spearman per attribute against human labels, the constant predictor's MSE, and the
+    number of records without a label to compare with.
 
-    The constant is the training labels' mean, kept in the checkpoint. Attributes that the model never saw a label of
-    are left out. Turns of weight 0 are repeats and do not count, empty ones have nothing to predict from.
+    The constant is the mean of the training labels, which the checkpoint holds. Attributes of which the model never saw
+    a label are left out. Turns of weight 0 are repeats and do not count, nor do empty turns, which have no text to
+    score.
     """
     schema = ap.schema
     assert schema is not None
@@ -142,12 +145,12 @@ def prediction_quality(
     if not wanted:
         raise UserError("input holds no labelled response to evaluate the attribute-prediction model on")
     means = dict(zip(schema.names, ap.meta.label_mean, strict=True))
-    constant = [cast(float, means[name]) for name in schema.seen]  # what was seen has a mean
+    constant = [cast(float, means[name]) for name in schema.seen]  # every attribute that was seen has a mean
     return stats.attribute_metrics(np.array(predicted), np.array(wanted), schema.seen, constant), unlabelled
 
 
 class Judge:
-    """Measures responses: the attribute-prediction model, or the program that knows the embedded corpus."""
+    """Measures responses, by the attribute-prediction model or by the program that made the embedded corpus."""
 
     def __init__(self, config: Config, ap: LoadedModel | None) -> None:
         self.kind = config.evaluate.judge
@@ -157,7 +160,7 @@ class Judge:
             else "the attribute-prediction model"
         )
         self.scorer: Scorer | None = None
-        self.measured: tuple[str, ...] = demo_judge.NAMES  # attributes that it has values of
+        self.measured: tuple[str, ...] = demo_judge.NAMES  # attributes that the judge can measure
         self.quality = config.attributes.quality
         if self.kind == "ap":
             assert ap is not None and ap.schema is not None, "see check"
@@ -170,7 +173,7 @@ class Judge:
             )
 
     def measure(self, prompts: Sequence[Conversation], responses: Sequence[str]) -> list[Measured]:
-        """Values of each response to its prompt. Collective over the world."""
+        """Return values of each response to its prompt. Collective over the world."""
         if self.kind == "demo":
             return [demo_judge.measure(p.messages[-1].content, r) for p, r in zip(prompts, responses, strict=True)]
         assert self.scorer is not None
@@ -182,7 +185,7 @@ class Judge:
 
 
 def levels_to_ask(schema: AttributeSchema, wanted: Sequence[int]) -> list[int]:
-    """``evaluate.levels``, or every level up to five, or five spread over the scale."""
+    """Return ``evaluate.levels``, or every level up to five, or five spread over the scale."""
     if wanted:
         if bad := [level for level in wanted if not 0 <= level <= schema.max_level]:
             raise UserError(f"evaluate.levels: {bad} outside 0..{schema.max_level} of attributes={schema.name}")
@@ -194,15 +197,15 @@ def levels_to_ask(schema: AttributeSchema, wanted: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What one model is asked for with every prompt."""
+    """The levels that one model is asked for with every prompt."""
 
-    schema: AttributeSchema | None  # None: a model without conditioning
+    schema: AttributeSchema | None  # None for a model without conditioning
     best: Levels | None
-    curves: Mapping[str, list[Levels]]  # attribute → one request per level; empty: no steering curves of this model
+    curves: Mapping[str, list[Levels]]  # attribute → one request per level; empty if this model has no steering curves
 
     @property
     def all(self) -> list[Levels | None]:
-        """The best levels first, then every other combination of the curves, each once."""
+        """All distinct requests: the best levels first, then the other combinations of the curves."""
         seen = {_key(ask): ask for asks in self.curves.values() for ask in asks}
         seen.pop(_key(self.best), None)
         return [self.best, *seen.values()]
@@ -212,9 +215,9 @@ def _key(levels: Levels | None) -> tuple[tuple[str, int], ...]:
     return tuple(sorted((levels or {}).items()))
 
 
-def _prompts(here: Session, intake: Intake, judge: Judge) -> tuple[list[Conversation], dict[str, _Asked]]:
-    """The prompts that fit into every model with everything that is asked of it, and what that is. Nothing is loaded
-    yet, so that what is wrong is said at once. Collective over the world.
+def _prompts(here: Session, reader: RecordReader, judge: Judge) -> tuple[list[Conversation], dict[str, _Asked]]:
+    """Return the prompts that fit into every model with all its requests, and these requests. No model is loaded yet,
+    so that errors come early. Collective over the world.
     """
     config, models = here.config, models_of(here.config)
     opened = {name: open_checkpoint(path, f"evaluate.models.{name}", head="lm") for name, path in models.items()}
@@ -225,11 +228,11 @@ def _prompts(here: Session, intake: Intake, judge: Judge) -> tuple[list[Conversa
     conditioned = [name for name, model in opened.items() if model.conditioned_on is not None and name != "sft"]
     steered = config.evaluate.steer or (conditioned[-1] if conditioned else None)
     asks = {name: _asked(model, config, judge, name == steered) for name, model in opened.items()}
-    records = read_prompts(intake, "prompts", cast(str, config.evaluate.prompts), "evaluate.prompts")
+    records = read_prompts(reader, "prompts", cast(str, config.evaluate.prompts), "evaluate.prompts")
     kept: list[Conversation] = []
     for number, record in enumerate(records):
         if len(kept) == config.evaluate.max_prompts:
-            intake.leave_out("prompts", "not_drawn", len(records) - number)
+            reader.leave_out("prompts", "not_drawn", len(records) - number)
             break
         conversation = record.conversation
         try:
@@ -238,18 +241,18 @@ def _prompts(here: Session, intake: Intake, judge: Judge) -> tuple[list[Conversa
                     prompt = Prompt(conversation.id, conversation.messages, ask, record.where)
                     request_for(0, prompt, model, config.sampling, config.generation)
         except PromptTooLong as error:
-            skip_prompt(prompt, error, intake, "prompts")
+            skip_prompt(prompt, error, reader, "prompts")
         else:
             kept.append(conversation)
-    intake.list_rejected()
+    reader.list_rejected()
     if not kept:
         raise UserError(f"evaluate.prompts={config.evaluate.prompts}: none of its prompts fits into the models")
     return kept, asks
 
 
 def _asked(model: OpenedCheckpoint, config: Config, judge: Judge, steered: bool) -> _Asked:
-    """The best levels; for the model that is steered also one attribute at a time over its levels, the others at their
-    best.
+    """Return the requests for a model: the best levels and, for the model with steering curves, each attribute over its
+    levels while the others stay at their best.
     """
     schema = model.conditioned_on
     if schema is None:
@@ -268,7 +271,7 @@ def _asked(model: OpenedCheckpoint, config: Config, judge: Judge, steered: bool)
 
 
 def _compare(here: Session, judge: Judge, prompts: list[Conversation], asked: Mapping[str, _Asked]) -> dict[str, Any]:
-    """Draw from one model after the other and measure: quality of each at its best, steering curves of one."""
+    """Draw from one model after the other; measure the quality of each at its best levels and one model's curves."""
     config, models = here.config, models_of(here.config)
     out: dict[str, Any] = {"quality_detail": {}, "examples": []}
     for name, plan in asked.items():
@@ -292,7 +295,7 @@ def _compare(here: Session, judge: Judge, prompts: list[Conversation], asked: Ma
 def _draw(
     here: Session, loaded: LoadedModel, prompts: list[Conversation], asks: Sequence[Levels | None], name: str
 ) -> list[list[str]]:
-    """Texts [asks][prompts]. They stay in the journal until the results are written."""
+    """Draw and return texts [requests][prompts]. They stay in the journal until the results are written."""
     config = here.config
     wanted = [
         Prompt(f"{a}/{p}", prompt.messages, ask, prompt.id)
@@ -308,8 +311,8 @@ def _draw(
 
 
 def _curves(plan: _Asked, table: Sequence[Sequence[Measured]]) -> dict[str, dict[str, Any]]:
-    """Per attribute: requested levels, mean and deviation of what was measured, Spearman of the curve and of single
-    responses.
+    """Return per attribute the requested levels, mean and deviation of the measured values, and Spearman of the curve
+    and of single responses.
     """
     rows = {_key(ask): measured for ask, measured in zip(plan.all, table, strict=True)}
     curves: dict[str, dict[str, Any]] = {}
@@ -338,7 +341,7 @@ def _examples(
     drawn: Sequence[Sequence[str]],
     table: Sequence[Sequence[Measured]],
 ) -> list[dict[str, Any]]:
-    """Responses of a few prompts at the best combination and at each attribute's extremes."""
+    """Return responses of a few prompts at the best combination and at each attribute's extremes."""
     assert plan.schema is not None
     asks, chosen = plan.all, [0]
     for name in plan.schema.seen:

@@ -1,9 +1,9 @@
-"""``export``: the model of a checkpoint alone, as a checkpoint: weights, tokenizer, schema and template, without the
-optimizer, generators and loader position.
+"""``export``: write a checkpoint with the model alone: weights, tokenizer, schema and template, without the optimizer,
+random generators and loader position.
 
-Owns: what is left out, where the result may be put. Does not own: reading and writing (``session.py``,
-``train/checkpoint.py``). Invariant: every command that takes a checkpoint takes an export; only a training run cannot
-be resumed from one.
+Owns: what is left out, and the check of the target folder. Does not own: reading and writing (``session.py``,
+``train/checkpoint.py``). Invariant: every command that takes a checkpoint takes an export, except that a training run
+cannot be resumed from it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 def run(config: Config) -> None:
-    """``checkpoint`` → ``output``, a checkpoint folder. Collective over the world."""
+    """Export ``checkpoint`` to the folder ``output``. Collective over the world."""
     source = resolve(str(config.checkpoint), "checkpoint")
     read_meta(source)
     target = Path(str(config.output))
@@ -41,7 +41,7 @@ def run(config: Config) -> None:
             loaded.meta,
             training_state=False,
             loader={},
-            config={},  # paths of the run's machine
+            config={},  # the configuration holds paths of the machine of the run
             data={},
             parallel=dataclasses.asdict(loaded.parallel),
             versions=versions(),
@@ -61,7 +61,7 @@ def run(config: Config) -> None:
 
 
 def check_target(target: Path, source: Path, overwrite: bool) -> None:
-    """Nothing but an earlier export or checkpoint is ever replaced, and that only when asked for."""
+    """Refuse to replace anything but an earlier export or checkpoint, and that only with ``overwrite``."""
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise UserError(f"output={target} lies in the checkpoint itself; choose another folder")
     if target.is_dir() and not any(target.iterdir()):

@@ -1,4 +1,4 @@
-"""``generate``: responses for the prompts of a record file, at levels that ``attributes.best`` sets."""
+"""``generate``: draw responses for the prompts of a record file, at the levels of ``attributes.best``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import cast
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.stages.intake import Intake, Record, told_skipped
+from steerlm_megatron.stages.record_reader import Record, RecordReader, skipped_in_words
 from steerlm_megatron.stages.sampling import Prompt, draw, forget, open_sampler, requests_for
 from steerlm_megatron.stages.session import NO_ATTRIBUTES, load_model, requested_best, session
 from steerlm_megatron.steer.records import Conversation, Message, write_records
@@ -18,12 +18,12 @@ def run(config: Config) -> None:
     over the world.
     """
     with session(config) as here:
-        intake = Intake(here)
-        records = read_prompts(intake, "input", cast(str, config.input), "input")
+        reader = RecordReader(here)
+        records = read_prompts(reader, "input", cast(str, config.input), "input")
         loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="lm", gather_logits=True)
         levels = requested_best(config, loaded.conditioned_on or NO_ATTRIBUTES) or None
         asked = [Prompt(r.conversation.id, r.conversation.messages, levels, r.where) for r in records]
-        prompts, requests = requests_for(asked, loaded, config, intake, "input")
+        prompts, requests = requests_for(asked, loaded, config, reader, "input")
         output = Path(cast(str, config.output))
         results = draw(here, loaded, open_sampler(config, loaded), requests, output.name, "generate")
         if here.layout.is_main:
@@ -41,23 +41,23 @@ def run(config: Config) -> None:
                 ),
             )
             forget(here, [output.name])
-            counts = intake.counts() | {"empty_replies": sum(not r.text.strip() for r in results)}
+            counts = reader.counts() | {"empty_replies": sum(not r.text.strip() for r in results)}
             here.run.update(counts=counts, outputs={"output": str(output)})
             get_logger(__name__).info(
                 "%d prompts in, %d responses out (%d of them empty)%s → %s",
-                counts["in"], counts["out"], counts["empty_replies"], told_skipped(counts), output,
+                counts["in"], counts["out"], counts["empty_replies"], skipped_in_words(counts), output,
             )  # fmt: skip
 
 
-def read_prompts(intake: Intake, part: str, path: str, key: str) -> list[Record]:
-    """The records of ``path``, each cut after its last user message. Collective over the world."""
+def read_prompts(reader: RecordReader, part: str, path: str, key: str) -> list[Record]:
+    """Return the records of ``path``, each cut after its last user message. Collective over the world."""
     return [
         Record(record.where, up_to_last_user(record.conversation))
-        for record in intake.read(part, path, key, require_response=False)
+        for record in reader.read(part, path, key, require_response=False)
     ]
 
 
 def up_to_last_user(record: Conversation) -> Conversation:
-    """The conversation as a prompt: what follows its last user message is left out."""
-    last = max(i for i, m in enumerate(record.messages) if m.role == "user")  # every record has one
+    """Return the conversation as a prompt: what follows its last user message is left out."""
+    last = max(i for i, m in enumerate(record.messages) if m.role == "user")  # every record has a user message
     return Conversation(record.id, record.messages[: last + 1], record.source, record.extra)

@@ -1,7 +1,7 @@
-"""An append-only journal per rank: what a killed job had finished.
+"""An append-only journal per rank with the work that a killed job had finished.
 
-Owns: lines of JSON keyed by record index, read back whatever ranks wrote them. Invariant: a line that counts is whole;
-a torn last line is cut off before the next is written; entries of other inputs are not taken for ours.
+Owns: lines of JSON keyed by record index, which are read back whichever rank wrote them. Invariant: only complete lines
+count; a torn last line is cut off before the next is written; entries for other inputs are ignored.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ class Journal:
     """``folder/part-*.jsonl`` of a job with ``key`` (a fingerprint of its inputs). One writer per part."""
 
     def __init__(self, folder: Path, part: int, key: str, is_main: bool) -> None:
-        """Main removes parts of other keys: construct on main first, then (after a barrier) elsewhere."""
-        # By their names: a rank that outlived an attempt with another key writes on, but not into ours.
+        """The main rank removes parts of other keys, so construct the journal there first and, after a barrier,
+        elsewhere.
+        """
+        # The key is in the names, so that a rank that survived an attempt with another key cannot write into these
+        # files.
         self.folder, self._ours = folder, f"part-{key[:16]}-"
         self.path = folder / f"{self._ours}{part:05d}.jsonl"
-        self._torn = True  # perhaps: the first line written looks
+        self._torn = True  # unknown yet; the first write checks
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             for file in folder.glob(PARTS):
@@ -36,7 +39,7 @@ class Journal:
                     file.unlink()
 
     def read(self) -> dict[int, Any]:
-        """Everything that any rank has finished: index → value."""
+        """Return everything that any rank has finished, as index → value."""
         done: dict[int, Any] = {}
         for part in sorted(self.folder.glob(f"{self._ours}*.jsonl")):
             for line in part.read_bytes().splitlines(keepends=True):
@@ -45,15 +48,15 @@ class Journal:
                 try:
                     entry = json.loads(line)
                     done[entry["i"]] = entry["v"]
-                except (ValueError, TypeError, KeyError):  # a disk's fault: that piece of work is done again
+                except (ValueError, TypeError, KeyError):  # the line is damaged, so its work is done again
                     get_logger(__name__).warning("%s: a line that is no entry is left out", part)
         return done
 
     def append(self, entries: Iterable[tuple[int, Any]]) -> None:
-        """Add finished entries; on disk when this returns.
+        """Add finished entries, which are on disk when this returns.
 
         Raises:
-            OSError: they are not, and can be added again.
+            OSError: they could not be written, and can be added again.
         """
         lines = b"".join(json.dumps({"i": i, "v": v}).encode() + b"\n" for i, v in entries)
         if not lines:
@@ -74,12 +77,12 @@ class Journal:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     @contextmanager
-    def noting(self, every_sec: float) -> Iterator[Callable[[int, Any], None]]:
-        """Inside, ``note(index, value)`` costs nothing: a thread appends what came, every ``every_sec`` seconds. On
-        leaving, however that is, all is on disk.
+    def recorder(self, every_sec: float) -> Iterator[Callable[[int, Any], None]]:
+        """Yield a function ``note(index, value)`` that returns at once; a thread appends its entries every
+        ``every_sec`` seconds. All entries are on disk when the ``with`` is left, also by an exception.
 
         Raises:
-            OSError: as :meth:`append`; inside, from the next ``note``.
+            OSError: as :meth:`append`; inside the ``with``, the next ``note`` raises it.
         """
         waiting: list[tuple[int, Any]] = []
         failed: list[OSError] = []
@@ -112,22 +115,22 @@ class Journal:
             write()
 
     def remove(self) -> None:
-        """The job is complete and its output stands."""
+        """Remove the journal, once the job's output is complete."""
         remove_journal(self.folder)
 
 
 def open_journal(
     here: Session, name: str, loaded: LoadedModel, inputs: Mapping[str, Any], paths: Sequence[str] = ()
 ) -> tuple[Journal, dict[int, Any]]:
-    """The journal ``name`` of this run for what ``loaded`` makes of ``inputs`` and ``paths``, and what it holds of an
-    earlier attempt. Collective over the world.
+    """Return the journal ``name`` of this run for the work of the model ``loaded`` on ``inputs`` and ``paths``, and the
+    entries of an earlier attempt. Collective over the world.
 
-    That of another model (by the names, sizes and times of its files), precision or input is removed.
+    A journal of another model (by the names, sizes and times of its files), precision or input is removed.
     """
     model = {"step": loaded.meta.step, "precision": here.config.engine.precision}
     key = broadcast_object(on_main(lambda: fingerprint({"model": model, **inputs}, [loaded.folder, *paths]))) or ""
     folder = here.folder / name
     on_main(lambda: Journal(folder, 0, key, is_main=True))
     journal = Journal(folder, here.layout.rank, key, is_main=False)
-    # All go on from the same: what rank 0 sees of files that others wrote on other nodes.
+    # All ranks go on from what rank 0 sees, since other nodes may not see the same files yet.
     return journal, broadcast_object(journal.read() if here.layout.is_main else {})

@@ -1,9 +1,9 @@
-"""``run``: the four SteerLM steps, from a corpus to a report, from one configuration.
+"""``run``: the four SteerLM steps, from a corpus to a report, by one configuration.
 
-Owns: the order of work, skipping what is complete. Does not own: which steps there are and what each reads of the ones
-before (``pipeline_steps.py``).
-Invariants: each step has a run folder of its own below ``run_dir``; a step is skipped only if it completed with the
-same configuration and the same inputs, and a change anywhere runs everything that depends on it again.
+Owns: the order of work, skipping complete steps. Does not own: the steps and what each takes from earlier ones
+(``pipeline_steps.py``). Invariants: each step has its run folder below ``run_dir``; a step is skipped only if it
+completed with the same configuration and the same inputs, and a change anywhere runs everything that depends on it
+again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from steerlm_megatron.steer.records import expand_paths
 
 
 def run(config: Config) -> None:
-    """All steps. Collective over the world."""
+    """Run all steps. Collective over the world."""
     if unknown := sorted(set(config.pipeline) - set(STEPS)):
         raise UserError(f"pipeline: {' '.join(unknown)} unknown; legal: {' '.join(STEPS)}")
     if config.data.source != "demo":
@@ -40,7 +40,7 @@ def run(config: Config) -> None:
         if not config.data.input:
             raise UserError("data.input is empty: name the corpus, or take experiment=quickstart")
     check_tokenizer(config)
-    # A run folder that holds a complete run is looked at again, not refused: its complete steps are skipped.
+    # A complete run is not refused: its steps are checked again, and complete ones are skipped.
     config.overwrite = False
     parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
     root = broadcast_object(config.run_dir or f"runs/run/{time.strftime('%Y%m%d-%H%M%S')}")
@@ -57,7 +57,7 @@ def _reopen(root: Path) -> None:
 
 
 def _remove_if_other(folder: Path, key: str) -> None:
-    """Made from other inputs: neither complete nor to be resumed."""
+    """Remove a step's results if other inputs gave them: they are neither complete nor to be resumed."""
     earlier = read_summary(folder)
     if earlier is not None and earlier.get("fingerprint") != key:
         shutil.rmtree(folder)
@@ -71,7 +71,7 @@ def _all_steps(state: Run) -> None:
     if not state.config.attributes.names:
         raise UserError("attributes=none: steerlm run conditions on attributes; choose a schema")
     for step in steps:
-        step.config(state)  # a wrong override of the last step is said before the first one starts
+        step.config(state)  # a wrong override of the last step is an error before the first one starts
     for number, step in enumerate(steps, 1):
         _one_step(state, number, len(steps), step)
     html = state.folder("report") / "report.html"
@@ -86,7 +86,7 @@ def _all_steps(state: Run) -> None:
 
 def _one_step(state: Run, number: int, count: int, step: Step) -> None:
     """Run one step in its folder unless it is complete with the same fingerprint."""
-    if any_rank(asked()):  # while the step before was about to end
+    if any_rank(asked()):  # a signal came while the step before was ending
         raise Interrupted("a signal")
     config = step.config(state)
     folder = state.folder(step.name)
@@ -105,29 +105,32 @@ def _one_step(state: Run, number: int, count: int, step: Step) -> None:
 
 
 def _fingerprint(state: Run, step: Step, config: Config) -> str:
-    """Of all that the step's result depends on: what it reads of its configuration, the steps before it, the corpus."""
+    """Return a hash of all that the step's result depends on: the keys it reads, the steps before it, the corpus."""
     read = step.depends_on(config)
     before = [state.keys[name] for name in step.after if name in state.keys]
-    values = {"step": step.name, "config": _without_root(read, str(state.here.folder)), "after": before}
+    values = {"step": step.name, "config": relative_to_run(read, str(state.here.folder)), "after": before}
     return fingerprint(values, _input_files(config) if step.name == "data" else [])
 
 
 def _input_files(config: Config) -> list[str]:
-    """The files and folders of ``data.input``; a data set's name on the hub is none (its content is not looked at)."""
+    """Return the files and folders of ``data.input``. A data set's name on the hub is no file and is left out."""
     names = config.data.input or []
     if config.data.source == "hf":
         return [name for name in names if Path(name).exists()]
     return expand_paths(names) if names else []
 
 
-def _without_root(value: Any, root: str) -> Any:
-    """Paths below the run folder relative to it: what they hold is in the fingerprints of the steps that made them, and
-    a run folder that is moved stays complete.
+def relative_to_run(value: Any, root: str) -> Any:
+    """Make paths below the run folder relative to it in ``value``, so that a run folder that is moved stays complete.
+
+    The content of these paths is in the fingerprints of the steps that made them.
     """
     if isinstance(value, dict):
-        return {k: _without_root(v, root) for k, v in value.items()}
+        return {k: relative_to_run(v, root) for k, v in value.items()}
     if isinstance(value, list):
-        return [_without_root(v, root) for v in value]
-    if isinstance(value, str) and f"{value}/".startswith(f"{root}/"):  # not "raise" below a run folder "r"
+        return [relative_to_run(v, root) for v in value]
+    if isinstance(value, str) and f"{value}/".startswith(
+        f"{root}/"
+    ):  # with the slash, so that "raise" is not taken for a path below a run folder "r"
         return value[len(root) :]
     return value

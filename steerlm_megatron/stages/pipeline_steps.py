@@ -1,9 +1,8 @@
-"""The steps of ``steerlm run``: what each is called, what it takes from the ones before, what it does.
+"""The steps of ``steerlm run``: the name of each, its inputs from earlier steps, and its work.
 
-Owns: which steps there are, in which order, and how one is wired to another. Does not own: running them and skipping
-those that are complete (``pipeline.py``), the work itself (the modules of the commands).
-Invariants: all that is known of a step stands in its :class:`Step`; a step reads nothing of another but what stands in
-the other's folder.
+Owns: the steps, their order, and the wiring between them. Does not own: running them and skipping complete ones
+(``pipeline.py``), the work itself (the modules of the commands). Invariants: all properties of a step are in its
+:class:`Step`; a step reads nothing of another step but its folder.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from steerlm_megatron.config.commands import decides
+from steerlm_megatron.config.commands import affects_result
 from steerlm_megatron.config.load import finalize, to_yaml, value_at, with_overrides
 from steerlm_megatron.config.schema import KEYS, Config
 from steerlm_megatron.errors import UserError
@@ -24,16 +23,16 @@ from steerlm_megatron.report.write import write_report
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages import annotate, bootstrap, evaluate, train
 from steerlm_megatron.stages.collect import collect_records, split_records
-from steerlm_megatron.stages.intake import Intake, Reject, write_rejects
 from steerlm_megatron.stages.preprocess import total_counts
 from steerlm_megatron.stages.prompt_check import check_bootstrap_prompts, check_evaluation_prompts
+from steerlm_megatron.stages.record_reader import RecordReader, Reject, write_rejects
 from steerlm_megatron.stages.session import Session, load_model
 from steerlm_megatron.stages.shards import make_shards
 
 
 @dataclass
 class Run:
-    """One ``steerlm run``: its configuration and folder, and the fingerprints and times of the steps so far."""
+    """The state of a ``steerlm run``: configuration, folder, and the fingerprints and times of the steps so far."""
 
     config: Config
     here: Session
@@ -41,7 +40,7 @@ class Run:
     timings: dict[str, float] = field(default_factory=dict)
 
     def folder(self, step: str) -> Path:
-        """The run folder of a step, such as ``03-train_ap``."""
+        """Return the run folder of a step, such as ``03-train_ap``."""
         return self.here.folder / f"{list(STEPS).index(step) + 1:02d}-{step}"
 
     def path(self, step: str, name: str) -> str:
@@ -57,12 +56,12 @@ class Step:
     """One step of ``steerlm run``.
 
     Attributes:
-        name: of its folder, and of the key of ``pipeline`` that its own overrides stand under.
-        title: what it is, for its header line.
-        after: the steps whose results its own depends on.
-        body: what it does in its session. Collective over the world.
-        wiring: what it takes from earlier steps, as overrides of the configuration.
-        command: the command that it is: its rules hold, and its result depends on what that command reads.
+        name: the name in its folder, and its key in ``pipeline`` for overrides of this step.
+        title: a description for its header line.
+        after: the steps on whose results it depends.
+        body: the work of the step in its session. Collective over the world.
+        wiring: inputs from earlier steps, as overrides of the configuration.
+        command: the command that the step runs, whose rules hold and whose keys decide the result.
     """
 
     name: str
@@ -73,14 +72,16 @@ class Step:
     command: str = "train_sft"
 
     def depends_on(self, config: Config) -> dict[str, Any]:
-        """The keys of ``config`` whose change runs the step again, with their values."""
-        keys = [key for key in KEYS if decides(self.command, key)]
+        """Return the keys of ``config`` whose change runs the step again, with their values."""
+        keys = [key for key in KEYS if affects_result(self.command, key)]
         if config.data.source != "demo" and self.command == "preprocess":
-            keys.remove("train.seed")  # of the embedded corpus alone; others would be converted again for nothing
+            keys.remove(
+                "train.seed"
+            )  # only the embedded corpus depends on it; others would be converted again for nothing
         return {key: value_at(config, key) for key in keys}
 
     def config(self, run: Run) -> Config:
-        """The run's configuration with what the step takes from earlier ones, and with its own overrides."""
+        """Return the run's configuration with the step's inputs from earlier steps, and the overrides of this step."""
         config = with_overrides(run.config, self.wiring(run))
         try:
             config = with_overrides(config, run.config.pipeline.get(self.name) or {})
@@ -93,10 +94,10 @@ class Step:
             raise UserError("\n".join(f"pipeline.{self.name}: {line}" for line in lines)) from None
 
 
-# ---- wiring: overrides that name what earlier steps made
+# ---- wiring: overrides that name results of earlier steps
 
 
-_NO_LABEL_WEIGHTS: dict[str, Any] = {"label_weights": {}}  # of all the run's steps they are train_ap's alone
+_NO_LABEL_WEIGHTS: dict[str, Any] = {"label_weights": {}}  # only train_ap uses the label weights of a run
 
 
 def _shards(run: Run, step: str) -> dict[str, str | None]:
@@ -160,11 +161,13 @@ def _evaluate_wiring(run: Run) -> dict[str, Any]:
     }
 
 
-# ---- bodies: what the steps do
+# ---- bodies: the work of the steps
 
 
 def _data(run: Run, here: Session) -> None:
-    """Convert the corpus, make or open the tokenizer, write shards with human labels; note where the records are."""
+    """Convert the corpus, make or open the tokenizer, write shards with human labels, and store the paths of the
+    records.
+    """
 
     def convert() -> None:
         splits, converted = collect_records(here.config, here.folder / "records")
@@ -187,17 +190,17 @@ def _data(run: Run, here: Session) -> None:
 
 
 def _check_prompts(run: Run, here: Session) -> None:
-    """Prompts that responses will be drawn for hours later fit. Collective over the world."""
+    """Check that the prompts, for which responses are drawn hours later, will fit. Collective over the world."""
     shards = run.folder("data") / "shards" / "train"
     to_bootstrap, to_evaluate = STEPS["bootstrap"].config(run), STEPS["evaluate"].config(run)
     files = to_evaluate.evaluate.prompts or _held_out_prompts(run)
-    check_bootstrap_prompts(Intake(here), _records(run, "train"), to_bootstrap, shards)
+    check_bootstrap_prompts(RecordReader(here), _records(run, "train"), to_bootstrap, shards)
     if files:
-        check_evaluation_prompts(Intake(here), files, to_evaluate, shards)
+        check_evaluation_prompts(RecordReader(here), files, to_evaluate, shards)
 
 
 def _held_out_prompts(run: Run) -> str | None:
-    """The prompts to evaluate on where the user names none: a corpus's own, else those of the validation records."""
+    """Return the prompts to evaluate on where the user names none: the corpus's, else the validation records'."""
     own = run.folder("data") / "records" / "prompts.jsonl"
     return str(own) if own.exists() else next(iter(_records(run, "valid")), None)
 
@@ -213,7 +216,7 @@ def _require_labels(here: Session, summary: Mapping[str, Any]) -> None:
 
 
 def _records(run: Run, split: str) -> list[str]:
-    """Record files of a split of the corpus."""
+    """Return record files of a split of the corpus."""
     splits: dict[str, list[str]] = json.loads((run.folder("data") / "splits.json").read_text(encoding="utf-8"))
     return splits.get(split, [])
 
@@ -223,14 +226,14 @@ def _train(run: Run, here: Session) -> None:
 
 
 def _annotate(run: Run, here: Session) -> None:
-    """Both splits, so that validation of SFT sees predicted labels too."""
+    """Annotate both splits, so that validation of SFT sees predicted labels too."""
     loaded = load_model(str(here.config.checkpoint), here.config, "checkpoint", head="regression")
-    intake, found = Intake(here), Counter[str]()
+    reader, found = RecordReader(here), Counter[str]()
     for split in ("train", "valid"):
         if paths := _records(run, split):
-            records = intake.read(split, paths, "data.input")
+            records = reader.read(split, paths, "data.input")
             found.update(annotate.annotate(here, loaded, records, paths, here.folder / f"{split}.jsonl"))
-    here.run.update(counts=intake.counts() | found)
+    here.run.update(counts=reader.counts() | found)
     loaded.free()
 
 
@@ -246,7 +249,7 @@ def _bootstrapped_data(run: Run, here: Session) -> None:
 
 
 def _reshard(run: Run, here: Session, files: Mapping[str, list[str]], valid_fraction: float | None = None) -> None:
-    """Shards of annotated records with the tokenizer of the first shards."""
+    """Make shards of annotated records with the tokenizer of the first shards."""
 
     def write() -> None:
         overrides: dict[str, Any] = {"tokenizer": {"path": run.path("data", "shards/train"), "train": False}}
@@ -264,7 +267,7 @@ def _bootstrap(run: Run, here: Session) -> None:
 
 
 def _evaluate(run: Run, here: Session) -> None:
-    """On the labelled validation records, and on held-out prompts: a corpus's own, else those of the validation
+    """Evaluate on the labelled validation records, and on held-out prompts: those of the corpus, else of the validation
     records.
     """
     config = here.config

@@ -1,8 +1,8 @@
-"""Whether prompts will fit into a model that is yet to be trained.
+"""Check early whether prompts will fit into a model that is yet to be trained.
 
-Owns: looking at them as soon as the corpus stands, since a ``steerlm run`` draws responses hours after that. Does not
-own: which prompts are chosen (``bootstrap.py``, ``generate.py``), what fits (``sampling.py``).
-Invariant: this is an early warning and nothing else: drawing checks again, with the model's own tokens.
+Owns: checking prompts as soon as the corpus exists, since a ``steerlm run`` draws responses hours later. Does not own:
+choosing prompts (``bootstrap.py``, ``generate.py``), the limits (``sampling.py``). Invariant: this is only an early
+warning: drawing checks again, with the tokenizer of the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from steerlm_megatron.config.schema import Config
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.stages.bootstrap import choose_prompts
 from steerlm_megatron.stages.generate import read_prompts
-from steerlm_megatron.stages.intake import Intake, Record
+from steerlm_megatron.stages.record_reader import Record, RecordReader
 from steerlm_megatron.stages.sampling import Prompt, check_room, request_for
 from steerlm_megatron.stages.session import OpenedCheckpoint
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -24,26 +24,26 @@ from steerlm_megatron.steer.templates import Template
 from steerlm_megatron.train.meta import CheckpointMeta
 
 
-def check_bootstrap_prompts(intake: Intake, files: list[str], config: Config, shards: Path) -> None:
-    """The prompts that ``bootstrap`` under ``config`` will choose among the records of ``files``; ``shards`` have the
-    tokenizer. With ``data.on_error=skip`` nothing is checked: what does not fit is left out when its turn comes.
-    Collective over the world.
+def check_bootstrap_prompts(reader: RecordReader, files: list[str], config: Config, shards: Path) -> None:
+    """Check the prompts that ``bootstrap`` under ``config`` will choose among the records of ``files``; the tokenizer
+    is that of ``shards``. With ``data.on_error=skip`` nothing is checked, since prompts that do not fit are skipped
+    later. Collective over the world.
 
     Raises:
-        UserError: one does not fit; no prompt ever will.
+        UserError: a prompt does not fit; no prompt can ever fit.
     """
-    if intake.on_error == "skip":
+    if reader.on_error == "skip":
         return
-    records = intake.read("bootstrap", files, "data.input")
+    records = reader.read("bootstrap", files, "data.input")
     chosen, _ = choose_prompts(records, config.bootstrap.prompts, Random(config.sampling.seed))
     _check(chosen, config, shards)
 
 
-def check_evaluation_prompts(intake: Intake, file: str, config: Config, shards: Path) -> None:
-    """As :func:`check_bootstrap_prompts`, for the prompts of ``file`` that ``evaluate`` will take."""
-    if intake.on_error == "skip":
+def check_evaluation_prompts(reader: RecordReader, file: str, config: Config, shards: Path) -> None:
+    """Do the same as :func:`check_bootstrap_prompts` for the prompts of ``file`` that ``evaluate`` will take."""
+    if reader.on_error == "skip":
         return
-    records = read_prompts(intake, "evaluate", file, "evaluate.prompts")
+    records = read_prompts(reader, "evaluate", file, "evaluate.prompts")
     _check(records[: config.evaluate.max_prompts], config, shards)
 
 
@@ -57,7 +57,7 @@ def _check(records: Iterable[Record], config: Config, shards: Path) -> None:
 
 
 def _coming_model(config: Config, tokenizer: Tokenizer) -> OpenedCheckpoint:
-    """What a checkpoint of an attribute-conditioned model of ``config`` will say of itself."""
+    """Return the description that a checkpoint of an attribute-conditioned model of ``config`` will have."""
     schema, template = AttributeSchema.from_config(config.attributes), Template.from_config(config.template)
     meta = CheckpointMeta(
         step=0,

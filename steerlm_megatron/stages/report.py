@@ -1,6 +1,6 @@
 """``steerlm report``: the report of an evaluation that was made earlier.
 
-Owns: reading ``evaluation.json``. Does not own: what a report says and how it looks (``steerlm_megatron/report``).
+Owns: reading ``evaluation.json``. Does not own: the content and style of a report (``steerlm_megatron/report``).
 Invariant: an input that is no evaluation is refused before anything is written.
 """
 
@@ -18,7 +18,7 @@ from steerlm_megatron.report.write import write_report
 
 
 def run(config: Config) -> None:
-    """``steerlm report input=RUN_FOLDER``: render the ``evaluation.json`` of an evaluation again."""
+    """Render the ``evaluation.json`` of an earlier evaluation again: ``steerlm report input=RUN_FOLDER``."""
     path = Path(str(config.input))
     path = path / "evaluation.json" if path.is_dir() else path
     try:

@@ -1,9 +1,9 @@
-"""Whether a checkpoint fits what is to be trained: the one a run starts from, the one it goes on from.
+"""Check whether a checkpoint fits a training run that starts from it or resumes from it.
 
-Owns: the comparisons. Does not own: finding checkpoints (``train/checkpoint.py``), loading them (engines).
-Invariant: a run that goes on computes what it would have computed uninterrupted. What may change with a start is what
-that does not depend on (layout, engine, cadence) and what a user changes on purpose and sees (learning rate, precision,
-dropout, size of a step, more steps); a changed model, task or order of data is refused.
+Owns: the comparisons. Does not own: finding checkpoints (``train/checkpoint.py``), loading them (engines). Invariant: a
+resumed run computes the same as an uninterrupted one. Settings that do not affect that may change (layout, engine,
+cadence), and so may settings that a user changes on purpose (learning rate, precision, dropout, size of a step, more
+steps); a changed model, task or order of data is refused.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from steerlm_megatron.model.gpt import padded_vocab_size
 from steerlm_megatron.train.checkpoint import resolve
 from steerlm_megatron.train.meta import CheckpointMeta, read_meta
 
-# Differences in these do not make two models different.
+# Models that differ in these keys alone are the same model.
 _FREE_MODEL_KEYS = {"name", "dropout", "init_std", "max_position"}
 
 
 def data_order(config: Config, data: Corpora, view: View) -> dict[str, Any]:
-    """What decides which samples a step has, under the names that errors give it. Stored in every checkpoint."""
+    """Return the settings that decide which samples a step has, by their names in errors. Checkpoints store them."""
     return {
         "task": view,
         "train.seed": config.train.seed,
@@ -37,7 +37,7 @@ def data_order(config: Config, data: Corpora, view: View) -> dict[str, Any]:
 
 
 def check_init(config: Config, data: Corpora, view: View) -> Path | None:
-    """The checkpoint to start from, after checking that its vocabulary, shape and head are ours."""
+    """Return the checkpoint to start from, after checking that its vocabulary, shape and head fit this run."""
     if config.init_from is None:
         return None
     folder = resolve(config.init_from, "init_from")
@@ -48,7 +48,7 @@ def check_init(config: Config, data: Corpora, view: View) -> Path | None:
             f"({meta.vocab_size} ids) than "
             f"{data.name} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={folder / 'tokenizer'}"
         )
-    if wrong := _model_differences(config, meta) + _other_padding(config, meta, view):
+    if wrong := _model_differences(config, meta) + padding_differences(config, meta, view):
         raise UserError(f"init_from={config.init_from} holds another model: {', '.join(wrong)}")
     if meta.head == "regression":
         _check_head(config, meta, view)
@@ -56,7 +56,7 @@ def check_init(config: Config, data: Corpora, view: View) -> Path | None:
 
 
 def _check_head(config: Config, meta: CheckpointMeta, view: View) -> None:
-    """An attribute-prediction model is no language model, and its head is of its own attributes."""
+    """Refuse an attribute-prediction model as a language model, or one whose head has other attributes."""
     if view != "ap":
         raise UserError(
             f"init_from={config.init_from} holds an attribute-prediction model, which has no output layer for tokens; "
@@ -80,9 +80,11 @@ def _model_differences(config: Config, meta: CheckpointMeta) -> list[str]:
     ]
 
 
-def _other_padding(config: Config, meta: CheckpointMeta, view: View) -> list[str]:
-    """Rows of the output layer beyond the vocabulary are in the softmax, as in Megatron: with another number of them
-    the same weights are another model. A regression head has no such rows.
+def padding_differences(config: Config, meta: CheckpointMeta, view: View) -> list[str]:
+    """Return an error if the layout changes the number of rows of the output layer.
+
+    As in Megatron, rows beyond the vocabulary are in the softmax, so with another number of them the same weights are
+    another model. A regression head has no such rows.
     """
     if view == "ap":
         return []
@@ -103,10 +105,12 @@ def _other_padding(config: Config, meta: CheckpointMeta, view: View) -> list[str
 
 
 def check_resume(config: Config, data: Corpora, view: View, folder: Path, meta: CheckpointMeta) -> None:
-    """Refuse to go on from ``folder`` with what would silently be another run. All that differs is said at once."""
+    """Refuse to resume from ``folder`` with settings that would make it another run. All differences are reported at
+    once.
+    """
     if not meta.training_state:
         raise UserError(f"{folder} is an export, which no run can resume from; start a new run with init_from={folder}")
-    wrong = _model_differences(config, meta) + _other_padding(config, meta, view)
+    wrong = _model_differences(config, meta) + padding_differences(config, meta, view)
     head = "regression" if view == "ap" else "lm"
     if meta.head != head:
         wrong.append(f"a model with head '{head}' (checkpoint: '{meta.head}')")
@@ -122,7 +126,7 @@ def check_resume(config: Config, data: Corpora, view: View, folder: Path, meta: 
     before = {"train.trainable": meta.config.get("train", {}).get("trainable"), **meta.data}
     now = {"train.trainable": config.train.trainable, **data_order(config, data, view)}
     for key, value in now.items():
-        if before.get(key) is None or before[key] == value:  # checkpoints of earlier versions do not say
+        if before.get(key) is None or before[key] == value:  # checkpoints of earlier versions do not have the key
             continue
         shards = key == "data.train"
         wrong.append("other shards in data.train" if shards else f"{key}={value} (checkpoint: {before[key]})")
@@ -134,7 +138,7 @@ def check_resume(config: Config, data: Corpora, view: View, folder: Path, meta: 
 
 
 def check_steps(config: Config, steps: int, folder: Path, meta: CheckpointMeta) -> None:
-    """A run cannot end before where it stands."""
+    """Refuse fewer steps than the checkpoint has behind it."""
     if steps < meta.step:
         asked = (
             f"train.steps={steps}" if config.train.steps else f"train.epochs={config.train.epochs:g} ({steps} steps)"

@@ -1,9 +1,9 @@
-"""Drawing responses for many prompts: in this process, or from servers.
+"""Draw responses for many prompts, in this process or from servers.
 
-Owns: prompts → requests, sharding requests over data-parallel replicas, one call for both kinds of sampler, and going
-on with what an attempt that was killed had drawn. Does not own: drawing (``generate``). Invariant: a response is a
-function of (model, prompt, levels, seed), not of how many ranks drew it, as far as logits are the same to the last bit
-(docs/numerics.md).
+Owns: turning prompts into requests, distributing requests to data-parallel replicas, one interface for both kinds of
+sampler, and resuming from the responses of a killed attempt. Does not own: drawing (``generate``). Invariant: a
+response is a function of (model, prompt, levels, seed) and not of the number of ranks, as far as logits are the same to
+the last bit (docs/numerics.md).
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from steerlm_megatron.generate.protocol import Limits, Request, Result, Sampler,
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL, remove_journal
-from steerlm_megatron.runtime.apart import apart
 from steerlm_megatron.runtime.collectives import gather_objects
+from steerlm_megatron.runtime.independent_work import independent_work
 from steerlm_megatron.serve.client import SamplingClient
-from steerlm_megatron.stages.intake import REJECTED_FILE, Intake
 from steerlm_megatron.stages.journal import open_journal
+from steerlm_megatron.stages.record_reader import REJECTED_FILE, RecordReader
 from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint, Session
 from steerlm_megatron.steer.records import Conversation, Message
 
-_NOTE_SEC = 2.0  # between two writes of the journal
+_NOTE_SEC = 2.0  # seconds between two writes of the journal
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a response is drawn for: the messages so far, the levels asked for (None: unconditioned), and ``file:line``
-    of the record.
+    """A prompt for a response: the messages so far, the requested levels (None without conditioning), and the record's
+    ``file:line``.
     """
 
     id: str
@@ -52,7 +52,7 @@ class Drawn:
 
 
 def open_sampler(config: Config, loaded: LoadedModel) -> Sampler:
-    """What draws: the servers of ``server.urls``, or the model in this process. Collective over the replica."""
+    """Return the sampler: a client of ``server.urls``, or a generator in this process. Collective over the replica."""
     if config.server.urls:
         client = SamplingClient(config.server.urls, config.generation.concurrency)
         client.check()
@@ -61,7 +61,9 @@ def open_sampler(config: Config, loaded: LoadedModel) -> Sampler:
 
 
 def open_generator(config: Config, loaded: LoadedModel, max_queue: int | None = None) -> Generator:
-    """The in-process sampler over a language model. ``max_queue``: of a server. Collective over the replica."""
+    """Return the in-process sampler over a language model. ``max_queue`` is set for a server. Collective over the
+    replica.
+    """
     wanted, longest = config.generation, loaded.model_config.max_position
     limits = Limits(
         wanted.max_batch,
@@ -74,14 +76,14 @@ def open_generator(config: Config, loaded: LoadedModel, max_queue: int | None = 
 
 
 class PromptTooLong(UserError):
-    """A prompt that does not fit, not even without its earlier turns; the message says what to set."""
+    """A prompt does not fit, not even without its earlier turns; the message says which key to change."""
 
 
 def request_for(
     index: int, prompt: Prompt, opened: OpenedCheckpoint, sampling: SamplingConfig, limits: GenerationConfig
 ) -> Request:
-    """The request for the ``index``-th response of a command, with a seed of its own. A prompt too long for the model
-    loses its oldest turns.
+    """Return the request for the ``index``-th response of a command, with a seed derived from the index. A prompt that
+    is too long for the model loses its oldest turns.
 
     Raises:
         PromptTooLong: its last turn alone is too long.
@@ -107,10 +109,10 @@ def request_for(
 
 
 def requests_for(
-    prompts: Sequence[Prompt], opened: OpenedCheckpoint, config: Config, intake: Intake, part: str
+    prompts: Sequence[Prompt], opened: OpenedCheckpoint, config: Config, reader: RecordReader, part: str
 ) -> tuple[list[Prompt], list[Request]]:
-    """The prompts that fit, and a request for each. One that does not is left out, counted in ``part`` of ``intake``,
-    or, with ``data.on_error=error``, raised. Collective over the world.
+    """Return the prompts that fit, and a request for each. One that does not fit is skipped and counted in ``part`` of
+    ``reader`` or, with ``data.on_error=error``, raised as an error. Collective over the world.
     """
     check_room(opened, config)
     kept: list[Prompt] = []
@@ -119,10 +121,10 @@ def requests_for(
         try:
             requests.append(request_for(index, prompt, opened, config.sampling, config.generation))
         except PromptTooLong as error:
-            skip_prompt(prompt, error, intake, part)
+            skip_prompt(prompt, error, reader, part)
         else:
             kept.append(prompt)
-    intake.list_rejected()
+    reader.list_rejected()
     if not kept:
         raise UserError(f"none of the {len(prompts)} prompts fits; see {REJECTED_FILE} in the run folder")
     return kept, requests
@@ -137,12 +139,12 @@ def check_room(opened: OpenedCheckpoint, config: Config) -> None:
         )
 
 
-def skip_prompt(prompt: Prompt, error: PromptTooLong, intake: Intake, part: str) -> None:
-    """Leave a prompt out under ``data.on_error=skip``; raise ``error`` otherwise."""
-    if intake.on_error != "skip":
+def skip_prompt(prompt: Prompt, error: PromptTooLong, reader: RecordReader, part: str) -> None:
+    """Skip a prompt under ``data.on_error=skip``; otherwise raise ``error``."""
+    if reader.on_error != "skip":
         raise error
     record = Conversation(prompt.id, prompt.messages)
-    intake.skip(part, "prompt_too_long", prompt.where, str(error).removeprefix(f"{prompt.where}: "), record)
+    reader.skip(part, "prompt_too_long", prompt.where, str(error).removeprefix(f"{prompt.where}: "), record)
 
 
 def _encode(prompt: Prompt, messages: tuple[Message, ...], opened: OpenedCheckpoint) -> list[int]:
@@ -151,7 +153,9 @@ def _encode(prompt: Prompt, messages: tuple[Message, ...], opened: OpenedCheckpo
 
 
 def _without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
-    """Without the oldest user turn and its answer, the system message kept; None if only one user turn is left."""
+    """Return ``messages`` without the oldest user turn and its answer; None if only one user turn is left. The system
+    message stays.
+    """
     head = messages[:1] if messages and messages[0].role == "system" else ()
     users = [i for i, m in enumerate(messages) if m.role == "user"]
     return None if len(users) < 2 else head + messages[users[1] :]
@@ -160,10 +164,11 @@ def _without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...] | None
 def draw(
     here: Session, loaded: LoadedModel, sampler: Sampler, requests: Sequence[Request], name: str, label: str
 ) -> list[Drawn]:
-    """Responses in the order of ``requests``, on every rank. Collective over the world.
+    """Draw responses and return them in the order of ``requests``, on every rank. Collective over the world.
 
-    What each replica draws is noted in the journal ``name`` of the run every two seconds: the next attempt starts from
-    there. The servers of ``server.urls`` are taken to have ``loaded``, then as now. ``label``: for the progress.
+    Each replica writes its responses into the run's journal ``name`` every two seconds, and the next attempt resumes
+    from there. The servers of ``server.urls`` are assumed to serve the model ``loaded`` in both attempts. ``label`` is
+    for the progress bar.
     """
     at = here.layout
     asked = [(request.id, request.prompt_ids, asdict(request.params)) for request in requests]
@@ -171,16 +176,16 @@ def draw(
     done = {index: Drawn(*values) for index, values in found.items()}
     if done:
         get_logger(__name__).info("resuming: %d of %d responses are drawn", len(done), len(requests))
-    # Ids are the caller's: two records may have the same.
+    # Two records may have the same id, so the index makes ids unique.
     todo = [replace(r, id=f"{index}:{r.id}") for index, r in enumerate(requests) if index not in done]
     remote = isinstance(sampler, SamplingClient)
     mine = todo if remote else todo[at.dp_rank :: at.dp_size]
     new: dict[int, Drawn] = {}
     finished, tokens = len(done), 0
     progress = Progress(len(requests), label, unit="response", initial=len(done), enabled=at.is_main)
-    with apart(), progress as bar, journal.noting(_NOTE_SEC) as note:
+    with independent_work(), progress as bar, journal.recorder(_NOTE_SEC) as note:
 
-        def take(result: Result) -> None:  # on the first rank of the replica
+        def take(result: Result) -> None:  # runs on the first rank of the replica
             nonlocal finished, tokens
             index = int(result.id.split(":", 1)[0])
             new[index] = Drawn(result.text, result.finish_reason, result.completion_tokens)
@@ -200,6 +205,8 @@ def _journal(name: str) -> str:
 
 
 def forget(here: Session, names: Iterable[str]) -> None:
-    """What was drawn under these ``names`` is where it belongs: the run's journals of it go. Main rank only."""
+    """Remove the run's journals of these ``names``, once their responses are in the output. Only the main rank calls
+    it.
+    """
     for name in names:
         remove_journal(here.folder / _journal(name))

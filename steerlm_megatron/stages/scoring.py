@@ -1,8 +1,8 @@
-"""Scoring responses with an attribute-prediction model.
+"""Score responses with an attribute-prediction model.
 
 Owns: turning conversations into packed rows for the regression head and its output back into values per assistant turn.
-Does not own: files (``annotate.py``). Invariant: a turn's value depends on the conversation up to that turn and on
-nothing it shares a batch with.
+Does not own: files (``annotate.py``). Invariant: a turn's value depends on the conversation up to that turn, and not on
+other conversations in the batch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import numpy as np
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample, build_documents, make_sample
 from steerlm_megatron.model.predict import predict_values
-from steerlm_megatron.runtime.apart import apart
 from steerlm_megatron.runtime.collectives import broadcast_in_replica, gather_objects
 from steerlm_megatron.runtime.device import has_cuda
+from steerlm_megatron.runtime.independent_work import independent_work
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages.session import LoadedModel
 from steerlm_megatron.steer.records import Conversation
@@ -26,7 +26,7 @@ Values = dict[str, float]
 
 
 @dataclass
-class _Piece:
+class _ScoredDocument:
     """One forward-pass document and, per pooled position, which conversation and message it scores."""
 
     sample: Sample
@@ -34,17 +34,17 @@ class _Piece:
 
 
 def default_batch_tokens() -> int:
-    """On a CPU the activations of 2,048 tokens stay in its caches, and matrix products gain nothing from more
-    (benchmarks/annotate.md); a GPU is filled by more.
+    """Return the tokens of a forward pass for this device. On a CPU the activations of 2,048 tokens stay in its caches,
+    and matrix products gain nothing from more (benchmarks/annotate.md); a GPU needs more to be busy.
     """
     return 16384 if has_cuda() else 2048
 
 
 def rows_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Documents of like length together, in rows of up to ``batch_tokens`` tokens (or one longer document).
+    """Group documents of similar length into rows of up to ``batch_tokens`` tokens (or one longer document).
 
-    A row that is scored has no fixed length to fill, so there is nothing to fit; and documents of like length share
-    attention calls.
+    Rows that are scored have no fixed length, so no packing is needed; and documents of similar length share attention
+    calls.
     """
     rows: list[list[int]] = []
     room = 0
@@ -58,7 +58,9 @@ def rows_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
 
 
 class Scorer:
-    """Values of every assistant turn. ``batch_tokens``: packed tokens of a forward pass; None: as suits the device."""
+    """Scores every assistant turn. ``batch_tokens`` is the number of packed tokens of a forward pass; None suits the
+    device.
+    """
 
     def __init__(self, loaded: LoadedModel, batch_tokens: int | None = None) -> None:
         assert loaded.schema is not None
@@ -71,12 +73,12 @@ class Scorer:
     def score(
         self, conversations: Sequence[Conversation], progress: Callable[[int], None] | None = None
     ) -> list[dict[int, Values]]:
-        """Per conversation: message index → clamped float values on the schema's scale, of all attributes but those
-        that the model never saw a label of. Collective over the replica.
+        """Return for each conversation a mapping from message index to float values, clamped to the schema's scale, of
+        the attributes of which the model has seen labels. Collective over the replica.
 
         ``progress`` is called with the number of turns scored by each batch. Every rank of the replica gets the result.
         """
-        pieces = self._pieces(conversations)
+        pieces = self._documents(conversations)
         out: list[dict[int, Values]] = [{} for _ in conversations]
         for row in rows_by_length([len(piece.sample.tokens_T) for piece in pieces], self.batch_tokens):
             members = [pieces[i] for i in row]
@@ -98,22 +100,24 @@ class Scorer:
             if name not in self.schema.unseen
         }
 
-    def _pieces(self, conversations: Sequence[Conversation]) -> list[_Piece]:
-        """One document per conversation that fits; an over-long one is scored turn by turn, oldest turns cut off."""
-        # Weight says what is trained; every assistant turn is scored.
-        whole = [replace(c, messages=tuple(replace(m, weight=1) for m in c.messages)) for c in conversations]
-        pieces: list[_Piece] = []
-        for index, sample in enumerate(self._samples(whole)):
-            turns = [i for i, m in enumerate(whole[index].messages) if m.role == "assistant"]
+    def _documents(self, conversations: Sequence[Conversation]) -> list[_ScoredDocument]:
+        """Return one document per conversation that fits. An over-long one is scored turn by turn, without its oldest
+        turns.
+        """
+        # Weights concern training; every assistant turn is scored.
+        all_turns = [replace(c, messages=tuple(replace(m, weight=1) for m in c.messages)) for c in conversations]
+        pieces: list[_ScoredDocument] = []
+        for index, sample in enumerate(self._samples(all_turns)):
+            turns = [i for i, m in enumerate(all_turns[index].messages) if m.role == "assistant"]
             if sample is not None and len(sample.pool_P) == len(turns):
-                pieces.append(_Piece(sample, [(index, turn) for turn in turns]))
+                pieces.append(_ScoredDocument(sample, [(index, turn) for turn in turns]))
                 continue
-            alone = [replace(whole[index], messages=whole[index].messages[: turn + 1]) for turn in turns]
+            alone = [replace(all_turns[index], messages=all_turns[index].messages[: turn + 1]) for turn in turns]
             for turn, cut in zip(turns, self._samples(alone), strict=True):
                 assert cut is not None and len(cut.pool_P) >= 1, "a response always keeps its mark"
                 self.truncated_turns += cut.cut_tokens > 0
                 last = replace(cut, pool_P=cut.pool_P[-1:], values_PA=cut.values_PA[-1:])
-                pieces.append(_Piece(last, [(index, turn)]))
+                pieces.append(_ScoredDocument(last, [(index, turn)]))
         return pieces
 
     def _samples(self, conversations: Sequence[Conversation]) -> list[Sample | None]:
@@ -126,7 +130,7 @@ class Scorer:
         ]
 
     def _forward(self, samples: list[Sample]) -> np.ndarray:
-        """float32 [P, A] for the pooled positions of one packed row, on every rank of the replica."""
+        """Return float32 [P, A] for the pooled positions of one packed row, on every rank of the replica."""
         total = sum(len(s.tokens_T) for s in samples)
         values = predict_values(self.loaded.model, collate([samples], total, len(self.schema.names)))
         result = broadcast_in_replica(None if values is None else values.numpy())
@@ -135,11 +139,11 @@ class Scorer:
 
 
 def score_all(scorer: Scorer, conversations: Sequence[Conversation]) -> list[dict[int, Values]]:
-    """:meth:`Scorer.score` with the conversations spread over data-parallel replicas. Collective over the world."""
+    """Do :meth:`Scorer.score` with conversations distributed to data-parallel replicas. Collective over the world."""
     at = layout()
     if at.dp_size == 1:
         return scorer.score(conversations)
-    with apart():
+    with independent_work():
         own = scorer.score(conversations[at.dp_rank :: at.dp_size])
     parts = dict(gather_objects((at.dp_rank, own)))
     return [parts[i % at.dp_size][i // at.dp_size] for i in range(len(conversations))]

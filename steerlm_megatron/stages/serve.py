@@ -1,4 +1,4 @@
-"""``serve``: the sampling server over a trained model."""
+"""``serve``: run the sampling server over a trained model."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def run(config: Config) -> None:
                 "server per replica, each with its own server.port, and name them all in server.urls"
             )
         schema = open_checkpoint(checkpoint, "checkpoint", head="lm").conditioned_on
-        best = requested_best(config, schema or NO_ATTRIBUTES)  # what is wrong with it is said before weights are read
+        best = requested_best(config, schema or NO_ATTRIBUTES)  # checked before weights are read
         loaded = load_model(checkpoint, config, "checkpoint", head="lm", gather_logits=True)
         if schema is not None:
             schema = replace(schema, best=best)
         generator = open_generator(config, loaded, config.server.max_queue)
         if not here.layout.is_main:
-            # A launcher signals every rank; the main one finishes what is running and then stops the others.
+            # A launcher signals every rank. The main rank finishes running requests and then stops the others.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
         serve(generator, schema, config.server, config.sampling)

@@ -1,8 +1,8 @@
-"""The tokenizer that the configuration asks for, and the shards that it makes of record files.
+"""Open or train the configured tokenizer, and make shards of record files with it.
 
-Owns: opening or training the tokenizer and refusing one that cannot write labels; progress of tokenisation, and its end
-on a signal. Does not own: where records come from (``collect.py``), tokenisation and file formats (``data``).
-Invariant: no shards are made with a tokenizer to which two labels are the same tokens.
+Owns: opening or training the tokenizer and refusing one that cannot write labels; the progress of tokenisation, and its
+end on a signal. Does not own: collecting records (``collect.py``), tokenisation and file formats (``data``). Invariant:
+no shards are made with a tokenizer that turns two labels into the same tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from steerlm_megatron.steer.templates import Template
 
 
 def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
-    """``tokenizer.path`` opened, or one trained on ``files``."""
+    """Open ``tokenizer.path``, or train a tokenizer on ``files``."""
     template = Template.from_config(config.template)
     strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
     texts = training_texts(files, schema_of(config), template, config.data) if config.tokenizer.train else None
@@ -40,7 +40,7 @@ def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
 
 
 def check_tokenizer(config: Config) -> None:
-    """Refuse a tokenizer that cannot be opened or cannot write labels, before a corpus is read for it."""
+    """Refuse a tokenizer that cannot be opened or cannot write labels, before a corpus is read."""
     if not config.tokenizer.train or config.tokenizer.path:
         template = Template.from_config(config.template)
         strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
@@ -48,7 +48,7 @@ def check_tokenizer(config: Config) -> None:
 
 
 def _check_labels(tokenizer: Tokenizer, config: Config) -> None:
-    """Refuse a tokenizer to which two labels of the schema are the same tokens: such labels could steer nothing.
+    """Refuse a tokenizer that turns two labels of the schema into the same tokens, since such labels could not steer.
 
     A model without byte fallback makes the same unknown token (or nothing) of every character that it lacks.
     """
@@ -76,14 +76,13 @@ def make_shards(
 ) -> dict[str, Any]:
     """Tokenize ``splits`` into ``output_dir/<split>`` with a progress bar. Returns the summary of ``preprocess``.
 
-    ``converted``: the report of the converter that made them, if one did.
-
-    A ``valid`` without files: there is no validation set, and none is dealt. ``overwrite``: replace shards that other
-    inputs or settings gave. Asked to stop, it exits with 75; run again, it goes on from there.
+    ``converted`` is the report of the converter that made the records, if one did. If ``valid`` has no files, there is
+    no validation set, and none is split off. ``overwrite`` replaces shards that other inputs or settings gave. When it
+    is asked to stop, it exits with 75, and another run goes on from there.
     """
     data = config.data if splits.get("valid", True) else dataclasses.replace(config.data, valid_fraction=0.0)
     splits = {split: files for split, files in splits.items() if files}
-    before = None  # what the converter rejected, beside its records
+    before = None  # the converter's rejected lines, in a file beside its records
     if converted and converted.get("rejected_lines"):
         listed = Path(splits["train"][0]).with_name(REJECTED_FILE)
         before = listed if listed.is_file() else None
@@ -110,13 +109,13 @@ def make_shards(
                 rejected_before=before,
             )
         except UserError as error:
-            if stop.requested:  # the signal went to the processes that tokenise, too
+            if stop.requested:  # the signal ended the worker processes too
                 raise Interrupted(stop.reason) from error
             raise
 
 
 def _converted(report: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a manifest keeps of a converter's report; None if nothing was converted."""
+    """Return the part of a converter's report that a manifest keeps; None if nothing was converted."""
     if "sources" not in report:
         return None
     kept = ("source", "key", "sources", "in", "out", "skipped", "rejected_lines", "trained_replies", "context_replies",

@@ -1,8 +1,7 @@
-"""``train_ap`` and ``train_sft``: from shards and a configuration to a Trainer.
+"""``train_ap`` and ``train_sft``: set up a Trainer from shards and a configuration.
 
-Owns: which view of the shards a command trains on, whether data, model and checkpoint fit together, building the
-engine.
-Does not own: the loop (``train/loop.py``). Invariant: every mismatch is found before the model is built.
+Owns: the choice of the view, the checks that data, model and checkpoint fit together, building the engine. Does not
+own: the loop (``train/loop.py``). Invariant: every mismatch is found before the model is built.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ from steerlm_megatron.train.objective import Objective, RegressionObjective, Tok
 if TYPE_CHECKING:
     from steerlm_megatron.train.engine_deepspeed import DeepSpeedEngine
 
-# What the packing's report says of samples that are not trained as they are.
+# Log messages for counts of the packing report about samples that are not trained unchanged.
 _LEFT_OUT = {
     "truncated": "cut to train.row_tokens (data.overlong={})",
     "dropped_overlong": "longer than train.row_tokens left out (data.overlong={})",
@@ -67,13 +66,13 @@ _VIEW_TITLES = {
 
 
 def run(config: Config) -> TrainResult:
-    """Train as ``config.command`` says. Collective over the world."""
+    """Run the training command of ``config``. Collective over the world."""
     with session(config) as here:
         return train(here)
 
 
 def view_of(config: Config) -> View:
-    """How this command sees a stored conversation (``data/views.py``)."""
+    """Return the view of a stored conversation that this command trains on (``data/views.py``)."""
     if config.command == "train_ap":
         return "ap"
     if config.train.objective == "lm":
@@ -82,11 +81,11 @@ def view_of(config: Config) -> View:
 
 
 def train(here: Session) -> TrainResult:
-    """One training run inside a session."""
+    """Do one training run inside a session."""
     config = here.config
     view = view_of(config)
-    # One rank reads every byte; an error there ends the others.
-    data, valid = _open_data(config, verify=config.data.verify and here.layout.is_main)
+    # Only one rank compares checksums, which reads every byte; an error there ends the others.
+    data, valid = open_data(config, verify=config.data.verify and here.layout.is_main)
     _check_data(config, data, view)
     base = check_init(config, data, view)
     counts = _label_counts(config, data, view, base)
@@ -115,7 +114,7 @@ def train(here: Session) -> TrainResult:
             verify(base)
             engine.load_model(base)
     _announce(config, view, rows, loaders[0], steps)
-    _check_profile(config, here.layout.world_size, meta.step, steps)
+    check_profile(config, here.layout.world_size, meta.step, steps)
     profiler = StepProfiler(here.folder, config.profile.steps, here.layout.rank, config.profile.ranks)
     sinks = on_main(lambda: sinks_of(config.tracking, here.folder, to_container(config))) or []
     with closing(MetricsWriter(here.folder, sinks=sinks, active=here.layout.is_main)) as metrics:
@@ -137,30 +136,35 @@ def train(here: Session) -> TrainResult:
     return result
 
 
-def _open_data(config: Config, verify: bool = False) -> tuple[Corpora, Corpora | None]:
+def open_data(config: Config, verify: bool = False) -> tuple[Corpora, Corpora | None]:
+    """Open the training corpora, and the validation corpora if there are any. ``verify`` compares checksums too."""
     train, valid = config.data.train, config.data.valid
     if train is None:
         train, valid = ensure_shards(config)
     folders = [Path(name) for name in paths_of(train)]
     held_out = [Path(name) for name in paths_of(valid)]
-    if not held_out:  # what preprocess wrote beside the training shards
+    if not held_out:  # take what preprocess wrote beside the training shards
         held_out = [path / "valid" for path in folders if _is_split(path) and is_complete(path / "valid")]
     folders = [path / "train" if _is_split(path) else path for path in folders]
     data = Corpora([ShardDataset.open(path, verify) for path in folders], "data.train")
     if not held_out:
         return data, None
     valid_data = Corpora([ShardDataset.open(path, verify) for path in held_out], "data.valid")
-    Corpora([data.datasets[0], valid_data.datasets[0]], "data.valid")  # they fit together
+    Corpora(
+        [data.datasets[0], valid_data.datasets[0]], "data.valid"
+    )  # raises if training and validation data do not fit together
     return data, valid_data
 
 
 def _is_split(path: Path) -> bool:
-    """Whether ``path`` is what ``preprocess`` was given as ``data.output_dir``: shards in ``train`` and ``valid``."""
+    """Return whether ``path`` was an output folder of ``preprocess``, with shards in ``train`` and ``valid``."""
     return not is_complete(path) and is_complete(path / "train")
 
 
 def _pack(config: Config, data: Corpora, view: View, weights: Sequence[float] = ()) -> Rows:
-    """The packed rows of ``data``. The main rank packs and stores, the others read that. Collective over the world."""
+    """Return the packed rows of ``data``. The main rank packs and stores them, and the others read that. Collective
+    over the world.
+    """
     train = config.train
 
     def rows(store: bool) -> Rows:
@@ -177,7 +181,7 @@ def _loader(here: Session, rows: Rows, start_row: int, end_row: int | None = Non
 
 
 def _check_data(config: Config, data: Corpora, view: View) -> None:
-    """Schema and template of the shards are those of the configuration."""
+    """Refuse shards whose schema or template differs from the configuration."""
     wanted = Template.from_config(config.template).to_dict()
     found = data.template.to_dict()
     for key, value in wanted.items():
@@ -201,8 +205,8 @@ def _check_data(config: Config, data: Corpora, view: View) -> None:
         )
 
 
-def _check_profile(config: Config, ranks: int, done: int, steps: int) -> None:
-    """Say of a profile that was asked for that there will be none, or less."""
+def check_profile(config: Config, ranks: int, done: int, steps: int) -> None:
+    """Refuse a profile of ranks that do not exist, and warn if the requested steps will not be run."""
     wanted = config.profile
     if not wanted.steps:
         return
@@ -215,8 +219,11 @@ def _check_profile(config: Config, ranks: int, done: int, steps: int) -> None:
 
 
 def _label_counts(config: Config, data: Corpora, view: View, base: Path | None) -> dict[str, int]:
-    """Labels per attribute behind the model, those of the checkpoint it starts from included. Nothing is conditioned on
-    or predicted that has none: ``UserError`` where no attribute has any, a warning that names those without.
+    """Count the labels of each attribute that the model has seen, including those of the checkpoint that it starts
+    from.
+
+    Attributes without labels are neither conditioned on nor predicted: a warning names them, and a ``UserError`` is
+    raised if no attribute has labels.
     """
     if view not in ("ap", "acsft"):
         return {}
@@ -270,8 +277,8 @@ def _objective(config: Config, view: View) -> Objective:
 def _build_engine(
     config: Config, data: Corpora, view: View, steps: int, within: str
 ) -> tuple[Engine, Iterable[tuple[torch.nn.Parameter, torch.Tensor]], Callable[[int, float], float]]:
-    """The engine; the initial weights of parameters whose name starts with ``within``, not yet drawn; and the function
-    that counts floating-point operations (docs/numerics.md).
+    """Return the engine, the initial weights of parameters whose name starts with ``within`` (not yet drawn), and the
+    function that counts floating-point operations (docs/numerics.md).
     """
     chunks, initial = [], []
     chunk_count = config.parallel.virtual_pipeline or 1
@@ -291,12 +298,12 @@ def _build_engine(
         initial.append(initial_weights(chunk, config.model, vocab_size, config.train.seed, mean_A, within))
         chunks.append(chunk)
     engine = engine_of(config.engine)(chunks, _objective(config, view), config.optim, config.engine, steps)
-    return engine, itertools.chain(*initial), _flops_of(config, vocab_size, view)
+    return engine, itertools.chain(*initial), flops_of(config, vocab_size, view)
 
 
-def _flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, float], float]:
-    """Model FLOPs of so many useful tokens and Σ s² (docs/numerics.md). A frozen trunk has no backward pass: a third of
-    training's.
+def flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, float], float]:
+    """Return a function from useful tokens and Σ s² to model FLOPs (docs/numerics.md). A frozen trunk has no backward
+    pass and takes a third of them.
     """
     model, multiplied = config.model, _multiplied_parameters(config.model, vocab_size, view)
     width = (model.head_dim or model.hidden_size // model.num_heads) * model.num_heads
@@ -309,7 +316,7 @@ def _flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, flo
 
 
 def engine_of(engine: EngineConfig) -> type[MegatronEngine] | type[DeepSpeedEngine]:
-    """The engine's class. DeepSpeed is imported where it is asked for: it takes seconds."""
+    """Return the engine's class. DeepSpeed is imported only when it is chosen, since that takes seconds."""
     if engine.name == "deepspeed":
         from steerlm_megatron.train.engine_deepspeed import DeepSpeedEngine
 
@@ -318,14 +325,14 @@ def engine_of(engine: EngineConfig) -> type[MegatronEngine] | type[DeepSpeedEngi
 
 
 def _peak(config: Config, here: Session) -> float | None:
-    """FLOP/s of all devices together, for ``mfu``; None where it is not known."""
+    """Return the peak FLOP/s of all devices together, for ``mfu``; None if it is unknown."""
     stated = config.tracking.peak_tflops
     one = 1e12 * stated if stated else peak_flops(device_name(), config.engine.precision)
     return one * here.layout.world_size if one else None
 
 
 def _multiplied_parameters(model: ModelConfig, vocab_size: int, view: View) -> int:
-    """Parameters that every token meets in a matrix product: all but the input embedding and the norms."""
+    """Count the parameters that every token is multiplied with: all but the input embedding and the norms."""
     head = model.head_dim or model.hidden_size // model.num_heads
     groups = model.num_query_groups or model.num_heads
     attention = model.hidden_size * head * (2 * model.num_heads + 2 * groups)

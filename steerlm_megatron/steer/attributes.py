@@ -1,8 +1,8 @@
 """Attribute schemas: the names, order and scale of the values that steer a response, and their one written form.
 
-Owns: quantisation (float *value* on the schema's scale → integer *level*), clamping, checking, the label string
-(``quality:6,toxicity:0``) both ways, and the vector that a regression head is trained on. Does not own: where in a
-prompt the label string stands (``templates.py``) or how values are stored (``records.py``).
+Owns: quantisation (float *value* on the schema's scale → integer *level*), clamping, checking, writing and parsing the
+label string (``quality:6,toxicity:0``), and the vector that a regression head is trained on. Does not own: the place of
+the label string in a prompt (``templates.py``), how values are stored (``records.py``).
 
 Invariant: ``parse(format(levels)) == levels`` for all levels of the schema, and the string is always in schema order.
 Rounding is half to even, as in the released SteerLM scripts. A schema without names conditions on nothing.
@@ -21,12 +21,12 @@ from typing import Any
 from steerlm_megatron.errors import UserError
 
 _NAME = re.compile(r"[\w.-]+")
-_FIELDS = ("name", "names", "max_level", "quality", "best")  # what the configuration has
+_FIELDS = ("name", "names", "max_level", "quality", "best")  # the fields of the configuration group
 _UNSEEN = "unseen"
 
 
 def is_number(value: Any) -> bool:
-    """Whether ``value`` is a float, or an int that a float can hold, and not a bool."""
+    """Return whether ``value`` is a float, or an int that a float can hold, and not a bool."""
     return isinstance(value, float) or (
         isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     )
@@ -34,17 +34,17 @@ def is_number(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class AttributeSchema:
-    """Names in order, on a scale 0..max_level.
+    """The attributes of a model or corpus: their names in order, on a scale 0..max_level.
 
     Args:
         name: what the schema is called (``oasst``, ``helpsteer``, …).
         names: attributes in the order of the label string; empty: no conditioning.
         max_level: the highest level; the lowest is 0.
         quality: the attribute that bootstrapping maximises; one of ``names`` (unless there are none).
-        best: levels asked for when a user names none. An attribute left out is not asked for, except ``quality``, which
-            is then asked for at ``max_level``.
-        unseen: those of ``names`` that a model was never shown a value of. They are never asked for by default, and
-            asking for one is an error: what the model makes of it means nothing.
+        best: levels that are requested when a user names none. An attribute left out here is not requested, except
+            ``quality``, which is then requested at ``max_level``.
+        unseen: those of ``names`` of which the model's training data had no value. They are never requested by default,
+            and requesting one is an error, since the model has learned nothing of it.
 
     Raises:
         UserError: a malformed or repeated name, a scale below 1, ``quality`` or ``best`` outside the schema.
@@ -78,19 +78,21 @@ class AttributeSchema:
 
     @property
     def seen(self) -> tuple[str, ...]:
-        """The attributes without ``unseen``."""
+        """The attributes of which the model has seen values: all but ``unseen``."""
         return tuple(name for name in self.names if name not in self.unseen)
 
     @classmethod
     def from_config(cls, cfg: Any) -> AttributeSchema:
-        """From a mapping or an object with the fields of ``config.schema.AttributesConfig``."""
+        """Make a schema from a mapping or an object with the fields of ``config.schema.AttributesConfig``."""
         if isinstance(cfg, Mapping):
             return cls.from_dict(cfg)
         return cls.from_dict({key: getattr(cfg, key) for key in _FIELDS})
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> AttributeSchema:
-        """Inverse of ``to_dict``. ``names`` and ``max_level`` are required; an unknown key is refused."""
+        """Make a schema from what ``to_dict`` gives. ``names`` and ``max_level`` are required; an unknown key is
+        refused.
+        """
         for key in data:
             if key not in (*_FIELDS, _UNSEEN):
                 raise UserError(f"attributes.{key}: unknown key; legal keys: {' '.join(_FIELDS)}")
@@ -107,7 +109,7 @@ class AttributeSchema:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data with the keys of the config group, and ``unseen`` if there are such attributes."""
+        """Return plain data with the keys of the config group, and ``unseen`` if there are such attributes."""
         data = {
             "name": self.name,
             "names": list(self.names),
@@ -118,7 +120,7 @@ class AttributeSchema:
         return data | {_UNSEEN: list(self.unseen)} if self.unseen else data
 
     def level(self, value: float) -> int:
-        """The level of a value on the schema's scale: rounded half to even, clamped to 0..max_level.
+        """Return the level of a value on the schema's scale: rounded half to even, clamped to 0..max_level.
 
         Raises:
             UserError: ``value`` is NaN or no number.
@@ -146,7 +148,7 @@ class AttributeSchema:
                 )
 
     def levels(self, values: Mapping[str, float] | None) -> dict[str, int]:
-        """Levels of the values that are present, in schema order; ``{}`` if the schema has no names.
+        """Return levels of the values that are present, in schema order; ``{}`` if the schema has no names.
 
         Raises:
             UserError: an attribute that the schema lacks, or NaN.
@@ -164,7 +166,7 @@ class AttributeSchema:
         return found
 
     def format(self, levels: Mapping[str, int]) -> str:
-        """The label string, ``name:level`` joined by commas in schema order; missing attributes are omitted.
+        """Return the label string, ``name:level`` joined by commas in schema order; missing attributes are omitted.
 
         Raises:
             UserError: an unknown attribute, or a level that is no integer in 0..max_level.
@@ -181,7 +183,7 @@ class AttributeSchema:
         return ",".join(parts)
 
     def parse(self, text: str) -> dict[str, int]:
-        """Levels from a label string, in schema order; the inverse of ``format``. ``""`` gives ``{}``.
+        """Return levels from a label string, in schema order; the inverse of ``format``. ``""`` gives ``{}``.
 
         Raises:
             UserError: not ``name:level`` pairs joined by commas, an unknown or repeated name, a level out of scale.
@@ -199,12 +201,12 @@ class AttributeSchema:
         return {name: found[name] for name in self.names if name in found}
 
     def vector(self, values: Mapping[str, float] | None) -> list[float]:
-        """``len(names)`` floats in schema order, NaN where a value is missing (a regression target)."""
+        """Return ``len(names)`` floats in schema order, NaN where a value is missing (a regression target)."""
         values = values or {}
         return [float(values.get(name, math.nan)) for name in self.names]
 
     def complete(self, levels: Mapping[str, int] | None) -> dict[str, int]:
-        """What a request means at inference: ``best``, overridden by the levels that are asked for; schema order.
+        """Return the levels to use at inference: ``best``, overridden by the requested ``levels``, in schema order.
 
         Raises:
             UserError: an unknown or unseen attribute, or a level that is no integer in 0..max_level.
@@ -226,7 +228,7 @@ class AttributeSchema:
         return level
 
     def _unknown(self, name: object) -> str:
-        """The message for an attribute that the schema lacks, with the nearest right name."""
+        """Return the message for an attribute that the schema lacks, with the nearest right name."""
         if not self.names:
             return f"unknown attribute {name!r}: schema {self.name!r} has no attributes"
         near = nearest(str(name), self.names)
@@ -234,6 +236,6 @@ class AttributeSchema:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)`` for the known word nearest to ``word``, or ``""``."""
+    """Return `` (did you mean 'x'?)`` for the known word nearest to ``word``, or ``""``."""
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

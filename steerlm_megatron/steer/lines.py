@@ -1,10 +1,10 @@
-"""Lines of bytes → JSON objects, and lines that are none: what is wrong with them, and where it is kept.
+"""Parse lines of bytes as JSON objects, and explain lines that are malformed.
 
-Owns: what a file is that is no text, what is wrong with a line that is no JSON, ``rejected``. Does not own: opening and
-decompressing files, what an object means (``records.py``), JSON arrays (``data_tools/rows.py``).
+Owns: recognising files that are not text, explaining lines that are not JSON, the list ``rejected``. Does not own:
+opening and decompressing files, the meaning of an object (``records.py``), JSON arrays (``data_tools/rows.py``).
 
-Invariants: every line becomes an object, an error naming ``file:line``, or an entry of ``rejected``; an error of the
-whole file is never skipped.
+Invariants: every line becomes an object, an error naming ``file:line``, or an entry of ``rejected``; an error that
+concerns a whole file is never skipped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TABLE = "take data.source=hf, which reads it by name"
 _UNPACK = "unpack it first"
 _ENCODING = "save it as UTF-8"
 _PICKLE = "write its rows as JSON lines (opening a pickle runs what it holds)"
-# What a file is whose content begins so, and what to do with it.
+# Beginnings of files that are not text, with the name of the format and the remedy.
 _FOREIGN = (
     (b"PAR1", "a Parquet file", _TABLE),
     (b"ARROW1", "an Arrow file", _TABLE),
@@ -58,7 +58,9 @@ _FOREIGN = (
 def parse_lines(
     lines: Iterator[tuple[str, bytes]], on_error: OnError = "error", rejected: Rejected | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``("file:line", object)`` for every line that is not blank; ``lines`` and errors as of ``raw_lines``."""
+    """Yield ``("file:line", object)`` for every line that is not blank; ``lines`` are those of ``raw_lines``, whose
+    errors pass through.
+    """
     where = ""
     while True:
         try:
@@ -75,16 +77,18 @@ def parse_lines(
 
 
 def reject(error: UserError, on_error: OnError, rejected: Rejected | None) -> None:
-    """Raise ``error`` (``file:line: reason``) or, if ``on_error`` is ``skip``, note it in ``rejected``."""
+    """Raise ``error`` (``file:line: reason``) or, if ``on_error`` is ``skip``, append it to ``rejected``."""
     match = _LINE_ERROR.fullmatch(str(error))
-    if on_error != "skip" or match is None:  # an error of the whole file is never skipped
+    if on_error != "skip" or match is None:  # an error that concerns the whole file is never skipped
         raise error
     if rejected is not None:
         rejected.append((match[1], match[2].encode("utf-8", "backslashreplace").decode()))
 
 
 def rejected_json(where: str, reason: str, line: bytes | None) -> str:
-    """A line of ``rejected.jsonl``; ``line``: what was rejected, None where it cannot be told (what is no UTF-8: �)."""
+    """Return a line of ``rejected.jsonl``; ``line`` is the rejected line, or None if it is unknown. Invalid UTF-8
+    becomes �.
+    """
     entry = {"where": where, "reason": reason}
     if line is not None:
         entry["line"] = line.decode("utf-8", "replace").rstrip("\r\n")
@@ -114,12 +118,12 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _parse(line: bytes, where: str) -> dict[str, Any]:
-    """One line as a JSON object; raises UserError."""
-    return parse_object(decode_line(line, where), where, whole=line.endswith(b"\n"))
+    """Return one line as a JSON object; raises UserError."""
+    return parse_object(decode_line(line, where), where, complete=line.endswith(b"\n"))
 
 
-def parse_object(text: str, where: str, whole: bool = True) -> dict[str, Any]:
-    """A JSON object. ``whole``: nothing of ``text`` can be missing at its end.
+def parse_object(text: str, where: str, complete: bool = True) -> dict[str, Any]:
+    """Return ``text`` parsed as a JSON object. ``complete`` says that nothing can be missing at the end of ``text``.
 
     Raises:
         UserError: naming ``where`` for malformed JSON, NaN, or another type.
@@ -128,7 +132,7 @@ def parse_object(text: str, where: str, whole: bool = True) -> dict[str, Any]:
         value = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         reason = _why_malformed(text, error)
-        if not whole and not reason:
+        if not complete and not reason:
             raise UserError(
                 f"{where}: torn last line, the file was cut off while it was written ({error}); delete the line"
             ) from error
@@ -140,11 +144,11 @@ def parse_object(text: str, where: str, whole: bool = True) -> dict[str, Any]:
 
 _BRACKETS = re.compile(r"[\[{\s]*\n")
 _SPARE_COMMA = re.compile(r",\s*([}\]])")
-_MOST_TRIED = 1 << 16  # characters of a line that is looked at again
+_MOST_TRIED = 1 << 16  # longer lines are not analysed
 
 
 def _why_malformed(text: str, error: Exception) -> str:
-    """What is wrong with a text that is no JSON, where something usual is; else empty."""
+    """Return the usual mistake that makes a text no JSON, in words; empty if none is recognised."""
     said = getattr(error, "msg", "")
     stripped = text.strip()[:_MOST_TRIED]
     if said.startswith("Invalid control character"):
@@ -172,10 +176,10 @@ def _is_json(text: str) -> bool:
 
 
 def _is_python(text: str) -> bool:
-    """Whether it is a literal of Python (which is parsed, never run)."""
+    """Return whether ``text`` is a Python literal. It is parsed and never executed."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an escape that Python does not know is no news about the line
+            warnings.simplefilter("ignore")  # Python's warnings about unknown escapes do not help the user
             ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return False
@@ -186,5 +190,5 @@ _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def json_line(data: Mapping[str, Any]) -> bytes:
-    """One line of JSON in UTF-8. Half a surrogate pair (in an id or an unknown key) stays the escape that it was."""
+    """Return one line of JSON in UTF-8. A lone surrogate (in an id or an unknown key) stays an escape."""
     return (_encode(data) + "\n").encode("utf-8", "backslashreplace")

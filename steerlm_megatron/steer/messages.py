@@ -1,10 +1,10 @@
-"""One message of a record: what may stand in it, and the one rule for whether it is trained.
+"""One message of a record: its fields, and the one rule for whether it is trained.
 
 A reply is trained if it has text and nothing says otherwise: ``weight`` or ``loss_weight`` = 0, ``train``, ``training``
-or ``loss`` = false, ``mask`` = true. What is not trained is context: no loss, and no target of its labels. A user's or
-system text never is.
+or ``loss`` = false, ``mask`` = true. A reply that is not trained is context: it has no loss, and its labels are no
+targets. Users' and system messages are never trained.
 
-Owns: ``Message`` and its checks, what counts as absent. Does not own: the record around it (``records.py``).
+Owns: ``Message`` and its checks, which values count as absent. Does not own: the record around it (``records.py``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, is_number
 
-# Other names under which corpora say whether a reply is trained, and the value that says that it is.
+# Corpora use these other names to say whether a reply is trained. The value is the one that means "trained".
 SWITCHES: Mapping[str, bool] = {"train": True, "training": True, "loss": True, "mask": False}
 LOSS_WEIGHT = "loss_weight"
 TOOL_RULE = "calls or is a tool; only system, user and assistant text can be trained on"
@@ -32,7 +32,7 @@ class Message:
         role: ``system``, ``user`` or ``assistant``.
         content: its text.
         attributes: values on the schema's scale (assistant only); None if there are none.
-        weight: assistant only: 1 is trained on and a label target, 0 is context only (so is a reply without text).
+        weight: of assistant messages: 1 is trained and a label target, 0 is context (as is a reply without text).
         extra: the other keys of the message, as read.
     """
 
@@ -44,7 +44,7 @@ class Message:
 
 
 def message_from_json(item: Any, where: str, index: int, schema: AttributeSchema | None) -> Message:
-    """Message ``index`` of a parsed record, checked; ``where``: ``file:line``. Raises ``UserError``, naming it."""
+    """Check message ``index`` of a parsed record and return it. A ``UserError`` names ``where``, its ``file:line``."""
     if not isinstance(item, dict):
         raise UserError(f"{where}: messages[{index}]={brief(item)} must be an object with role and content")
     role, content = item.get("role"), item.get("content")
@@ -63,7 +63,7 @@ def message_from_json(item: Any, where: str, index: int, schema: AttributeSchema
     extra = {} if item.keys() <= _KEYS else {k: v for k, v in item.items() if k not in _KEYS}
     if extra and _calls(extra):
         raise UserError(f"{where}: messages[{index}] {TOOL_RULE}")
-    if role != "assistant":  # other switches there say what is so anyway
+    if role != "assistant":  # other messages are context anyway, so switches change nothing there
         if attributes or item.get("weight") is not None:
             key = "attributes" if attributes else "weight"
             raise UserError(f"{where}: messages[{index}].{key} is on a {role} message; only assistant messages have it")
@@ -75,17 +75,17 @@ def message_from_json(item: Any, where: str, index: int, schema: AttributeSchema
 
 
 def has_text(content: str) -> bool:
-    """Whether a reply says anything: one that does not is never trained, nor a target of its labels."""
+    """Return whether a reply has text. A reply without text is never trained, and its labels are no targets."""
     return bool(content) and not content.isspace()
 
 
 def count_empty_replies(messages: Iterable[Message]) -> int:
-    """How many replies have no text."""
+    """Count the replies that have no text."""
     return sum(message.role == "assistant" and not has_text(message.content) for message in messages)
 
 
 def _weight(item: Mapping[str, Any], extra: dict[str, Any], where: str) -> tuple[int, dict[str, Any]]:
-    """The weight of an assistant message, by whichever keys say it, and ``extra`` without these.
+    """Return the weight of an assistant message from whichever keys give it, and ``extra`` without these keys.
 
     Raises:
         UserError: a weight other than 0 and 1; two keys that contradict each other.
@@ -107,8 +107,9 @@ def _weight(item: Mapping[str, Any], extra: dict[str, Any], where: str) -> tuple
 
 
 def without_null_objects(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """``data``, in which every object of nothing but nulls is null, or (in a list) not there. ``UserError`` if it is
-    nested too deep.
+    """Return ``data`` with every object that holds nothing but nulls replaced by null, or removed from its list.
+
+    Raises ``UserError`` if ``data`` is nested too deeply.
     """
     try:
         return _present(data) or {}
@@ -118,7 +119,7 @@ def without_null_objects(data: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _present(data: Mapping[str, Any]) -> dict[str, Any] | None:
     made: dict[str, Any] = {}
-    found = not data  # an empty object is one without nulls
+    found = not data  # an empty object has no nulls, and stays
     for key, value in data.items():
         if isinstance(value, dict):
             value = _present(value)
@@ -143,11 +144,11 @@ def _present_items(items: list[Any]) -> list[Any]:
 
 
 def _calls(item: Mapping[str, Any]) -> bool:
-    return bool(item.get("tool_calls") or item.get("function_call"))  # the second: OpenAI's older name
+    return bool(item.get("tool_calls") or item.get("function_call"))  # function_call is OpenAI's older name
 
 
 def _other_role(role: Any, where: str) -> str:
-    """OpenAI's other roles: ``developer`` is ``system``; tools are not text."""
+    """Translate OpenAI's other roles: ``developer`` becomes ``system``; tools are refused."""
     if role == "developer":
         return "system"
     if role in ("tool", "function"):
@@ -156,7 +157,7 @@ def _other_role(role: Any, where: str) -> str:
 
 
 def _joined_parts(item: Mapping[str, Any], where: str) -> str:
-    """The text of OpenAI's content in parts (``[{"type": "text", "text": "…"}]``)."""
+    """Return the text of OpenAI's content in parts (``[{"type": "text", "text": "…"}]``)."""
     parts = item.get("content")
     if parts is None and _calls(item):
         raise UserError(f"{where} {TOOL_RULE}")
@@ -178,7 +179,7 @@ def _attributes(data: Any, where: str, schema: AttributeSchema | None) -> dict[s
     return values or None
 
 
-_ANY = AttributeSchema("any", (), 1)  # knows no names: checks only that values are numbers
+_ANY = AttributeSchema("any", (), 1)  # a schema without names checks only that values are numbers
 
 
 def brief(value: Any) -> str:

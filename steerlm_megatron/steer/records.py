@@ -1,19 +1,19 @@
 """Conversation records: JSONL files (plain, ``.gz`` or ``.zst``) of the field's ``messages`` shape, read and written.
 
 ``{"id": "…", "messages": [{"role": "system|user|assistant", "content": "…", "attributes": {"quality": 6.75}, "weight":
-1}], "source": "…"}``. ``attributes`` are floats on the schema's scale, on assistant messages only; absent or partial is
-fine, and a null value is an absent one. ``weight`` is 0 or 1 on assistant messages, as in OpenAI's fine-tuning format:
-0 is context only; so say ``train``, ``training`` or ``loss`` = false, ``mask`` = true and ``loss_weight`` = 0. A reply
-without text is context, whatever else it says: there is nothing in it to learn. An object of nothing but nulls is
-absent, wherever it stands (Arrow gives every struct all keys). Of OpenAI's variants, ``developer`` is ``system`` and
-content in parts of text is their text; tools are refused. Unknown keys of a record and of a message are kept and
-written back.
+1}], "source": "…"}``. ``attributes`` are floats on the schema's scale. Only assistant messages have them; they may be
+absent or partial, and a null value counts as absent. ``weight`` is 0 or 1 on assistant messages, as in OpenAI's
+fine-tuning format, and 0 makes the message context. ``train``, ``training`` or ``loss`` = false, ``mask`` = true and
+``loss_weight`` = 0 mean the same. A reply without text is context whatever its keys say, since there is nothing to
+learn in it. An object that holds nothing but nulls counts as absent, because Arrow gives every struct all keys. Of
+OpenAI's variants, the role ``developer`` is read as ``system``, and content in parts is joined; tools are refused.
+Unknown keys of a record and of a message are kept and written back.
 
-Owns: opening files, the record's shape and its checks, writing. Does not own: lines that are no JSON (``lines.py``),
-prompt text (``templates.py``).
+Owns: opening files, the record's fields and their checks, writing. Does not own: lines that are not JSON
+(``lines.py``), prompt text (``templates.py``).
 
 Invariants: a file is read in constant memory; every line becomes a record, an error naming ``file:line``, or an entry
-of ``rejected``; a written file appears only when it is whole.
+of ``rejected``; a written file appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One conversation (a *sample*). ``extra`` holds the other keys of the record, as read."""
+    """One conversation (a *sample*). ``extra`` holds the record's other keys as they were read."""
 
     id: str
     messages: tuple[Message, ...]
@@ -55,7 +55,9 @@ class Conversation:
 
 
 def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Files for paths and globs, in the order given, those of one glob sorted, each once. A glob takes no folders.
+    """Return the files that paths and globs name, each once, in the order given; those of a glob are sorted.
+
+    A glob matches no folders.
 
     Raises:
         UserError: no path at all, a missing file, a folder, a file that may not be read, a glob that matches nothing.
@@ -81,7 +83,7 @@ def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 def read_json_lines(
     path: str | os.PathLike[str], on_error: OnError = "error", rejected: Rejected | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """``("file:line", object)`` for every line of a JSONL file that is not blank.
+    """Yield ``("file:line", object)`` for every line of a JSONL file that is not blank.
 
     Args:
         path: the file; ``.gz`` and ``.zst`` are decompressed.
@@ -95,10 +97,10 @@ def read_json_lines(
 
 
 class _ZstdReader(io.RawIOBase):
-    """Decompresses a ``.zst`` file of one or more frames; refuses a cut-off one, unlike zstandard's own reader."""
+    """Decompress a ``.zst`` file of one or more frames. Unlike zstandard's reader it refuses a file that is cut off."""
 
     def __init__(self, raw: IO[bytes]) -> None:
-        import zstandard  # only who reads .zst needs it
+        import zstandard  # imported here, since only .zst files need it
 
         self._raw = raw
         self._error = zstandard.ZstdError
@@ -133,12 +135,13 @@ class _ZstdReader(io.RawIOBase):
 
 
 def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, bytes]]:
-    """``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or damaged.
+    """Yield ``("file:line", bytes with their newline)``; raises UserError for a file that is missing, empty, or
+    damaged.
 
-    A byte order mark at the start of a line is left out. ``most_bytes``: longer lines come in pieces of that size, so
-    that memory does not depend on what a line holds.
+    A byte order mark at the start of a line is removed. Lines longer than ``most_bytes`` come in parts of that size, so
+    that memory does not depend on the length of lines.
     """
-    number, blank, begins = 0, True, True  # begins: the next piece is the beginning of a line
+    number, blank, begins = 0, True, True  # begins: whether the next part begins a line
     try:
         with ExitStack() as stack:
             stream: Any = stack.enter_context(open(path, "rb"))
@@ -148,7 +151,7 @@ def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, b
                 stream = io.BufferedReader(_ZstdReader(stream), _READ_BYTES)
             refuse_foreign(path, stream.peek(16))
             for number, line in enumerate(stream, 1) if most_bytes is None else _pieces(stream, most_bytes):
-                if begins and line.startswith(_BOM):  # also within a file: several files were joined
+                if begins and line.startswith(_BOM):  # a mark within a file shows that several files were joined
                     line = line[len(_BOM) :]
                 begins = most_bytes is None or line.endswith(b"\n")
                 blank = blank and (not line or line.isspace())
@@ -163,7 +166,7 @@ def raw_lines(path: str, most_bytes: int | None = None) -> Iterator[tuple[str, b
 
 
 def _pieces(stream: IO[bytes], most_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """``(line number, piece)``."""
+    """Yield ``(line number, part of the line)``."""
     number = 1
     while piece := stream.readline(most_bytes):
         yield number, piece
@@ -180,7 +183,7 @@ def read_records(
     rejected: Rejected | None = None,
     require_response: bool = True,
 ) -> Iterator[Conversation]:
-    """Conversations of one or more record files or globs, in order, streamed.
+    """Yield conversations of one or more record files or globs, in order, streamed.
 
     Args:
         paths: files or globs; missing ones are reported at the call, not at the first record.
@@ -216,7 +219,7 @@ def parse_records(
     rejected: Rejected | None,
     require_response: bool = True,
 ) -> Iterator[tuple[str, Conversation]]:
-    """``("file:line", conversation)`` of raw lines; the rest as in ``read_records``."""
+    """Yield ``("file:line", conversation)`` of raw lines. Arguments and errors are those of ``read_records``."""
     for where, value in parse_lines(lines, on_error, rejected):
         try:
             conversation = from_json(value, where, schema, require_response)
@@ -229,7 +232,7 @@ def parse_records(
 def from_json(
     data: Mapping[str, Any], where: str, schema: AttributeSchema | None = None, require_response: bool = True
 ) -> Conversation:
-    """A conversation from a parsed record, checked. A record without an id takes ``<file name>:<line>`` from ``where``.
+    """Check a parsed record and return its conversation. Without an id it gets ``<file name>:<line>`` from ``where``.
 
     Args:
         data: the record.
@@ -276,7 +279,7 @@ def from_json(
 
 
 def to_json(conversation: Conversation) -> dict[str, Any]:
-    """The record as plain data; ``from_json`` is its inverse. Keys at their defaults are left out."""
+    """Return a conversation as plain data, the inverse of ``from_json``. Keys at their defaults are left out."""
     messages = []
     for message in conversation.messages:
         item: dict[str, Any] = {"role": message.role, "content": message.content}
@@ -294,7 +297,7 @@ def to_json(conversation: Conversation) -> dict[str, Any]:
 
 
 def content_hash(conversation: Conversation) -> str:
-    """SHA-256 (hex) over roles and contents alone: the same text has the same hash whatever its id and labels."""
+    """Return SHA-256 (hex) over roles and contents alone, so that equal texts with other ids or labels are equal."""
     digest = hashlib.sha256()
     for message in conversation.messages:
         content = message.content.encode("utf-8", "surrogatepass")
@@ -306,7 +309,7 @@ def content_hash(conversation: Conversation) -> str:
 def write_records(path: str | os.PathLike[str], conversations: Iterable[Conversation]) -> int:
     """Write a record file, compressed by its suffix; returns the number of records.
 
-    The file appears under its name only when it is whole (temporary name, fsync, rename); the same records give the
+    The file appears under its name only when it is complete (temporary name, fsync, rename); the same records give the
     same bytes. Missing parent folders are made.
     """
     target = Path(path)
@@ -316,7 +319,7 @@ def write_records(path: str | os.PathLike[str], conversations: Iterable[Conversa
         if target.suffix == ".gz":
             stream = stack.enter_context(gzip.GzipFile("", "wb", compresslevel=6, fileobj=stream, mtime=0))
         elif target.suffix == ".zst":
-            import zstandard  # only who writes .zst needs it
+            import zstandard  # imported here, since only .zst files need it
 
             compressor = zstandard.ZstdCompressor(level=3, write_checksum=True)
             stream = stack.enter_context(compressor.stream_writer(stream, closefd=False))

@@ -1,14 +1,14 @@
 """Prompt templates: a conversation as a list of segments, for training and for inference alike.
 
-Owns: where control tokens, role names, label lines, text and stop strings stand, and which of it is trained. Does not
-own: the label string (``attributes.py``), token ids (``data/text/tokenizer.py``).
+Owns: the positions of control tokens, role names, label lines, texts and stop strings, and which segments are trained.
+Does not own: the label string (``attributes.py``), token ids (``data/text/tokenizer.py``).
 
-Invariants: only a segment with ``control=True`` ever becomes a control token: text that merely looks like one stays
-text, since it stands in a text segment. The segments of ``prefix`` are, piece by piece, those that ``render`` puts
-before the same response, and a RESPONSE segment is exactly the message's content; so (tokens of the prefix + tokens of
-the response) are the training tokens.
+Invariants: only a segment with ``control=True`` becomes a control token; text that merely looks like one stays text,
+since it is in a text segment. The segments of ``prefix`` are exactly those that ``render`` puts before the same
+response, and a RESPONSE segment is exactly the message's content; so (tokens of the prefix + tokens of the response)
+are the training tokens.
 
-To shorten a conversation, drop messages and render again; never drop segments (the system text may stand in a turn).
+To shorten a conversation, drop messages and render again; never drop segments (the system text may be inside a turn).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FIELDS = ("name", "system", "system_suffix")
 
 
 class Part(IntEnum):
-    """What a segment is."""
+    """The role of a segment in the rendered conversation."""
 
     HEADER = 0  # system text and what surrounds it
     USER = 1  # what the user wrote
@@ -38,15 +38,15 @@ class Part(IntEnum):
 
 
 class Segment(NamedTuple):
-    """A piece of a prompt that is encoded on its own. (A tuple: a corpus has millions of them.)
+    """A part of a prompt that is encoded by itself. It is a tuple because a corpus has millions of them.
 
     Args:
         text: the characters.
-        control: exactly one token id, that of the control string ``text``; otherwise plain text.
+        control: whether ``text`` is a control string, which becomes exactly one token; otherwise it is plain text.
         trained: whether the loss is taken on the segment's tokens.
-        part: what it is.
+        part: its role.
         turn: index of its message in ``messages``; -1 for the header. The turn token that closes a final assistant
-            message starts the turn that would follow: its index is ``len(messages)``.
+            message starts the next turn, so its index is ``len(messages)``.
     """
 
     text: str
@@ -57,7 +57,7 @@ class Segment(NamedTuple):
 
 
 class Scored(Protocol):
-    """What may have values: a message."""
+    """The attributes that a label line needs of a message."""
 
     @property
     def attributes(self) -> Mapping[str, float] | None: ...
@@ -65,17 +65,17 @@ class Scored(Protocol):
 
 @dataclass(frozen=True)
 class Template(ABC):
-    """A prompt template; ``from_config`` gives the right one.
+    """A prompt template; ``from_config`` makes the one that is configured.
 
     Args:
-        system: the system text where a conversation has none of its own.
-        system_suffix: what follows the system text (``steerlm`` only).
+        system: the system text of conversations without a system message.
+        system_suffix: the text after the system text (``steerlm`` only).
     """
 
     name: ClassVar[str]
     control_strings: ClassVar[tuple[str, ...]]
     stop_strings: ClassVar[tuple[str, ...]]
-    response_suffix: ClassVar[str]  # trained text between a response and the stop string; not part of the response
+    response_suffix: ClassVar[str]  # trained text between the response and the stop string
     label_marker: ClassVar[str] = "<extra_id_2>"
 
     system: str = ""
@@ -83,14 +83,14 @@ class Template(ABC):
 
     @staticmethod
     def from_config(cfg: Any) -> Template:
-        """From a mapping or an object with the fields of ``config.schema.TemplateConfig``."""
+        """Make a template from a mapping or an object with the fields of ``config.schema.TemplateConfig``."""
         if isinstance(cfg, Mapping):
             return Template.from_dict(cfg)
         return Template.from_dict({key: getattr(cfg, key) for key in _FIELDS})
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Template:
-        """Inverse of ``to_dict``. Raises ``UserError`` for an unknown template or key."""
+        """Make a template from what ``to_dict`` gives. Raises ``UserError`` for an unknown template or key."""
         for key in data:
             if key not in _FIELDS:
                 raise UserError(f"template.{key}: unknown key; legal keys: {' '.join(_FIELDS)}")
@@ -102,23 +102,23 @@ class Template(ABC):
         return TEMPLATES[name](**options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data with the keys of the config group, to be stored in shards and checkpoints."""
+        """Return plain data with the keys of the config group, to be stored in shards and checkpoints."""
         return {"name": self.name, "system": self.system, "system_suffix": self.system_suffix}
 
     def render(self, conversation: Conversation, schema: AttributeSchema | None = None) -> list[Segment]:
-        """A whole conversation for training.
+        """Return the segments of a complete conversation for training.
 
         Each assistant message with attributes has its label line, unless ``schema`` is None or nameless (plain SFT).
-        Trained are the responses of weight 1 and what ends them; label lines never are.
+        The responses of weight 1 and the segments that end them are trained; label lines never are.
 
-        Texts do not decide what surrounds them, but for being empty: conversations without empty texts, of the same
-        roles, weights and presence of label lines, have the same segments but for the contents and label strings, each
-        of which stands in one segment as it is. (``data/write/forms.py`` builds on that.)
+        Only whether a text is empty may change the segments around it. Conversations without empty texts that have the
+        same roles, weights and label lines therefore have the same segments except for contents and label strings, each
+        of which is in one segment unchanged. (``data/write/skeletons.py`` relies on that.)
 
         Raises:
             UserError: an attribute that the schema lacks, or NaN.
         """
-        return self._segments(conversation.messages, schema, training=True)
+        return self.segments(conversation.messages, schema, training=True)
 
     def prefix(
         self,
@@ -126,17 +126,17 @@ class Template(ABC):
         schema: AttributeSchema | None = None,
         levels: Mapping[str, int] | None = None,
     ) -> list[Segment]:
-        """The prompt of the assistant message that would follow ``messages``, up to where the response starts.
+        """Return the segments of the prompt after ``messages``, up to where the response starts.
 
-        Its label line holds ``levels`` exactly as given (see ``AttributeSchema.complete``); no levels, no label line.
-        Earlier assistant messages keep the label lines of their own attributes. Nothing is trained.
+        The label line holds ``levels`` exactly as given (see ``AttributeSchema.complete``); without levels there is
+        none. Earlier assistant messages keep the label lines of their attributes. Nothing is trained.
 
         Raises:
             UserError: no user message, an unknown attribute, or a level out of scale.
         """
         if not any(message.role == "user" for message in messages):
             raise UserError("messages has no user message; a prompt needs one")
-        segments = self._segments(messages, schema, training=False)
+        segments = self.segments(messages, schema, training=False)
         turn = len(messages)
         segments += self._open_response(turn, False)
         if schema is not None and levels:
@@ -145,7 +145,7 @@ class Template(ABC):
 
     @staticmethod
     def label(message: Scored, schema: AttributeSchema | None) -> str:
-        """The label string of an assistant message, as in its label line; empty: it has no label line.
+        """Return the label string of an assistant message, as in its label line; empty if it has no label line.
 
         Raises:
             UserError: an attribute that the schema lacks, or NaN.
@@ -155,7 +155,7 @@ class Template(ABC):
         return schema.format(schema.levels(message.attributes))
 
     def _label(self, text: str, turn: int) -> list[Segment]:
-        """The label line; none for an empty label."""
+        """Return the segments of a label line; none for an empty label."""
         if not text:
             return []
         return [
@@ -166,16 +166,18 @@ class Template(ABC):
     def _until_response(
         self, message: Message, schema: AttributeSchema | None, turn: int, follows: bool
     ) -> list[Segment]:
-        """An assistant turn from its start up to where its response starts; ``follows``: see ``_open_response``."""
+        """Return the segments of an assistant turn before its response. ``follows`` is as in ``_open_response``."""
         return self._open_response(turn, follows) + self._label(self.label(message, schema), turn)
 
     @abstractmethod
-    def _segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
-        """All given messages; ``training`` marks trained segments and closes a final assistant message."""
+    def segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
+        """Return the segments of all messages; ``training`` marks trained ones and closes a final assistant message."""
 
     @abstractmethod
     def _open_response(self, turn: int, follows: bool) -> list[Segment]:
-        """What stands before an assistant turn's label line; ``follows``: a trained assistant turn came just before."""
+        """Return the segments before an assistant turn's label line. ``follows``: a trained assistant turn came before
+        it.
+        """
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class SteerLMTemplate(Template):
             Segment("Assistant\n", False, False, Part.ROLE, turn),
         ]
 
-    def _segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
+    def segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
         system, turns = _split_system(messages, self.system)
         segments = [
             Segment("<extra_id_0>", True, False, Part.HEADER, -1),
@@ -249,7 +251,7 @@ class Llama2Template(Template):
     def _open_response(self, turn: int, follows: bool) -> list[Segment]:
         return [Segment(" ", False, False, Part.ROLE, turn)]
 
-    def _segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
+    def segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
         system, turns = _split_system(messages, self.system)
         segments: list[Segment] = []
         for turn, message in turns:
@@ -281,12 +283,12 @@ TEMPLATES: dict[str, type[Template]] = {template.name: template for template in 
 
 
 def join(segments: Iterable[Segment]) -> str:
-    """The segments as one string, for people and tests (it no longer tells control strings from text)."""
+    """Return the segments as one string, in which control strings and text cannot be told apart any more."""
     return "".join(segment.text for segment in segments)
 
 
 def _split_system(messages: Sequence[Message], default: str) -> tuple[str, list[tuple[int, Message]]]:
-    """The system text, and the other messages with their indices in ``messages``."""
+    """Return the system text, and the other messages with their indices in ``messages``."""
     if messages and messages[0].role == "system":
         return messages[0].content, list(enumerate(messages))[1:]
     return default, list(enumerate(messages))

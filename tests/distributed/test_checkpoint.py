@@ -1,4 +1,4 @@
-"""Checkpoints: training goes on bit by bit, at another layout to rounding, and never from a damaged one."""
+"""Checkpoints: a resumed run is bitwise the same, at another layout up to rounding, and damaged ones are never used."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dist import once, run_ranks
-from helpers.engines import Case, bare, make, saved, shards, step_batches, unsplit
 from megatron.core import dist_checkpointing
-from unit import corpora
 
 from steerlm_megatron.config.schema import (
     AttributesConfig,
@@ -31,6 +28,9 @@ from steerlm_megatron.data.views import build_documents
 from steerlm_megatron.stages import train as train_stage
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.meta import read_meta
+from tests.helpers import corpora
+from tests.helpers.dist import once, run_ranks
+from tests.helpers.engines import Case, bare, make, saved, shards, step_batches, unsplit
 
 SAVED, TOTAL, TOLERANCE = 3, 8, 1e-5
 MOVES = {
@@ -61,7 +61,9 @@ def two_ranks(root: Path) -> Found:
         folder = saved(engine, root / objective)
         found[objective, "not resumed"] = steps(engine, SAVED, TOTAL)
         for name, layout in MOVES.items():
-            engine = make(Case(objective, layout), seed=77)  # other weights than the checkpoint's
+            engine = make(
+                Case(objective, layout), seed=77
+            )  # the weights differ from the checkpoint's until it is loaded
             engine.load(folder)
             if name in _MOVED_TWICE:
                 saved(engine, root / f"{objective} {name}")
@@ -70,7 +72,9 @@ def two_ranks(root: Path) -> Found:
             engine = make(Case(objective, P()), seed=78)
             engine.load(root / f"{objective} {name}")
             found[objective, f"{name}, then DP2"] = steps(engine, SAVED, TOTAL)
-        engine = make(Case(objective, overlap=True))  # saved between an update and the gathering of its weights
+        engine = make(
+            Case(objective, overlap=True)
+        )  # the save comes between an update and the gathering of its weights
         steps(engine, 0, SAVED)
         folder = saved(engine, root / f"{objective} overlap")
         for name, overlap in (("overlap, then DP2", False), ("overlap", True)):
@@ -82,7 +86,7 @@ def two_ranks(root: Path) -> Found:
 
 
 def head_kept(root: Path, layout: P) -> Found:
-    """A regression model before and after it takes the language model's weights."""
+    """Return a regression model before and after it takes the language model's weights."""
     engine = make(Case("ap", layout), seed=79)
     before = shards(bare(engine))
     engine.load_model(root / "sft")
@@ -107,7 +111,7 @@ def one_rank(root: Path) -> Found:
 
 
 def three_and_three(root: Path, objective: str) -> Found:
-    """With dropout, so that generator states count."""
+    """Train three steps, save, and train three more. Dropout makes the generators' states matter."""
     case = Case(objective, dropout=0.1)
     engine = make(case)
     whole = steps(engine, 0, 6)
@@ -123,7 +127,7 @@ def three_and_three(root: Path, objective: str) -> Found:
 
 
 def differing(a: Path, b: Path) -> list[str]:
-    """What is not the same in two checkpoints, bit by bit: tensors, step counts, the schedule."""
+    """Return the differences between two checkpoints: tensors (bitwise), step counts, the schedule."""
     first, second = (dict(leaves(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (a, b))
     assert any("exp_avg_sq" in key for key in first) and "decoder.final_layernorm.weight" in first, sorted(first)
     return sorted(
@@ -148,7 +152,7 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def interrupted(root: Path, command: str) -> Found:
-    """A run that is told to stop at step 3 and falls over at step 5 next time, against one that is left alone."""
+    """Compare a run that is told to stop at step 3 and crashes at step 5 when resumed with an undisturbed run."""
     data = root / "data"
     if not data.exists():
         write_shards(data)
@@ -212,7 +216,7 @@ def config(command: str, run_dir: Path, data: Path) -> Config:
 
 
 class disturbance:
-    """Within: step 3 ends with SIGUSR1 to this process; step 5 raises instead of training."""
+    """Inside the ``with``, step 3 ends with SIGUSR1 to this process, and step 5 raises instead of training."""
 
     def __init__(self, stop_at: int | None) -> None:
         self.stop_at, self.original = stop_at, MegatronEngine.train_step
@@ -240,7 +244,7 @@ class disturbance:
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What two ranks found and saved, then what one rank found in it."""
+    """Return the measurements of two ranks that save, then those of one rank that loads the same files."""
 
     def compute() -> Found:
         root = tmp_path_factory.mktemp("checkpoints")
@@ -259,7 +263,7 @@ def largest(a: list[float], b: list[float]) -> float:
     "name", [*MOVES, "1 rank", "PP2, then DP2", "VPP2, then DP2", "CP2, then DP2", "overlap, then DP2", "overlap"]
 )
 def test_a_checkpoint_moves_to_another_layout(objective: str, name: str, measured: Found, record_property: Any) -> None:
-    """Saved after three steps at TP2; the losses of the next five are those of the run that went on."""
+    """The checkpoint is saved after three steps at TP2; the next five losses equal those of the run that went on."""
     expected = measured["two"][0][objective, "not resumed"]
     found = measured["one" if name == "1 rank" else "two"][0][objective, name]
     assert len(found) == TOTAL - SAVED
@@ -280,7 +284,7 @@ def test_three_steps_and_three_are_six(objective: str, measured: Found) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_disturbed_run_ends_as_an_undisturbed_one(objective: str, measured: Found) -> None:
-    """SIGUSR1 at step 3: saved, exit 75. A crash in step 5: back to step 4. Data, dropout and optimizer all go on."""
+    """At SIGUSR1 in step 3 the run saves and exits with 75; after a crash in step 5 it resumes from step 4."""
     found = measured["one"][0][objective, "interrupted"]
     assert found["codes"] == [75, "fell over", 0]
     assert found["disturbed"] == found["alone"]

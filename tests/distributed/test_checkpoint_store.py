@@ -1,4 +1,4 @@
-"""The store of checkpoints: their files and names, whatever is killed, torn or taken away. In this process."""
+"""The store of checkpoints keeps complete files under the right names, whatever is killed, torn or removed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def save(
 
 
 class Gate:
-    """A write that comes to its end when the test says so."""
+    """A write that ends when the test allows it."""
 
     def __init__(self, error: OSError | None = None) -> None:
         self.open, self.error = threading.Event(), error
@@ -70,7 +70,7 @@ class Gate:
 
 
 def change(folder: Path, old: bytes, new: bytes) -> None:
-    """Replace bytes of ``meta.json``: what stands there is still the JSON that somebody could have meant."""
+    """Replace bytes of ``meta.json`` so that it is still valid JSON."""
     content = (folder / "meta.json").read_bytes()
     assert old in content
     (folder / "meta.json").write_bytes(content.replace(old, new, 1))
@@ -129,7 +129,7 @@ def test_a_killed_save_leaves_nothing_behind(store: CheckpointStore) -> None:
 
 @pytest.mark.parametrize("call", range(1, 4))
 def test_kill_9_within_a_save_leaves_whole_checkpoints(store: CheckpointStore, call: int) -> None:
-    """Killed just before the n-th change of names (commit, retention), and within a removal."""
+    """The process is killed just before the n-th rename (commit, retention), and within a removal."""
     for step in (1, 2):
         save(store, step)
     child = os.fork()
@@ -173,7 +173,7 @@ def test_a_save_beside_training_has_its_name_when_it_is_whole(store: CheckpointS
     verify(second)
     assert resolve(str(store.root.parent), "checkpoint") == second
     for step in range(3, 7):
-        save(store, step, background=True)  # waits for the one before
+        save(store, step, background=True)  # the call waits for the save before
     store.wait()
     assert [p.name for p in sorted(store.root.iterdir())] == [
         "best.json",
@@ -195,7 +195,7 @@ def test_a_save_that_cannot_be_written_is_no_checkpoint(store: CheckpointStore, 
 
 
 def test_kill_9_beside_training_leaves_whole_checkpoints(store: CheckpointStore) -> None:
-    """Killed at whatever moment of saves that follow one another."""
+    """The process is killed at a random moment of consecutive saves."""
     save(store, 1)
     for delay in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1):
         child = os.fork()
@@ -225,7 +225,7 @@ def test_the_last_ones_and_the_best_are_kept(store: CheckpointStore) -> None:
 
 
 def test_damaged_checkpoints_stay_until_they_are_replaced(store: CheckpointStore) -> None:
-    """Resumed before two of them, the run keeps what it saves."""
+    """A run that resumes from a checkpoint before two damaged ones keeps the checkpoints that it saves."""
     store.keep_last, store.keep_best = 1, False
     save(store, 3)
     for step in (4, 5):
@@ -241,7 +241,7 @@ def test_damaged_checkpoints_stay_until_they_are_replaced(store: CheckpointStore
 
 
 def test_a_damaged_checkpoint_takes_no_others_place(tmp_path: Path) -> None:
-    """With one to keep, those saved after it was passed over are what the run goes on from; it is the best no more."""
+    """With one checkpoint to keep, a damaged one does not displace later ones, and is no longer the best."""
     parallel.initialize(P(), 0)
     root = tmp_path / "checkpoints"
     before = CheckpointStore(root, keep_last=1, keep_best=True)

@@ -1,23 +1,23 @@
-"""What ranks say once, and to whom."""
+"""Collectives on plain values: an error that all ranks meet is reported once."""
 
 from __future__ import annotations
 
 import pytest
 import torch.distributed as dist
-from helpers.dist import run_ranks
 
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.runtime import parallel
-from steerlm_megatron.runtime.collectives import barrier, first_to_say, sum_over_data_parallel
+from steerlm_megatron.runtime.collectives import barrier, first_to_report, sum_over_data_parallel
+from tests.helpers.dist import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 
 def ranks_talk() -> dict[str, object]:
     at = parallel.initialize(ParallelConfig(context=2), 0)
-    said = first_to_say("everybody's error")
-    again = first_to_say("everybody's error")
-    alone = first_to_say("of the last rank") if at.rank == 1 else None
+    said = first_to_report("everybody's error")
+    again = first_to_report("everybody's error")
+    alone = first_to_report("of the last rank") if at.rank == 1 else None
     barrier()
     summed = [sum_over_data_parallel([1.0, at.rank], with_context=wide) for wide in (False, True)]
     return {"said": said, "again": again, "alone": alone, "summed": summed}
@@ -33,7 +33,7 @@ def groups_of_layouts() -> list[int]:
 
 
 def test_another_layout_takes_the_place_of_the_last() -> None:
-    """As between the steps of `steerlm run`: groups, and NCCL's buffers with them, do not pile up."""
+    """Between steps of `steerlm run` the layout changes; old groups, with NCCL's buffers, must not accumulate."""
     for counts in run_ranks(2, groups_of_layouts):
         assert max(counts) - min(counts) <= 2 and counts[0] == counts[-1], counts
 

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine's checkpoints: bit by bit at the same layout, at other ZeRO stages and layouts to rounding."""
+"""The DeepSpeed engine's checkpoints: bitwise at the same layout, up to rounding at other ZeRO stages and layouts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dist import once, run_ranks
-from helpers.engines import Case, bare, make, put_together, row, saved, shards_of, step_batches
 
 from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import Config, EngineConfig, ParallelConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.runtime.collectives import gather_objects
+from tests.helpers.dist import once, run_ranks
+from tests.helpers.engines import Case, bare, make, put_together, row, saved, shards_of, step_batches
 
 pytestmark = pytest.mark.distributed
 
 DP2, TP2, PP2 = ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(pipeline=2)
 TP2_SP, CP2 = ParallelConfig(tensor=2, sequence=True), ParallelConfig(context=2)
-# objective, saved at (ZeRO stage, layout), loaded at
+# name: objective, (ZeRO stage, layout) that saves, (ZeRO stage, layout) that loads
 MOVES = {
     "DP2 ZeRO 1": ("sft", (1, DP2), (1, DP2)),
     "DP2 ZeRO 2": ("ap", (2, DP2), (2, DP2)),
@@ -53,7 +53,7 @@ def moved(name: str, root: Path) -> dict[str, Any]:
     return {"expected": expected, "found": found, "same": same, "equal": equal}
 
 
-# Of two ranks: (ZeRO stage, 0 for Megatron-Core; layout), each pair of them different engines.
+# Pairs of different engines on two ranks, each (ZeRO stage, or 0 for Megatron-Core; layout).
 CROSSINGS = {
     "ZeRO 3 DP2 -> Megatron-Core PP2": ("sft", (3, DP2), (0, PP2)),
     "ZeRO 2 DP2 -> Megatron-Core CP2": ("sft", (2, DP2), (0, CP2)),
@@ -64,7 +64,7 @@ CROSSINGS = {
 
 
 def crossed(name: str, root: Path) -> dict[str, Any]:
-    """Losses of the steps after a change of engine, and of the run that kept its own."""
+    """Return losses of the steps after a change of engine, and of the run that kept its own."""
     objective, (stage, layout), (other_stage, other_layout) = CROSSINGS[name]
     engine = make(Case(objective, layout, zero=stage))
     losses(engine, 0, 3)
@@ -76,7 +76,7 @@ def crossed(name: str, root: Path) -> dict[str, Any]:
 
 
 def weights_alone(root: Path) -> dict[str, Any]:
-    """What either engine makes of a checkpoint's weights; a regression head that it lacks."""
+    """Load a checkpoint's weights into either engine, and a checkpoint without the regression head that a model has."""
     folder = root / "DP2 ZeRO 3 -> TP2 ZeRO 1"
     out: dict[str, Any] = {"valid": []}
     for case in (Case("sft"), Case("sft", zero=1), Case("sft", zero=3)):
@@ -100,7 +100,7 @@ HEAD_ONLY = {
 
 
 def head_alone(case: Case, folder: Path) -> dict[str, Any]:
-    """Which parameters three steps move, and whether a saved run goes on with the same losses."""
+    """Return which parameters three steps move, and whether a saved run goes on with the same losses."""
     engine = make(case)
     before = {name: shard.tensor.clone() for name, shard in shards_of(engine).items()}
     losses(engine, 0, 3)
@@ -121,7 +121,7 @@ ACCUMULATED = {
 
 
 def accumulated(case: Case) -> list[float]:
-    """Gradient norms of one micro-batch, and of that one 64 times over, in bf16."""
+    """Return the gradient norms in bf16 of one micro-batch, and of 64 copies of it."""
     return [make(case).train_step([row(0, 2)] * times).grad_norm for times in (1, 64)]
 
 
@@ -185,7 +185,7 @@ def test_training_goes_on(name: str, measured: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", CROSSINGS)
 def test_training_goes_on_with_the_other_engine(name: str, measured: list[dict[str, Any]]) -> None:
-    """Five steps: a moment or a step count gone astray shows from the second on."""
+    """Five steps are compared, since a wrong moment or step count shows from the second step on."""
     for rank in measured:
         pairs = zip(rank[name]["found"], rank[name]["expected"], strict=True)
         assert max(abs(a - b) for a, b in pairs) <= 1e-5, rank[name]
@@ -208,7 +208,7 @@ def test_the_head_alone_is_trained(name: str, measured: list[dict[str, Any]]) ->
 
 @pytest.mark.parametrize("name", ACCUMULATED)
 def test_micro_batches_add_up_in_float32(name: str, measured: list[dict[str, Any]]) -> None:
-    """In bf16 the sum of 64 equal gradients is 0.2 % off: of what one adds to a large sum, a part is rounded away."""
+    """In bf16 the sum of 64 equal gradients would be 0.2 % off, since adding to a large sum rounds a part away."""
     once_over, many_times = measured[0]["accumulated"][name]
     assert many_times == pytest.approx(once_over, rel=1e-5)
 

@@ -20,7 +20,7 @@ VOCAB, TURN, LABEL = 100, 98, 99
 
 
 class Tokenizer:
-    """Ids as hexadecimal numbers."""
+    """A tokenizer that writes ids as hexadecimal numbers."""
 
     vocab_size = VOCAB
 
@@ -49,7 +49,7 @@ def make(tensor: int, pipeline: int) -> Any:
         num_layers=2, hidden_size=64, num_heads=4, num_query_groups=2, ffn_hidden_size=96, init_std=0.2
     )
     model = initialize(build_model(config, layout, EngineConfig(), VOCAB, gather_logits=True), config, VOCAB, seed=3)
-    model.double()  # which rounds logits alike in every batch and layout, as far as float32 can tell
+    model.double()  # float64 gives the same float32 logits in every batch and layout
     from steerlm_megatron.generate.protocol import Limits
 
     limits = Limits(max_batch=6, max_sequence_tokens=96, max_cache_tokens=600)
@@ -71,12 +71,12 @@ def requests() -> list[Any]:
 
 
 def through_server(generator: Any) -> Any:
-    """One request to a server of this replica after a while of idleness; None on ranks that do not lead."""
+    """Send one request to a server of this replica after some idle time; None on ranks other than the leader."""
     from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
     from steerlm_megatron.serve.client import SamplingClient
     from steerlm_megatron.serve.server import Running, serve
 
-    generator.group.heartbeat_sec = 0.1  # several fall into the idle time
+    generator.group.heartbeat_sec = 0.1  # short, so that several come in the idle time
     answers: list[Any] = []
 
     def ask(running: Running) -> None:

@@ -1,4 +1,4 @@
-"""A step of many micro-batches is computed in pieces: the numbers of one piece, and it can be given up in between."""
+"""A step of many micro-batches is computed in parts, with the numbers of a single part, and may be given up between."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dist import once, run_ranks
-from helpers.engines import Case, make, row, saved, shards_of
 
 from steerlm_megatron.config.schema import ParallelConfig as P
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.train import engine as engine_module
 from steerlm_megatron.train.engine import StepGivenUp, pieces
+from tests.helpers.dist import once, run_ranks
+from tests.helpers.engines import Case, make, row, saved, shards_of
 
 pytestmark = pytest.mark.distributed
 
@@ -47,8 +47,8 @@ def pieces_of(micro_batches: int) -> Iterator[None]:
 
 
 def trained(case: Case, root: Path, size: int, give_up: bool = False) -> dict[str, Any]:
-    """Two steps in pieces of ``size`` micro-batches; with ``give_up``, the second is given up once, and the run goes on
-    from what is saved then.
+    """Train two steps in parts of ``size`` micro-batches. With ``give_up`` the second is given up once, and the run
+    resumes from what is saved then.
     """
     asked = itertools.count()
     with pieces_of(size):

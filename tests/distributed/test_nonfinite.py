@@ -1,4 +1,4 @@
-"""A step whose loss or gradients are not finite changes nothing, and says which samples it was."""
+"""A step whose loss or gradients are not finite changes nothing, and its samples are named."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from distributed.test_checkpoint import config, write_shards
-from helpers.dist import run_ranks
-from helpers.engines import Case, make, shards_of, step_batches
 
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages import train as train_stage
 from steerlm_megatron.train.engine_mcore import MegatronEngine
+from tests.distributed.test_checkpoint import config, write_shards
+from tests.helpers.dist import run_ranks
+from tests.helpers.engines import Case, make, shards_of, step_batches
 
 pytestmark = pytest.mark.distributed
 
@@ -36,7 +36,7 @@ def parameters(engine: Any) -> torch.Tensor:
 
 
 def poisoned(engine: Any) -> list[Any]:
-    """The batches of step 0 with one label so large that its square overflows: on the last data-parallel rank."""
+    """Return the batches of step 0, with a label whose square overflows on the last data-parallel rank."""
     batches = step_batches(0)
     if layout().dp_rank == layout().dp_size - 1:
         batches[-1].values_PA[0, 0] = 1e30
@@ -44,7 +44,7 @@ def poisoned(engine: Any) -> list[Any]:
 
 
 def run(case: Case) -> dict[str, Any]:
-    """Steps 1, 2 with a poisoned step between them, and without it."""
+    """Run steps 1 and 2 with a poisoned step between them, and without it."""
     engine = make(case)
     engine.train_step(step_batches(1))
     before, lr = parameters(engine), engine.optimizer.param_groups[0]["lr"] if engine.optimizer.param_groups else None
@@ -75,11 +75,11 @@ def test_nothing_is_updated_and_the_batch_is_named(name: str) -> None:
         assert rank["same"], "the step after a skipped one is what it would have been without it"
 
 
-# ---- what the loop makes of it
+# ---- the loop's policies
 
 
 class poison:
-    """Within: the labels of the ``wanted`` steps are too large to be squared."""
+    """Inside the ``with``, the labels of the ``wanted`` steps are so large that their squares overflow."""
 
     def __init__(self, *wanted: int) -> None:
         self.wanted, self.calls, self.original = wanted, 0, MegatronEngine.train_step
@@ -98,7 +98,7 @@ class poison:
 
 
 def policies(root: Path) -> dict[str, Any]:
-    """One run per policy, each with steps 2 and 3 poisoned."""
+    """Do one run per policy, each with steps 2 and 3 poisoned."""
     write_shards(root / "data")
     out: dict[str, Any] = {}
     for name, options in (

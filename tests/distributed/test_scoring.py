@@ -1,4 +1,4 @@
-"""A turn's values depend on its conversation up to there: not on the batch, its order or size, nor on the layout."""
+"""A turn's values depend on the conversation up to it, and not on the batch, its order, its size, or the layout."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.dist import once, run_ranks
-from helpers.engines import head_weights
-from unit import corpora
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig
 from steerlm_megatron.config.schema import ParallelConfig as P
@@ -22,16 +19,21 @@ from steerlm_megatron.stages.scoring import Scorer, Values, score_all
 from steerlm_megatron.stages.session import LoadedModel
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.train.meta import CheckpointMeta
+from tests.helpers import corpora
+from tests.helpers.dist import once, run_ranks
+from tests.helpers.engines import head_weights
 
 MAX_TOKENS, BATCH_TOKENS = 160, 512
-# Values are rounded to four digits: a difference of rounding in the last place can turn one of them over.
+# Values are rounded to four digits, and a rounding difference may change the last one.
 TOLERANCE = 1.01e-4
 LAYOUTS = {"TP2": P(tensor=2), "PP2": P(pipeline=2), "DP2": P()}
 Scores = list[dict[int, Values]]
 
 
 def conversations() -> list[Conversation]:
-    """Several turns, weights 0, labels or none, a last word of the user's; some too long for the model."""
+    """Return conversations of several turns, with weights 0, with and without labels, some ending with the user, some
+    too long.
+    """
     rng = random.Random(1)
     long = [
         Conversation(
@@ -74,7 +76,7 @@ def one_rank(tokenizer: Path) -> dict[str, Any]:
     found["without labels"] = usual.score(
         [replace(c, messages=tuple(replace(m, attributes=None, weight=1) for m in c.messages)) for c in given]
     )
-    # Cut after a turn, a conversation scores that turn the same: what comes later is not seen.
+    # A conversation that is cut after a turn gives that turn the same score, since later turns are not seen.
     found["cut"] = [
         {
             i: usual.score([replace(c, messages=c.messages[: i + 1])])[0][i]
@@ -110,7 +112,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def largest(a: Scores, b: Scores) -> float:
-    """The largest difference between two scorings of the same turns."""
+    """Return the largest difference between two scorings of the same turns."""
     assert [{i: list(v) for i, v in turns.items()} for turns in a] == [
         {i: list(v) for i, v in turns.items()} for turns in b
     ]
@@ -147,7 +149,7 @@ def test_company_does_not_change_a_turn(name: str, measured: dict[str, Any]) -> 
 
 @pytest.mark.distributed
 def test_later_turns_do_not_change_a_turn(measured: dict[str, Any]) -> None:
-    """Of conversations that fit whole; a longer one is scored turn by turn in any case."""
+    """Conversations that fit are compared; longer ones are scored turn by turn in any case."""
     assert largest(measured["one"]["cut"], measured["one"]["usual"]) <= TOLERANCE
 
 

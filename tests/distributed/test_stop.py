@@ -1,4 +1,4 @@
-"""A run that is asked to stop: inside validation, with the numbers of the whole run after it went on."""
+"""A run that is asked to stop inside validation or a step ends with the numbers of an undisturbed run when resumed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.test_checkpoint import config, write_shards
-from helpers.dist import run_ranks
 
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages import train as train_stage
 from steerlm_megatron.train import engine as engine_module
 from steerlm_megatron.train.engine_mcore import MegatronEngine
+from tests.distributed.test_checkpoint import config, write_shards
+from tests.helpers.dist import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -26,7 +26,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 class stopped_in_validation:
-    """Within: the last rank gets SIGTERM when validation number ``number`` asks for its second batch."""
+    """Inside the ``with``, the last rank gets SIGTERM when validation number ``number`` asks for its second batch."""
 
     def __init__(self, number: int) -> None:
         self.left, self.original = number, MegatronEngine.evaluate
@@ -54,7 +54,7 @@ def run(root: Path) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, validation in (("whole", None), ("midway", 1), ("at the end", 2)):
         wanted = config("train_sft", root / name, root / "data")
-        wanted.train.global_batch_samples = 4  # several batches of validation
+        wanted.train.global_batch_samples = 4  # gives several batches of validation
         wanted.train.log_every_steps = 2
         if validation is not None:
             with stopped_in_validation(validation):
@@ -89,8 +89,8 @@ def test_validation_gives_way_to_a_signal_and_is_done_when_the_run_goes_on(tmp_p
 
 
 class stopped_within_step:
-    """Within: the last rank gets SIGTERM when it begins micro-batch number ``number`` of this attempt; a step of many
-    micro-batches is one of more than one.
+    """Inside the ``with``, the last rank gets SIGTERM when it begins micro-batch number ``number`` of this attempt, and
+    steps are computed in parts of one micro-batch.
     """
 
     def __init__(self, number: int) -> None:
@@ -114,7 +114,7 @@ class stopped_within_step:
 
 
 def run_by_micro_batches(root: Path) -> dict[str, Any]:
-    """Runs that are stopped inside their first step, and inside a later one, and go on."""
+    """Run until a stop inside the first step, and inside a later one, and resume each time."""
     out: dict[str, Any] = {}
     for name, number in (("whole", None), ("first", 1), ("later", 8)):
         wanted = config("train_sft", root / name, root / "data")

@@ -1,4 +1,4 @@
-"""A replica that keeps the others waiting is measured where it is slow, and named."""
+"""A replica that makes the others wait is measured and named."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.test_checkpoint import config, write_shards
-from helpers.dist import run_ranks
-from helpers.engines import Case, make, step_batches
 
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.data.feed.loader import StepLoader
@@ -22,6 +19,9 @@ from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.stages import train as train_stage
 from steerlm_megatron.train import stragglers
 from steerlm_megatron.train.stragglers import Stragglers
+from tests.distributed.test_checkpoint import config, write_shards
+from tests.helpers.dist import run_ranks
+from tests.helpers.engines import Case, make, step_batches
 
 pytestmark = pytest.mark.distributed
 
@@ -53,7 +53,7 @@ def slow_forward(case: Case) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_own_time_is_what_a_replica_computes_alone(name: str) -> None:
-    """Other work on the machine makes a step longer, never shorter: the best of the steps is looked at."""
+    """Other work on the machine makes a step only longer, so the shortest of the steps is compared."""
     for steps in run_ranks(2, slow_forward, CASES[name]):
         assert all(step["sec/replica_slowest"] >= SLEEP_SEC for step in steps)
         fast = min(step["sec/replica_median"] for step in steps)
@@ -62,7 +62,7 @@ def test_own_time_is_what_a_replica_computes_alone(name: str) -> None:
 
 
 def slow_reading(root: Path) -> None:
-    stragglers._WINDOW_SEC = 0.0  # every log interval is looked at
+    stragglers._WINDOW_SEC = 0.0  # makes every log interval count
     parallel.initialize(ParallelConfig(data=2), seed=1)
     if parallel.layout().is_main:
         write_shards(root / "data")
@@ -92,7 +92,7 @@ def test_a_run_says_which_rank_reads_slowly(tmp_path: Path) -> None:
 
 
 def even(own_sec: dict[int, list[float]], interval_sec: float = 1.0, window_sec: float = 0.0) -> list[str]:
-    """What is said of a log interval per number, each with steps of 2 s."""
+    """Return the log lines for one log interval per number, each with steps of 2 s."""
     now = 0.0
     stragglers._WINDOW_SEC, stragglers.monotonic = window_sec, lambda: now
     lines: list[str] = []
@@ -109,13 +109,13 @@ def even(own_sec: dict[int, list[float]], interval_sec: float = 1.0, window_sec:
 
 
 def test_chance_is_no_straggler() -> None:
-    """Slow now and then, by turns, or by less than a fifth of a step: nothing is said."""
+    """A replica that is slow from time to time, in turns with others, or by less than a fifth, is not named."""
     lines, _ = run_ranks(2, even, {0: [1, 1, 1, 1, 1, 2, 1, 1, 1], 1: [2, 2, 1, 2, 2, 1, 1.3, 1.3, 1.3]})
     assert lines == []
 
 
 def test_short_log_intervals_are_looked_at_together() -> None:
-    """Steps of milliseconds vary: three slow ones in a row are chance, and a fast one among them clears nobody."""
+    """Steps of milliseconds vary, so three slow ones in a row are chance, and a fast one among them acquits nobody."""
     chance = {0: [1.0] * 80, 1: ([2.0] * 4 + [0.2] * 4) * 10}
     slow = {0: [1.0] * 80, 1: [2.0, 2.0, 2.0, 1.1] * 20}
     assert run_ranks(2, even, chance, 1.0, 8.0)[0] == []

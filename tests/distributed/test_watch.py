@@ -1,17 +1,17 @@
-"""A rank that holds up the others is named, by those that wait for it."""
+"""The ranks that wait name the rank that holds them up."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
+import threading
 import time
 from functools import partial
 from typing import Never
 
 import pytest
 import torch.distributed as dist
-from helpers.dist import run_ranks
 
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.errors import UserError
@@ -19,12 +19,13 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import barrier, gather_objects, on_main
 from steerlm_megatron.runtime.watch import Position, Watch, explain
+from tests.helpers.dist import run_ranks
 
-TIMEOUT_SEC = 6.0  # the watch speaks after half of it
+TIMEOUT_SEC = 6.0  # the watch reports after half of it
 
 
 class _Lines(logging.Handler):
-    """What the package logged."""
+    """A handler that keeps the package's log lines."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,10 +44,8 @@ def _start() -> _Lines:
 
 
 def _watch(answer_sec: float = 30.0) -> Watch:
-    """With time for a busy machine to answer."""
-    watch = Watch(TIMEOUT_SEC)
-    watch._answer = answer_sec
-    return watch
+    """Return a watch that gives ranks on a busy machine time to answer."""
+    return Watch(TIMEOUT_SEC, answer_sec)
 
 
 def _until(lines: _Lines, word: str) -> list[str]:
@@ -58,20 +57,20 @@ def _until(lines: _Lines, word: str) -> list[str]:
 
 def _reads_slowly(watch: Watch) -> None:
     deadline = time.monotonic() + 60
-    while watch._report is None and time.monotonic() < deadline:
+    while watch.report is None and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def _one_reads() -> tuple[list[str], int]:
     lines = _start()
     with _watch() as watch:
-        barrier()  # all are watched
+        barrier()  # all ranks are watched from here
         watch.beat(7, "reading data")
         if dist.get_rank() == 1:
             _reads_slowly(watch)
         watch.beat(7, "computing")
         barrier()
-        # Both go on now; a second time is another report.
+        # Both go on now, and a second standstill gives another report.
         watch.beat(8, "reading data")
         _until(lines, "going on")
     return lines.lines, os.getpid()
@@ -80,11 +79,11 @@ def _one_reads() -> tuple[list[str], int]:
 def _one_is_stopped(stopped: int, report: str) -> list[str]:
     lines = _start()
     pids = gather_objects(os.getpid())
-    with _watch(2.0) as watch:  # one does not
+    with _watch(2.0) as watch:  # short, since one rank will not answer
         barrier()
         watch.beat(3, "computing")
         if dist.get_rank() == stopped:
-            time.sleep(2 * watch._interval)  # its watch has looked at the clock
+            time.sleep(2 * watch.interval_sec)  # its watch has read the clock by then
             os.kill(os.getpid(), signal.SIGSTOP)
             return _until(lines, "this process was stopped")
         _until(lines, report)
@@ -112,7 +111,7 @@ def test_the_rank_that_is_waited_for_is_named_with_its_place() -> None:
     report = next(line for line in lines if line.startswith("no progress"))
     assert "at step 7" in report
     assert f"waited for is rank 1 (host {os.uname().nodename}, pid {pid}), reading data of step 7" in report
-    assert "_reads_slowly" in report  # its stack
+    assert "_reads_slowly" in report  # the stack of that rank
     assert "rank 0: computing at runtime/collectives.py" in report
     assert any(line.startswith("going on after") for line in lines)
 
@@ -129,7 +128,7 @@ def test_a_stopped_rank_is_named_though_it_cannot_speak() -> None:
 
 @pytest.mark.distributed
 def test_a_stopped_store_is_reported_without_it() -> None:
-    """Without a launcher's store (srun) it is in rank 0's process: nobody can ask where the others stand."""
+    """Without a launcher's store (srun) rank 0's process holds it, and while that is stopped none can be read."""
     _, lines = run_ranks(2, _one_is_stopped, 0, "store does not answer")
     report = next(line for line in lines if "store does not answer" in line)
     assert "the process that has it (rank 0's, or its launcher's) is stopped" in report
@@ -166,7 +165,7 @@ def test_the_report_is_of_the_one_that_is_late(
 def test_one_process_is_not_watched() -> None:
     with Watch(0.1) as watch:
         watch.beat(1, "computing")
-        assert watch._thread is None
+        assert not any(thread.name == "watch" for thread in threading.enumerate())
 
 
 def test_a_failing_action_of_rank_0_ends_the_others_in_the_same_way() -> None:

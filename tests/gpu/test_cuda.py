@@ -1,4 +1,4 @@
-"""What the CPU cannot show of the GPU path: torch's varlen kernel, the same mathematics, nothing waited for."""
+"""Tests that need a GPU: torch's varlen kernel, agreement with the reference, no waiting for the device."""
 
 from __future__ import annotations
 
@@ -7,14 +7,26 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.engines import MODEL, OPTIM, Case, build, documents, full_row, make, row, shards, step_batches, unsplit
-from helpers.reference import Trainer
 
 from steerlm_megatron.config.schema import EngineConfig, ParallelConfig
 from steerlm_megatron.model.attention import attend_sdpa, attention_backend
 from steerlm_megatron.model.gpt import transformer_config
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.runtime import parallel
+from tests.helpers.engines import (
+    MODEL,
+    OPTIM,
+    Case,
+    build,
+    documents,
+    full_row,
+    make,
+    row,
+    shards,
+    step_batches,
+    unsplit,
+)
+from tests.helpers.reference import Trainer
 
 pytestmark = pytest.mark.gpu
 
@@ -22,9 +34,9 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("part", [None, 0, 1])
 @pytest.mark.parametrize("groups", [4, 2])
 def test_the_varlen_kernel_keeps_documents_apart(groups: int, part: int | None) -> None:
-    """Outputs and gradients of the kernel are those of SDPA over each document, to bf16's rounding.
+    """Outputs and gradients of the kernel are those of SDPA over each document, up to bf16's rounding.
 
-    ``part``: of that context-parallel rank of two, whose documents may have more keys than queries.
+    ``part`` selects a context-parallel rank of two, whose documents may have more keys than queries.
     """
     batch, g = full_row([5, 1, 700, 65, 9, 300]), torch.Generator().manual_seed(0)
     batch = batch if part is None else batch.part(part, 2)
@@ -46,7 +58,7 @@ def test_the_varlen_kernel_keeps_documents_apart(groups: int, part: int | None) 
 
 @pytest.fixture
 def exact() -> Iterator[None]:
-    """float32 products, not TF32 ones."""
+    """Compute float32 products exactly, without TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     yield
@@ -55,7 +67,7 @@ def exact() -> Iterator[None]:
 
 @pytest.mark.parametrize("objective", ["sft", "ap"])
 def test_training_on_the_gpu_is_the_references(objective: str, exact: None) -> None:
-    """As tests/parity asks of every layout on the CPU: fp32, five steps, 1e-5 (kernels compiled, as is the default)."""
+    """The GPU must meet the bounds of tests/parity: fp32, five steps, 1e-5, with compiled kernels as by default."""
     case = Case(objective)
     parallel.initialize(case.layout, 5)
     start = {name: p.cpu().double() for name, p in unsplit([shards(build(case))]).items()}
@@ -75,7 +87,7 @@ def test_a_micro_batch_never_waits_for_the_device(objective: str, precision: str
     engine = make(Case(objective, precision=precision))
     (chunk,) = engine.chunks
     batches = [batch.pin() for batch in step_batches(0)]
-    engine.train_step(batches)  # compiles, and fills caches
+    engine.train_step(batches)  # the first step compiles kernels and fills caches
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:

@@ -1,4 +1,4 @@
-"""Commands in this process: quicker than in processes of their own, for what does not depend on those."""
+"""Run commands in this process, which is faster than starting a process, for tests that do not depend on one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steerlm_megatron import cli
 
 
 def run_here(*arguments: str) -> int:
-    """The exit code of a command that runs in this process, which does not start to listen to signals for good."""
+    """Run a command in this process and return its exit code; the process's signal handlers are restored afterwards."""
     with mock.patch("steerlm_megatron.runtime.signals.listen"), pytest.raises(SystemExit) as ended:
         cli.main(list(arguments))
     return int(ended.value.code or 0)

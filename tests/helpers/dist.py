@@ -1,7 +1,7 @@
-"""Real ranks for tests: one process each, gloo, CPU, gone when the call returns.
+"""Run functions on real ranks in tests: one process each, gloo, CPU; all have ended when the call returns.
 
 Ranks are forked from a server that has imported torch and Megatron-Core once, which saves the 5-8 seconds that every
-fresh process takes; the server itself starts no threads, no groups and no CUDA.
+fresh process takes. The server itself starts no threads and no groups and does not use CUDA.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from typing import Any
 import pytest
 
 _PRELOAD = ["steerlm_megatron.train.engine_mcore", "steerlm_megatron.data.feed.loader"]
-_GRACE_SEC = 2.0  # after one rank has failed, for the others to say what they saw
+_GRACE_SEC = 2.0  # after one rank has failed, the others have this long to report what they saw
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 600.0) -> list[Any]:
-    """``function(*args)`` in ``ranks`` processes; what each returned (picklable), in rank order.
+    """Call ``function(*args)`` in ``ranks`` processes and return their (picklable) results in rank order.
 
-    ``function`` stands at the top of a module. A rank that raises or dies, or ``timeout`` seconds, ends all of them
-    with an ``AssertionError`` that carries the failing ranks' tracebacks and last output.
+    ``function`` is at the top of a module. If a rank raises or dies, or after ``timeout`` seconds, all are ended and an
+    ``AssertionError`` carries the failing ranks' tracebacks and last output.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -52,8 +52,8 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 
 def once(factory: pytest.TempPathFactory, name: str, compute: Callable[[], Any]) -> Any:
-    """``compute()``, once for all tests and workers of pytest-xdist, which get its result or its failure. Tests that
-    start processes are one at a time anyway.
+    """Call ``compute()`` once for all tests and workers of pytest-xdist, which get its result or its failure. Tests
+    that start processes run one at a time anyway.
     """
     folder = factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
@@ -77,7 +77,7 @@ def _free_port() -> int:
 
 
 def _wait(processes: list[Any], deadline: float, timeout: float) -> str | None:
-    """None once all have ended well; else what went wrong, as soon as it has."""
+    """Return None once all processes have succeeded, or the first failure as soon as it happens."""
     while time.monotonic() < deadline:
         codes = [process.exitcode for process in processes]
         failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
@@ -93,7 +93,7 @@ def _wait(processes: list[Any], deadline: float, timeout: float) -> str | None:
 
 
 def _ask_where(processes: list[Any]) -> None:
-    """Ranks that still run write where they stand into their logs, after a moment to fail by themselves."""
+    """Make ranks that still run write their stacks into their logs, after giving them time to fail by themselves."""
     time.sleep(_GRACE_SEC)
     for process in processes:
         if process.exitcode is None:
@@ -102,7 +102,7 @@ def _ask_where(processes: list[Any]) -> None:
 
 
 def _kill(process: Any) -> None:
-    """The process and its children. It leads a session of its own, unless it was caught before it got that far."""
+    """Kill the process and its children. It leads a session, unless it has not got that far yet."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -126,12 +126,12 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, function: Callable[...
     os.dup2(log, 2)
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in world.items()})
-    # Exactness is shown on the CPU, where sums have an order, also on a machine with a GPU.
+    # The CPU is used also on a machine with a GPU, because sums have a fixed order there.
     os.environ.update(MASTER_ADDR="127.0.0.1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     import torch
 
     torch.set_num_threads(1)
-    faulthandler.register(signal.SIGQUIT, file=2, all_threads=False)  # says where a rank hangs
+    faulthandler.register(signal.SIGQUIT, file=2, all_threads=False)  # shows where a rank hangs
     try:
         result = pickle.dumps(function(*args))
     except BaseException:
@@ -141,4 +141,4 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, function: Callable[...
     (folder / f"{rank}.result").write_bytes(result)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # skips exit handlers of threads and groups; everything that matters is written
+    os._exit(0)  # skips exit handlers of threads and groups, since everything that matters is written

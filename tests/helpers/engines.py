@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from helpers.reference import Document, Params
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from steerlm_megatron.data.batch import RowBatch
@@ -23,6 +22,7 @@ from steerlm_megatron.stages.train import engine_of
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
 from steerlm_megatron.train.sharded import ShardedWriter
+from tests.helpers.reference import Document, Params
 
 VOCAB, ROW_TOKENS, MICRO_BATCHES, NAMES = 300, 192, 4, ("a", "b", "c")
 LABEL_WEIGHTS = {"b": 2.0}

@@ -1,4 +1,4 @@
-"""The mathematics of training in plain torch, one document at a time: what every engine at every layout must equal."""
+"""A reference of training in plain torch, one document at a time, which every engine must equal at every layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Params = dict[str, torch.Tensor]
 
 @dataclass
 class Document:
-    """T tokens alone; targets weighted by ``mask_T``; values (nan: missing) at the positions ``pool_P``."""
+    """A document of T tokens, with targets weighted by ``mask_T``, and values (NaN if missing) at ``pool_P``."""
 
     tokens_T: torch.Tensor
     labels_T: torch.Tensor
@@ -49,7 +49,7 @@ def attention(p: Params, prefix: str, x_TD: torch.Tensor, model: ModelConfig) ->
 
 
 def forward(p: Params, tokens_T: torch.Tensor, model: ModelConfig) -> torch.Tensor:
-    """Logits [T, V], or attribute values [T, A] where the parameters have a regression head."""
+    """Return logits [T, V], or attribute values [T, A] where the parameters have a regression head."""
     x = p["embedding.word_embeddings.weight"][tokens_T]
     for layer in range(model.num_layers):
         at = f"decoder.layers.{layer}."
@@ -66,7 +66,7 @@ def forward(p: Params, tokens_T: torch.Tensor, model: ModelConfig) -> torch.Tens
 
 
 def loss_sum(p: Params, document: Document, model: ModelConfig, weights_A: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """A document's summed loss, and the number of terms in it."""
+    """Return a document's summed loss, and the number of terms in it."""
     output = forward(p, document.tokens_T, model)
     if "output_layer.regression.weight" in p:
         present = ~document.values_PA.isnan()
@@ -77,7 +77,7 @@ def loss_sum(p: Params, document: Document, model: ModelConfig, weights_A: torch
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """Of step 1, 2, ... of ``steps``: linear warmup, then a cosine down to ``min_lr``."""
+    """Return the learning rate of step 1, 2, ... of ``steps``: linear warmup, then a cosine down to ``min_lr``."""
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     done = (step - optim.warmup_steps) / (steps - optim.warmup_steps)
@@ -86,7 +86,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
 @dataclass
 class Trainer:
-    """AdamW on the mean over all loss terms of a step's documents. ``params``: of the unsplit model, changed here."""
+    """AdamW on the mean over all loss terms of a step's documents. It updates the unsplit model's ``params``."""
 
     params: Params
     model: ModelConfig
@@ -97,7 +97,7 @@ class Trainer:
     moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def train_step(self, documents: Sequence[Document]) -> tuple[float, float]:
-        """(loss, gradient norm before clipping)."""
+        """Train one step and return (loss, gradient norm before clipping)."""
         leaves = {name: p.detach().clone().requires_grad_() for name, p in self.params.items()}
         sums = [loss_sum(leaves, document, self.model, self.weights_A) for document in documents]
         loss = torch.stack([total for total, _ in sums]).sum() / sum(count for _, count in sums)
@@ -117,5 +117,5 @@ class Trainer:
         m, v = o.beta1 * m + (1 - o.beta1) * grad, o.beta2 * v + (1 - o.beta2) * grad.square()
         self.moments[name] = (m, v)
         m_hat, v_hat = m / (1 - o.beta1**self.step), v / (1 - o.beta2**self.step)
-        decay = o.weight_decay if p.ndim > 1 else 0.0  # not of norms and biases
+        decay = o.weight_decay if p.ndim > 1 else 0.0  # norms and biases have no weight decay
         self.params[name] = p * (1 - lr * decay) - lr * m_hat / (v_hat.sqrt() + o.eps)

@@ -1,4 +1,4 @@
-"""The run that tests of commands share."""
+"""Provides a pipeline run that tests of commands share."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.commands import TINY, steerlm
 from tests.helpers.dist import once
-from tests.integration.commands import TINY, steerlm
 
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``run``: the whole pipeline on two data-parallel ranks."""
+    """Return a folder in which ``run`` is a run of the complete pipeline on two data-parallel ranks."""
 
     def make() -> str:
-        # Beside the folders of this call's workers; without workers that would be beside those of other calls.
+        # With workers the folder is beside theirs; without workers its parent would be shared with other pytest calls.
         base = tmp_path_factory.getbasetemp()
         folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "commands"
         folder.mkdir()

@@ -1,4 +1,4 @@
-"""Every command that reads records gives one account of them, and reads what the others write."""
+"""Every command that reads records accounts for all of them, and reads the records that other commands write."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from steerlm_megatron.steer.records import read_records
 from tests.helpers.cli import run_here as run
-from tests.integration.commands import summary
+from tests.helpers.commands import summary
 
 pytestmark = pytest.mark.integration
 SHORT = "sampling.max_tokens=8"
@@ -22,7 +22,7 @@ FAST = {
     "bootstrap": (SHORT,),
 }
 LONG = "The fox is red. " * 3000
-ENDING = ("sampling.max_tokens=64", "sampling.temperature=9")  # a model that was hardly trained ends some responses so
+ENDING = ("sampling.max_tokens=64", "sampling.temperature=9")  # so that a barely trained model ends some responses
 SHARDS = ("experiment=quickstart", "data.source=messages", "data.valid_fraction=0", "tokenizer.train=false",
           "tokenizer.path=run/01-data/shards/train")  # fmt: skip
 MODEL = ("experiment=quickstart", "model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64",
@@ -37,7 +37,7 @@ def in_folder(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def command(name: str, source: str, *more: str) -> tuple[str, ...]:
-    """A command that reads ``source``, with the models of the shared run."""
+    """Return a command that reads ``source``, with the models of the shared run."""
     models = {
         "annotate": ("checkpoint=run/03-train_ap",),
         "generate": ("checkpoint=run/07-acsft",),
@@ -53,13 +53,13 @@ def command(name: str, source: str, *more: str) -> tuple[str, ...]:
 
 
 def good(rng: random.Random, number: int) -> dict[str, Any]:
-    """A labelled record of the shared run, under an id of its own."""
+    """Return a labelled record of the shared run with a distinct id."""
     records = [json.loads(line) for line in Path("run/04-annotate/train.jsonl").read_text().splitlines()]
     return {**rng.choice(records), "id": f"good {number}"}
 
 
 def lines(seed: int) -> tuple[list[str], dict[str, int]]:
-    """Lines of a record file in random order, and how many there are of each kind."""
+    """Return lines of a record file in random order, and how many there are of each kind."""
     rng = random.Random(seed)
     prompt = {"role": "user", "content": "Hi"}
     kinds = {
@@ -106,7 +106,7 @@ def test_in_is_out_and_what_was_skipped(name: str, seed: int, caplog: pytest.Log
         "annotate": 0,
         "generate": of["long"],
         "bootstrap": 1,
-    }  # bootstrap takes a prompt of several records once
+    }  # bootstrap takes a prompt that several records share once
     if name != "evaluate":
         assert counts["skipped"].get("prompt_too_long", 0) == too_long[name]
         out = list(read_records(f"{name}.jsonl"))
@@ -152,7 +152,7 @@ def test_nothing_left_is_an_error_that_says_why(capsys: pytest.CaptureFixture[st
 
 
 def test_what_one_command_writes_the_next_one_reads() -> None:
-    """Replies without text too: a model that was hardly trained gives some."""
+    """Replies without text are included, since a barely trained model gives some."""
     prompts = "".join(
         json.dumps({"id": f"{i}", "messages": [{"role": "user", "content": f"Tell me about {i}."}]}) + "\n"
         for i in range(60)
@@ -161,7 +161,7 @@ def test_what_one_command_writes_the_next_one_reads() -> None:
     assert run(*command("generate", "prompts.jsonl", "sampling.max_tokens=2", "sampling.temperature=9")) == 0
     content = Path("generate.jsonl").read_text().splitlines()
     blank = json.loads(content[0])
-    blank["messages"][-1]["content"] = ""  # whatever the model gave: one is there
+    blank["messages"][-1]["content"] = ""  # ensures one, whatever the model gave
     Path("generate.jsonl").write_text("\n".join([json.dumps(blank), *content[1:]]) + "\n")
     assert run(*command("annotate", "generate.jsonl")) == 0
     counts = summary(Path("annotate"))["counts"]
@@ -177,7 +177,7 @@ PARTIAL = {"quality": 3.0, "verbosity": 2.0}
 
 
 def test_attributes_without_a_label_are_never_made_up(capsys: pytest.CaptureFixture[str]) -> None:
-    """From labels of two attributes to a second round, none of the other three turns up anywhere."""
+    """If two attributes have labels, the other three appear nowhere, up to the second round."""
     with Path("partial.jsonl").open("w") as file:
         for number in range(40):
             record = good(random.Random(number), number)
@@ -211,7 +211,11 @@ def test_attributes_without_a_label_are_never_made_up(capsys: pytest.CaptureFixt
 def test_no_model_is_conditioned_on_nothing(command_name: str, capsys: pytest.CaptureFixture[str]) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     context = [*messages, {"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    context[1] = {**context[1], "weight": 0, "attributes": {"quality": 3}}  # a label that no trained response has
+    context[1] = {
+        **context[1],
+        "weight": 0,
+        "attributes": {"quality": 3},
+    }  # a label that only an untrained response has
     Path("bare.jsonl").write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": context}) + "\n")
     assert run("preprocess", *SHARDS, "data.input=bare.jsonl", "data.output_dir=bare") == 0
     tiny = (*MODEL, "data.train=bare/train")
@@ -227,7 +231,7 @@ def test_a_run_accounts_for_the_lines_that_it_deals_to_training_and_validation()
     tiny = (*MODEL, "data.source=messages", "data.input=mixed.jsonl", "data.on_error=skip", "tokenizer.train=false",
             "tokenizer.path=run/01-data/shards/train", "data.valid_fraction=0.3", *FAST["evaluate"],
             "bootstrap.prompts=4")  # fmt: skip
-    # An hour's run is not needed to see its first step's account; the last one's error says that it got there.
+    # The run is stopped by an error in its last step; its first step's counts are all that matters here.
     assert run("run", *tiny, "run_dir=all", "evaluate.judge=ap", "sampling.max_tokens=1") in (0, 2)
     counts = summary(Path("all/01-data"))["counts"]
     broken = of["torn"] + of["no user"] + of["wrong role"] + of["not an object"]

@@ -1,4 +1,4 @@
-"""Every command in processes of its own, on a pipeline small enough to run in seconds."""
+"""Every command in a separate process, on a pipeline small enough to run in seconds."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.stages.demo_corpus import DEMO_ATTRIBUTES
 from steerlm_megatron.stages.export import check_target
 from steerlm_megatron.steer.records import read_records
-from tests.integration.commands import TINY, kill, losses, start, steerlm, summary, terminate
+from tests.helpers.commands import TINY, kill, losses, start, steerlm, summary, terminate
 
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 pytestmark = pytest.mark.integration
 _OF_OTHERS = ("bootstrap.", "evaluate.", "sampling.")  # keys that a training command does not read
 ONE_STEP = ("experiment=quickstart", *(a for a in TINY[1:] if not a.startswith(_OF_OTHERS)))
@@ -61,7 +62,7 @@ LAYOUTS = {
 
 
 def test_losses_do_not_depend_on_the_layout(work: Path) -> None:
-    """Whatever ranks compute it."""
+    """The losses are the same, whichever ranks compute them."""
     expected = None
     for name, layout in LAYOUTS.items():
         steerlm("train_sft", *ONE_STEP, "train.steps=6", f"run_dir={name}", *layout, cwd=work)
@@ -75,16 +76,16 @@ def test_losses_do_not_depend_on_the_layout(work: Path) -> None:
 
 @pytest.mark.parametrize("engine", [(), ("engine=deepspeed", "engine.zero_stage=3", "engine.offload=all")], ids=len)
 def test_twenty_steps_are_ten_a_kill_and_ten(engine: tuple[str, ...], tmp_path: Path) -> None:
-    """Bit by bit, dropout and all. In one process, where no launcher sets what an engine may look for."""
+    """The runs are bitwise equal, with dropout. One process is used, since a launcher would set variables that engines
+    read.
+    """
     command = (
         "train_sft", *ONE_STEP, *engine, "train.steps=20", "train.save_every_steps=4", "model.dropout=0.1",
         "data.train=data",
     )  # fmt: skip
     steerlm("preprocess", *ONE_STEP[:3], "data.output_dir=data", "data.valid_fraction=0", cwd=tmp_path)
     steerlm(*command, "run_dir=whole", cwd=tmp_path)
-    process = start(
-        *command, "run_dir=killed", cwd=tmp_path, launcher=(str(Path(__file__).with_name("killed.py")), "14")
-    )
+    process = start(*command, "run_dir=killed", cwd=tmp_path, launcher=(str(HELPERS / "kill_command.py"), "14"))
     output, _ = process.communicate(timeout=600)
     assert process.returncode == -signal.SIGKILL, output
     assert summary(tmp_path / "killed")["status"] == "running" and len(losses(tmp_path / "killed")) == 13
@@ -111,14 +112,14 @@ def test_the_embedded_schema_is_the_configured_one() -> None:
 
 
 def test_a_killed_annotation_goes_on_and_loses_nothing(work: Path) -> None:
-    """Annotate resumes after a kill; never loses or repeats a record."""
+    """Annotate resumes after a kill, and never loses or repeats a record."""
     records = work / "many.jsonl"
     lines = (work / "run/01-data/records/train.jsonl").read_text().splitlines()
     with records.open("w") as file:
         for index in range(6000):
             file.write(json.dumps({**json.loads(lines[index % len(lines)]), "id": f"r{index}"}) + "\n")
     common = ("annotate", "checkpoint=run/03-train_ap", "input=many.jsonl", "run_dir=annotate")
-    process = start(*common, "output=killed.jsonl", cwd=work, launcher=(str(Path(__file__).with_name("held.py")), "0"))
+    process = start(*common, "output=killed.jsonl", cwd=work, launcher=(str(HELPERS / "hold_command.py"), "0"))
     journal = work / "annotate" / "journal-killed.jsonl"
     try:
         _wait_for(lambda: any(part.stat().st_size for part in journal.glob("part-*")), process)
@@ -144,15 +145,19 @@ def _drawn(journal: Path) -> dict[int, list[object]]:
 
 
 def test_what_was_drawn_is_not_drawn_again(work: Path) -> None:
-    """kill -9 to two ranks, then SIGTERM to one process: each replica has noted what it drew, for any layout."""
+    """After kill -9 to two ranks, and SIGTERM to one process, each replica's responses are in the journal for any
+    layout.
+    """
     prompts = work / "prompts.jsonl"
     with prompts.open("w") as file:
         for index in range(400):
             message = {"role": "user", "content": f"Tell me about {index % 70}."}
-            file.write(json.dumps({"id": f"p{index // 2}", "messages": [message]}) + "\n")  # ids are no keys
+            file.write(
+                json.dumps({"id": f"p{index // 2}", "messages": [message]}) + "\n"
+            )  # ids repeat, so the journal must not use them as keys
     command = ("generate", "checkpoint=run/07-acsft", "input=prompts.jsonl", "output=drawn.jsonl", "run_dir=drawn",
                "sampling.max_tokens=24", "generation.max_batch=8")  # fmt: skip
-    journal, held = work / "drawn/journal-drawn.jsonl", (str(Path(__file__).with_name("held.py")), "40")
+    journal, held = work / "drawn/journal-drawn.jsonl", (str(HELPERS / "hold_command.py"), "40")
     before: dict[int, list[object]] = {}
     for ranks, stop in ((2, kill), (1, terminate)):
         torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2") if ranks == 2 else ()
@@ -180,10 +185,10 @@ def test_what_was_drawn_is_not_drawn_again(work: Path) -> None:
 
 
 def test_an_export_is_the_model_alone(work: Path) -> None:
-    """It scores as its checkpoint does, starts a run, and is never taken for one."""
+    """An export scores like its checkpoint, can start a run, and is never mistaken for a run."""
     (work / "ap.tmp").mkdir()
     (work / "ap.tmp/mine").touch()
-    (work / ".ap.steerlm/old").mkdir(parents=True)  # of one that was killed
+    (work / ".ap.steerlm/old").mkdir(parents=True)  # left by an export that was killed
     steerlm("export", "checkpoint=run/03-train_ap", "output=ap", "parallel.tensor=2", cwd=work)
     assert (work / "ap.tmp/mine").exists() and not (work / ".ap.steerlm").exists()
     steerlm("export", "checkpoint=run/07-acsft", "output=lm", "export.precision=bf16", cwd=work)
@@ -192,7 +197,7 @@ def test_an_export_is_the_model_alone(work: Path) -> None:
     def size(folder: Path) -> int:
         return sum(file.stat().st_size for file in folder.glob("*.distcp"))
 
-    # 2 bytes a parameter, where the checkpoint has weights, main weights and two moments of 4 bytes each
+    # An export has 2 bytes per parameter, and the checkpoint weights, main weights and two moments of 4 bytes each.
     assert size(work / "lm") < size(checkpoint) / 5
 
     for name, source in {"of_the_run": "run/03-train_ap", "of_the_export": "ap"}.items():
@@ -252,7 +257,7 @@ def test_generate_answers_every_prompt(work: Path) -> None:
 
 @pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",)], ids=["1 rank", "TP2"])
 def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> None:
-    """Sixteen concurrent chats at different attribute values; then a clean end on SIGTERM."""
+    """The server answers sixteen concurrent chats with different attribute values, then ends cleanly on SIGTERM."""
     openai = pytest.importorskip("openai", reason="needs the openai client (pip install -e '.[dev]')")
     server = start("serve", "checkpoint=run/10-bootstrapped", "server.port=0", *layout, cwd=work)
     lines: list[str] = []
@@ -270,7 +275,8 @@ def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> Non
         def chat(index: int) -> str:
             reply = client.chat.completions.create(
                 model="steerlm", max_tokens=8, seed=index, messages=[{"role": "user", "content": f"Question {index}?"}],
-                # Few tokens to choose from: the rounding of another batch could move a boundary (docs/numerics.md)
+                # A small top_k, since the rounding of another batch could move a boundary between tokens
+                # (docs/numerics.md)
                 extra_body={"attributes": {"quality": index % 5, "toxicity": index // 5 % 5}, "top_k": 4},
             )  # fmt: skip
             assert reply.usage.completion_tokens <= 8
@@ -291,12 +297,14 @@ def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> Non
 
 
 def test_one_run_works_in_a_folder_and_ranks_end_with_their_launcher(work: Path) -> None:
-    """A launcher killed with 9 leaves no ranks behind: they save and stop. Meanwhile nobody else writes there."""
+    """Ranks whose launcher was killed save and stop. Until then no other run may write into the folder."""
     command = ("train_sft", *ONE_STEP, "train.steps=100000", "run_dir=shared", "parallel.data=2")
     launcher = start(*command, cwd=work)
     try:
         _wait_for(lambda: (work / "shared/metrics.jsonl").exists() and len(losses(work / "shared")) > 2, launcher)
-        refused = steerlm(*command, cwd=work, code=75).stderr  # two ranks, so that no data is read meanwhile
+        refused = steerlm(
+            *command, cwd=work, code=75
+        ).stderr  # it has two ranks as well, so that no data is read before the folder is locked
         assert "run_dir=shared is in use by pid" in refused and "Traceback" not in refused
         ranks = psutil.Process(launcher.pid).children(recursive=True)
         launcher.kill()
@@ -318,8 +326,8 @@ def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], sec
 
 @pytest.mark.parametrize("by", ["steerlm", "torchrun"])
 def test_a_rank_killed_with_9_is_started_again(by: str, tmp_path: Path) -> None:
-    """``train.max_restarts`` or torchrun's ``--max-restarts``: all ranks go on from the last checkpoint; no step is
-    lost or twice in the metrics.
+    """With ``train.max_restarts`` or torchrun's ``--max-restarts`` all ranks resume from the last checkpoint, and no
+    step is lost or repeated in the metrics.
     """
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1")
     process = start(
@@ -328,7 +336,7 @@ def test_a_rank_killed_with_9_is_started_again(by: str, tmp_path: Path) -> None:
         launcher=torchrun if by == "torchrun" else (),
     )  # fmt: skip
     try:
-        # Not what is being written: step_00000020.tmp has a meta.json, too.
+        # The pattern excludes a checkpoint that is being written: step_00000020.tmp has a meta.json, too.
         _wait_for(lambda: any((tmp_path / "run" / "checkpoints").glob("step_????????/meta.json")), process)
         ranks = psutil.Process(process.pid).children(recursive=True)
         assert ranks and process.poll() is None, "it ended before it was killed"
@@ -352,9 +360,9 @@ def test_a_multirun_starts_ranks_for_each_of_its_jobs(work: Path) -> None:
 
 
 def test_another_seed_makes_another_embedded_corpus(work: Path, tmp_path: Path) -> None:
-    """What a step depends on follows from what its command reads: the corpus is drawn with train.seed."""
+    """The embedded corpus is drawn with train.seed, so the step that makes it must run again."""
     shutil.copytree(work / "run", tmp_path / "run", symlinks=True)
     before = (tmp_path / "run/01-data/records/train.jsonl").read_bytes()
-    # The first step is what this is about: a second one that cannot be ends the run there.
+    # Only the first step matters here, so an impossible second step ends the run.
     steerlm("run", *TINY, "run_dir=run", "train.seed=77", "pipeline.base.init_from=nowhere", cwd=tmp_path, code=2)
     assert (tmp_path / "run/01-data/records/train.jsonl").read_bytes() != before

@@ -1,4 +1,4 @@
-"""What users get wrong: one clear message each, exit code 2, before any long work starts."""
+"""Users' errors: each gives one clear message and exit code 2, before any long work starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.stages.resume import _other_padding
+from steerlm_megatron.stages.resume import padding_differences
 from steerlm_megatron.stages.session import check_layout
 from steerlm_megatron.train.meta import CheckpointMeta
 from tests.helpers.cli import run_here as run
@@ -44,7 +44,7 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
 @pytest.fixture
 def shards(tmp_path: Path) -> str:
-    """Shards of twenty labelled records, with their own tokenizer."""
+    """Return shards of twenty labelled records with a small tokenizer."""
     records = write(tmp_path / "ok.jsonl", *(LABELLED | {"id": str(i)} for i in range(20)))
     out = tmp_path / "shards"
     arguments = (f"data.input={records}", f"data.output_dir={out}", "data.valid_fraction=0", *TOKENIZER)
@@ -153,7 +153,7 @@ def test_command_line(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[st
 
 
 def test_the_layout_is_compared_with_the_model_that_is_split() -> None:
-    """That of a checkpoint, not the configured one, where a command opens a checkpoint."""
+    """Where a command opens a checkpoint, its model counts and not the configured one."""
     for command in ("serve", "annotate", "generate", "export", "evaluate", "bootstrap"):
         load.finalize(Config(command=command, parallel=ParallelConfig(tensor=8, pipeline=3)))
     with pytest.raises(UserError, match=r"parallel.tensor=8 must divide model.num_heads=4"):
@@ -163,12 +163,14 @@ def test_the_layout_is_compared_with_the_model_that_is_split() -> None:
 
 
 def test_rows_of_padding_stay_what_they_were() -> None:
-    """400 ids have 512 rows at parallel.tensor=1 and 768 at 3: with other rows in the softmax it is another model."""
+    """400 ids have 512 rows at parallel.tensor=1 and 768 at 3, which would be another model, as rows are in the
+    softmax.
+    """
     model = ModelConfig(num_heads=6)
     saved = CheckpointMeta(9, "sft", asdict(model), 400, None, {}, "hash", parallel={"tensor": 1})
 
     def problems(tensor: int, view: View = "acsft") -> list[str]:
-        return _other_padding(Config(model=model, parallel=ParallelConfig(tensor=tensor)), saved, view)
+        return padding_differences(Config(model=model, parallel=ParallelConfig(tensor=tensor)), saved, view)
 
     assert problems(1) == problems(2) == problems(3, "ap") == []
     (problem,) = problems(3)
@@ -241,7 +243,7 @@ def test_all_tokens_masked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) ->
 
 @pytest.mark.integration
 def test_a_run_goes_on_as_what_it_was(shards: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """What would be another run under the same name is refused before a model is built; what may change may."""
+    """Settings that would make it another run are refused before a model is built; others may change."""
     few = write(tmp_path / "few.jsonl", *(LABELLED | {"id": str(i)} for i in range(15)))
     assert run("preprocess", f"data.input={few}", "data.output_dir=few", "data.valid_fraction=0",
                f"tokenizer.path={shards}/train") == 0  # fmt: skip
@@ -294,4 +296,4 @@ def test_a_head_starts_nothing_but_a_head_of_its_attributes(
     assert run("preprocess", f"data.input={other}", "data.output_dir=h", "data.valid_fraction=0",
                f"tokenizer.path={shards}/train", "attributes=helpsteer") == 0  # fmt: skip
     assert run("train_ap", "run_dir=d", "init_from=a", "data.train=h", "attributes=helpsteer", *TINY) == 2
-    assert "init_from=a predicts" in capfd.readouterr().err  # as many attributes, but others
+    assert "init_from=a predicts" in capfd.readouterr().err  # the number of attributes is the same, but not their names

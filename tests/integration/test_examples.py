@@ -1,4 +1,4 @@
-"""The scripts of examples/, run as users run them, on the tiny models of the shared pipeline."""
+"""The scripts of examples/ run as users run them, on the tiny models of the shared pipeline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import ENVIRONMENT
+from tests.helpers.commands import ENVIRONMENT
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.integration
 
 
 def example(name: str, *arguments: str, cwd: Path, code: int = 0) -> str:
-    """What a script prints; it ends with ``code``."""
+    """Run a script, check its exit code, and return what it prints."""
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     done = subprocess.run(command, cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=600, check=False)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"

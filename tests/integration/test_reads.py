@@ -17,10 +17,10 @@ from steerlm_megatron.config import load
 from steerlm_megatron.config.commands import COMMANDS, declared
 from steerlm_megatron.config.schema import Config
 from tests.helpers.cli import run_here
-from tests.integration.commands import TINY
+from tests.helpers.commands import TINY
 
 pytestmark = pytest.mark.integration
-# Who reads the configuration as a whole: to store it, to copy it, to check it.
+# These modules read the complete configuration, to store, copy or check it.
 _WHOLE = ("dataclasses", "copy", "omegaconf", "steerlm_megatron.config", "steerlm_megatron.cli")
 _SHAPE = ("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "train.row_tokens=512")
 _TRAIN = ("experiment=quickstart", *_SHAPE, "train.steps=2", "data.train=run/05-annotated_data/shards/train")
@@ -48,9 +48,9 @@ COMMAND_LINES: dict[str, tuple[str, ...]] = {
 
 @contextmanager
 def recorded() -> Iterator[set[str]]:
-    """Inside, the keys that are read of configurations of commands, by whoever is not in ``_WHOLE``."""
+    """Record the keys that are read of configurations inside the ``with``, except by modules in ``_WHOLE``."""
     seen: set[str] = set()
-    known: dict[int, Any] = {}  # the configurations and their sections; a checkpoint's model is none of them
+    known: dict[int, Any] = {}  # configurations and their sections, without the model of a checkpoint
     load_one = load.from_container
 
     def from_container(data: Any) -> Config:

@@ -1,4 +1,4 @@
-"""``srun steerlm …`` with nothing set, on two virtual nodes of a real SLURM on this machine."""
+"""``srun steerlm …`` works without further settings, on two virtual nodes of a real SLURM on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.commands import ENVIRONMENT, TINY, losses, summary
+from tests.helpers.commands import ENVIRONMENT, TINY, losses, summary
 
 SCRIPT = Path(__file__).resolve().parents[3] / "shared" / "slurm" / "local_slurm.sh"
 pytestmark = [
@@ -27,8 +27,8 @@ TRAIN = ("train_sft", *(a for a in TINY if not a.startswith(("bootstrap.", "eval
 
 @pytest.fixture(scope="module")
 def slurm() -> Iterator[dict[str, str]]:
-    """The environment in which SLURM's commands reach two nodes."""
-    with tempfile.TemporaryDirectory(prefix="slurm") as folder:  # a short path: SLURM's sockets are below it
+    """Start SLURM, and yield the environment in which its commands reach two nodes."""
+    with tempfile.TemporaryDirectory(prefix="slurm") as folder:  # the path is short, since SLURM's sockets are below it
         local = {**ENVIRONMENT, "LOCAL_SLURM_DIR": folder}
         subprocess.run(["bash", str(SCRIPT), "start", "2"], env=local, check=True, timeout=120)
         try:
@@ -46,7 +46,7 @@ def test_two_nodes_train_as_one_process_does(slurm: dict[str, str], tmp_path: Pa
     for name, launcher, more in (
         ("one", [], []),
         ("two", ["srun", "-N2", "-n2", "-t5"], ["parallel.data=2"]),
-        ("alone", ["salloc", "-N2", "-n2", "-t5"], []),  # no srun: the job's two tasks are not started
+        ("alone", ["salloc", "-N2", "-n2", "-t5"], []),  # without srun the job's two tasks are not started
     ):
         done = subprocess.run(
             [*launcher, *command, f"run_dir={name}", *more],

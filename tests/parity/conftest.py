@@ -1,4 +1,4 @@
-"""The parity tests' measurements as a table at the end of the run."""
+"""Print the parity tests' measurements as a table at the end of the run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ COLUMNS = "measured"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Rows that tests left with ``record_property("measured", …)``; they travel with reports, so workers' come too."""
+    """Print rows that tests left with ``record_property("measured", …)``. Reports carry them, also from workers."""
     rows = [
         row
         for outcome in ("passed", "failed")

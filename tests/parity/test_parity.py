@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dist import once, run_ranks
-from helpers.engines import (
+
+from steerlm_megatron.config.schema import EngineConfig
+from steerlm_megatron.config.schema import ParallelConfig as P
+from steerlm_megatron.model.attention import PackedAttention, PackedTokens
+from steerlm_megatron.model.gpt import build_model
+from steerlm_megatron.model.weights import fill, global_names, initialize
+from steerlm_megatron.runtime import parallel
+from tests.helpers.dist import once, run_ranks
+from tests.helpers.engines import (
     LABEL_WEIGHTS,
     MODEL,
     NAMES,
@@ -26,18 +33,11 @@ from helpers.engines import (
     step_batches,
     unsplit,
 )
-from helpers.reference import Trainer, forward, learning_rate, loss_sum
-
-from steerlm_megatron.config.schema import EngineConfig
-from steerlm_megatron.config.schema import ParallelConfig as P
-from steerlm_megatron.model.attention import PackedAttention, PackedTokens
-from steerlm_megatron.model.gpt import build_model
-from steerlm_megatron.model.weights import fill, global_names, initialize
-from steerlm_megatron.runtime import parallel
+from tests.helpers.reference import Trainer, forward, learning_rate, loss_sum
 
 STEPS, TOTAL_STEPS, TOLERANCE = 5, 8, 1e-5
 
-# name: ranks, case; each with both objectives. VPP2: two chunks on each of two stages.
+# Name of a case: ranks and case. Each runs with both objectives. VPP2 has two chunks on each of two stages.
 MATRIX: dict[str, tuple[int, dict[str, Any]]] = {
     "1 rank": (1, {"micro_batches": 1}),
     "accumulation x4": (1, {}),
@@ -142,7 +142,7 @@ def train_all(ranks: int) -> dict[str, Any]:
 
 
 def reference(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """In float64, so that the differences are the engines' own."""
+    """Train the reference, in float64, so that the differences are those of the engines."""
     start = {name: p.to(dtype) for name, p in unsplit([shards(build(case))]).items()}
     weights_A = torch.tensor([LABEL_WEIGHTS.get(name, 1.0) for name in NAMES])
     trainer = Trainer(dict(start), case.model, OPTIM[case.objective], TOTAL_STEPS, weights_A)
@@ -203,7 +203,7 @@ class _Probe:
         self.weights = [torch.randn(length, width, generator=g) for length in LENGTHS]
 
     def run(self, tokens: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Outputs for all of ``tokens`` as one packed row."""
+        """Return the outputs for all of ``tokens`` as one packed row."""
         cu = torch.tensor([0, *map(len, tokens)]).cumsum(0).to(torch.int32)
         positions = torch.cat([torch.arange(len(t)) for t in tokens])
         packed = PackedTokens.from_cu_seqlens(cu, positions)
@@ -212,14 +212,14 @@ class _Probe:
     def gradients(
         self, outputs: Sequence[torch.Tensor], params: dict[str, torch.Tensor]
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-        """The outputs, and the gradient of their weighted sum for every parameter."""
+        """Return the outputs, and the gradient of their weighted sum for every parameter."""
         for p in params.values():
             p.grad = None
         torch.stack([(o * w).sum() for o, w in zip(outputs, self.weights, strict=True)]).sum().backward()
         return [o.detach() for o in outputs], {name: p.grad for name, p in params.items()}
 
     def compare(self, others: dict[str, tuple[list[torch.Tensor], dict[str, torch.Tensor]]]) -> dict[str, float]:
-        """Largest differences of the packed row in outputs and, relative to the largest gradient, in gradients."""
+        """Return the largest differences of the packed row: in outputs and, relative to the largest, in gradients."""
         calls, original = [], PackedAttention.forward
 
         def counted(module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -270,7 +270,7 @@ def several_ranks(ranks: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list[dict[str, Any]]]:
-    """What each rank of a world of 1, 2 or 4 found; every world is started once."""
+    """Return a function from a world of 1, 2 or 4 ranks, each started once, to the measurements of its ranks."""
     known: dict[int, list[dict[str, Any]]] = {}
 
     def get(ranks: int) -> list[dict[str, Any]]:
@@ -294,10 +294,10 @@ def test_every_layout_trains_the_references_model(
     expected = measured(1)[0]["references"][" ".join(name.split()[: 2 if " tied " in name else 1])]
     by_rank = [found["trained"][name] for found in measured(ranks)]
     params = unsplit([found["params"] for found in by_rank])
-    if "output_layer.weight" in params and " tied " in name:  # a tied copy on the last stage
+    if "output_layer.weight" in params and " tied " in name:  # the last stage has a tied copy
         assert torch.equal(params.pop("output_layer.weight"), params["embedding.word_embeddings.weight"])
     assert params.keys() == expected["params"].keys()
-    for other in by_rank[1:]:  # every rank is told the same
+    for other in by_rank[1:]:  # every rank gets the same numbers
         assert all(other[kind] == by_rank[0][kind] for kind in ("loss", "norm", "valid"))
     compare(name, by_rank[0], params, expected, record_property)
 
@@ -319,7 +319,7 @@ def compare(
 @pytest.mark.distributed
 @pytest.mark.parametrize("objective", ["sft", "ap"])
 def test_the_yardstick(objective: str, measured: Callable[[int], list[dict[str, Any]]], record_property: Any) -> None:
-    """The reference in float32: what rounding alone does."""
+    """The reference in float32 shows the effect of rounding alone."""
     found = measured(1)[0]["references"]
     rounded = found[f"{objective} float32"]
     compare(f"{objective} reference in float32", rounded, rounded["params"], found[objective], record_property)
@@ -328,7 +328,7 @@ def test_the_yardstick(objective: str, measured: Callable[[int], list[dict[str, 
 @pytest.mark.distributed
 @pytest.mark.parametrize("objective", ["sft", "ap"])
 def test_the_matrix_would_see_a_difference(objective: str, measured: Callable[[int], list[dict[str, Any]]]) -> None:
-    """Parameters moved far beyond the tolerance, some steps were clipped and some not, counts were unequal."""
+    """Parameters move far beyond the tolerance, some steps are clipped and some are not, and counts are unequal."""
     found = measured(1)[0]["references"][objective]
     assert min(found["moved"].values()) > 50 * TOLERANCE, found["moved"]
     assert min(found["norm"]) < OPTIM[objective].clip_grad < max(found["norm"])

@@ -1,5 +1,6 @@
-"""Request bodies: each field that openai's types and vLLM's API have is understood at null and at the values that ask
-for nothing, and refused by its name at others."""
+"""Request bodies: each field that openai's types and vLLM's API have is accepted at null and at neutral values, and
+refused by its name at others.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from steerlm_megatron.serve.errors import ApiError
 USER = {"role": "user", "content": "hello"}
 CHAT: dict[str, Any] = {"messages": [USER]}
 COMPLETION: dict[str, Any] = {"prompt": "hello"}
-# What vLLM's API has besides OpenAI's, each at its default.
+# Parameters that vLLM's API has besides OpenAI's, each at its default.
 VLLM: dict[str, Any] = {
     "use_beam_search": False, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "watermarking": None,
     "length_penalty": 1.0, "stop_token_ids": [], "include_stop_str_in_output": False, "ignore_eos": False,
@@ -49,7 +50,7 @@ VLLM_CHAT: dict[str, Any] = {
     "media_io_kwargs": None, "return_prompt_text": None,
 }  # fmt: skip
 VLLM_COMPLETION: dict[str, Any] = {**VLLM, "add_special_tokens": True, "prompt_embeds": None}
-# Values that openai's types allow and that ask for what this server cannot do.
+# Values that openai's types allow and that ask for something that this server cannot do.
 ASKS: dict[str, Any] = {
     "audio": {"format": "wav", "voice": "alloy"},
     "frequency_penalty": 0.5,
@@ -189,7 +190,7 @@ NAMES = sorted({*CHAT_FIELDS, *COMPLETION_FIELDS, *VLLM_CHAT, *VLLM_COMPLETION, 
 @settings(max_examples=600, deadline=None)
 @given(st.sampled_from([ChatBody, CompletionBody]), st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3))
 def test_any_json_is_understood_or_refused_by_name(kind: Any, given_: dict[str, Any]) -> None:
-    """And what is accepted is either a field of the body or asks for nothing: nothing is silently ignored."""
+    """An accepted parameter is a field of the body or has a neutral value, so nothing is silently ignored."""
     table = neutral.CHAT if kind is ChatBody else neutral.COMPLETION
     try:
         body = read(kind, {**(CHAT if kind is ChatBody else COMPLETION), **given_})
@@ -204,7 +205,7 @@ def test_any_json_is_understood_or_refused_by_name(kind: Any, given_: dict[str, 
             value is None
             or name in body.model_fields_set
             or isinstance(legal, neutral._Label)
-            or any(neutral._same(neutral.without_nulls(value), one) for one in legal)
+            or any(neutral.same_json(neutral.without_nulls(value), one) for one in legal)
         )
 
 

@@ -1,4 +1,4 @@
-"""steer.attributes: quantisation as in the released SteerLM scripts, the label string both ways, and every refusal."""
+"""steer.attributes quantises as the released scripts do, writes and parses label strings, and refuses wrong ones."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_parse_inverts_format(levels: dict[str, int]) -> None:
 
 @st.composite
 def schemas_and_levels(draw: st.DrawFn) -> tuple[AttributeSchema, dict[str, int]]:
-    """Any legal schema, whatever its names and scale, and some of its levels in any order."""
+    """Draw a legal schema with any names and scale, and some of its levels in any order."""
     name = st.text(st.sampled_from("aZ09_.-éß名٣"), min_size=1, max_size=8)
     names = draw(st.lists(name, max_size=6, unique=True))
     top = draw(st.integers(1, 1000))

@@ -1,11 +1,10 @@
-"""Blends: shares as the weights say, a corpus gone through whole, the order known at once, corpora that fit."""
+"""Blends have the shares of the weights, pass through complete corpora, and refuse corpora that do not fit together."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
 
-import corpora
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from steerlm_megatron.data.feed.loader import StepLoader
 from steerlm_megatron.data.shards import ShardWriter
 from steerlm_megatron.data.views import build_documents
 from steerlm_megatron.errors import UserError
+from tests.helpers import corpora
 
 ROW_TOKENS, SEED = 160, 7
 

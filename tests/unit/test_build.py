@@ -1,4 +1,4 @@
-"""Many conversations at a time give the documents that they give one by one, whatever is in them."""
+"""Many conversations at a time give the same documents as one by one, whatever they contain."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import pickle
 from dataclasses import dataclass
 from typing import Any
 
-import corpora
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerlm_megatron.data.views import build_documents
-from steerlm_megatron.data.write import forms
+from steerlm_megatron.data.write import skeletons
 from steerlm_megatron.data.write.blocks import Block, join
 from steerlm_megatron.data.write.builder import Builder
 from steerlm_megatron.data.write.chunks import Job
-from steerlm_megatron.data.write.forms import Forms
+from steerlm_megatron.data.write.skeletons import SkeletonCache
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import Part, Segment, SteerLMTemplate, Template
+from tests.helpers import corpora
 
 ODD = ["", " ", "\n", "\0", "\x000\0", "\x001\0", "\u2581", "<extra_id_1>", "<extra_id_2>quality:4\n", "[INST]", "</s>"]
 ODD += ["<<SYS>>", "quality:4,toxicity:0", "\u200b", "é", "日本語", "🙂", "a\u0301", "User\n", "x" * 40, "０"]
@@ -77,17 +77,17 @@ def test_any_conversations(name: str, template_name: str, schema_name: str, data
 @given(data=st.data())
 def test_a_form_with_its_texts_is_what_render_gives(template_name: str, data: st.DataObject) -> None:
     template = corpora.TEMPLATES[template_name]
-    known = Forms(template, corpora.SCHEMA)
+    known = SkeletonCache(template, corpora.SCHEMA)
     units: dict[int, tuple[str, bool]] = {}
     for conversation in data.draw(st.lists(conversations(corpora.SCHEMA), min_size=1, max_size=6)):
-        form, texts = known.of(conversation.messages)
+        skeleton, texts = known.of(conversation.messages)
         filling = iter(texts)
         units.update({unit: constant for constant, unit in known.constants.items()})
         made = []
-        for segment, unit in zip(form.segments, form.units.tolist(), strict=True):
-            text = next(filling) if unit == forms.GAP else units[unit][0]
+        for segment, unit in zip(skeleton.segments, skeleton.units.tolist(), strict=True):
+            text = next(filling) if unit == skeletons.GAP else units[unit][0]
             made.append(segment._replace(text=text))
-            assert unit == forms.GAP or units[unit][1] == segment.control
+            assert unit == skeletons.GAP or units[unit][1] == segment.control
         assert made == template.render(conversation, corpora.SCHEMA) and next(filling, None) is None
 
 
@@ -97,30 +97,30 @@ def talk(*contents: str, **more: Any) -> tuple[Message, ...]:
 
 
 def test_one_form_serves_all_of_its_kind() -> None:
-    known = Forms(corpora.STEERLM, corpora.SCHEMA)
-    form, texts = known.of(talk("a", "b"))
+    known = SkeletonCache(corpora.STEERLM, corpora.SCHEMA)
+    skeleton, texts = known.of(talk("a", "b"))
     other, texts_too = known.of(talk("longer\0", "quality:1"))
-    assert form is other and texts == ["a\n", "b"] and texts_too == ["longer\0\n", "quality:1"]
-    assert known.of(talk("a", ""))[0] is not form and known.of(talk("a", "b", weight=0))[0] is not form
+    assert skeleton is other and texts == ["a\n", "b"] and texts_too == ["longer\0\n", "quality:1"]
+    assert known.of(talk("a", ""))[0] is not skeleton and known.of(talk("a", "b", weight=0))[0] is not skeleton
     labelled = (Message("user", "a"), Message("assistant", "b", {"humor": 1.2, "quality": 8.6}))
     assert known.of(labelled)[1] == ["a\n", "quality:9,humor:1\n", "b"]
 
 
 @dataclass(frozen=True)
 class Doubling(SteerLMTemplate):
-    """A template that writes a text twice: such a form cannot be told, so all is rendered."""
+    """A template that writes a text twice. Its skeleton cannot be derived, so every conversation is rendered."""
 
-    def _segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
-        segments = super()._segments(messages, schema, training)
+    def segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
+        segments = super().segments(messages, schema, training)
         return [s._replace(text=s.text * 2) if s.part == 1 else s for s in segments]
 
 
 @dataclass(frozen=True)
 class Bracketing(SteerLMTemplate):
-    """A template that writes something before a label line: such a form cannot be told either."""
+    """A template that writes text before a label line. Its skeleton cannot be derived either."""
 
-    def _segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
-        segments = super()._segments(messages, schema, training)
+    def segments(self, messages: Any, schema: Any, training: bool) -> list[Segment]:
+        segments = super().segments(messages, schema, training)
         return [s._replace(text=f"[{s.text}") if s.part is Part.LABEL and not s.control else s for s in segments]
 
 
@@ -129,7 +129,7 @@ def test_labels_that_cannot_be_told_are_rendered() -> None:
     given_ = corpora.conversations(20)
     builder = Builder(tok, template, corpora.SCHEMA)
     assert_same(builder.build(given_, range(1, 21))[0], expected(given_, tok, template, corpora.SCHEMA))
-    assert None in builder._forms._forms.values()
+    assert None in builder.skeletons.known.values()
 
 
 def test_what_cannot_be_told_is_rendered() -> None:
@@ -137,21 +137,21 @@ def test_what_cannot_be_told_is_rendered() -> None:
     given_ = [Conversation("x", talk("river", "stone")), Conversation("y", talk("lamp", "bread"))]
     builder = Builder(tok, template, corpora.SCHEMA)
     assert_same(builder.build(given_, [1, 2])[0], expected(given_, tok, template, corpora.SCHEMA))
-    assert list(builder._forms._forms.values()) == [None]
-    marked = Template.from_config({"name": "steerlm", "system": "\x000\0"})  # looks like a mark
+    assert list(builder.skeletons.known.values()) == [None]
+    marked = Template.from_config({"name": "steerlm", "system": "\x000\0"})  # the text looks like a mark
     builder = Builder(tok, marked, None)
     assert_same(builder.build(given_, [1, 2])[0], expected(given_, tok, marked, None))
 
 
 def test_forms_are_bounded_and_many_documents_are_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forms, "_MOST_FORMS", 3)
+    monkeypatch.setattr(skeletons, "MOST_SKELETONS", 3)
     given_ = corpora.conversations(200, seed=4)
     builder = Builder(corpora.tokenizer("trained"), corpora.STEERLM, corpora.SCHEMA)
     for start in range(0, 200, 50):
         some = given_[start : start + 50]
         block = builder.build(some, range(1, 51))[0]
         assert_same(block, expected(some, corpora.tokenizer("trained"), corpora.STEERLM, corpora.SCHEMA))
-        assert len(builder._forms._forms) <= 3
+        assert len(builder.skeletons.known) <= 3
     assert_same(builder.build([], [])[0], join([], corpora.tokenizer("trained").vocab_size, 3))
 
 

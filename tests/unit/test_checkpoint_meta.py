@@ -1,4 +1,4 @@
-"""``meta.json``: what follows from a task, and checkpoints of the format before."""
+"""``meta.json``: properties that follow from the task, and checkpoints of the previous format."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_task_is_read_back_with_what_follows_from_it(task: str, tmp_path: Path
     ("head", "conditioned", "view", "expected"),
     [
         ("regression", False, "ap", "ap_regression"),
-        ("regression", False, None, "ap_regression"),  # an export, which does not say how its data was seen
+        ("regression", False, None, "ap_regression"),  # an export, which does not name its view
         ("lm", True, "acsft", "acsft"),
         ("lm", True, None, "acsft"),
         ("lm", False, "sft", "sft"),

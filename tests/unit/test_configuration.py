@@ -1,4 +1,4 @@
-"""Keys and commands are declared: what a command reads, what a key means, what users are told of both."""
+"""Declarations of keys and commands, and the help, completion and errors that follow from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.cli import run_here as run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from steerlm_megatron.config import compose, document, help
 from steerlm_megatron.config.commands import COMMANDS, readers
 from steerlm_megatron.config.fields import above, at_least, between, one_of
 from steerlm_megatron.config.schema import KEYS, RENAMED
+from tests.helpers.cli import run_here as run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +35,7 @@ def test_every_declaration_names_keys_that_are_there() -> None:
 
 
 def test_the_names_of_keys_are_an_interface() -> None:
-    """A key that goes or changes its name breaks scripts: say the new name in RENAMED, then change this list."""
+    """A removed or renamed key breaks scripts. Enter the new name in RENAMED, then change this list."""
     frozen = (Path(__file__).with_name("configuration_keys.txt")).read_text().splitlines()
     assert sorted(KEYS) == frozen
     assert not set(RENAMED) & set(KEYS) and {new for new, _ in RENAMED.values()} <= set(KEYS)
@@ -57,7 +57,7 @@ def test_a_key_that_a_command_does_not_read_is_refused_and_a_reader_named(data: 
     command = data.draw(st.sampled_from(sorted(COMMANDS)))
     foreign = [key for key in KEYS if not COMMANDS[command].reads_key(key)]
     key = data.draw(st.sampled_from(foreign))
-    said = compose._misplaced(command, key)
+    said = compose.misplaced_key(command, key)
     assert said is not None and said.startswith(f"{key}: {command} does not read it; ")
     assert any(name in said for name in readers(key))
 

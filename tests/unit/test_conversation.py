@@ -1,5 +1,4 @@
-"""What the official client does with the server: it goes on from its own messages, reads models and log-probabilities,
-and one client's odd request is nobody else's."""
+"""The official client continues conversations and reads log-probabilities, and odd requests affect nobody else."""
 
 from __future__ import annotations
 
@@ -13,9 +12,9 @@ import openai
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_server import SCHEMA, TEMPLATE, TOKENIZER, USER, Server, expected, running
 
 from steerlm_megatron.steer.records import Message
+from tests.helpers.server import SCHEMA, TEMPLATE, TOKENIZER, USER, Server, expected, running
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_five_turns_of_the_official_client(client: openai.OpenAI, way: str) -> N
 
 
 def test_the_stream_helper_of_the_client(client: openai.OpenAI) -> None:
-    """It gathers chunks itself, and dumps messages with all their nulls."""
+    """The helper gathers chunks by itself, and dumps messages with all their nulls."""
     with client.chat.completions.stream(model="steerlm", messages=USER, max_tokens=350, seed=1, stop="e") as stream:  # type: ignore[arg-type]
         message = stream.get_final_completion().choices[0].message
     again: Any = [*USER, message.model_dump(), *USER]
@@ -89,7 +88,7 @@ def test_models_are_listed_and_retrieved(server: Server, client: openai.OpenAI) 
     stop=st.sampled_from([None, "e", "\ufffd", "lo"]),
 )
 def test_logprob_bytes_are_the_text(server: Server, **params: Any) -> None:
-    """Tokens that are part of a character too, which a high temperature draws; and where the end was cut off."""
+    """Tokens that are a part of a character, which a high temperature draws, are included, and cut-off texts."""
     answer = server.post("chat/completions", messages=USER, logprobs=True, top_k=0, **params).json()["choices"][0]
     content = answer["logprobs"]["content"]
     data = b"".join(bytes(token["bytes"]) for token in content)
@@ -120,7 +119,7 @@ ODD = [
 
 
 def test_odd_requests_are_nobody_elses(server: Server) -> None:
-    """Legal or not, they get their own answer, and requests beside them the tokens that they get alone."""
+    """Odd requests, legal or not, get their answer, and requests beside them get the same tokens as alone."""
     usual = {"prompt": "hello", "max_tokens": 30, "seed": 9, "temperature": 1.0}
     alone = server.post("completions", **usual).json()["choices"][0]["text"]
     answers: list[str] = []
@@ -154,7 +153,7 @@ def test_odd_requests_are_nobody_elses(server: Server) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_fails_is_told_so_and_others_go_on(stream: bool) -> None:
     with running() as server:
-        original = server.generator._new_job
+        original = server.generator.new_job
 
         def new_job(request: Any, on_delta: Any) -> Any:
             job = original(request, on_delta)
@@ -166,7 +165,7 @@ def test_a_request_that_fails_is_told_so_and_others_go_on(stream: bool) -> None:
                 job.text.finish = fail
             return job
 
-        server.generator._new_job = new_job  # type: ignore[method-assign]
+        server.generator.new_job = new_job  # type: ignore[method-assign]
 
         async def ask(client: openai.AsyncOpenAI, seed: int) -> Any:
             asked: Any = {"model": "steerlm", "prompt": "hello", "seed": seed, "max_tokens": 20, "stream": stream}
@@ -228,9 +227,9 @@ COMPLETIONS = st.fixed_dictionaries({"prompt": PROMPTS}, optional=SAMPLING)
 @settings(max_examples=250, deadline=None)
 @given(st.one_of(CHATS.map(lambda b: ("chat/completions", b)), COMPLETIONS.map(lambda b: ("completions", b))))
 def test_any_json_is_answered_or_refused(server: Server, asked: tuple[str, dict[str, Any]]) -> None:
-    """No body is an error of the server, and none ends it."""
+    """No request body causes an error of the server, and none ends it."""
     path, body = asked
-    data = json.dumps({**body, "max_tokens": 3})  # lone surrogates are legal in it
+    data = json.dumps({**body, "max_tokens": 3})  # JSON may contain lone surrogates
     answer = server.client.post(f"{server.url}/v1/{path}", content=data, headers={"Content-Type": "application/json"})
     assert answer.status_code in (200, 400), answer.text
     if answer.status_code == 400:

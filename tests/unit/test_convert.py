@@ -1,4 +1,4 @@
-"""data_tools.convert: filters, errors, split and order, real corpora; reports add up, and runs repeat byte for byte."""
+"""data_tools.convert: filters, errors, split and order, published corpora; reports add up, and runs repeat exactly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversion import ALPACA, HELPSTEER, TOPICAL, chat, check_sums, rated, roles, run, save, shared, texts
 
 from data_tools import oasst
 from data_tools.convert import SOURCES, Options, convert, main
@@ -15,6 +14,19 @@ from data_tools.filters import Filters
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import read_records
+from tests.helpers.conversion import (
+    ALPACA,
+    HELPSTEER,
+    TOPICAL,
+    chat,
+    check_sums,
+    rated,
+    roles,
+    run,
+    save,
+    shared,
+    texts,
+)
 
 # Filters
 
@@ -232,7 +244,7 @@ def test_a_reply_of_a_filtered_path_is_trained_in_the_next_one(tmp_path: Path) -
 
 
 def test_a_reply_is_trained_where_no_path_that_goes_on_is_left(tmp_path: Path) -> None:
-    """The path that ends with it, which another one continues, counts as repeated only if that one was kept."""
+    """A path that another path continues counts as repeated only if the other one was kept."""
 
     def said(name: str, role: str, *replies: Any, text: str = "") -> dict[str, Any]:
         return {"message_id": name, "role": role, "text": text or name, "replies": list(replies)}

@@ -1,4 +1,4 @@
-"""``data.source`` of ``steerlm preprocess``: all converters are reachable, options arrive, counts join."""
+"""``data.source`` of ``steerlm preprocess``: all converters can be used, options are passed, counts are combined."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import corpora
 import pytest
 
 from data_tools.convert import ROWS
@@ -25,8 +24,9 @@ from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.stages.collect import collect_records
 from steerlm_megatron.stages.preprocess import total_counts
 from steerlm_megatron.stages.shards import check_tokenizer, make_shards, make_tokenizer
-from steerlm_megatron.stages.train import _open_data
+from steerlm_megatron.stages.train import open_data
 from steerlm_megatron.steer.records import read_records, write_records
+from tests.helpers import corpora
 
 OASST = {"name": "oasst", "names": ["quality", "humor"], "max_level": 9, "quality": "quality"}
 
@@ -110,7 +110,7 @@ def test_options_that_do_not_fit(tmp_path: Path, data: dict[str, Any], message: 
 
 
 def test_a_tokenizer_that_cannot_tell_labels_apart(tmp_path: Path) -> None:
-    """Without bytes and without digits, quality:2 and quality:7 would both be "quality:<unk>"."""
+    """Without bytes and without digits, quality:2 and quality:7 would both become "quality:<unk>"."""
     blind = tmp_path / "blind.model"
     blind.write_bytes(corpora.raw_model("nfkc"))
     assert (tok := corpora.tokenizer("nfkc")).unk_id in tok.encode("quality:7"), "the model under test has digits"
@@ -173,13 +173,13 @@ def test_training_verifies_checksums_on_request(tmp_path: Path) -> None:
     data[9] ^= 1
     damaged.write_bytes(data)
     cfg = config(train=str(tmp_path / "out"))
-    assert len(_open_data(cfg)[0]) > 0
+    assert len(open_data(cfg)[0]) > 0
     with pytest.raises(UserError, match=r"shard-00000\.bin is damaged"):
-        _open_data(cfg, verify=True)
+        open_data(cfg, verify=True)
 
 
 def made(cfg: Config, out: Path) -> dict[str, Any]:
-    """The manifest of the training shards that ``preprocess`` makes of ``cfg`` in ``out``."""
+    """Return the manifest of the training shards that ``preprocess`` makes of ``cfg`` in ``out``."""
     splits, report = collect_records(cfg, out / "records", shards=out)
     make_shards(cfg, splits, out, cfg.overwrite, report)
     manifest: dict[str, Any] = json.loads((out / "train" / "manifest.json").read_text())
@@ -195,7 +195,7 @@ def test_a_manifest_names_the_files_that_were_converted(tmp_path: Path) -> None:
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     assert converted["sources"] == [{"name": "pairs.jsonl", "bytes": path.stat().st_size, "sha256": digest}]
     assert converted["in"] == 2 and converted["skipped"]["conversations"] == {"empty_response": 1}
-    made(cfg, tmp_path / "other")  # not one byte tells where it lies
+    made(cfg, tmp_path / "other")  # no byte may depend on the folder
     for file in (f for f in (tmp_path / "out").rglob("*") if f.is_file()):
         assert file.read_bytes() == (tmp_path / "other" / file.relative_to(tmp_path / "out")).read_bytes(), file
 
@@ -233,13 +233,13 @@ def test_all_rejected_lines_stand_beside_the_shards(tmp_path: Path) -> None:
     path = write(tmp_path / "pairs.jsonl", good, {"chosen": 5}, held)
     cfg = config(source="hh_rlhf", input=path, valid_fraction=0, on_error="skip", control_strings="reject")
     cfg.tokenizer.path = "bytes"
-    for _ in range(2):  # the second time nothing is done
+    for _ in range(2):  # the second call finds everything done
         made(cfg, tmp_path / "out")
         lines = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
         assert [line["where"] for line in lines][0] == f"{path}:2" and lines[0]["line"] == '{"chosen": 5}'
         assert len(lines) == 2 and "control string" in lines[1]["reason"]
     shutil.rmtree(tmp_path / "out" / "train")
-    (tmp_path / "out" / "records" / "rejected.jsonl").unlink()  # nothing that is needed
+    (tmp_path / "out" / "records" / "rejected.jsonl").unlink()  # this file is not needed for a second call
     made(cfg, tmp_path / "out")
     assert len((tmp_path / "out" / "rejected.jsonl").read_text().splitlines()) == 1
 

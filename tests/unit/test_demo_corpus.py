@@ -1,4 +1,4 @@
-"""The embedded corpus: the judge's rules, the grammar's spread, splits by question, noisy labels, the same bytes."""
+"""The embedded corpus: the judge's rules, the spread of attributes, splits by question, noisy labels, equal bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def corpus() -> Corpus:
 
 
 def turns(conversations: list[Conversation]) -> list[tuple[str, str, dict[str, float]]]:
-    """(prompt, response, labels) of every turn."""
+    """Return (prompt, response, labels) of every turn."""
     out = []
     for conversation in conversations:
         pairs = zip(conversation.messages[::2], conversation.messages[1::2], strict=True)
@@ -62,7 +62,7 @@ def test_counts_are_clipped_at_four() -> None:
     for name, items in (("humor", PUNS), ("toxicity", RUDE)):
         counts = [measure(PROMPT, " ".join(items[:n]))[name] for n in range(len(items) + 1)]
         assert counts == [float(min(n, 4)) for n in range(len(items) + 1)]
-    assert measure(PROMPT, PUNS[0] * 3)["humor"] == 1.0  # the same joke again is not a second one
+    assert measure(PROMPT, PUNS[0] * 3)["humor"] == 1.0  # a repeated joke counts once
     assert measure(PROMPT, "Oaf! oaf, OAF")["toxicity"] == 3.0
 
 
@@ -77,7 +77,7 @@ def test_quality_moves_as_stated() -> None:
     assert quality_of(2, 2, 0, 3) < quality_of(2, 2, 0, 1)
     assert quality_of(2, 0, 0, 0) == quality_of(2, 4, 0, 0) < quality_of(2, 2, 0, 0)
     assert quality_of(2, 2, 0, 0) < quality_of(2, 2, 4, 0)
-    # With every other attribute at its best, courtesy alone moves quality: it can be steered on its own.
+    # With every other attribute at its best, courtesy alone changes quality, so quality can be steered independently.
     filled = f"{ANSWER} {FILLERS[0]} {FILLERS[1]}"
     curve = [measure(PROMPT, " ".join([*COURTEOUS[:n], filled])) for n in range(5)]
     assert all(low["quality"] + 0.5 < high["quality"] for low, high in zip(curve, curve[1:], strict=False))
@@ -94,7 +94,7 @@ def test_any_text_is_measured(prompt: str, response: str) -> None:
 
 
 def test_phrases_do_not_count_as_each_other() -> None:
-    """A filler, fact, pun or courtesy is measured as what it is and as nothing else."""
+    """A filler, fact, pun or courtesy is measured as such and does not affect other counts."""
     facts = [fact(subject, name) for subject in FACTS for name in PROPERTIES]
     for text in (*FILLERS, *facts, "The fox color is secret.", *COURTEOUS):
         assert measure("", text)["toxicity"] == measure("", text)["humor"] == 0, text
@@ -128,7 +128,7 @@ def test_no_question_is_in_two_splits(corpus: Corpus) -> None:
     held_out = {tuple(asked(c.messages[-1].content)) for c in corpus.prompts}
     assert train and valid and not (train & valid or train & held_out or valid & held_out)
     assert len(held_out) == len(corpus.prompts) >= 96
-    # Any first part of the prompts, as evaluation takes, holds questions of every size.
+    # The first prompts, which evaluation takes, include questions of every size.
     assert {len(asked(c.messages[-1].content)) for c in corpus.prompts[:48]} == {1, 2, 3}
 
 
@@ -143,7 +143,8 @@ def test_shape_of_conversations(corpus: Corpus) -> None:
     assert 0.1 < sum(len(c.messages) == 4 for c in both) / len(both) < 0.2
     assert all(m.role in ("user", "assistant") for c in both for m in c.messages)
     words = [len(response.split()) for _, response, _ in turns(both)]
-    # 4 courteous words, 5 of rudeness, 3 facts of 6, 4 puns of 3, 4 fillers of 6: no response is longer than 63 words.
+    # With 4 courteous words, 5 rude ones, 3 facts of 6, 4 puns of 3 and 4 fillers of 6, a response has at most 63
+    # words.
     assert min(words) >= 4 and max(words) <= 63 and 20 < statistics.mean(words) < 40
 
 
@@ -156,7 +157,7 @@ def test_attributes_cover_their_scale_and_hardly_hang_together(corpus: Corpus) -
     for first, second in combinations(("helpfulness", "humor", "toxicity"), 2):
         assert abs(statistics.correlation(columns[first], columns[second])) < 0.1
     assert abs(statistics.correlation(columns["helpfulness"], columns["verbosity"])) < 0.1
-    # Room for SteerLM to improve on the data: its mean is far below the best that it holds.
+    # SteerLM can improve on the data, since the mean is far below the best quality in it.
     assert statistics.mean(columns["quality"]) < 2.0 < max(columns["quality"])
 
 

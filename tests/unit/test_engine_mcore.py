@@ -1,4 +1,4 @@
-"""What the Megatron-Core engine switches on, where what it needs is there."""
+"""Optimisations that the Megatron-Core engine switches on where their requirements are met."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engines import VOCAB, Case, bare, make, step_batches
 from megatron.core.tensor_parallel import layers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerlm_megatron.model.weights import initial_weights
+from tests.helpers.engines import VOCAB, Case, bare, make, step_batches
 
 
 def test_weight_gradients_are_accumulated_by_the_matrix_product_where_apex_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Apex's extension, played by torch: the same parameters, and every product's gradient went that way."""
+    """With torch in the place of Apex's extension, parameters are the same and every product's gradient goes through
+    it.
+    """
 
     def trained() -> dict[str, torch.Tensor]:
         engine = make(Case("sft"))
@@ -41,15 +43,15 @@ def test_weight_gradients_are_accumulated_by_the_matrix_product_where_apex_is(mo
 
 
 def test_one_data_parallel_rank_has_nothing_to_overlap() -> None:
-    """Whatever was asked for."""
+    """The setting is ignored, whatever was asked for."""
     engine = make(Case("sft", overlap=True))
     assert not engine.overlap_param_gather and engine.config.no_sync_func is None
 
 
 class _NoHostReads(TorchDispatchMode):
-    """Fails on operations whose result the host needs before it can go on: on a GPU each is a wait for the device.
+    """Fail on operations whose result the host needs before it can go on; on a GPU each would wait for the device.
 
-    What the host knows by itself is NumPy's here and passes by.
+    Values that the host knows are NumPy arrays here and pass.
     """
 
     def __init__(self, allowed: int = 0) -> None:
@@ -111,6 +113,6 @@ def test_main_weights_start_from_values_that_are_not_rounded() -> None:
 
 @pytest.mark.parametrize("objective", ["sft", "ap"])
 def test_the_optimizer_can_be_stepped_alone(objective: str) -> None:
-    """As benchmarks do: with no losses to look at, the norm decides."""
+    """Benchmarks step the optimizer without losses, so the gradient norm alone decides whether the step is applied."""
     updated, norm, _ = make(Case(objective)).optimizer.step()
     assert updated and norm == 0.0

@@ -1,4 +1,4 @@
-"""Faults below Python: what a user is left with."""
+"""Faults below Python leave a stack in the log and a message that names the signal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and what a file's bytes are known by."""
+"""Atomic writing of files, and checksums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE and SwiGLU of ours against their formulas, values and gradients, in float64."""
+"""Our RMSNorm, RoPE and SwiGLU equal their formulas in float64, in values and gradients."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_rope_tables_are_made_once_a_row() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels_are_the_same_functions(dtype: torch.dtype) -> None:
-    """engine.compile: values and gradients, for a first and another number of tokens."""
+    """Compiled and plain functions have equal values and gradients, for a first and another number of tokens."""
     for tokens in (6, 11):
         x, both, heads = (grown(tokens, 1, 8), grown(tokens, 1, 12), grown(tokens, 2, 8))
         angle = grown(tokens, 1, 3).detach()

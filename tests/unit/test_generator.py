@@ -1,4 +1,4 @@
-"""The generator: cache against no cache, independence of the batch, admission, stops, failure."""
+"""The generator: equality with and without cache, independence of the batch, admission, stops, failure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fake_model import LABEL, TURN, VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator, check_limits
 from steerlm_megatron.generate.protocol import Delta, EngineDead, QueueFull, Request, Result, SamplingParams
 from steerlm_megatron.generate.text import ResponseText
 from steerlm_megatron.model.attention import PackedTokens
+from tests.helpers.fake_model import LABEL, TURN, VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
 
 
 def make(model: FakeModel | None = None, **changes: int) -> Generator:
@@ -100,7 +100,7 @@ def test_equal_prompts_are_computed_once() -> None:
 
 
 def test_as_many_samples_as_the_prompt_has_tokens() -> None:
-    """Each is drawn after the whole prompt: rows and tokens being equal in number says nothing of what they are."""
+    """Each sample is drawn after the complete prompt, even if there are as many rows as tokens."""
     prompt = tuple(range(3, 15))
     asked = [Request(str(i), prompt, SamplingParams(max_tokens=5, seed=i)) for i in range(12)]
     together = make(max_batch=12).generate(asked)
@@ -119,7 +119,7 @@ def test_cache_budget_is_respected_and_all_finish() -> None:
 
 def test_control_ids_and_padding_are_never_sampled() -> None:
     results = make().generate(requests_for(prompts(20), temperature=50.0, top_k=0))
-    assert {i for r in results for i in r.token_ids} <= set(range(63))  # TURN may, LABEL and padding may not
+    assert {i for r in results for i in r.token_ids} <= set(range(63))  # TURN may be drawn, LABEL and padding may not
 
 
 def test_stop_token_ends_text_and_takes_the_suffix() -> None:
@@ -182,7 +182,7 @@ def test_cancel_waiting_and_running() -> None:
     reference = {r.id: r.token_ids for r in make().generate(requests_for(prompts(5), max_tokens=60))}
     for handle in handles[1:4]:
         assert handle.future.result(0).token_ids == reference[handle.id]
-    handles[1].cancel()  # finished: nothing happens
+    handles[1].cancel()  # cancelling a finished request does nothing
 
 
 def test_refusals() -> None:
@@ -231,7 +231,7 @@ def test_progress_and_its_exceptions() -> None:
     generator = make()
     with pytest.raises(KeyboardInterrupt):
         generator.generate(requests_for(prompts(9)), stop)
-    assert len(generator.generate(requests_for(prompts(3)))) == 3  # the generator is still good
+    assert len(generator.generate(requests_for(prompts(3)))) == 3  # the generator still works
 
 
 def test_submission_from_threads_while_running() -> None:
@@ -266,7 +266,7 @@ def test_limits_that_contradict_each_other() -> None:
 
 
 def test_real_model_with_cache_equals_without() -> None:
-    """The tiny GPT of Megatron-Core: greedy decoding through the cache picks what whole forward passes pick."""
+    """With Megatron-Core's GPT, greedy decoding through the cache picks the tokens that full forward passes pick."""
     from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
     from steerlm_megatron.model.gpt import build_model
     from steerlm_megatron.model.weights import initialize

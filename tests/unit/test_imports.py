@@ -1,4 +1,4 @@
-"""The layers of docs/design.md: imports point left only, and each heavy library has its few places."""
+"""Imports follow the layers of docs/design.md, and each heavy library is imported in few files only."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Import:
-    """One import: ``module`` (absolute, dotted) in line ``line``; ``lazy``: inside a function."""
+    """An import of ``module`` (absolute, dotted) in line ``line``; ``lazy`` if it is inside a function."""
 
     module: str
     line: int
@@ -52,7 +52,7 @@ class Import:
 
 
 def imports_of(source: str, package: str) -> Iterator[Import]:
-    """All imports of a file, wherever in it; ``package`` (dotted) is what relative ones start from."""
+    """Yield all imports of a file, wherever in it; ``package`` (dotted) is what relative ones start from."""
 
     def visit(node: ast.AST, lazy: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -63,7 +63,7 @@ def imports_of(source: str, package: str) -> Iterator[Import]:
             if node.level:
                 kept = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*kept, base] if base else kept)
-            if base == PACKAGE:  # from steerlm_megatron import cli: the names are parts
+            if base == PACKAGE:  # in "from steerlm_megatron import cli" the names are modules
                 for alias in node.names:
                     yield Import(f"{base}.{alias.name}", node.lineno, lazy)
             else:
@@ -76,12 +76,12 @@ def imports_of(source: str, package: str) -> Iterator[Import]:
 
 
 def part_of(relative: str) -> str:
-    """``steer/records.py`` -> steer; ``cli.py`` -> cli."""
+    """Return the first part of a path: ``steer/records.py`` -> steer; ``cli.py`` -> cli."""
     return relative.split("/")[0].removesuffix(".py")
 
 
 def problems(root: Path) -> list[str]:
-    """Every wrong import under ``root``, which holds the folders steerlm_megatron and data_tools."""
+    """Return every wrong import under ``root``, which holds the folders steerlm_megatron and data_tools."""
     found: list[str] = []
     edges: dict[tuple[str, str], str] = {}
     for path in sorted((root / PACKAGE).rglob("*.py")):
@@ -115,7 +115,7 @@ def problems(root: Path) -> list[str]:
 
 
 def library_problems(relative: str, where: str, top: str, item: Import) -> list[str]:
-    """What is wrong with importing the library ``top`` in the file ``relative``."""
+    """Return what is wrong with importing the library ``top`` in the file ``relative``."""
     places = PLACES.get(top)
     if places is not None and not any(
         relative.startswith(place) if place.endswith("/") else relative == place for place in places
@@ -128,7 +128,7 @@ def library_problems(relative: str, where: str, top: str, item: Import) -> list[
 
 
 def data_tools_problems(root: Path) -> list[str]:
-    """data_tools may import steer, files and errors of the package (inspect: data too), and no heavy library."""
+    """Return wrong imports of data_tools, which may use steer, files, errors (inspect: data too), no heavy library."""
     found = []
     for path in sorted((root / "data_tools").rglob("*.py")):
         relative = path.relative_to(root).as_posix()

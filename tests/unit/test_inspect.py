@@ -1,4 +1,4 @@
-"""data_tools.inspect: shows the tokens that Megatron-Core reads, what they are, and counts that are the corpus's."""
+"""data_tools.inspect shows the tokens that Megatron-Core reads, their kinds, and the counts of the corpus."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import re
 import shutil
 from pathlib import Path
 
-import corpora
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -17,13 +16,14 @@ from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.shards import ShardReader
 from steerlm_megatron.data.write.preprocess import preprocess
 from steerlm_megatron.steer.records import Conversation, Message, read_records, write_records
+from tests.helpers import corpora
 
 COUNT = 120
 
 
 @pytest.fixture(scope="module", params=["steerlm", "llama2"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A shard folder of several shards."""
+    """Return a shard folder of several shards."""
     place = tmp_path_factory.mktemp(request.param)
     write_records(place / "in.jsonl", corpora.conversations(COUNT, seed=3))
     template = corpora.TEMPLATES[request.param]
@@ -36,13 +36,15 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def megatron_documents(folder: Path) -> list[np.ndarray]:
-    """All documents as Megatron-Core's own reader yields them."""
+    """Return all documents as Megatron-Core's reader yields them."""
     shards = sorted({path.with_suffix("") for path in folder.glob("*.idx")})
     assert len(shards) > 1
     documents: list[np.ndarray] = []
     for shard in shards:
         dataset = IndexedDataset(str(shard))
-        documents += [np.array(dataset[index]) for index in range(len(dataset))]  # copies: its memory map goes with it
+        documents += [
+            np.array(dataset[index]) for index in range(len(dataset))
+        ]  # copies, since the arrays die with the reader's memory map
     return documents
 
 
@@ -103,7 +105,7 @@ def test_attribute_histogram_counts_trained_labelled_turns(folder: Path) -> None
     found = attribute_counts(ShardReader(folder))
     dropped = ShardDataset.open(folder).manifest["counts"]["skipped"].get("no_target", 0)
     assert dropped == 0 or sum(map(int, found["quality"])) <= int(wanted["quality"].sum())
-    for name in wanted:  # values are stored as float32: none of these lies near a rounding edge
+    for name in wanted:  # values are stored as float32, and none of these is close to a rounding edge
         np.testing.assert_array_equal(found[name], wanted[name])
 
 
@@ -112,23 +114,23 @@ def test_length_histogram_adds_up() -> None:
     lines = length_lines(lengths)
     assert lines[0] == "9 samples with a target, 1 without"
     assert sum(int(line.split()[-1]) for line in lines[2:]) == 9
-    assert len(lines) == 2 + 13  # 1, 2–3, … 4096–8191
+    assert len(lines) == 2 + 13  # the bins are 1, 2–3, … 4096–8191
     assert length_lines(np.zeros(3, np.int64)) == ["no sample has a target in this view"]
 
 
 def test_summary_and_brackets(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(folder), "--sample", "2", "--view", "ap", "--row-tokens", "256", "--verify"]) == 0
-    out = capsys.readouterr().out  # no terminal: brackets instead of colours
+    out = capsys.readouterr().out  # without a terminal there are brackets instead of colours
     dataset = ShardDataset.open(folder)
     report = dataset.plan("ap", 256, 1234, cache=False).report()
     assert f"fill {report['fill']}" in out and f"tokens    {dataset.manifest['counts']['tokens']:,}," in out
     assert out.count("┌── document") == 2 and "«<extra_id_2>»[" in out
-    assert not (folder / "plans").exists()  # looking leaves nothing behind
+    assert not (folder / "plans").exists()  # inspecting writes nothing
     assert main([str(folder), "--sample", "2"]) == 0
     first = capsys.readouterr().out
     assert "⟦" in first and "‹" in first
     main([str(folder), "--sample", "2"])
-    assert capsys.readouterr().out == first  # the choice of samples is the seed's
+    assert capsys.readouterr().out == first  # the seed decides the choice of samples
 
 
 def test_colours(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +139,7 @@ def test_colours(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.delenv("NO_COLOR", raising=False)
     assert main([str(folder), "--sample", "1"]) == 0
     out = capsys.readouterr().out
-    assert "\x1b[1;32m" in out and "\x1b[2m" in out and "⟦" not in out  # trained is bold green, masked is dim
+    assert "\x1b[1;32m" in out and "\x1b[2m" in out and "⟦" not in out  # trained text is bold green, masked text is dim
 
 
 def test_control_like_text_is_shown_as_text(tmp_path: Path) -> None:

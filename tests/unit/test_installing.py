@@ -1,4 +1,4 @@
-"""Which Python is taken, and that its constraints name a version of everything that is installed."""
+"""The choice of the Python interpreter, and the completeness of its constraints file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def program(path: Path, text: str) -> str:
 
 
 def found(folder: Path, *candidates: str) -> subprocess.CompletedProcess[str]:
-    """What find_python.sh says where PATH has ``folder/bin`` first, and ``folder/pyenv`` holds pyenv's versions."""
+    """Run find_python.sh with ``folder/bin`` first in PATH and pyenv's versions in ``folder/pyenv``."""
     environment = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin", "PYENV_ROOT": str(folder / "pyenv"), "HOME": str(folder)}
     script = ["bash", str(ROOT / "scripts" / "find_python.sh"), *candidates]
     return subprocess.run(script, env=environment, text=True, capture_output=True, check=False)
@@ -59,7 +59,7 @@ def test_a_name_that_is_asked_for_and_not_there_is_an_error_with_a_remedy(tmp_pa
 
 
 def pins(version: str) -> dict[str, str]:
-    """Name → version in a file of constraints, which has nothing but exact pins."""
+    """Return name → version of a constraints file, which has only exact pins."""
     lines = (ROOT / f"constraints-{version}.txt").read_text().splitlines()
     matched = [re.fullmatch(r"([A-Za-z0-9._-]+)==([^+\s]+)", line) for line in lines if not line.startswith("#")]
     assert all(matched), "an exact version a line, without a local suffix: pip would insist on that build"
@@ -67,7 +67,7 @@ def pins(version: str) -> dict[str, str]:
 
 
 def required() -> list[Requirement]:
-    """What make installs, as setup.py says it."""
+    """Return the requirements in setup.py that make installs."""
     said: dict[str, Any] = {}
     source = (ROOT / "setup.py").read_text()
     with mock.patch("setuptools.setup", said.update):
@@ -92,7 +92,7 @@ def test_each_python_has_its_megatron_core() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The Makefile and its scripts beside stand-ins for the interpreters, which note what they are asked."""
+    """Make a folder with the Makefile, its scripts, and stand-ins for the interpreters that record their arguments."""
     for name in ("Makefile", "setup.py", "pyproject.toml", "scripts/find_python.sh", "scripts/install.sh"):
         copy = tmp_path / name
         copy.parent.mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def installed(checkout: Path, *arguments: str) -> tuple[str, str]:
-    """What ``make install`` prints, and what the interpreters were asked meanwhile."""
+    """Run ``make install``; return its output, and the arguments that the interpreters got."""
     (checkout / "asked.txt").write_text("")
     environment = {**os.environ, "PATH": f"{checkout / 'bin'}:/usr/bin:/bin", "PYENV_ROOT": str(checkout / "pyenv")}
     environment = {k: v for k, v in environment.items() if k not in ("PYTHON", "VENV", "MAKEFLAGS", "MAKELEVEL")}

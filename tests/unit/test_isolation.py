@@ -1,4 +1,4 @@
-"""One request cannot take anything from the others: its parameters, its logits, its text, its callback."""
+"""One request's parameters, logits, text and callback cannot affect other requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fake_model import VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import MAX_SEED, Delta, Request, RequestFailed, SamplingParams
 from steerlm_megatron.generate.sampling import NOT_DRAWN, NOT_FINITE, BatchSampler, RowParams
+from tests.helpers.fake_model import VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
 
 CPU = torch.device("cpu")
 KINDS = ["callback", "text", "stop", "draw", "logits", "fine"]
@@ -35,8 +35,8 @@ ODD_LOGITS = st.sampled_from([math.nan, math.inf, -math.inf])
 
 
 class PoisonedModel(FakeModel):
-    """Keys, values and logits of a sequence that contains ``POISON`` are NaN, as after an overflow. It is only in
-    prompts: the model draws it as good as never, here and where it is not poisoned."""
+    """A model whose keys, values and logits are NaN for a sequence that contains ``POISON``, as after an overflow. Only
+    prompts contain it, since both this model and the healthy one practically never draw it."""
 
     def __init__(self, poisoned: bool = True) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def run(generator: Generator) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(ROWS, st.lists(LOGITS, min_size=4, max_size=4)), min_size=1, max_size=8), st.data())
 def test_every_legal_parameter_draws_a_token(rows: list[tuple[RowParams, list[float]]], data: st.DataObject) -> None:
-    """Alone and together, beside rows that have no distribution at all."""
+    """Rows draw alone and together, beside rows that have no distribution."""
     sampler, alone = BatchSampler(VOCAB, (1,), CPU), BatchSampler(VOCAB, (1,), CPU)
     logits_BV = torch.randn(len(rows), VOCAB)
     for i, (_, values) in enumerate(rows):
@@ -127,7 +127,8 @@ def test_a_row_without_finite_logits_ends_alone(prefilled_together: bool) -> Non
     handles, poisoned = [], []
     for i, one in enumerate(good):
         handles.append(generator.submit(one))
-        # Equal prompts of one step are computed once; longer ones leave more in the cache than the next one fills.
+        # Equal prompts of one step are computed once. Longer prompts leave more in the cache than the next one
+        # overwrites.
         poisoned.append(generator.submit(request(f"bad{i}", [*range(i % 5), POISON, *range(30)])))
         if not prefilled_together:
             generator.step()
@@ -153,16 +154,16 @@ def test_an_exception_of_one_request_ends_it_alone(kinds: list[str], data: st.Da
     fine = [one for one, kind in zip(asked, kinds, strict=True) if kind == "fine"]
     expected = {r.id: r for r in make(PoisonedModel(False)).generate(fine)}
     generator = make(PoisonedModel())
-    drawn = generator.runner.sampler._draw
+    drawn = generator.runner.sampler.draw
 
     def draw(logits_BV: torch.Tensor, group: Any, indices: Sequence[int]) -> torch.Tensor:
         for row in group.rows:
-            seed = generator.runner.sampler._rows[row].seed
+            seed = generator.runner.sampler.rows[row].seed
             if kinds[seed] == "draw" and indices[row] >= at[seed]:
                 raise ZeroDivisionError("of one row")
         return drawn(logits_BV, group, indices)
 
-    generator.runner.sampler._draw = draw  # type: ignore[method-assign]
+    generator.runner.sampler.draw = draw  # type: ignore[method-assign]
     handles = []
     for i, (one, kind) in enumerate(zip(asked, kinds, strict=True)):
 
@@ -173,7 +174,7 @@ def test_an_exception_of_one_request_ends_it_alone(kinds: list[str], data: st.Da
 
         handle = generator.submit(one, callback)
         if kind in ("text", "stop"):
-            job = generator._jobs[one.id]
+            job = generator.jobs[one.id]
 
             def fail(*_: Any) -> Any:
                 raise IndexError("of the text")
@@ -184,11 +185,13 @@ def test_an_exception_of_one_request_ends_it_alone(kinds: list[str], data: st.Da
     for handle, kind in zip(handles, kinds, strict=True):
         if kind == "fine":
             assert handle.future.result(0) == expected[handle.id]
-        elif kind != "callback" or handle.future.exception(0) is not None:  # a short response may have no more calls
+        elif (
+            kind != "callback" or handle.future.exception(0) is not None
+        ):  # a short response may end before the callback raises
             with pytest.raises(RequestFailed):
                 handle.future.result(0)
-    assert generator.error is None and not generator._jobs and not generator.scheduler.running
-    generator.runner.sampler._draw = drawn  # type: ignore[method-assign]
+    assert generator.error is None and not generator.jobs and not generator.scheduler.running
+    generator.runner.sampler.draw = drawn  # type: ignore[method-assign]
     assert generator.generate([request("later")]) == make(PoisonedModel(False)).generate([request("later")])
 
 
@@ -207,7 +210,7 @@ def test_cancelling_a_request_whose_text_raises_resolves_it() -> None:
     def fail(*_: Any) -> Any:
         raise IndexError("of the text")
 
-    generator._jobs["x"].text.finish = fail  # type: ignore[method-assign]
+    generator.jobs["x"].text.finish = fail  # type: ignore[method-assign]
     handle.cancel()
     with pytest.raises(RequestFailed, match="IndexError: of the text"):
         handle.future.result(0)

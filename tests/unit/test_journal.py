@@ -1,4 +1,4 @@
-"""What a killed job had finished: nothing is lost, nothing torn is taken for finished."""
+"""The journal loses no finished work of a killed job, and takes no torn line for finished."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_journal_of_other_inputs_is_emptied(tmp_path: Path) -> None:
     assert Journal(tmp_path, 0, "key", is_main=True).read() == {0: "old"}
     journal = Journal(tmp_path, 3, "another", is_main=True)
     assert not list(tmp_path.iterdir())
-    left_over.append([(1, "old")])  # by a rank that nobody has ended
+    left_over.append([(1, "old")])  # written by a rank that is still running
     journal.append([(1, "new")])
     assert journal.read() == {1: "new"}
 
@@ -52,7 +52,7 @@ def test_what_a_full_disk_tore_is_cut_off_before_the_next_entry(
 
 def test_what_is_noted_is_on_disk_soon_and_when_it_ends(tmp_path: Path) -> None:
     journal = Journal(tmp_path, 0, "key", is_main=True)
-    with pytest.raises(KeyboardInterrupt), journal.noting(0.01) as note:
+    with pytest.raises(KeyboardInterrupt), journal.recorder(0.01) as note:
         note(0, "first")
         deadline = time.monotonic() + 60
         while not journal.read() and time.monotonic() < deadline:
@@ -72,10 +72,10 @@ def test_a_full_disk_ends_the_work_and_loses_nothing(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     def work() -> None:
-        with journal.noting(0.01) as note:
+        with journal.recorder(0.01) as note:
             note(0, "first")
             assert full.wait(60)
-            monkeypatch.undo()  # somebody makes room
+            monkeypatch.undo()  # the disk has room again
             for index in range(1, 10_000_000):
                 note(index, "more")
 

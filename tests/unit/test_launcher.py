@@ -1,4 +1,4 @@
-"""Ranks as a launcher numbers them: torchrun's variables, SLURM's, and a batch script that is no rank."""
+"""Ranks are read from torchrun's or SLURM's variables, and a batch script is no rank."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.runtime import launcher
 
-# What SLURM 22.05 sets for a job of two nodes; in a step, srun adds the rest.
+# SLURM 22.05 sets these variables for a job of two nodes; in a step, srun adds others.
 _JOB = {
     "SLURM_JOB_ID": "4711", "SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
     "SLURM_JOB_NODELIST": "node[1-2]",
@@ -29,7 +29,7 @@ _TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "
 
 @pytest.fixture
 def environment() -> Iterator[Callable[[dict[str, str]], None]]:
-    """A function that replaces this process's launcher variables; all is as before after the test."""
+    """Yield a function that replaces this process's launcher variables, which are restored after the test."""
 
     def use(variables: dict[str, str]) -> None:
         for name in [n for n in os.environ if n.startswith(("SLURM_", "MASTER_", "RANK", "WORLD_", "LOCAL_"))]:

@@ -1,4 +1,4 @@
-"""steer.lines: byte order marks, files that are no text, and lines that are nearly JSON, each named for what it is."""
+"""steer.lines handles byte order marks, and names files that are not text and errors of lines that are nearly JSON."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_byte_order_mark_may_begin_any_line(
     data = end.join(BOM + line if mark else line for mark, line in zip(marks, lines, strict=True))
     path.write_bytes(data + end * last)
     assert [record.id for record in read_records(path)] == [str(number) for number in range(len(marks))]
-    for size in (1, 7, 64):  # in pieces: only where a line begins
+    for size in (1, 7, 64):  # with any size of parts, a mark counts only where a line begins
         pieces = [piece for _, piece in raw_lines(str(path), size) if piece]
         assert b"".join(pieces) == end.join(lines) + end * last or size < len(BOM)
     inside = {**GOOD, "messages": [{"role": "user", "content": "\ufeffq"}, {"role": "assistant", "content": "r\ufeff"}]}
@@ -74,7 +74,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path, content: bytes, match: 
     path = tmp_path / {"plain": "a.jsonl", "gz": "a.jsonl.gz", "zst": "a.jsonl.zst"}[wrapped]
     compress = {"plain": bytes, "gz": gzip.compress, "zst": zstandard.compress}[wrapped]
     path.write_bytes(compress(content))
-    for on_error in ("error", "skip"):  # an error of the whole file is never skipped
+    for on_error in ("error", "skip"):  # an error that concerns the whole file is never skipped
         with pytest.raises(UserError, match=match) as caught:
             list(read_records(path, on_error=on_error, rejected=[]))  # type: ignore[arg-type]
         assert str(caught.value).startswith(f"{path} ")
@@ -125,4 +125,4 @@ def test_a_cut_off_line_is_torn_or_malformed(value: dict[str, Any], cut: int) ->
     assert parse_object(text, "f:1") == value
     if cut < len(text):
         with pytest.raises(UserError, match=r"f:1: (torn last line|malformed JSON)"):
-            parse_object(text[:-cut], "f:1", whole=False)
+            parse_object(text[:-cut], "f:1", complete=False)

@@ -1,4 +1,4 @@
-"""Batches: every row once, the same step for every layout, resume without replay, tensors that cross no boundary."""
+"""Batches have every row once, equal steps for every layout, resume without replay, and cross no document boundary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-import corpora
 import numpy as np
 import pytest
 import torch
@@ -22,6 +21,7 @@ from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.feed.loader import StepLoader, end_row
 from steerlm_megatron.data.shards import ShardWriter
 from steerlm_megatron.data.views import build_documents
+from tests.helpers import corpora
 
 ROW_TOKENS = 160
 
@@ -124,12 +124,12 @@ def test_order_differs_by_epoch_and_seed_not_content(dataset: ShardDataset) -> N
 def test_a_run_by_epochs_sees_every_row_as_often_as_they_say(
     dataset: ShardDataset, samples: int, epochs: float, stop: int, sizes: tuple[int, int]
 ) -> None:
-    """Whatever the batch, larger than the corpus too, and whether or not the run was stopped on its way."""
+    """This holds for any batch size, also one larger than the corpus, and for runs that were stopped and resumed."""
     size = len(loader(dataset).rows)
     end = end_row(loader(dataset).rows, epochs)
     seen: Counter[str] = Counter()
     at = taken = 0
-    for part in range(2):  # until the stop, and from there
+    for part in range(2):  # the run until the stop, and the resumed one
         ranks = [
             loader(
                 dataset,
@@ -256,7 +256,9 @@ def test_a_row_too_full_is_our_bug(dataset: ShardDataset) -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("view", ["acsft", "ap"])
 def test_context_parallel_ranks_share_a_row(dataset: ShardDataset, view: str, ranks: int) -> None:
-    """Every token, target and label is one rank's; a chunk's documents reach back to where they begin."""
+    """Every token, target and label belongs to one rank, and the keys of a chunk reach back to its document's
+    beginning.
+    """
     row_tokens = 168
     whole = next(loader(dataset, view, row_tokens=row_tokens))
     assert max(batch.cu_seqlens.diff().max() for batch in whole) > row_tokens // ranks, "one goes through all chunks"

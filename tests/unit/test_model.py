@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.attention.varlen
 import torch.nn.functional as F
-from helpers.engines import full_row
 from megatron.core.activations import squared_relu
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +26,7 @@ from steerlm_megatron.model.weights import fill, global_names, initial_weights, 
 from steerlm_megatron.observe.metrics import model_flops
 from steerlm_megatron.runtime import device, mcore_compat, mcore_private, parallel
 from steerlm_megatron.stages.train import _multiplied_parameters
+from tests.helpers.engines import full_row
 
 SMALL = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=48)
 

@@ -1,4 +1,4 @@
-"""data_tools.oasst: trees and flat files → records; pruning, paths, split, and a report that adds up."""
+"""data_tools.oasst converts trees and flat files: pruning, paths, split, and a report that adds up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REAL = ["oasst2_subset_trees.jsonl.zst", "oa_en100_trees.jsonl.zst", "oasst1_en_
 
 
 def node(name: str, *replies: dict[str, Any], **keys: Any) -> dict[str, Any]:
-    """A message; names that start with "a" are the assistant's."""
+    """Return a message, which is the assistant's if its name starts with "a"."""
     role = "assistant" if name[0] == "a" else "prompter"
     return {"message_id": name, "text": f"text of {name}", "role": role, "lang": "en", "replies": list(replies), **keys}
 
@@ -59,7 +59,7 @@ def check_sums(report: dict[str, Any], paths: str) -> None:
 
 
 def shape(conversations: list[Conversation]) -> list[str]:
-    """``u1 a1 u2 a2*`` per conversation; * marks weight 1."""
+    """Write each conversation as ``u1 a1 u2 a2*``, where * marks weight 1."""
     return [
         " ".join(m.content.split()[-1] + "*" * (m.role == "assistant" and m.weight) for m in c.messages)
         for c in conversations
@@ -76,7 +76,7 @@ def test_reply_mode_trains_each_reply_once(tmp_path: Path) -> None:
     assert found[0].source == "oasst" and found[0].extra == {"tree_id": "t", "lang": "en"}
     assert report["replies"] == 5 and report["paths"] == 5
     assert report["skipped"]["paths"] == {"repeated": 1} and report["skipped"]["messages"] == {"no_reply": 1}
-    # a1 twice as context, and once in the path that ended in u3
+    # a1 is context twice, and occurs once in the path that ended in u3
     assert report["repeated_replies_avoided"] == 3
 
 
@@ -114,7 +114,7 @@ def test_flat_in_any_order_equals_nested(tmp_path: Path) -> None:
     backwards, _ = run(save(tmp_path / "b.jsonl", rows[::-1]))
     assert {c.id for c in backwards} == {c.id for c in nested}
     halves = [save(tmp_path / "h1.jsonl", rows[::2]), save(tmp_path / "h2.jsonl", rows[1::2])]
-    assert {c.id for c in run(halves)[0]} == {c.id for c in nested}  # a parent may stand in another file
+    assert {c.id for c in run(halves)[0]} == {c.id for c in nested}  # a parent may be in another file
 
 
 def test_json_arrays_equal_lines(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Packing: nothing split, lost or repeated; deterministic; fast; the stored plan is the computed one."""
+"""Packing splits, loses and repeats nothing, is deterministic and fast, and a stored plan equals the computed one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def rows_of(offsets: np.ndarray, samples: np.ndarray) -> list[list[int]]:
 
 
 def best_fit_decreasing(lengths: list[int], capacity: int) -> list[int]:
-    """The textbook loop; returns the sorted room left in its rows."""
+    """Pack by the textbook loop, and return the sorted room that is left in its rows."""
     left: list[int] = []
     for length in sorted((n for n in lengths if n), reverse=True):
         fitting = [room for room in left if room >= length]

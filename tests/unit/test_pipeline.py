@@ -1,10 +1,10 @@
-"""What makes a step of ``steerlm run`` the same step."""
+"""The keys and paths on which the fingerprint of a step of ``steerlm run`` depends."""
 
 from __future__ import annotations
 
 from steerlm_megatron.config.commands import COMMANDS
 from steerlm_megatron.config.schema import KEYS, Config, DataConfig
-from steerlm_megatron.stages.pipeline import _without_root
+from steerlm_megatron.stages.pipeline import relative_to_run
 from steerlm_megatron.stages.pipeline_steps import STEPS
 
 
@@ -36,7 +36,7 @@ def test_a_run_folder_has_no_part_in_its_steps_and_nothing_else_is_cut() -> None
         }
 
     names = ("r", "runs/run", "/big/disk/run")
-    first, *others = (_without_root(config(root), root) for root in names)
+    first, *others = (relative_to_run(config(root), root) for root in names)
     assert first["train"] == {"nonfinite": "raise"} and first["data"]["input"] == [
         "/01-data/a.jsonl",
         "runs/other.jsonl",

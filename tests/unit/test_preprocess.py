@@ -1,11 +1,10 @@
-"""Preprocessing: counts add up, bad input is named or set aside, splits do not share prompts, real files work."""
+"""Preprocessing: counts add up, malformed input is named or listed, splits share no prompts, published files work."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import corpora
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.write.preprocess import REJECTED_FILE, preprocess, training_texts
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message, read_json_lines, write_records
+from tests.helpers import corpora
 
 
 def run(inputs: dict, output: Path, schema=corpora.SCHEMA, progress=None, tok: Tokenizer | None = None, **data):

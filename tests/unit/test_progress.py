@@ -1,4 +1,4 @@
-"""Progress without a terminal: few lines, the right numbers; with one: a bar and a clean end."""
+"""Progress shows few lines with the right numbers without a terminal, and a bar with a clean end on one."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_a_quick_job_has_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_long_job_has_a_line_per_tenth_with_eta(capsys: pytest.CaptureFixture[str]) -> None:
     run(1000, 0.1, 1000)
     lines = lines_of(capsys)
-    assert len(lines) == 10  # at 100, 200, … 900, and the closing one
+    assert len(lines) == 10  # lines at 100, 200, … 900, and the closing one
     assert lines[0] == "train: 100/1,000 step (10 %) 10 step/s loss=2.346 elapsed 10.0 s left 1:30"
 
 
 def test_lines_are_five_seconds_apart(capsys: pytest.CaptureFixture[str]) -> None:
     run(100, 0.2, 100)  # 10 % takes 2 s
-    assert len(lines_of(capsys)) == 4  # at 5, 10 and 15 s, and the closing one
+    assert len(lines_of(capsys)) == 4  # lines at 5, 10 and 15 s, and the closing one
 
 
 def test_a_slow_job_speaks_once_a_minute_and_resumed_units_are_not_in_the_rate(
@@ -100,9 +100,9 @@ def test_an_eighty_column_terminal_shows_the_time_left(monkeypatch: pytest.Monke
     monkeypatch.setattr(progress, "console", screen)
     with Progress(100_000, "5/12 train_ap", terminal=True, initial=1000) as bar:
         bar.advance(1, loss=1.234567, lr=3.054e-4, tokens_per_sec=17482.0, valid=1.581)
-        assert bar._bar is not None
+        assert bar.bar is not None
         with (paper := screen()).capture() as shown:
-            paper.print(bar._bar.get_renderable())
+            paper.print(bar.bar.get_renderable())
     first, second = shown.get().splitlines()
     assert "1001/100000" in first and re.search(r"0:00:0\d left \S*:\S*", first) and "…" not in first
     assert "loss=1.235" in second and "valid=1.581" in second

@@ -1,4 +1,4 @@
-"""What stands in the repository can be read with the repository alone: no reference to documents that nobody has."""
+"""The repository can be read by itself: it has no reference to documents outside of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Built from pieces, so that this file does not hold what it looks for.
+# The pattern is built from parts, so that this file does not match it.
 OUTSIDE = re.compile("|".join(("facts " + "§", "facts" + "/", "DESIGN " + "§", "DESIGN" + r"\.md", "Issue " + "[0-9]")))
 
 

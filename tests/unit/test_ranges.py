@@ -1,4 +1,4 @@
-"""Ranges of a flattened tensor as boxes: against numpy, for any shape and any cut."""
+"""Ranges of a flattened tensor as boxes (hyperrectangles) agree with numpy, for any shape and any cut."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_the_boxes_of_a_range_end_to_end_are_the_range(shape: tuple[int, ...], d
 
 
 def piece(data: torch.Tensor, offset: tuple[int, ...], shape: tuple[int, ...], axis: int = 0) -> ShardedTensor:
-    """``data`` at ``offset`` of a whole of ``shape``; ``axis`` leading dimensions are the layers'."""
+    """Return a shard with ``data`` at ``offset`` of a tensor of ``shape``; its first ``axis`` dimensions are layers."""
     return ShardedTensor(
         "weight", data, data.dtype, tuple(data.shape), shape, offset, None, replica_id=(0, 0, 3), prepend_axis_num=axis
     )
 
 
 def put(shards: list[ShardedTensor], whole: torch.Tensor) -> None:
-    """What a checkpoint does: every shard at its place, none twice."""
+    """Write every shard at its position, as a checkpoint does, and check that none overlaps another."""
     for shard in shards:
         place = tuple(slice(at, at + size) for at, size in zip(shard.global_offset, shard.local_shape, strict=True))
         assert whole[place].isnan().all() and shard.replica_id == (0, 0, 0) and shard.key == "moment"
@@ -60,7 +60,7 @@ def test_a_layer_of_a_stack_cut_between_ranks(ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_a_parameter_that_is_two_in_the_checkpoint(ranks: int) -> None:
-    """As SwiGLU's gate and input under tensor parallelism."""
+    """SwiGLU's gate and input under tensor parallelism are such a parameter."""
 
     def build(key: str, data: torch.Tensor, replica: ReplicaId, _: slice | None) -> list[ShardedTensor]:
         gate, up = data.chunk(2)

@@ -1,4 +1,4 @@
-"""steer.records: round trips, every suffix, every refusal with file and line, and whole files only."""
+"""steer.records: round trips, every suffix, every refusal with file and line, and atomic writing."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_several_files_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     paths = [str(tmp_path / "*.jsonl*"), str(tmp_path / "b.jsonl")]
     assert [c.id for c in read_records(paths)] == ["a.jsonl.gz", "b.jsonl"]
     (tmp_path / "b.jsonl.d").mkdir()
-    assert expand_paths(str(tmp_path / "b*")) == [str(tmp_path / "b.jsonl")]  # a glob takes no folders
+    assert expand_paths(str(tmp_path / "b*")) == [str(tmp_path / "b.jsonl")]  # a glob matches no folders
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(UserError, match=r"b\.jsonl: may not be read by this user"):
         expand_paths(tmp_path / "b.jsonl")
@@ -131,7 +131,7 @@ def test_several_files_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(UserError, match=match):
             expand_paths(bad)
     with pytest.raises(UserError, match="no such file"):
-        read_records(tmp_path / "missing.jsonl")  # at the call, before anything is iterated
+        read_records(tmp_path / "missing.jsonl")  # the call raises, before anything is iterated
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_prompts_need_no_response(tmp_path: Path) -> None:
 def test_a_reply_without_text_is_context(tmp_path: Path, nothing: str) -> None:
     path = tmp_path / "generated.jsonl"
     messages = [("user", "q"), ("assistant", nothing), ("user", "q2"), ("assistant", "r")]
-    rows = [record(*messages), record(*messages[:2])]  # a file that holds nothing but such replies can be read, too
+    rows = [record(*messages), record(*messages[:2])]  # a file that has only such replies can be read too
     for row in rows:
         row["messages"][1] |= {"attributes": {"quality": 3}, "finish_reason": "stop", "weight": 1}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -296,7 +296,7 @@ NULLS = st.recursive(
 def test_an_object_of_nothing_but_nulls_is_absent(
     conversation: Conversation, at: list[tuple[int, str, Any]], more: list[tuple[int, Any]]
 ) -> None:
-    """Arrow fills up every struct with all keys: in the record (-1), in a message, among the messages."""
+    """Arrow gives every struct all keys: in the record (-1), in a message, and in the list of messages."""
     plain, filled = to_json(conversation), json.loads(json.dumps(to_json(conversation)))
     for index, key, nulls in at:
         for data, value in ((plain, None), (filled, nulls)):

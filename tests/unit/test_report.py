@@ -1,4 +1,4 @@
-"""The report: its JSON, its verdicts, and a page that needs nothing but itself."""
+"""The report: its JSON, its verdicts, and a page that refers to nothing outside itself."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ def test_page_is_escaped_self_contained_and_reproducible(tmp_path: Path) -> None
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "Say &lt;b&gt;hello&lt;/b&gt; &amp;" in page and "Quick &lt;start&gt;" in page
     assert not re.search(r"(src|href)\s*=\s*['\"](?!data:)", page) and "@import" not in page and "url(" not in page
-    assert page.count("data:image/svg+xml;base64,") == 4  # ap, two curves, quality
+    assert page.count("data:image/svg+xml;base64,") == 4  # the plots of ap, of two curves, and of quality
     assert "not measured" not in page.lower()
     assert write_report(tmp_path / "again", RESULTS)[0].read_text() == page
 
 
 class Elements(HTMLParser):
-    """What a browser would make of a page: its tags, the values of their attributes, its text."""
+    """Parses a page as a browser would: its tags, the values of their attributes, its text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ HOSTILE = """<script>alert('1')</script><img src=x onerror="alert(2)">' onload='
 
 
 def test_html_in_any_value_is_shown_as_text_everywhere(tmp_path: Path) -> None:
-    """An answer is a stranger's text, and so may be every other value: none of it becomes a part of the page."""
+    """Answers, and every other value, may be untrusted text, none of which may become markup of the page."""
     places = {
         where: f"{where}{HOSTILE}"
         for where in ("title", "note", "judge", "ap", "curve", "model", "prompt", "answer", "by", "asked", "level",

@@ -1,4 +1,4 @@
-"""``attributes.best`` of the commands that serve a checkpoint: read in the checkpoint's schema, or refused."""
+"""Commands that serve a checkpoint check ``attributes.best`` against the checkpoint's schema."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preprocessing in parallel and after kills: the same bytes whatever the number of processes and interruptions."""
+"""Preprocessing gives the same bytes for any number of processes and interruptions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import corpora
 import numpy as np
 import psutil
 import pytest
@@ -27,21 +26,23 @@ from steerlm_megatron.data.write.chunks import Chunk, read_chunks
 from steerlm_megatron.data.write.preprocess import REJECTED_FILE, WORK, preprocess
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message, write_records
+from tests.helpers import corpora
 
 DATA = {"shard_tokens": 9000, "valid_fraction": 0.2, "on_error": "skip"}
 
-# What a killed process ran: chunks of 16 lines, and a pause after one of them so that it can be killed there.
+# The process that is killed runs this: chunks of 16 lines, and a pause after one of them so that it can be killed
+# there.
 SCRIPT = """
 import sys, time
-sys.path[:0] = [{unit!r}, {root!r}]
-import corpora
+sys.path.insert(0, {root!r})
+from tests.helpers import corpora
 from steerlm_megatron.config.schema import DataConfig
 from steerlm_megatron.data.write import chunks, preprocess as module
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 
 def main():
     chunks.CHUNK_LINES = 16
-    module._Run._workers = lambda run: {workers}
+    module.WORKER_BYTES = 1
     said = []
     def progress(done, total):
         said.append(done)
@@ -65,7 +66,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Two files of 500 records in all, with malformed lines, repeated ids and ids that are missing."""
+    """Write two files of 500 records together, with malformed lines, repeated ids and missing ids."""
     folder = tmp_path_factory.mktemp("in")
     records = corpora.conversations(500, seed=5)
     write_records(folder / "a.jsonl", records[:300])
@@ -83,22 +84,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def run(files: list[str], output: Path, workers: int = 1, **given: Any) -> dict[str, Any]:
     options = {name: given.pop(name) for name in ("progress", "overwrite") if name in given}
-    tok, cfg = corpora.tokenizer("trained"), DataConfig(**(DATA | given))
-    with pytest.MonkeyPatch.context() as patch:  # as many as asked for, however small the corpus
-        patch.setattr(module._Run, "_workers", lambda run: workers)
+    tok, cfg = corpora.tokenizer("trained"), DataConfig(**(DATA | {"workers": workers} | given))
+    with pytest.MonkeyPatch.context() as patch:  # use as many workers as asked for, however small the corpus is
+        patch.setattr(module, "WORKER_BYTES", 1)
         return preprocess({"train": files}, output, tok, corpora.SCHEMA, corpora.STEERLM, cfg, **options)
 
 
 def start(files: list[str], output: Path, folder: Path, workers: int, pause_at: int = 0, limit: str = "") -> Any:
-    """A process that preprocesses, says how far it is on its standard output, and stays where it said so ``pause_at``
-    times.
-    """
+    """Start a process that preprocesses and prints its progress, and that hangs after ``pause_at`` such lines."""
     corpora.tokenizer("trained").save(folder / "tokenizer")
     script = folder / f"script_{output.name}.py"
     script.write_text(
         SCRIPT.format(
-            unit=str(Path(__file__).parent), root=str(Path(__file__).parents[2]), pause_at=pause_at, files=files,
-            output=str(output), workers=workers, data=DATA, tokenizer=str(folder / "tokenizer"), limit=limit,
+            root=str(Path(__file__).parents[2]), pause_at=pause_at, files=files,
+            output=str(output), data=DATA | {"workers": workers}, tokenizer=str(folder / "tokenizer"), limit=limit,
         )
     )  # fmt: skip
     return subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -135,17 +134,17 @@ def test_repeated_ids_are_errors(files: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 8, 1000])
 def test_seen_ids_are_exact_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(seen_ids, "_RUN", size)
+    monkeypatch.setattr(seen_ids, "RUN_IDS", size)
     rng, known = np.random.default_rng(0), set()
     ids = seen_ids.SeenIds(tmp_path / "ids")
     for _ in range(60):
         batch = rng.integers(0, 90, 7)
         hashes = np.zeros((7, 16), np.uint8)
-        hashes[:, 5] = batch  # 0: no id; the zeros behind must not be taken for the end
+        hashes[:, 5] = batch  # batch 0 is no id; zeros at the end must not be taken for padding
         expected = [bool(n) and (n in known or n in batch[:i]) for i, n in enumerate(batch.tolist())]
         assert ids.repeated(hashes).tolist() == expected
         known.update(batch.tolist())
-        assert len(ids._recent) < size + 7
+        assert len(ids.recent) < size + 7
 
 
 def test_any_number_of_processes_gives_the_same_bytes(
@@ -192,7 +191,7 @@ def test_stopped_between_chunks_does_nothing_again(
 def test_an_error_in_any_write_is_gone_on_from(
     files: list[str], reference: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failing fsync or rename anywhere stands for a kill there: from many such places the job ends with the same."""
+    """An fsync or rename that fails stands for a kill there; from many such points the job ends with equal results."""
     real = {"fsync": os.fsync, "replace": os.replace, "rename": Path.rename}
     calls = [0, 0]
 
@@ -280,7 +279,7 @@ def test_a_full_disk_is_named_and_gone_on_from(files: list[str], reference: dict
 
 
 def test_a_torn_chunk_is_made_again(files: list[str], reference: dict[str, bytes], tmp_path: Path) -> None:
-    """A power cut may leave a file with its name and not all of its bytes."""
+    """A power cut may leave a file under its name without all of its bytes."""
 
     def stop(done: int, total: int) -> None:
         if done > 200:
@@ -335,7 +334,7 @@ def test_work_is_kept_when_errors_are_to_be_skipped(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         run([str(path)], tmp_path / "out", on_error="skip", progress=stop)
     assert [chunk.first_line for chunk in made] == [65, 81]
-    for workers in (1, 2):  # what was skipped is found there, and is an error again
+    for workers in (1, 2):  # lines that were skipped are found in the stored chunks, and are errors again
         with pytest.raises(UserError, match=r"r\.jsonl:71: malformed JSON"):
             run([str(path)], tmp_path / "out", workers, on_error="error")
     assert run([str(path)], tmp_path / "out", on_error="skip")["skipped"]["rejected"] == 1
@@ -423,7 +422,7 @@ def test_control_strings_in_text(tmp_path: Path, policy: str) -> None:
         document = reader.document(index)
         assert text in tok.decode(document.tokens_T)
         made = np.isin(document.tokens_T, list(tok.controls.values()))
-        assert made.sum() == 4  # what the template puts there, and nothing of the text
+        assert made.sum() == 4  # the control tokens of the template, and none from the text
 
 
 def test_blocks_keep_every_document() -> None:

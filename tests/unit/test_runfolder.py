@@ -1,4 +1,4 @@
-"""The run folder: what it writes, when it refuses, how a run's end is told; fingerprints."""
+"""The run folder: its files, refusals, the status of an ended run, and fingerprints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_folder_belongs_to_one_process_until_its_run_ends(tmp_path: Path) -> N
         return subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=False)
 
     with RunFolder(tmp_path, "train_sft").start():
-        RunFolder(tmp_path, "train_sft")  # of this process: it may
+        RunFolder(tmp_path, "train_sft")  # the same process may open the folder again
         refused = other().stderr
         assert f"TryLater: run_dir={tmp_path} is in use by pid {os.getpid()} on " in refused
     before = fingerprint({}, [tmp_path])
@@ -92,7 +92,7 @@ def test_how_it_ended(tmp_path: Path, error: BaseException, status: str) -> None
 
 
 def test_a_summary_that_cannot_be_written_hides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a full disk the error is what filled it, not that it could not be noted down."""
+    """On a full disk the first error is reported, and not the failure to record it."""
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

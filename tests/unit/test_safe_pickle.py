@@ -1,4 +1,4 @@
-"""A stranger's checkpoint runs no code, wherever in it a pickle stands; our own open as before."""
+"""An untrusted checkpoint runs no code, wherever in it a pickle is; our checkpoints can be opened."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engines import Case, make, saved, step_batches
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import metadata as dcp
@@ -21,13 +20,14 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.safe_pickle import UnsafeCheckpoint, load
 from steerlm_megatron.train.sharded import common_state, stored_dtype
+from tests.helpers.engines import Case, make, saved, step_batches
 
 _RAN = "steerlm_hostile_code_ran"
 
 
 @pytest.fixture(autouse=True)
 def nothing_ran() -> Iterator[None]:
-    """No test of this file may set the mark that hostile code sets."""
+    """Check that no test of this file sets the mark that hostile code sets."""
     yield
     ran = hasattr(builtins, _RAN)
     if ran:
@@ -53,7 +53,7 @@ def hostile() -> _Calls:
 
 
 def _dangerous() -> st.SearchStrategy[tuple[str, str]]:
-    """Modules and names that a pickle can ask for: known ways to run code, and any other."""
+    """Draw modules and names that a pickle can ask for: known ways to run code, and any others."""
     known = [
         ("builtins", "exec"), ("builtins", "eval"), ("builtins", "getattr"), ("builtins", "__import__"),
         ("os", "system"), ("posix", "system"), ("subprocess", "Popen"), ("importlib", "import_module"),
@@ -70,7 +70,7 @@ def _dangerous() -> st.SearchStrategy[tuple[str, str]]:
 
 
 def _asks_for(module: str, name: str, protocol: int) -> bytes:
-    """A pickle that calls ``module.name("x")``."""
+    """Return a pickle that calls ``module.name("x")``."""
     if protocol < 4:
         return f"c{module}\n{name}\n(Vx\ntR.".encode()
     out = pickle.PROTO + bytes([protocol])
@@ -86,7 +86,7 @@ def test_an_index_that_asks_for_more_than_an_index_has_is_refused(
     content = _asks_for(*asked, protocol)
     if where == "in a list":
         content = b"(" + content[:-1].removeprefix(pickle.PROTO + bytes([protocol])) + b"l."
-    if where == "after an index":  # what is well-formed comes first: it is no excuse for the rest
+    if where == "after an index":  # hostile code comes after a well-formed index
         good = pickle.dumps(dcp.Metadata({}), protocol=2)
         content = good[:-1] + content.removeprefix(pickle.PROTO + bytes([protocol]))
     with pytest.raises(UnsafeCheckpoint, match="which could run code"):
@@ -140,7 +140,7 @@ def test_code_in_the_index_does_not_run(engine: MegatronEngine, copy: Path, read
 
 
 def test_code_in_an_object_beside_the_tensors_does_not_run(engine: MegatronEngine, copy: Path) -> None:
-    """The generators' states and the like are pickles inside the files of tensors."""
+    """Objects such as generators' states are pickles inside the files of tensors."""
     index = pickle.loads((copy / ".metadata").read_bytes())
     objects = [k for k, v in index.state_dict_metadata.items() if isinstance(v, dcp.BytesStorageMetadata)]
     assert any(name.startswith("rng") for name in objects)
@@ -159,7 +159,7 @@ def test_code_in_an_object_beside_the_tensors_does_not_run(engine: MegatronEngin
 def test_code_in_the_common_state_does_not_run(
     engine: MegatronEngine, copy: Path, forced: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even where the environment tells torch to load anything."""
+    """This holds even if the environment tells torch to load any pickle."""
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", forced)
     torch.save({"layout": hostile()}, copy / "common.pt")
     with pytest.raises(UserError, match="no plain data"):
@@ -168,7 +168,7 @@ def test_code_in_the_common_state_does_not_run(
 
 @given(st.binary(max_size=200), st.integers(0, 2000))
 def test_a_damaged_index_is_a_user_error(noise: bytes, at: int) -> None:
-    """Whatever the bytes are: a class of an index, an error, never anything else."""
+    """Any bytes give an index or an error, and nothing else."""
     good = pickle.dumps(dcp.Metadata({"w": dcp.BytesStorageMetadata()}))
     at %= len(good)
     try:

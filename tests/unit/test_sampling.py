@@ -20,7 +20,7 @@ def sampler(banned: tuple[int, ...] = (), vocab_size: int = VOCAB) -> BatchSampl
 
 
 def draw(logits_V: torch.Tensor, params: RowParams, count: int, banned: tuple[int, ...] = ()) -> list[int]:
-    """``count`` tokens from the same logits, in batches."""
+    """Draw ``count`` tokens from the same logits, in batches."""
     chosen: list[int] = []
     one = sampler(banned)
     one.set_rows([params] * 50)
@@ -35,7 +35,7 @@ def test_uniform_is_uniform_and_fixed() -> None:
     assert min(values) >= 0.0 and max(values) < 1.0
     assert abs(sum(values) / len(values) - 0.5) < 0.01
     assert len(set(values)) == len(values)
-    # Frozen: a change here changes every seeded result of every user.
+    # These values are frozen, since a change would alter every seeded result of every user.
     assert (uniform(1234, 0), uniform(0, 5)) == (0.0192574172783736, 0.4480180066472548)
 
 
@@ -78,7 +78,7 @@ def test_frequencies_follow_the_softmax(params: RowParams) -> None:
 
 
 def test_banned_and_padding_are_never_drawn() -> None:
-    logits_V = torch.zeros(VOCAB + 24)  # 24 rows of embedding padding
+    logits_V = torch.zeros(VOCAB + 24)  # the embedding has 24 rows of padding
     logits_V[VOCAB:] = 50.0
     logits_V[[3, 4]] = 40.0
     for temperature, top_k, top_p in ((1.0, 0, 1.0), (1.0, 50, 1.0), (0.0, 0, 1.0), (1.0, 0, 0.9)):

@@ -8,115 +8,26 @@ import os
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from fake_model import FakeModel, limits
 
-from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
-from steerlm_megatron.data.text.tokenizer import Tokenizer
+from steerlm_megatron.config.schema import SamplingConfig
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.generator import Generator
-from steerlm_megatron.generate.protocol import EngineDead, Limits, Request, SamplingParams, derive_seed
+from steerlm_megatron.generate.protocol import Request, SamplingParams, derive_seed
 from steerlm_megatron.serve.client import SamplingClient, ServerFailure
-from steerlm_megatron.serve.server import Running, check_port, serve
-from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.serve.server import check_port, serve
 from steerlm_megatron.steer.records import Message
-from steerlm_megatron.steer.templates import SteerLMTemplate
-
-SCHEMA = AttributeSchema.from_dict(
-    {
-        "name": "test",
-        "names": ["quality", "toxicity", "humor"],
-        "max_level": 9,
-        "quality": "quality",
-        "best": {"quality": 9, "toxicity": 0},
-    }
-)
-TEMPLATE = SteerLMTemplate(system="A chat.")
-TOKENIZER = Tokenizer.train(
-    [f"hello world, how are you today {i}? quality:{i % 10},toxicity:0" for i in range(100)],
-    400,
-    TEMPLATE.control_strings,
-)
-USER = [{"role": "user", "content": "hello"}]
-
-
-@dataclass
-class Server:
-    url: str
-    generator: Generator
-    model: FakeModel
-    client: httpx.Client
-    stop: Callable[[], None]
-    thread: threading.Thread
-    ended: list[EngineDead]  # what serve() raised
-
-    def post(self, path: str, **body: Any) -> httpx.Response:
-        return self.client.post(f"{self.url}/v1/{path}", json=body)
-
-    def openai(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-
-def make_generator(model: FakeModel | None = None, **changes: float) -> tuple[Generator, ServerConfig]:
-    of_engine = {name: changes.pop(name) for name in tuple(changes) if name in Limits.__dataclass_fields__}
-    bounds = limits(**{"max_sequence_tokens": 400, "max_cache_tokens": 8192, "max_batch": 16, **of_engine})
-    config = ServerConfig(**{"port": 0, "max_queue": bounds.max_queue, **changes})
-    model = model or FakeModel(TOKENIZER.vocab_size, TOKENIZER.control_id("<extra_id_1>"))
-    return Generator(model, TOKENIZER, TEMPLATE, bounds), config
-
-
-@contextmanager
-def running(schema: AttributeSchema | None = SCHEMA, step_sec: float = 0.0, **changes: float) -> Iterator[Server]:
-    generator, config = make_generator(**changes)
-    model = generator.runner.model
-    assert isinstance(model, FakeModel)
-    model.step_sec = step_sec
-    listening = threading.Event()
-    found: list[Running] = []
-    ended: list[EngineDead] = []
-
-    def ready(server: Running) -> None:
-        found.append(server)
-        listening.set()
-
-    def run() -> None:
-        try:
-            serve(generator, schema, config, SamplingConfig(max_tokens=12), ready=ready, grace_sec=60, linger_sec=60)
-        except EngineDead as error:
-            ended.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    assert listening.wait(60)
-    with httpx.Client(timeout=120, trust_env=False) as client:
-        try:
-            yield Server(found[0].url, generator, model, client, found[0].stop, thread, ended)
-        finally:
-            found[0].stop()
-            thread.join(90)
-            assert not thread.is_alive()
+from tests.helpers.server import SCHEMA, TOKENIZER, USER, Server, expected, make_generator, running, wait_for
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     with running() as one:
         yield one
-
-
-def expected(messages: list[Message], levels: dict[str, int], seed: int, max_tokens: int, **params: Any) -> Any:
-    """What an in-process generator draws."""
-    prefix = TEMPLATE.prefix(messages, SCHEMA, SCHEMA.complete(levels))
-    ids = tuple(TOKENIZER.encode_segments(prefix)[0])
-    sampling = SamplingParams(top_k=50, max_tokens=max_tokens, seed=seed, **params)
-    return make_generator()[0].generate([Request("x", ids, sampling)])[0]
 
 
 def test_sixteen_concurrent_chats_through_openai(server: Server) -> None:
@@ -292,13 +203,6 @@ def test_without_attributes_they_are_refused() -> None:
         assert response.status_code == 400 and "quality" in response.json()["error"]["message"]
 
 
-def wait_for(condition: Callable[[], bool], timeout_sec: float = 60.0) -> None:
-    end = time.monotonic() + timeout_sec
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.01)
-
-
 def test_queue_full_then_room_and_the_client_waits_for_it() -> None:
     with running(max_batch=1, max_queue=2) as server:
         body = {"prompt": "hello", "max_tokens": 30, "seed": 1}
@@ -332,9 +236,9 @@ def test_queue_full_then_room_and_the_client_waits_for_it() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_row(stream: bool) -> None:
-    with running(step_sec=0.2) as server:  # whole, it would take longer than is waited for
+    with running(step_sec=0.2) as server:  # a complete response would take longer than the test waits
         body = {"prompt": "hello", "max_tokens": 380, "n": 3, "stream": stream, "top_k": 2, "stop": "zzzz"}
-        server.model.stop_bias = -1e9  # never ends by itself
+        server.model.stop_bias = -1e9  # a response never ends by itself
         data = json.dumps(body).encode()
         address = server.url.removeprefix("http://").split(":")
         with socket.create_connection((address[0], int(address[1]))) as connection:
@@ -428,7 +332,7 @@ def test_choices_of_one_seed_are_those_of_single_requests(server: Server) -> Non
 
 
 def test_a_thousand_requests_against_a_queue_of_64() -> None:
-    """As many as rows and queue hold are answered, the others are told to come again; none is lost."""
+    """As many requests as rows and queue hold are answered, the others are told to retry, and none is lost."""
     with running(max_batch=64, max_queue=64) as server:
         server.model.go.clear()
         body = {"prompt": "hello", "max_tokens": 4, "seed": 1}
@@ -449,7 +353,7 @@ def test_a_thousand_requests_against_a_queue_of_64() -> None:
         statuses: list[int] = []
         asyncio.run(all_of_them())
         assert (statuses.count(200), statuses.count(429)) == (128, 872)
-        wait_for(lambda: not server.generator.scheduler.running and not server.generator._jobs)
+        wait_for(lambda: not server.generator.scheduler.running and not server.generator.jobs)
 
 
 def test_64_streams_some_of_which_are_left_leave_no_row() -> None:
@@ -474,5 +378,5 @@ def test_64_streams_some_of_which_are_left_leave_no_row() -> None:
 
         chunks = asyncio.run(all_of_them())
         assert all(chunks)
-        wait_for(lambda: not server.generator.scheduler.running and not server.generator._jobs)
+        wait_for(lambda: not server.generator.scheduler.running and not server.generator.jobs)
         assert server.post("completions", prompt="hello", max_tokens=2).status_code == 200

@@ -1,4 +1,4 @@
-"""Shards and views: Megatron-Core reads them, views say what they promise, damage is named, cuts keep to the policy."""
+"""Megatron-Core reads our shards, views keep their promises, damage is named, and cuts follow the policy."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import re
 import shutil
 from pathlib import Path
 
-import corpora
 import numpy as np
 import pytest
 
 from steerlm_megatron.data.feed.dataset import ShardDataset
-from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter, _write_index
+from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter, write_index
 from steerlm_megatron.data.views import VIEWS, Document, build_documents, make_sample
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import Template
+from tests.helpers import corpora
 
 CONVERSATIONS = corpora.conversations(60, seed=3)
 
@@ -72,7 +72,9 @@ def test_megatron_core_opens_every_shard(tmp_path, name: str) -> None:
     tokens = []
     for path in sorted(folder.glob("*.idx")):
         theirs = IndexedDataset(str(path.with_suffix("")))
-        tokens += [theirs[index].copy() for index in range(len(theirs))]  # its arrays die with its memory map
+        tokens += [
+            theirs[index].copy() for index in range(len(theirs))
+        ]  # copies, since the arrays die with the reader's memory map
         del theirs
     assert len(tokens) == len(documents)
     for sequence, document in zip(tokens, documents, strict=True):
@@ -130,17 +132,17 @@ def test_torn_files_are_named(shards: Path, tmp_path, suffix: str) -> None:
 def test_a_foreign_index_is_named(shards: Path, tmp_path) -> None:
     path = copy(shards, tmp_path) / "shard-00000.idx"
     data = path.read_bytes()
-    for byte in (0, 5, 9, 17):  # of the magic, the version, the type of its tokens
+    for byte in (0, 5, 9, 17):  # bytes of the magic, the version and the token type
         path.write_bytes(data[:byte] + b"x" + data[byte + 1 :])
         with pytest.raises(UserError, match=rf"shard-00000\.idx is not a Megatron-Core index.*: byte {byte} is 0x78"):
             ShardDataset.open(path.parent)
-    path.write_bytes(data[:18] + bytes([data[18] ^ 1]) + data[19:])  # the number of sequences
+    path.write_bytes(data[:18] + bytes([data[18] ^ 1]) + data[19:])  # changes the number of sequences
     with pytest.raises(UserError, match=rf"shard-00000\.idx is t.*: it ends at byte {len(data)}, by its header at \d+"):
         ShardDataset.open(path.parent)
-    path.write_bytes(b"TNTIDX\x00\x00" + data)  # fairseq's, and of another size
+    path.write_bytes(b"TNTIDX\x00\x00" + data)  # fairseq's magic, and another size
     with pytest.raises(UserError, match=r"shard-00000\.idx is not a Megatron-Core index.*: byte 0 is 0x54"):
         ShardDataset.open(path.parent)
-    _write_index(path, np.array([3, 4], np.int32), np.dtype("<u2"))
+    write_index(path, np.array([3, 4], np.int32), np.dtype("<u2"))
     with pytest.raises(UserError, match=r"shard-00000\.idx is of another corpus: 2 documents, manifest\.json has \d+"):
         ShardDataset.open(path.parent)
 
@@ -218,8 +220,8 @@ def test_ap_markers_follow_what_was_scored(tmp_path, template_name: str) -> None
         if not scored:
             assert sample is None
             continue
-        # Every assistant turn up to the last that counts gets a marker, those that do not count no target: a turn's
-        # context is then the same in training and in annotation.
+        # Every assistant turn up to the last that counts gets a marker, and those that do not count get no target, so
+        # that a turn has the same context in training and in annotation.
         marked = [number for number, m in enumerate(spoken) if m.role == "assistant" and number <= scored[-1]]
         assert len(sample.pool_P) == len(marked) and not sample.loss_mask_T.any()
         assert (sample.tokens_T[sample.pool_P] == marker).all()

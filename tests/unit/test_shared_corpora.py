@@ -1,6 +1,6 @@
-"""Published corpora, from the raw file to what Megatron-Core reads: the trained texts are exactly the file's replies.
+"""Published corpora, from the raw file to Megatron-Core's reader: the trained texts are exactly the file's replies.
 
-What a file holds is worked out here from its JSON alone, with none of the project's converters.
+The expected content is computed here from a file's JSON alone, without the project's converters.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import zstandard
-from conversion import ALPACA, TOPICAL, shared
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from steerlm_megatron.config import load
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.stages.collect import collect_records
 from steerlm_megatron.stages.shards import make_shards
+from tests.helpers.conversion import ALPACA, TOPICAL, shared
 
 OASST = {"name": "oasst", "names": ["quality", "humor"], "max_level": 9, "quality": "quality"}
 Path_ = list[dict[str, Any]]
@@ -34,7 +34,7 @@ def rows(path: str) -> list[dict[str, Any]]:
 
 
 def trees(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Roots with nested ``replies``; a tree that occurs again and orphans left out."""
+    """Return roots with nested ``replies``, without repeated trees and orphans."""
     if "prompt" in found[0]:
         return list({row["message_tree_id"]: row["prompt"] for row in found}.values())
     messages = {row["message_id"]: {**row, "replies": []} for row in found}
@@ -52,7 +52,7 @@ def leaves(node: dict[str, Any]) -> Iterator[Path_]:
 
 
 def expected_oasst(path: str, every_leaf: bool) -> tuple[int, Counter[str]]:
-    """(paths, trained texts)"""
+    """Return the number of paths, and the trained texts."""
     paths = [path for root in trees(rows(path)) for path in leaves(root)]
     texts: Counter[str] = Counter()
     done: set[Any] = set()
@@ -68,7 +68,7 @@ def expected_oasst(path: str, every_leaf: bool) -> tuple[int, Counter[str]]:
 
 
 def expected_hh(path: str) -> tuple[int, Counter[str]]:
-    """Every reply once, after the same messages; transcripts whose last turn is empty left out."""
+    """Return each reply once per sequence of messages before it, without transcripts whose last turn is empty."""
     transcripts = [row[side] for row in rows(path) for side in ("chosen", "rejected")]
     texts: Counter[str] = Counter()
     done: set[tuple[Any, ...]] = set()

@@ -1,4 +1,4 @@
-"""Being asked to stop where no loop looks, and how much of a job's time is kept for saving."""
+"""Signals outside of any loop, and the part of a job's time that is kept for saving."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from steerlm_megatron.observe.log import close_logging, setup_logging
 from steerlm_megatron.runtime import signals
 from steerlm_megatron.runtime.signals import StopRequest
 
-# What a process does after it has said "ready"; each would take ten.
+# A process does one of these after it has printed "ready". Each would take ten minutes.
 BODIES = {
     "python": "time.sleep(600)",
-    # A mutex locked twice: C code that no signal brings back to Python, like the wait for other ranks to start.
+    # A mutex is locked twice: C code that no signal brings back to Python, like the wait for other ranks to start.
     "C": "m = ctypes.create_string_buffer(64); c = ctypes.CDLL(None); [c.pthread_mutex_lock(m) for _ in range(2)]",
-    # Where Python drops what a handler raises.
+    # Python drops what a handler raises inside a destructor.
     "destructor": "Slow(600); time.sleep(600)",
-    # Handlers are gone when Python ends, which takes a second with torch.
+    # Python removes handlers when it ends, which takes a second with torch.
     "end": "left = Slow(1); os.kill(os.getpid(), signals.signal.SIGTERM)",
 }
 PROGRAM = """
@@ -50,7 +50,7 @@ def test_a_signal_ends_a_process_with_75_wherever_it_is(body: str, name: str) ->
     )  # fmt: skip
     try:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        for _ in range(3):  # impatient users and launchers
+        for _ in range(3):  # as impatient users and launchers do
             process.send_signal(getattr(signals.signal, name))
             time.sleep(0.1)
         _, said = process.communicate(timeout=120)
@@ -64,9 +64,9 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     for name in ("SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    signals._slurm_times.cache_clear()
+    signals.slurm_times.cache_clear()
     yield
-    signals._slurm_times.cache_clear()
+    signals.slurm_times.cache_clear()
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "asked for"])
@@ -92,7 +92,7 @@ def test_the_end_of_a_slurm_job(
 
 
 def squeue(folder: Path, monkeypatch: pytest.MonkeyPatch, says: str) -> None:
-    """What SLURM before 23.02 has instead of variables, which says ``says`` of job 7."""
+    """Install a stand-in for squeue, which SLURM before 23.02 needs, that prints ``says`` for job 7."""
     (folder / "squeue").write_text(f'#!/bin/sh\n[ "$2" = --jobs=7 ] || exit 1\n{says and f"echo {says}" or "exit 1"}\n')
     (folder / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")

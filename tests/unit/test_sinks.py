@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and MLflow: the real ones where they are installed, and what we ask of them."""
+"""TensorBoard, Weights & Biases and MLflow: the real services where they are installed, and our calls to them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = {"command": "train_sft", "optim": {"lr": 0.1}}
 
 
 def write(run_dir: Path, tracking: TrackingConfig, *steps: int, resume: int | None = None) -> None:
-    """A run that logs ``steps``, the first time or going on after step ``resume``."""
+    """Log ``steps`` as a new run, or as one that resumes after step ``resume``."""
     with MetricsWriter(run_dir, sinks=sinks_of(tracking, run_dir, CONFIG)) as writer:
         writer.truncate_after(resume or 0)
         for step in steps:
@@ -47,11 +47,11 @@ def test_tensorboard_gets_the_scalars_and_a_resumed_run_replaces_its_own(tmp_pat
     assert scalars(tmp_path) == [(1, 0.1), (2, 0.2), (3, 0.3)]
 
 
-# ---- stand-ins: what is asked of the services
+# ---- stand-ins, which record our calls
 
 
 class StandIn:
-    """Both services at once; ``calls`` is what they were asked."""
+    """A stand-in for both services; ``calls`` records the calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, Any]] = []
@@ -178,7 +178,9 @@ def test_a_missing_package_is_named(tmp_path: Path, service: str, monkeypatch: p
 
 def test_real_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed (pip install mlflow-skinny)")
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # its own opt-in; sqlite needs the whole of mlflow
+    monkeypatch.setenv(
+        "MLFLOW_ALLOW_FILE_STORE", "true"
+    )  # MLflow's opt-in for files; sqlite would need the full mlflow package
     uri = (tmp_path / "server").as_uri()
     tracking = TrackingConfig(mlflow=True, mlflow_uri=uri, project="p", name="n")
     write(tmp_path / "run", tracking, 1, 2)

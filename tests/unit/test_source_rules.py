@@ -1,4 +1,4 @@
-"""Rules that hold over all sources: what is trained, who speaks, what is absent; and files by name."""
+"""Rules for all sources: trained replies, speakers, absent values, and files by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-import corpora
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -23,6 +22,7 @@ from steerlm_megatron.data.write.preprocess import preprocess
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, read_records
+from tests.helpers import corpora
 
 SCHEMA = AttributeSchema("own", ("quality", "humor"), 4)
 MAP = "turns=conversations,text=value,speaker=from"
@@ -37,7 +37,7 @@ FAST = settings(deadline=None, max_examples=60, suppress_health_check=[HealthChe
 
 
 def row_of(source: str, replies: list[tuple[str, dict[str, Any]]], labels: bool = True) -> dict[str, Any]:
-    """Users' questions with replies, and what is said of each reply's training, in a source's own shape."""
+    """Return questions with replies, and keys that say whether each reply is trained, in a source's format."""
     turns: list[dict[str, Any]] = []
     for number, (text, said) in enumerate(replies):
         if source == "messages":
@@ -90,7 +90,7 @@ def test_weight_0_and_empty_replies_are_context_in_every_source(
 @FAST
 @given(conversations=st.lists(st.lists(REPLY, min_size=1, max_size=3), min_size=1, max_size=5))
 def test_shards_and_views_have_no_target_in_context(tmp_path: Path, conversations: list[list[tuple[str, int]]]) -> None:
-    """Neither a trained token nor a label target comes from weight 0 or from a reply without text."""
+    """No trained token or label target comes from a reply of weight 0 or without text."""
     rows = [row_of("messages", [(text, SAYS[said]) for text, said in replies]) for replies in conversations]
     rows.append(row_of("messages", [("anchor", {})]))
     path = tmp_path / "records.jsonl"
@@ -201,7 +201,7 @@ def test_a_deleted_message_takes_only_what_is_below_it(tmp_path: Path, gone: set
     assert report["messages"] == report["messages_used"] + sum(report["skipped"]["messages"].values())
 
 
-# Files of data sets by name (the package is not needed: what it would return stands in)
+# Files of data sets by name, with a stand-in for the package's results
 
 
 @pytest.mark.parametrize(

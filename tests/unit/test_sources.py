@@ -1,4 +1,4 @@
-"""data_tools.sources: each published format → conversations, and what each does with rows that are not as published."""
+"""data_tools.sources: each published format gives conversations, and rows that deviate from it are handled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversion import DOLLY, HELPSTEER, TOPICAL, chat, check_sums, rated, roles, run, texts
 
 from data_tools import rows
 from data_tools.convert import Options, convert, main
@@ -22,6 +21,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_json_atomic
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message, read_records, write_records
+from tests.helpers.conversion import DOLLY, HELPSTEER, TOPICAL, chat, check_sums, rated, roles, run, texts
 
 # HelpSteer
 
@@ -194,7 +194,7 @@ def test_json_arrays(tmp_path: Path, source: str, indent: int | None) -> None:
 def test_a_long_line_of_an_array_comes_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
-    monkeypatch.setattr(rows, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(rows, "PIECE_BYTES", piece_bytes)
     elements = [{"a": 'quoted "]}" \\', "b": ["é日", {"c": '\\"'}]}, {}, {"日": "\n", "deep": [[{}]]}, {"n": 1.5}]
     path = tmp_path / "a.json"
     for ascii_, indent in ((True, None), (False, None), (False, 1)):
@@ -410,7 +410,7 @@ def test_nemo_round_trip(tmp_path: Path) -> None:
         nemo.export([str(out)], str(tmp_path / "nemo"), HELPSTEER)
 
 
-# Hugging Face datasets (the package is not needed: what it would return stands in)
+# Hugging Face datasets, with a stand-in for the package's results
 
 
 def fake_datasets(monkeypatch: pytest.MonkeyPatch, result: Any) -> list[Any]:

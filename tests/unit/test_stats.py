@@ -1,4 +1,4 @@
-"""observe/stats.py against hand-worked values and scipy."""
+"""observe/stats.py agrees with values computed by hand and with scipy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def test_values_worked_by_hand() -> None:
     predictions, targets = [1.0, 2.0, 4.0, 9.0], [1.0, 4.0, 1.0, NAN]
     assert stats.mse(predictions, targets) == pytest.approx((0 + 4 + 9) / 3)
     assert stats.mae(predictions, targets) == pytest.approx((0 + 2 + 3) / 3)
-    # means 7/3 and 2; deviations (-4/3, -1/3, 5/3) and (-1, 2, -1): covariance -1, norms² 42/9 and 6
+    # The means are 7/3 and 2, the deviations (-4/3, -1/3, 5/3) and (-1, 2, -1), so the covariance is -1, norms² 42/9
+    # and 6.
     assert stats.pearson(predictions, targets) == pytest.approx(-1 / math.sqrt(42 / 9 * 6))
     assert stats.ranks([10, 20, 20, 30, 10]).tolist() == [1.5, 3.5, 3.5, 5.0, 1.5]
     assert stats.spearman([1, 2, 3], [1, 8, 27]) == pytest.approx(1.0)

@@ -1,11 +1,11 @@
-"""steer.templates: the strings byte for byte, the loss mask, and prefix + response = training."""
+"""steer.templates: exact strings, the loss mask, and prefix + response = training text."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -92,7 +92,7 @@ def test_steerlm_pieces() -> None:
 
 
 def test_card13_prefix() -> None:
-    """The prompt of the released 13B model's card, byte for byte."""
+    """The prefix equals the prompt on the released 13B model's card exactly."""
     oasst = AttributeSchema(
         "oasst", ("quality", "toxicity", "humor", "creativity", "violence", "helpfulness", "not_appropriate"), 9
     )
@@ -138,7 +138,7 @@ def test_weight_0_trains_nothing_but_keeps_its_label_line() -> None:
     messages = (user("a"), reply("b", weight=0, humor=3.0), user("c"), reply("d"), user("e"), reply("f", weight=0))
     steerlm = template("steerlm").render(talk(*messages), SCHEMA)
     assert trained(steerlm) == ["d", "\n", "<extra_id_1>"]
-    # the trained turn token is the one after "d": it starts turn 4
+    # the turn token after "d" is trained, and it starts turn 4
     assert [s.turn for s in steerlm if s.trained and s.control] == [4]
     assert "<extra_id_2>humor:3\nb\n" in join(steerlm)
     assert trained(template("llama2").render(talk(*messages), SCHEMA)) == ["d", " ", "</s>"]
@@ -185,9 +185,10 @@ def messages_of(drawn: tuple[str | None, list[tuple[str, str, dict[str, float] |
 
 
 @pytest.mark.parametrize("name", ["steerlm", "llama2"])
+@settings(deadline=None)
 @given(drawn=TALKS, labelled=st.booleans())
 def test_prefix_and_response_are_the_training_pieces(name: str, drawn: object, labelled: bool) -> None:
-    """The pieces of every prefix, then the response, are a prefix of the training pieces: so are the tokens."""
+    """The segments of every prefix and the response begin the training segments, and therefore so do the tokens."""
     made = template(name)
     messages = messages_of(drawn)  # type: ignore[arg-type]
     schema = SCHEMA if labelled else None
@@ -197,10 +198,14 @@ def test_prefix_and_response_are_the_training_pieces(name: str, drawn: object, l
             before = made.prefix(messages[:turn], schema, SCHEMA.levels(message.attributes))
             start = [(s.text, s.control) for s in before] + [(message.content, False), (made.response_suffix, False)]
             assert pieces[: len(start)] == start
-            assert pieces[len(start)] == (made.stop_strings[0], True)  # generation stops where training does
+            assert pieces[len(start)] == (
+                made.stop_strings[0],
+                True,
+            )  # generation stops at the string that training ends with
             assert not any(s.trained for s in before)
 
 
+@settings(deadline=None)
 @given(drawn=TALKS)
 def test_trained_text_is_that_of_weight_1(drawn: object) -> None:
     messages = messages_of(drawn)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Response text: what is streamed is the text, for any bytes in any pieces, and costs the same for each token."""
+"""Streamed text equals the final text for any division of bytes into tokens, at constant cost per token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from steerlm_megatron.generate.text import Detokenizer, ResponseText, character_of_each_byte
 
-# Pieces of characters, in wrong orders too, beside whole text and U+FFFD that is really there.
+# Tokens with parts of characters, also in wrong order, beside complete text and literal U+FFFD.
 PIECES = st.one_of(
     st.binary(min_size=1, max_size=4),
     st.sampled_from([bytes([b]) for b in "é→😀\ufffd".encode()]),
@@ -21,12 +21,12 @@ PIECES = st.one_of(
 
 
 def lossy(pieces: Sequence[bytes]) -> Callable[[Sequence[int]], str]:
-    """Byte-level BPE: one U+FFFD for each maximal part of a character."""
+    """Decode like byte-level BPE: one U+FFFD for each maximal part of a character."""
     return lambda ids: b"".join(pieces[i] for i in ids).decode("utf-8", "replace")
 
 
 def per_byte(pieces: Sequence[bytes]) -> Callable[[Sequence[int]], str]:
-    """SentencePiece: one U+FFFD for each byte that is of no character."""
+    """Decode like SentencePiece: one U+FFFD for each byte that is of no character."""
 
     def decode(ids: Sequence[int]) -> str:
         data, text = b"".join(pieces[i] for i in ids), ""
@@ -46,7 +46,7 @@ def per_byte(pieces: Sequence[bytes]) -> Callable[[Sequence[int]], str]:
 
 
 def all_or_nothing(pieces: Sequence[bytes]) -> Callable[[Sequence[int]], str]:
-    """Byte fallback of Hugging Face: a run of byte tokens that is not valid as a whole is U+FFFD for each of them."""
+    """Decode like Hugging Face's byte fallback: if a run of byte tokens is invalid, each becomes U+FFFD."""
 
     def decode(ids: Sequence[int]) -> str:
         text, run = "", b""
@@ -138,7 +138,7 @@ def test_stop_strings_and_suffix(tokens: list[str], stops: list[str], suffix: st
         if text.stopped_at is not None:
             break
     whole, rest = text.finish(list(range(seen)), by_control)
-    # By hand: token by token, the first token that completes a stop string ends the text where the first one begins.
+    # Expected: the first token that completes a stop string ends the text where the earliest stop string begins.
     grown, expected = "", None
     for token in tokens:
         grown += token

@@ -1,4 +1,4 @@
-"""Any text that goes into any Hugging Face tokenizer comes back, or opening the tokenizer says what does not."""
+"""Any text survives any Hugging Face tokenizer, or opening the tokenizer reports what does not."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONTROLS = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
 BYTES = {f"<0x{byte:02X}>": byte for byte in range(256)}
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 WORDS = ["river", "stone", "He", "it's", "</s>", "[INST]", "<extra_id_1>", "<unk>", "<0x41>", "caf\u00e9", "\u0130"]
-# What people write, and what tokenizers trip over.
+# Ordinary text, and characters that tokenizers handle specially.
 PIECES = [*WORDS, " ", "  ", "\n", "\t", "\r\n", "\u2581", "\u0120", "##a", "</w>", "_", "e\u0301", "\ufb01", "\uff3b"]
 PIECES += ["\U0001f468\u200d\U0001f469", "\u65e5\u672c", "\u00a0", "\x00", "[inst]", "\uff1c/s\uff1e", "``", "ab", "1"]
 TEXT = st.lists(st.sampled_from(PIECES) | st.text(st.characters(codec="utf-8"), max_size=3), max_size=9).map("".join)
@@ -31,7 +31,7 @@ TEXTS = st.lists(TEXT, min_size=1, max_size=5)
 
 
 def merges(words: list[str], letters: set[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """The pieces that build words from the left, and their merges."""
+    """Return the pieces that build words from the left, and their merges."""
     pieces, pairs = dict.fromkeys(sorted(letters)), {}
     for word in words:
         for end in range(2, len(word) + 1):
@@ -49,7 +49,7 @@ def byte_level(words: list[str], options: dict[str, Any]) -> tokenizers.Tokenize
 
 
 def metaspace(words: list[str], options: dict[str, Any]) -> tokenizers.Tokenizer:
-    """As Llama's or Gemma's: byte fallback, a sign for the blank."""
+    """Return a tokenizer like Llama's or Gemma's, with byte fallback and a sign for the blank."""
     pieces, pairs = merges([word.replace(" ", "\u2581") for word in words], set(map(chr, range(33, 127))) | {"\u2581"})
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(["<unk>", *BYTES, *pieces]))}
     model = models.BPE(vocabulary, pairs, byte_fallback=True, unk_token="<unk>", fuse_unk=True, **options)
@@ -61,7 +61,7 @@ def metaspace(words: list[str], options: dict[str, Any]) -> tokenizers.Tokenizer
 
 
 def unigram(words: list[str], options: dict[str, Any]) -> tokenizers.Tokenizer:
-    """As T5's: special tokens and bytes are pieces like any other."""
+    """Return a tokenizer like T5's, in which special tokens and bytes are pieces like any other."""
     pieces = ["<unk>", "</s>", *CONTROLS, *BYTES, *map(chr, range(33, 127)), "\u2581", *words]
     scored = [(piece, -float(i % 7)) for i, piece in enumerate(dict.fromkeys(pieces))]
     made = tokenizers.Tokenizer(models.Unigram(scored, 0, byte_fallback=True))
@@ -107,12 +107,14 @@ ADDED = st.builds(
     rstrip=st.booleans(),
     normalized=st.booleans(),
     special=st.booleans(),
-).filter(lambda token: not (token.special and token.content == "\u0130"))  # the letter of a byte: refused, see below
+).filter(
+    lambda token: not (token.special and token.content == "\u0130")
+)  # this letter stands for a byte and is refused, see below
 
 
 @st.composite
 def files(draw: st.DrawFn, kinds: list[str], normalizer: list[Any], more: bool) -> bytes:
-    """A ``tokenizer.json``; ``more``: with other pre-tokenizers and decoders than its kind has."""
+    """Draw a ``tokenizer.json``; with ``more`` it may have other pre-tokenizers and decoders than its kind has."""
     kind = draw(st.sampled_from(kinds))
     words = draw(st.lists(st.sampled_from(WORDS[:-1]), unique=True))
     can_drop = kind in ("byte_level", "metaspace")
@@ -140,7 +142,7 @@ def opened(data: bytes, controls: tuple[str, ...] = CONTROLS) -> Tokenizer:
 
 
 def check_ids(tok: Tokenizer, data: bytes, ids: list[int]) -> None:
-    """No text is a control token or a special token."""
+    """Check that no text became a control token or a special token."""
     special = {token["id"] for token in json.loads(data)["added_tokens"] if token["special"]} - {tok.unk_id}
     assert not set(ids) & (special | set(tok.controls.values()))
     assert all(0 <= i < tok.vocab_size for i in ids)
@@ -158,7 +160,7 @@ def test_text_survives_where_the_vocabulary_has_bytes(data: bytes, texts: list[s
         ids = tok.encode(text)
         check_ids(tok, data, ids)
         assert tok.decode(ids) == text, (text, ids)
-        assert ids == tok.encode(text) == opened(data).encode(text)  # no dropout
+        assert ids == tok.encode(text) == opened(data).encode(text)  # encoding is deterministic, without dropout
     assert tok.encode_batch(texts) == [tok.encode(text) for text in texts]
     flat, counts = tok.encode_flat(texts)
     assert flat.tolist() == [i for text in texts for i in tok.encode(text)]
@@ -194,7 +196,7 @@ def test_a_normaliser_is_named_and_what_it_leaves_alone_survives(data: bytes, te
     for text in texts:
         ids = tok.encode(text)
         check_ids(tok, data, ids)
-        # An added token with ``normalized`` stands for all that the normaliser makes its form of.
+        # An added token with ``normalized`` matches every text that the normaliser turns into its form.
         if STABLE[name](text) == text and not any(STABLE[name](word) in text for word in words):
             assert tok.decode(ids) == text
 
@@ -255,7 +257,7 @@ def test_a_special_token_that_is_a_character_is_refused_or_spelt() -> None:
 
 
 def test_control_strings_that_are_ordinary_pieces_of_a_unigram_model() -> None:
-    """As T5's: a special token that the model itself would make of text."""
+    """T5's model itself would make a special token of text."""
     made = unigram([], {})
     made.add_special_tokens([*CONTROLS, "</s>"])
     tok = opened(made.to_str().encode())

@@ -1,4 +1,4 @@
-"""Each token's own bytes: joined they are the text, whatever the model and wherever characters are cut."""
+"""The bytes of tokens, joined, are the text, for any model and any division of characters."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ TOKENIZERS = {
 def test_joined_they_are_the_text(name: str, text: str) -> None:
     tokenizer = TOKENIZERS[name]
     ids = tokenizer.encode(text)
-    if tokenizer.decode(ids) == text:  # a model may be unable to write a character
+    if tokenizer.decode(ids) == text:  # a model may lack a character
         assert b"".join(map(tokenizer.token_bytes, ids)).decode() == text
 
 

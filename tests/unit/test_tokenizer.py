@@ -1,11 +1,10 @@
-"""The tokenizer: text survives, control ids come from control segments only, files describe it fully."""
+"""The tokenizer keeps text, makes control ids of control segments only, and its files describe it fully."""
 
 from __future__ import annotations
 
 import dataclasses
 import pickle
 
-import corpora
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -16,6 +15,7 @@ from steerlm_megatron.data.text.text_models import open_model
 from steerlm_megatron.data.text.tokenizer import META_FILE, Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.records import Conversation, Message
+from tests.helpers import corpora
 
 NASTY = [
     "",
@@ -78,7 +78,7 @@ def test_full_width_text_that_normalises_to_a_control_string() -> None:
 
 def test_own_pieces_are_used_and_others_added_after_the_vocabulary() -> None:
     own = corpora.tokenizer("user_defined", (*corpora.CONTROLS, "<s>", "<new>"))
-    base = own._base_size
+    base = own.base_size
     assert all(own.control_id(text) < base for text in (*corpora.CONTROLS, "<s>"))
     assert own.control_id("<new>") >= base
     mistral = corpora.tokenizer("mistral", (*corpora.CONTROLS, "</s>"))
@@ -91,13 +91,13 @@ def test_an_ordinary_piece_of_the_same_string_is_not_a_control() -> None:
     tok = Tokenizer(corpora.raw_model("nfkc"), ("quality",))
     assert tok._model.processor.piece_to_id("\u2581quality") != tok.unk_id
     control = Tokenizer(corpora.raw_model("nfkc"), ("\u2581quality",))
-    assert control.control_id("\u2581quality") >= control._base_size
+    assert control.control_id("\u2581quality") >= control.base_size
 
 
 def test_newline_gets_an_id_where_the_model_lacks_it() -> None:
     tok = corpora.tokenizer("nfkc")
-    assert tok.encode("\n") == [tok._base_size]
-    assert tok.control_id("<extra_id_0>") == tok._base_size + 1
+    assert tok.encode("\n") == [tok.base_size]
+    assert tok.control_id("<extra_id_0>") == tok.base_size + 1
     assert tok.decode(tok.encode("river\n\nstone\n")) == "river\n\nstone\n"
 
 
@@ -144,7 +144,9 @@ _ANY_TEXT = st.one_of(
 def test_prefix_and_response_are_the_training_tokens_for_any_text(
     name: str, template_name: str, texts: list[str], levels: dict[str, int]
 ) -> None:
-    """Also where people write control strings, label lines and white space; and the label line reads back."""
+    """This holds where people write control strings, label lines and white space, and the label line can be parsed
+    again.
+    """
     template = corpora.TEMPLATES[template_name]
     tok = corpora.tokenizer(name, tuple(dict.fromkeys((*template.control_strings, template.label_marker))))
     *earlier, response = texts
@@ -160,7 +162,7 @@ def test_prefix_and_response_are_the_training_tokens_for_any_text(
     assert whole[len(prefix) :][: len(tok.encode(response))] == tok.encode(response)
     controls = [i for i in prefix if i in tok.controls.values()]
     assert controls == [tok.control_id(segment.text) for segment in segments if segment.control]
-    if levels and tok.unk_id not in prefix[-lengths[-1] :]:  # "nfkc" has no digits; preprocess refuses such a model
+    if levels and tok.unk_id not in prefix[-lengths[-1] :]:  # "nfkc" has no digits, and preprocess refuses such a model
         assert corpora.SCHEMA.parse(tok.decode(prefix[-lengths[-1] :]).removesuffix("\n")) == levels
 
 
@@ -262,8 +264,8 @@ def test_a_hugging_face_folder_keeps_its_ids_and_finds_no_special_token_in_text(
         assert not {plain.token_to_id(t) for t in ("<|endoftext|>", "<extra_id_1>", "[INST]")} & set(ids)
         assert max(ids) < tok.base_size
     long = "river stone bread " * 20
-    assert tok.decode(tok.encode(long)) == long  # the file's truncation and padding are off
-    assert tok.decode(tok.encode("x")) == "x"  # no blank in front
+    assert tok.decode(tok.encode(long)) == long  # truncation and padding of the file are not used
+    assert tok.decode(tok.encode("x")) == "x"  # no blank is added in front
 
 
 def test_extend_false_names_what_is_missing(tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""What a training run says of its speed and its profile, without a run."""
+"""Speed and profile of a training run, tested without a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from steerlm_megatron.config.schema import Config
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.stages.train import _check_profile, _flops_of
+from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.stages.train import check_profile, flops_of
 from steerlm_megatron.train.loop import Trainer
 
 
@@ -37,24 +38,28 @@ def test_flops_of_a_model_counted_by_hand(activation: str) -> None:
     query, keys_and_values, out = 20 * 24, 2 * 20 * 12, 24 * 20
     layer = query + keys_and_values + out + (3 if activation == "swiglu" else 2) * 20 * 50
     attention = 6 * 3 * 24 * 5200
-    assert _flops_of(config, 100, "sft")(100, 5200) == 6 * (3 * layer + 20 * 100) * 100 + attention
-    model.tie_embeddings = True  # the product is the same, whosever the matrix
-    assert _flops_of(config, 100, "sft")(100, 5200) == 6 * (3 * layer + 20 * 100) * 100 + attention
-    assert _flops_of(config, 100, "ap")(100, 5200) == 6 * 3 * layer * 100 + attention
+    assert flops_of(config, 100, "sft")(100, 5200) == 6 * (3 * layer + 20 * 100) * 100 + attention
+    model.tie_embeddings = True  # the product is the same if the matrix is shared
+    assert flops_of(config, 100, "sft")(100, 5200) == 6 * (3 * layer + 20 * 100) * 100 + attention
+    assert flops_of(config, 100, "ap")(100, 5200) == 6 * 3 * layer * 100 + attention
     config.train.trainable = "head"
-    assert _flops_of(config, 100, "ap")(100, 5200) == 2 * 3 * layer * 100 + attention / 3
+    assert flops_of(config, 100, "ap")(100, 5200) == 2 * 3 * layer * 100 + attention / 3
     config.engine.recompute = "full"
-    assert _flops_of(config, 100, "ap")(100, 5200) == 2 * 3 * layer * 100 + attention / 3
+    assert flops_of(config, 100, "ap")(100, 5200) == 2 * 3 * layer * 100 + attention / 3
 
 
 @pytest.mark.parametrize(
     ("steps", "said"), [([3, 5], False), ([10, 99], False), ([11, 12], True), ([1, 2], True)],
     ids=["inside", "its last step", "beyond its end", "done before"],
 )  # fmt: skip
-def test_a_profile_that_will_not_be_is_said(steps: list[int], said: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_profile_that_will_not_be_is_said(
+    steps: list[int], said: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A command that an earlier test ran in this process may have kept the package's log lines from pytest.
+    monkeypatch.setattr(get_logger(), "propagate", True)
     config = Config()
     config.profile.steps = steps
-    _check_profile(config, ranks=2, done=2, steps=10)
+    check_profile(config, ranks=2, done=2, steps=10)
     assert caplog.messages == (
         [f"profile.steps={steps}: no trace, this run goes from step 3 to step 10"] if said else []
     )
@@ -64,4 +69,4 @@ def test_a_profile_of_a_rank_that_is_not_there() -> None:
     config = Config()
     config.profile.steps, config.profile.ranks = [1, 2], [0, 2]
     with pytest.raises(UserError, match=r"profile.ranks=\[0, 2\]: there is no rank 2; legal: 0 to 1"):
-        _check_profile(config, ranks=2, done=0, steps=10)
+        check_profile(config, ranks=2, done=0, steps=10)

@@ -1,4 +1,4 @@
-"""The word cache gives what SentencePiece gives, is used only where it can, and is bounded."""
+"""The word cache gives SentencePiece's ids, is used only where it may be, and is bounded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import pickle
 from typing import Any
 
-import corpora
 import numpy as np
 import pytest
 import sentencepiece
@@ -18,6 +17,7 @@ from steerlm_megatron.data.text import word_cache
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.text.word_cache import WordCache, applies
 from steerlm_megatron.errors import UserError
+from tests.helpers import corpora
 
 WORDS = [
     "river",
@@ -47,7 +47,7 @@ PIECES = "\0".join(
 
 
 def plain(tok: Tokenizer, text: str) -> list[int]:
-    """What the model itself gives."""
+    """Return the ids of the model itself."""
     return tok._model.processor.encode(text)
 
 
@@ -58,7 +58,7 @@ def lists(ids: Any, counts: Any) -> list[list[int]]:
 
 @functools.cache
 def crossing() -> Tokenizer:
-    """A model whose pieces hold spaces and punctuation after letters, and a symbol across a newline."""
+    """Return a model whose pieces have spaces and punctuation after letters, and a symbol across a newline."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpora.training_text()),
@@ -86,7 +86,7 @@ def tokenizer(name: str) -> Tokenizer:
 def test_words_end_to_end_are_the_text(name: str, texts: list[str]) -> None:
     tok = tokenizer(name)
     assert tok._model.words is not None
-    texts = [text.replace("\u2581", "") for text in texts]  # kept from the model by the tokenizer
+    texts = [text.replace("\u2581", "") for text in texts]  # the tokenizer keeps these characters from the model
     assert lists(*tok._model.words.encode(texts)) == lists(*tok.encode_flat(texts)) == [plain(tok, t) for t in texts]
 
 
@@ -112,7 +112,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
 def test_few_slots_do_not_mix_words(bytes_per_word: int, texts: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(word_cache, "_MOST_BYTES_PER_WORD", bytes_per_word)
-        patch.setattr(word_cache, "_TOP", np.uint64(62))  # all words begin to look at four slots of a million
+        patch.setattr(word_cache, "_TOP", np.uint64(62))  # all words start their search at four of a million slots
         tok = corpora.tokenizer("trained")
         cache = WordCache(tok._model.processor, PIECES)
         texts = [text.replace("\u2581", "") for text in texts]

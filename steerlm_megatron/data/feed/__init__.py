@@ -1,1 +1,1 @@
-"""Shards → steps: samples through a view, packed into rows, blended, dealt to ranks, laid out as batches."""
+"""From shards to steps: samples through a view are packed into rows, blended, distributed to ranks and batched."""

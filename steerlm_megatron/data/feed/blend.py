@@ -1,8 +1,8 @@
-"""The packed rows that a run trains on: of one corpus, or of several in given proportions, and their order.
+"""The packed rows that a run trains on, of one corpus or of several in given proportions, and their order.
 
-Owns: whether corpora fit together, the share of each, which row comes when. Does not own: packing (``packing.py``),
-dealing rows to steps and ranks (``loader.py``). Invariants: the order is a function of (seed, epoch) and of the plans;
-over all epochs, the rows drawn of a corpus go through it again and again, each time in a new order, none skipped.
+Owns: the check that corpora fit together, the share of each, the order of rows. Does not own: packing (``packing.py``),
+distributing rows to steps and ranks (``loader.py``). Invariants: the order is a function of (seed, epoch) and of the
+plans; over all epochs, the rows of a corpus are drawn in complete passes, each in a new order, and none is skipped.
 
 An epoch is as many rows as all corpora have together. Without weights it holds each of them once. With weights w, the
 corpus c gets the share w_c / Σ w of an epoch's rows: a small one comes several times in an epoch, a large one takes
@@ -29,7 +29,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 class Corpora:
-    """Shard folders that were preprocessed alike. ``key`` names them in errors (``data.train``)."""
+    """Shard folders that were preprocessed in the same way. ``key`` names them in errors (``data.train``)."""
 
     def __init__(self, datasets: Sequence[ShardDataset], key: str = "data.train") -> None:
         assert datasets
@@ -52,7 +52,7 @@ class Corpora:
 
     @property
     def name(self) -> str:
-        """The folders."""
+        """The folders' names for messages."""
         return ", ".join(str(dataset.folder) for dataset in self.datasets)
 
     @property
@@ -72,14 +72,14 @@ class Corpora:
         return len(self.datasets[0].manifest["labels"]["count"])
 
     def label_counts(self) -> dict[str, int]:
-        """Attribute → labelled turns of weight 1 in all corpora; empty for corpora without attributes."""
+        """Count the labelled turns of weight 1 of each attribute in all corpora; empty without attributes."""
         if self.schema is None:
             return {}
         counts = np.array([dataset.manifest["labels"]["count"] for dataset in self.datasets], np.int64).sum(axis=0)
         return dict(zip(self.schema.names, counts.tolist(), strict=True))
 
     def label_mean(self) -> npt.NDArray[np.float32]:
-        """float32 [A]: mean of each attribute over the labelled turns of all corpora; NaN where there is none."""
+        """Return float32 [A]: each attribute's mean over labelled turns of all corpora; NaN without any."""
         labels = [dataset.manifest["labels"] for dataset in self.datasets]
         count = np.sum([part["count"] for part in labels], axis=0, dtype=np.float64)
         total = np.sum([part["sum"] for part in labels], axis=0, dtype=np.float64)
@@ -94,16 +94,16 @@ class Corpora:
         weights: Sequence[float] = (),
         store: bool = True,
     ) -> Rows:
-        """Every corpus packed (``ShardDataset.plan``) and blended. ``store``: keep the plans beside the shards."""
+        """Pack every corpus (``ShardDataset.plan``) and blend them. ``store``: keep the plans beside the shards."""
         plans = [dataset.plan(view, row_tokens, seed, overlong, cache=store) for dataset in self.datasets]
         return Rows(self, plans, seed, weights)
 
 
 class Rows:
-    """Rows of all corpora, numbered through, and the order of each epoch.
+    """The rows of all corpora, numbered consecutively, and the order of each epoch.
 
     Args:
-        weights: share of an epoch's rows per corpus, any positive scale; empty: every row once.
+        weights: each corpus's share of an epoch's rows, on any positive scale; if empty, every row occurs once.
     """
 
     def __init__(self, corpora: Corpora, plans: Sequence[PackPlan], seed: int, weights: Sequence[float] = ()) -> None:
@@ -113,19 +113,19 @@ class Rows:
         self._seed = seed
         self._firsts = np.cumsum([0, *(len(plan) for plan in plans)])
         self._sizes = np.concatenate([np.diff(plan.offsets) for plan in plans])
-        self.shares = self._shares()  # rows of each corpus in an epoch
+        self.shares = self._shares()  # number of rows of each corpus in an epoch
 
     def __len__(self) -> int:
-        """Rows of an epoch."""
+        """Return the number of rows of an epoch."""
         return int(self._firsts[-1])
 
     @property
     def samples(self) -> int:
-        """Samples of all corpora, each counted once."""
+        """Number of samples of all corpora, each counted once."""
         return int(self._sizes.sum())
 
     def _shares(self) -> Int64:
-        """The weights as whole numbers of rows (largest remainder); they sum to ``len(self)``."""
+        """Return the weights as whole numbers of rows (largest remainder); they sum to ``len(self)``."""
         if not self.weights:
             return np.diff(self._firsts)
         exact = np.array(self.weights, np.float64) / np.sum(self.weights) * len(self)
@@ -141,12 +141,12 @@ class Rows:
 
     @property
     def samples_per_row(self) -> float:
-        """Expected, over an epoch."""
+        """Expected number of samples in a row, over an epoch."""
         means = np.array([len(plan.samples) / len(plan) for plan in self.plans])
         return float((means * self.shares).sum() / len(self))
 
     def order(self, epoch: int) -> Int64:
-        """The rows of ``epoch``, int64 [len(self)]."""
+        """Return the rows of ``epoch``, int64 [len(self)]."""
         if not self.weights:
             return self._permutation(len(self), epoch)
         which = np.repeat(np.arange(len(self.plans)), self.shares)[self._permutation(len(self), epoch)]
@@ -156,11 +156,11 @@ class Rows:
         return out
 
     def sample_counts(self, rows: Int64) -> Int64:
-        """Samples in each of ``rows``."""
+        """Return the number of samples in each of ``rows``."""
         return self._sizes[rows]
 
     def samples_of(self, row: int) -> list[Sample]:
-        """What is in a row."""
+        """Return the samples of a row."""
         corpus = int(np.searchsorted(self._firsts, row, side="right")) - 1
         plan, dataset = self.plans[corpus], self.corpora.datasets[corpus]
         samples = []
@@ -171,7 +171,9 @@ class Rows:
         return samples
 
     def report(self) -> dict[str, Any]:
-        """Plain numbers for the run's summary: those of the packing, summed over corpora; and each corpus's share."""
+        """Return plain numbers for the run's summary: those of the packing, summed over corpora; and each corpus's
+        share.
+        """
         parts = [plan.report() for plan in self.plans]
         if len(parts) == 1:
             return parts[0]
@@ -187,7 +189,7 @@ class Rows:
         return out
 
     def _drawn(self, corpus: int, start: int, stop: int) -> Int64:
-        """Rows ``start … stop`` of the sequence of all passes through a corpus."""
+        """Return rows ``start … stop`` of the sequence of all passes through a corpus."""
         size = len(self.plans[corpus])
         parts = [np.zeros(0, np.int64)]
         for turn in range(start // size, -(-stop // size)):

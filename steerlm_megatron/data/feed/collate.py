@@ -1,4 +1,4 @@
-"""Rows of samples → one micro-batch of tensors.
+"""Lay out rows of samples as one micro-batch of tensors.
 
 Owns: concatenation, the shift of labels, positions, document boundaries, padding. Does not own: the batch
 (``data/batch.py``), which samples share a row (``packing.py``) or a step (``loader.py``). Invariant: nothing crosses a
@@ -15,14 +15,17 @@ import torch
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.data.views import Sample
 
-PAD_ID = 0  # an id every embedding has, and the label where there is none: padding needs no pass of its own
-PAD_DOCUMENT_TOKENS = 64  # padding is cut into documents this short, as attention's cost grows with their square
+PAD_ID = 0  # every embedding has this id; it also fills labels where there is none, so padding needs no masking pass
+PAD_DOCUMENT_TOKENS = (
+    64  # padding is cut into short documents, since the cost of attention grows with the square of their length
+)
 
 
 def collate(rows: Sequence[Sequence[Sample]], row_tokens: int, num_attributes: int = 0) -> RowBatch:
     """Lay out ``rows`` end to end, each padded to ``row_tokens``; a row may be empty.
 
-    ``num_attributes`` gives ``values_PA`` its width. ``ValueError`` (our bug) for a row that does not fit.
+    ``num_attributes`` is the width of ``values_PA``. A row that does not fit is a bug of the caller and raises
+    ``ValueError``.
     """
     total = len(rows) * row_tokens
     tokens = np.full(total, PAD_ID, np.int64)

@@ -1,7 +1,7 @@
 """Samples of a shard folder: lengths and tokens through a view, and the packing plan.
 
-Owns: the vectorised lengths, the plan's cache next to the shards. Does not own: file formats (``data/shards.py``), what
-a view is (``data/views.py``). Invariant: ``lengths(view)[i]`` is the number of tokens of document i through that view,
+Owns: computing lengths in bulk, the cache of plans beside the shards. Does not own: file formats (``data/shards.py``),
+views (``data/views.py``). Invariant: ``lengths(view)[i]`` is the number of tokens of document i through that view,
 uncut; 0 if it has no target there.
 """
 
@@ -23,11 +23,11 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
 
-_PLAN_RULES = 1  # raise when packing or the over-long policy changes, so that stored plans are not taken for new ones
+_PLAN_RULES = 1  # increase it when packing or the over-long policy changes, so that plans stored before are not used
 
 
 class ShardDataset:
-    """The conversations of one shard folder. Opening takes the same time whatever the size."""
+    """The conversations of one shard folder. Opening takes the same time for any size."""
 
     def __init__(self, reader: ShardReader) -> None:
         self._reader = reader
@@ -35,7 +35,9 @@ class ShardDataset:
 
     @classmethod
     def open(cls, folder: str | Path, verify: bool = False) -> ShardDataset:
-        """Open what ``preprocess`` wrote; ``verify`` compares checksums too. ``UserError`` if it is not whole."""
+        """Open what ``preprocess`` wrote; ``verify`` compares checksums too. ``UserError`` if the folder is not
+        complete.
+        """
         return cls(ShardReader(folder, verify))
 
     def __len__(self) -> int:
@@ -47,7 +49,7 @@ class ShardDataset:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the manifest, which holds the checksum of all else."""
+        """SHA-256 of the manifest, which holds the checksums of all other files."""
         return self._reader.hash
 
     @property
@@ -63,11 +65,11 @@ class ShardDataset:
         return self._reader.template
 
     def document(self, index: int) -> Document:
-        """The stored document, as views of the files."""
+        """Return a stored document; its arrays are views of the memory-mapped files."""
         return self._reader.document(index)
 
     def lengths(self, view: View) -> npt.NDArray[np.int64]:
-        """Tokens of every sample through ``view``, before the over-long policy; 0 where the sample has no target."""
+        """Return the length of every sample through ``view`` before the over-long policy; 0 without a target."""
         _check(view, VIEWS, "view")
         parts = [_shard_lengths(shard, view) for shard in self._reader.shards]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
@@ -75,12 +77,14 @@ class ShardDataset:
     def sample(
         self, index: int, view: View, max_tokens: int | None = None, overlong: Overlong = "truncate_left_turns"
     ) -> Sample | None:
-        """Sample ``index`` through ``view``; None if the policy drops it or it has no target (never so in a plan)."""
+        """Return sample ``index`` through ``view``; None if it is dropped or has no target (never so in a plan)."""
         document = self._reader.document(index)
         return make_sample(document, view, max_tokens, overlong, marker_id=self._marker_id)
 
     def label_mean(self) -> npt.NDArray[np.float32]:
-        """float32 [A]: mean of each attribute over the labelled turns of weight 1; NaN where there is none. O(1)."""
+        """Return float32 [A]: mean of each attribute over the labelled turns of weight 1; NaN where there is none.
+        O(1).
+        """
         count = np.array(self.manifest["labels"]["count"], np.float64)
         total = np.array(self.manifest["labels"]["sum"], np.float64)
         return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0).astype(np.float32)
@@ -88,10 +92,10 @@ class ShardDataset:
     def plan(
         self, view: View, row_tokens: int, seed: int, overlong: str = "truncate_left_turns", cache: bool = True
     ) -> PackPlan:
-        """The packing of all samples into rows, from the cache beside the shards where it is stored already.
+        """Pack all samples into rows, or read the plan from the cache beside the shards.
 
-        Errors: ``UserError`` if no sample has a target (all tokens are masked), or a sample is over-long under
-        ``error``.
+        Raises ``UserError`` if no sample has a target (all tokens are masked), or if a sample is over-long and the
+        policy is ``error``.
         """
         _check(view, VIEWS, "view")
         _check(overlong, OVERLONG, "data.overlong")
@@ -160,7 +164,7 @@ def _check(value: str, legal: tuple[str, ...], name: str) -> None:
 
 
 def _shard_lengths(shard: Shard, view: View) -> npt.NDArray[np.int64]:
-    """``ShardDataset.lengths`` of one shard, without a loop over documents."""
+    """Return ``ShardDataset.lengths`` of one shard, without a loop over documents."""
     lengths = shard.lengths.astype(np.int64)
     if view in ("acsft", "sft"):
         has_target = np.diff(shard.docs["spans"]) > 0
@@ -174,7 +178,7 @@ def _shard_lengths(shard: Shard, view: View) -> npt.NDArray[np.int64]:
     assistant = turns["role"] == ASSISTANT
     scored = np.flatnonzero(assistant & (turns["weight"] > 0) & ~np.isnan(np.asarray(shard.values)).all(axis=1))
     document = np.searchsorted(bounds, scored, side="right") - 1
-    last = np.flatnonzero(np.diff(document, append=-1))  # place of each document's last scored turn
+    last = np.flatnonzero(np.diff(document, append=-1))  # index of each document's last scored turn
     turn, owner = scored[last], document[last]
     out = np.zeros(shard.documents, np.int64)
     marks = np.concatenate(([0], np.cumsum(assistant)))

@@ -1,8 +1,8 @@
-"""Batches of a training run: which rows make a global step, and which of them this data-parallel rank computes.
+"""Batches of a training run: the rows of each global step, and the share of this data-parallel rank.
 
-Owns: dealing rows to ranks and micro-batches, prefetch, the position to resume from. Does not own: the order of rows
-(``blend.py``), packing (``packing.py``), tensors (``collate.py``). Invariants: the rows of a step are a function of
-(plans, seed, step) and not of the layout; the order is a function of (seed, epoch, consumed rows), so that resuming
+Owns: distributing rows to ranks and micro-batches, prefetch, the position to resume from. Does not own: the order of
+rows (``blend.py``), packing (``packing.py``), tensors (``collate.py``). Invariants: the rows of a step are a function
+of (plans, seed, step) and not of the layout; the order is a function of (seed, epoch, consumed rows), so that resuming
 replays nothing; all ranks get the same number of micro-batches.
 """
 
@@ -24,23 +24,23 @@ from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.runtime.device import has_cuda
 
-_POLL_SEC = 0.1  # how soon a waiting prefetch thread notices that it is to end
+_POLL_SEC = 0.1  # a waiting prefetch thread checks this often whether it is to end
 
 
 class StepLoader:
     """Iterator over global steps: each item is this rank's list of micro-batches.
 
-    A step takes ``rows_per_step`` rows, the next ones in the sequence of all epochs (a step may span two epochs), or
-    what is left of them before ``end_row``. They are dealt round robin to the data-parallel ranks, then cut into
-    micro-batches of ``train.micro_batch_rows`` rows; where rows do not divide, empty rows fill up. A thread prepares
-    steps ahead; ``close`` (or leaving the ``with``) ends it.
+    A step takes the next ``rows_per_step`` rows in the sequence of all epochs (so it may span two epochs), or those
+    that are left before ``end_row``. They are distributed round robin to the data-parallel ranks, then cut into
+    micro-batches of ``train.micro_batch_rows`` rows; where the division leaves a remainder, empty rows fill it. A
+    thread prepares steps ahead; ``close`` (or leaving the ``with``) ends it.
 
     Args:
         rows: from ``Corpora.rows(view, train.row_tokens, …)``.
         start_row: rows consumed by the run so far (``consumed_rows`` of an earlier loader).
-        end_row: where the run ends, if need be with a smaller step. None: it is endless.
+        end_row: where the run ends, with a smaller step if need be. With None the loader is endless.
         prefetch_steps: steps prepared ahead; 0: none, and no thread.
-        cp_rank, cp_size: each of ``cp_size`` context-parallel ranks gets its part of the same micro-batches.
+        cp_rank, cp_size: each of the ``cp_size`` context-parallel ranks gets its part of the same micro-batches.
     """
 
     def __init__(
@@ -61,13 +61,14 @@ class StepLoader:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._cp_rank, self._cp_size = cp_rank, cp_size
         self.rows_per_step = rows_per_step(rows, train.global_batch_samples)
-        # Not more than a rank's share: a forward pass over rows that are all padding is work for nothing.
+        # A micro-batch has no more rows than a rank's share of a step, since rows of padding would be computed for
+        # nothing.
         self._micro_rows = min(train.micro_batch_rows, -(-self.rows_per_step // dp_size))
         self._num_attributes = rows.corpora.num_attributes
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
         self.consumed_rows = start_row
         self.consumed_samples = self._samples_before(start_row)
-        self._next_row = start_row  # of the producer, which runs ahead of the consumer
+        self._next_row = start_row  # next row of the producer, which runs ahead of the consumer
         self._end_row = math.inf if end_row is None else end_row
         self._prefetch_steps = prefetch_steps
         self._queue: queue.Queue[tuple[list[RowBatch], int, int] | BaseException] = queue.Queue(max(1, prefetch_steps))
@@ -79,15 +80,17 @@ class StepLoader:
 
     @property
     def epoch(self) -> int:
-        """Epoch of the next row, from 0."""
+        """Epoch of the next row, counted from 0."""
         return self.consumed_rows // len(self.rows)
 
     def steps_to(self, row: int) -> int:
-        """Steps from here to ``row``, the last of which may be a smaller one; negative if that lies behind."""
+        """Return the number of steps from here to ``row``, the last of which may be smaller; negative if ``row`` has
+        passed.
+        """
         return -((self.consumed_rows - row) // self.rows_per_step)
 
     def state(self) -> dict[str, int]:
-        """What to store so that ``start_row=state["consumed_rows"]`` goes on from here."""
+        """Return the state to store, so that ``start_row=state["consumed_rows"]`` goes on from here."""
         return {
             "consumed_rows": self.consumed_rows,
             "consumed_samples": self.consumed_samples,
@@ -108,7 +111,7 @@ class StepLoader:
         return batches
 
     def close(self) -> None:
-        """End the prefetch thread; the loader can be used no more."""
+        """End the prefetch thread; the loader cannot be used afterwards."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -123,9 +126,10 @@ class StepLoader:
     # -- validation ---------------------------------------------------------------------------------------------------
 
     def eval_batches(self, limit_rows: int | None = None) -> Iterator[list[RowBatch]]:
-        """The first ``limit_rows`` rows (None: all) once, in order, in groups of ``rows_per_step``.
+        """Yield the first ``limit_rows`` rows (None: all) once, in order, in groups of ``rows_per_step``.
 
-        Each item is this rank's micro-batches of one group, the same number on all ranks. Independent of the position.
+        Each item has this rank's micro-batches of one group, the same number on all ranks. The position in training
+        does not matter.
         """
         rows = np.arange(len(self.rows) if limit_rows is None else min(limit_rows, len(self.rows)))
         for start in range(0, len(rows), self.rows_per_step):
@@ -160,7 +164,7 @@ class StepLoader:
                 return
 
     def _produce(self) -> tuple[list[RowBatch], int, int]:
-        """The next step, and its numbers of rows and samples over all ranks."""
+        """Return the next step, and its numbers of rows and samples over all ranks."""
         end = int(min(self._next_row + self.rows_per_step, self._end_row))
         if end <= self._next_row:
             raise StopIteration
@@ -169,7 +173,7 @@ class StepLoader:
         return self._micro_batches(rows), len(rows), int(self.rows.sample_counts(rows).sum())
 
     def _sequence(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Rows ``start … stop`` of the sequence of all epochs."""
+        """Return rows ``start … stop`` of the sequence of all epochs."""
         size = len(self.rows)
         parts = []
         for epoch in range(start // size, -(-stop // size)):
@@ -195,7 +199,7 @@ class StepLoader:
         return before + (int(self.rows.sample_counts(self._order(epochs)[:rest]).sum()) if rest else 0)
 
     def _micro_batches(self, rows: npt.NDArray[np.int64]) -> list[RowBatch]:
-        """This rank's share of the rows of one step."""
+        """Return this rank's share of the rows of one step as micro-batches."""
         mine = rows[self._dp_rank :: self._dp_size].tolist()
         count = -(-len(rows) // (self._dp_size * self._micro_rows))
         batches = []
@@ -209,12 +213,15 @@ class StepLoader:
 
 
 def rows_per_step(rows: Rows, global_batch_samples: int) -> int:
-    """Rows whose expected number of samples is ``global_batch_samples``: at least one, at most those of an epoch, since
-    a step that repeats the corpus would be one epoch's gradient at several epochs' price. The same for every layout.
+    """Return the number of rows whose expected number of samples is ``global_batch_samples``, the same for every
+    layout.
+
+    It is at least one, and at most the rows of an epoch, since a step that repeats the corpus would compute one epoch's
+    gradient at the price of several epochs.
     """
     return min(max(1, round(global_batch_samples / rows.samples_per_row)), len(rows))
 
 
 def end_row(rows: Rows, epochs: float) -> int:
-    """The row at which ``epochs`` passes over ``rows`` end; at least one row is passed."""
+    """Return the row at which ``epochs`` passes over ``rows`` end; at least one row is passed."""
     return max(1, round(epochs * len(rows)))

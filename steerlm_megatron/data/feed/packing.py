@@ -1,8 +1,8 @@
-"""Packing: which samples share a row.
+"""Packing: the samples that share a row.
 
-Owns: best-fit-decreasing over lengths, the plan that comes of it, and the plan's file. Does not own: lengths
-(``dataset.py``), the order of rows in training (``loader.py``). Invariants: a sample is in exactly one row, whole; no
-row exceeds ``row_tokens``; a plan is a function of (lengths, row length, seed) alone.
+Owns: best-fit-decreasing over lengths, the resulting plan, and the plan's file. Does not own: lengths (``dataset.py``),
+the order of rows in training (``loader.py``). Invariants: each sample is completely in exactly one row; no row exceeds
+``row_tokens``; a plan is a function of (lengths, row length, seed) alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from steerlm_megatron.files import atomic_path
 
 _PLAN_FORMAT = 1
-# Counts of a plan, as its file has them after (format, row_tokens, rows, samples).
+# The file of a plan has these counts after (format, row_tokens, rows, samples).
 _COUNTS = ("useful_tokens", "total", "truncated", "cut_tokens", "overlong_dropped", "masked_dropped")
 
 Int64 = npt.NDArray[np.int64]
@@ -25,15 +25,15 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class PackPlan:
-    """Rows of samples: row r is ``samples[offsets[r]:offsets[r + 1]]``.
+    """A plan of rows. Row r has the samples ``samples[offsets[r]:offsets[r + 1]]``.
 
     Args:
         row_tokens: capacity of a row.
-        view, overlong: how ``dataset.sample`` must be asked for these samples.
+        view, overlong: the arguments with which ``dataset.sample`` gives these samples.
         useful_tokens: tokens of all samples in the plan.
-        total: samples in the data set, of which ``truncated`` were shortened (losing ``cut_tokens``),
-        ``overlong_dropped``
-            were left out by the over-long policy, and ``masked_dropped`` because they have no target.
+        total: samples in the data set. ``truncated`` of them were shortened (losing ``cut_tokens``),
+            ``overlong_dropped`` were left out by the over-long policy, and ``masked_dropped`` because they have no
+            target.
     """
 
     offsets: Int64
@@ -52,7 +52,7 @@ class PackPlan:
         return len(self.offsets) - 1
 
     def row(self, index: int) -> Int64:
-        """Sample numbers of row ``index``."""
+        """Return the numbers of the samples in row ``index``."""
         return self.samples[self.offsets[index] : self.offsets[index + 1]]
 
     @property
@@ -60,7 +60,7 @@ class PackPlan:
         return len(self.samples) / max(1, len(self))
 
     def report(self) -> dict[str, Any]:
-        """Plain numbers for the run's summary."""
+        """Return plain numbers for the run's summary."""
         return {
             "rows": len(self),
             "row_tokens": self.row_tokens,
@@ -76,12 +76,13 @@ class PackPlan:
 
 
 def pack(lengths: npt.NDArray[np.integer], row_tokens: int, seed: int) -> tuple[Int64, Int64]:
-    """Best-fit-decreasing. Returns ``offsets`` [rows + 1] and ``samples``; samples of length 0 are in no row.
+    """Pack by best-fit-decreasing. Returns ``offsets`` [rows + 1] and ``samples``; samples of length 0 are in no row.
 
-    Samples go longest first, each into the fullest row that still takes it. Rows with equal room are interchangeable
-    and samples of equal length too, so whole groups are placed at once: a step empties a class of rows or finishes a
-    length, which makes it O(n log n) for the sort plus O(row_tokens · classes) for the rest. ``seed`` decides which of
-    the samples of equal length go together. ``ValueError`` (our bug) for a length above ``row_tokens``.
+    Samples are placed longest first, each into the fullest row that has room for it. Rows with equal room are
+    interchangeable, and so are samples of equal length, so groups are placed at once: a step uses up a class of rows or
+    finishes a length, which makes it O(n log n) for the sort plus O(row_tokens · classes) for the rest. ``seed``
+    decides which of the samples of equal length go together. A length above ``row_tokens`` is a bug of the caller and
+    raises ``ValueError``.
     """
     lengths = np.asarray(lengths)
     if len(lengths) and int(lengths.max()) > row_tokens:
@@ -92,7 +93,7 @@ def pack(lengths: npt.NDArray[np.integer], row_tokens: int, seed: int) -> tuple[
 
     room: list[list[Int64]] = [[] for _ in range(row_tokens + 1)]  # room[r]: arrays of rows with r tokens left
     has_room = np.zeros(row_tokens + 2, np.bool_)
-    row_of = np.full(len(order), -1, np.int64)  # by place in `order`
+    row_of = np.full(len(order), -1, np.int64)  # indexed like `order`
     rows = 0
 
     def put(rows_: Int64, left: int) -> None:
@@ -114,8 +115,8 @@ def pack(lengths: npt.NDArray[np.integer], row_tokens: int, seed: int) -> tuple[
                 fresh = -(-(stop - at) // (row_tokens // size))
                 candidates = np.arange(rows, rows + fresh)
                 rows += fresh
-            # Best fit: a row just given a sample is the fullest of all, so it takes as many as it can before the next
-            # one.
+            # Best fit: a row that has just got a sample is the fullest of all, so it gets as many as fit before the
+            # next row.
             each = left // size
             full, rest = divmod(stop - at, each)
             full = min(full, len(candidates))
@@ -137,7 +138,7 @@ def pack(lengths: npt.NDArray[np.integer], row_tokens: int, seed: int) -> tuple[
 
 
 def save_plan(path: Path, plan: PackPlan) -> bool:
-    """Store a plan as one ``.npy`` array, whole or not at all; False if it cannot be written (it is only a cache)."""
+    """Store a plan as one ``.npy`` array, atomically. Return False if it cannot be written, as it is only a cache."""
     header = [_PLAN_FORMAT, plan.row_tokens, len(plan), len(plan.samples), *(getattr(plan, name) for name in _COUNTS)]
     words = np.concatenate((np.array(header, np.int64), plan.offsets, plan.samples))
     try:
@@ -149,7 +150,7 @@ def save_plan(path: Path, plan: PackPlan) -> bool:
 
 
 def load_plan(path: Path, row_tokens: int, view: str, overlong: str) -> PackPlan | None:
-    """A stored plan, memory-mapped; None if there is none, or it is not what ``save_plan`` writes."""
+    """Return a stored plan, memory-mapped; None if there is none or the file is not one that ``save_plan`` wrote."""
     try:
         words = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError):

@@ -1,8 +1,8 @@
-"""Documents end to end: what travels from tokenising to shards.
+"""Blocks: many documents end to end in a few arrays, on their way from tokenising to shards.
 
-Owns: ``Block``, choosing documents of one, putting some together. Does not own: making one of conversations
-(``builder.py``), its files (``chunks.py`` for work in progress, ``data/shards.py`` for good). Invariant: a block chosen
-from and cut anywhere has the documents it had.
+Owns: ``Block``, selecting documents of a block, joining blocks. Does not own: making a block of conversations
+(``builder.py``), storing it (``chunks.py`` for work in progress, ``data/shards.py`` for the result). Invariant:
+selecting and cutting changes no document.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Array = npt.NDArray[Any]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type of stored token ids: what Megatron-Core takes for a vocabulary of this size."""
+    """Return the type of stored token ids: what Megatron-Core takes for a vocabulary of this size."""
     return np.dtype("<u2") if vocab_size < 65500 else np.dtype("<i4")
 
 
 @dataclass(frozen=True)
 class Block:
-    """N documents. The arrays named ``…_counts`` say how much of the array before them each document has.
+    """N documents. An array named ``…_counts`` says how many elements of the array before it each document has.
 
     Args:
         tokens: uint16 or int32, all documents' ids end to end; ``lengths`` int32 [N].
@@ -34,7 +34,7 @@ class Block:
         spans: int32 [spans, 2], positions in their document; ``span_counts`` int32 [N].
         headers: int32 [N, 2].
         ids: uint8, the documents' ids as UTF-8; ``id_sizes`` int32 [N].
-        lines: int64 [N], the line of the input file each came from.
+        lines: int64 [N], the line of the input file that each document came from.
     """
 
     tokens: Array
@@ -53,12 +53,12 @@ class Block:
         return len(self.lengths)
 
     def id(self, index: int) -> str:
-        """The id of document ``index``. O(N)."""
+        """Return the id of document ``index``. O(N)."""
         start = int(self.id_sizes[:index].sum())
         return bytes(self.ids[start : start + int(self.id_sizes[index])]).decode()
 
     def select(self, keep_N: Array) -> Block:
-        """The documents for which ``keep_N`` (bool) is true."""
+        """Return the documents for which ``keep_N`` (bool) is true."""
         if keep_N.all():
             return self
         turns, spans = np.repeat(keep_N, self.turn_counts), np.repeat(keep_N, self.span_counts)
@@ -77,7 +77,7 @@ class Block:
         )
 
     def cut(self, start: int, stop: int) -> Block:
-        """Documents ``start`` to ``stop``, as views."""
+        """Return documents ``start`` to ``stop`` as a block of views."""
         if start == 0 and stop >= len(self):
             return self
         tokens, turns = _bounds(self.lengths, start, stop), _bounds(self.turn_counts, start, stop)
@@ -97,24 +97,26 @@ class Block:
         )
 
     def arrays(self) -> dict[str, Array]:
-        """Its arrays by name; ``Block(**arrays)`` is the inverse."""
+        """Return the block's arrays by name; ``Block(**arrays)`` is the inverse."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def concatenate(blocks: Sequence[Block]) -> Block:
-    """One block of at least one."""
+    """Return one block with the documents of all ``blocks``, of which there is at least one."""
     if len(blocks) == 1:
         return blocks[0]
     arrays = [block.arrays() for block in blocks]
-    # Turns as bytes: joining structured arrays is slow.
+    # Turns are joined as bytes, because joining structured arrays is slow.
     turns = np.concatenate([each.pop("turns").view(np.uint8) for each in arrays]).view(TURN)
     return Block(turns=turns, **{name: np.concatenate([each[name] for each in arrays]) for name in arrays[0]})
 
 
 def join(documents: Sequence[Document], vocab_size: int, attributes: int, lines: Sequence[int] = ()) -> Block:
-    """A block of documents. ``attributes``: how many the schema has (for a block without documents)."""
+    """Return a block of documents. ``attributes`` is the number of the schema's attributes (a block without documents
+    needs it).
+    """
     ids = [document.id.encode("utf-8", "replace") for document in documents]
-    # As bytes: joining thousands of structured arrays is slow.
+    # Turns are joined as bytes, because joining thousands of structured arrays is slow.
     turns = [document.turns_N.view(np.uint8) for document in documents]
     return Block(
         np.concatenate([_NO_TOKENS, *(d.tokens_T for d in documents)]).astype(token_dtype(vocab_size)),

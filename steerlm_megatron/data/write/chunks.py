@@ -1,13 +1,13 @@
-"""Chunks of input lines, and what tokenising makes of one, kept on disk until the corpus is whole.
+"""Chunks of input lines, and the tokenised chunks, which are kept on disk until the corpus is complete.
 
-A chunk is a fixed number of lines of one file, whatever the number of processes. It is tokenised to one file in the
-work folder, named by a hash over its bytes, its place and all that decides the result, so a job that was killed finds
-what it has done by name: there is no journal that could be torn or out of date, and after an input was mended only the
-chunks with other bytes are done again.
+A chunk is a fixed number of lines of one file, for any number of processes. It is tokenised to one file in the work
+folder, named by a hash over its bytes, its position and all settings that decide the result. So a job that was killed
+finds finished chunks by their names: there is no journal that could be torn or out of date, and after an input was
+corrected only the chunks with other bytes are done again.
 
-Owns: cutting into chunks, the work of one chunk, its file. Does not own: the order of work (``preprocess.py``), what a
-record is (``steer.records``). Invariants: the result is a function of the chunk and the ``Job``; a chunk's file is
-whole (it carries checksums) or it is taken for missing; memory is that of one chunk.
+Owns: cutting files into chunks, tokenising a chunk, its file. Does not own: the order of work (``preprocess.py``), the
+meaning of a record (``steer.records``). Invariants: the result is a function of the chunk and the ``Job``; a chunk's
+file is complete, by the checksum in it, or counts as missing; memory is that of one chunk.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ import numpy as np
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.views import TURN
 from steerlm_megatron.data.write.blocks import Array, Block, concatenate, join
-from steerlm_megatron.data.write.builder import Builder, Spoke
-from steerlm_megatron.data.write.quick_records import QuickRecords
+from steerlm_megatron.data.write.builder import Builder, ConversationLike
+from steerlm_megatron.data.write.fast_records import FastRecords
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import atomic_path
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.dealing import deal
 from steerlm_megatron.steer.lines import OnError, Rejected, reject
 from steerlm_megatron.steer.messages import count_empty_replies
 from steerlm_megatron.steer.records import Conversation, parse_records, raw_lines
+from steerlm_megatron.steer.splits import assign_split
 from steerlm_megatron.steer.templates import Template
 
-FORMAT = 2  # raise when the same chunk gives other documents
+FORMAT = 2  # increase it when the same chunk gives other documents
 CHUNK_LINES = 4096
-CHUNK_BYTES = 2 << 20  # a chunk is closed with the line that reaches this
-SUFFIX = ".chunk"  # of its file
-_MAGIC, _HEAD = b"SLMCHUNK", struct.Struct("<8sII")  # then a CRC-32 of all that follows, and the size of its JSON part
+CHUNK_BYTES = 2 << 20  # the line that reaches this size closes a chunk
+SUFFIX = ".chunk"  # suffix of a chunk's file
+_MAGIC, _HEAD = b"SLMCHUNK", struct.Struct("<8sII")  # magic, CRC-32 of all that follows, size of the JSON part
 _BATCH = 512  # conversations encoded in one call
 
 TRAIN, VALID = 0, 1
@@ -55,10 +55,10 @@ TRAIN, VALID = 0, 1
 
 @dataclass(frozen=True)
 class Job:
-    """All that decides what becomes of a chunk.
+    """All settings that decide the result of a chunk.
 
     Args:
-        valid_fraction: share of prompts dealt to ``valid``; 0: all to ``train`` (the split whose file it is).
+        valid_fraction: share of prompts assigned to ``valid``; with 0 all records go to the split of their file.
         control_strings: ``escape`` or ``reject``, see ``config.schema.DataConfig``.
     """
 
@@ -72,7 +72,7 @@ class Job:
 
     @cached_property
     def builder(self) -> Builder:
-        """What makes documents, one per process."""
+        """The builder of documents, made once per process."""
         return Builder(self.tokenizer, self.template, self.schema)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Hash of it all but ``on_error``: whether an error ends the job changes nothing where there is none."""
+        """Hash of all settings but ``on_error``, which changes nothing in a chunk without errors."""
         parts = [
             FORMAT, _BATCH, self.tokenizer.hash, self.schema and self.schema.to_dict(), self.template.to_dict(),
             self.valid_fraction, self.split_seed, self.control_strings,
@@ -90,7 +90,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Lines of one file. ``damage``: an error met in reading after its last line, which ends the file."""
+    """Lines of one file. ``damage`` is an error that reading met after the last line, and that ends the file."""
 
     split: str
     path: str
@@ -100,7 +100,7 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        """Of its file: a hash over its place and bytes."""
+        """Name of the chunk's file: a hash over its position and bytes."""
         digest = hashlib.blake2b(digest_size=16)
         for part in (self.split, self.path, str(self.first_line), self.damage):
             digest.update(f"{len(part)}:{part}".encode())
@@ -110,7 +110,9 @@ class Chunk:
 
 
 def read_chunks(split: str, paths: Sequence[str]) -> Iterator[Chunk]:
-    """The chunks of files, in order; memory for one. An error in reading is its chunk's, to be met in its place."""
+    """Yield the chunks of files in order, holding one in memory. A reading error is stored in the chunk where it
+    occurs.
+    """
     for path in paths:
         lines, size, first, damage = [], 0, 1, ""
         try:
@@ -129,16 +131,17 @@ def read_chunks(split: str, paths: Sequence[str]) -> Iterator[Chunk]:
 
 @dataclass
 class Tokenized:
-    """What became of a chunk.
+    """A tokenised chunk.
 
     Args:
         blocks: the documents for training and for validation (``TRAIN``, ``VALID``).
-        lines, sides, hashes: of every accepted record, in order: its line, its side, 16 bytes of the hash of its id
-            (zeros: it has none of its own, and cannot be repeated).
-        control_like, empty: of each side, messages that look like control strings, and replies without text.
-        refused: under ``control_strings=reject``, records of each side that hold one.
-        rejected: ``(line, where, reason)`` of what is to be listed.
-        malformed: how many of them are malformed (the others are refused).
+        lines, sides, hashes: for every accepted record, in order: its line, its split, 16 bytes of the hash of its id
+            (zeros if the record has no id, so that it cannot repeat one).
+        control_like, empty: per split, the number of messages that contain what looks like a control string, and of
+            replies without text.
+        refused: per split, the number of records left out because they hold one (``control_strings=reject``).
+        rejected: ``(line, where, reason)`` of each record to list in ``rejected.jsonl``.
+        malformed: how many of those are malformed (the others are refused).
     """
 
     blocks: tuple[Block, Block]
@@ -153,7 +156,7 @@ class Tokenized:
     malformed: int = 0
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all. Not synced to disk: its checksums tell what a power cut tore."""
+        """Write the file atomically. It is not synced to disk, since its checksum shows if a power cut tore it."""
         arrays: dict[str, Array] = {name: getattr(self, name) for name in ("lines", "sides", "hashes", "has_target")}
         for side, block in enumerate(self.blocks):
             arrays |= {f"{side}.{name}": array for name, array in block.arrays().items()}
@@ -162,7 +165,7 @@ class Tokenized:
         about = {name: [array.dtype.str, array.shape] for name, array in arrays.items()}
         data = [np.ascontiguousarray(array).view(np.uint8).data for array in arrays.values()]
         head = json.dumps([about, said]).encode()
-        checksum = zlib.crc32(head, len(head))  # of the size as well
+        checksum = zlib.crc32(head, len(head))  # the checksum covers the size as well
         for part in data:
             checksum = zlib.crc32(part, checksum)
         with atomic_path(path, sync=False) as temporary, open(temporary, "wb") as file:
@@ -172,7 +175,7 @@ class Tokenized:
 
     @staticmethod
     def load(path: Path) -> Tokenized | None:
-        """What ``save`` wrote; None if it is not there whole."""
+        """Read what ``save`` wrote; None if the file is missing or torn."""
         try:
             stored = path.read_bytes()
         except FileNotFoundError:
@@ -209,8 +212,8 @@ class Tokenized:
 
 
 def tokenize(chunk: Chunk, job: Job) -> Tokenized:
-    """The work of one chunk. ``UserError`` for the first malformed line under ``on_error=error``."""
-    # A chunk makes millions of small objects and no cycles: looking for cycles among them took a tenth of the time.
+    """Tokenise one chunk. Raises ``UserError`` for the first malformed line under ``on_error=error``."""
+    # A chunk makes millions of small objects and no reference cycles, and collecting them took a tenth of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -221,7 +224,7 @@ def tokenize(chunk: Chunk, job: Job) -> Tokenized:
 
 
 class _Tokenizing:
-    """One call of ``tokenize``."""
+    """The state of one call of ``tokenize``."""
 
     def __init__(self, chunk: Chunk, job: Job) -> None:
         self.chunk, self.job = chunk, job
@@ -253,10 +256,10 @@ class _Tokenizing:
             self.malformed,
         )
 
-    def _records(self, rejected: Rejected) -> Iterator[tuple[int, Spoke]]:
-        """Line and conversation of every record; the rest as in ``read_records``."""
+    def _records(self, rejected: Rejected) -> Iterator[tuple[int, ConversationLike]]:
+        """Yield line and conversation of every record; ``rejected`` is as in ``read_records``."""
         job, chunk = self.job, self.chunk
-        parse = QuickRecords(chunk.path, job.schema).parse
+        parse = FastRecords(chunk.path, job.schema).parse
         for number, line in enumerate(chunk.lines, chunk.first_line):
             record = parse(line, number)
             if record is not None:
@@ -268,13 +271,13 @@ class _Tokenizing:
         if chunk.damage:
             reject(UserError(chunk.damage), cast(OnError, job.on_error), rejected)
 
-    def _take(self, batch: list[tuple[int, Spoke]]) -> None:
+    def _take(self, batch: list[tuple[int, ConversationLike]]) -> None:
         batch = self._without_control_strings(batch)
         conversations, lines = [conversation for _, conversation in batch], [line for line, _ in batch]
         block, has_target = self.job.builder.build(conversations, lines)
         sides = np.array([self._side(conversation) for conversation in conversations], np.uint8)
         for side, conversation in zip(sides.tolist(), conversations, strict=True):
-            if isinstance(conversation, Conversation):  # lines that are parsed quickly have no such reply
+            if isinstance(conversation, Conversation):  # lines that the fast parser accepts have no empty reply
                 self.empty[side] += count_empty_replies(conversation.messages)
         name = os.path.basename(self.chunk.path)
         hashes = [
@@ -286,8 +289,8 @@ class _Tokenizing:
             if (chosen := has_target & (sides == side)).any():
                 self.parts[side].append(block.select(chosen))
 
-    def _without_control_strings(self, batch: list[tuple[int, Spoke]]) -> list[tuple[int, Spoke]]:
-        """Count what looks like control strings; under ``reject``, without the records that hold one."""
+    def _without_control_strings(self, batch: list[tuple[int, ConversationLike]]) -> list[tuple[int, ConversationLike]]:
+        """Count texts that look like control strings. Return the records; ``reject`` drops those with one."""
         if not self.control_like.anywhere([m.content for _, conversation in batch for m in conversation.messages]):
             return batch
         kept = []
@@ -305,8 +308,8 @@ class _Tokenizing:
             kept.append((line, conversation))
         return kept
 
-    def _side(self, conversation: Spoke) -> int:
-        return VALID if deal(conversation, self.job.valid_fraction, self.job.split_seed) == "valid" else TRAIN
+    def _side(self, conversation: ConversationLike) -> int:
+        return VALID if assign_split(conversation, self.job.valid_fraction, self.job.split_seed) == "valid" else TRAIN
 
     def _joined(self, side: int) -> Block:
         attributes = len(self.job.schema.names) if self.job.schema else 0
@@ -326,21 +329,21 @@ def _hash_array(hashes: list[bytes]) -> Array:
 
 
 class _ControlLike:
-    """What looks like a control string: those of the template and the tokenizer, and any ``<extra_id_N>``."""
+    """Finds texts that look like control strings: those of the template and tokenizer, and any ``<extra_id_N>``."""
 
     def __init__(self, job: Job) -> None:
         known = sorted({*job.template.control_strings, *job.tokenizer.controls}, key=len, reverse=True)
         self._pattern = re.compile("|".join([r"<extra_id_\d+>", *map(re.escape, known)]))
-        # Plain searches are many times faster than the pattern, and nearly all texts have none of these.
+        # Substring searches are many times faster than the pattern, and nearly all texts contain none of these.
         self._hints = ("<extra_id_", *(text for text in known if not text.startswith("<extra_id_")))
 
     def anywhere(self, texts: list[str]) -> bool:
-        """False where none of ``texts`` holds one."""
+        """Return whether any of ``texts`` may hold a control string; False is certain."""
         together = "\n".join(texts)
         return any(hint in together for hint in self._hints)
 
     def first(self, text: str) -> str:
-        """The first one in ``text``; empty if there is none."""
+        """Return the first one in ``text``; empty if there is none."""
         if not any(hint in text for hint in self._hints):
             return ""
         found = self._pattern.search(text)

@@ -1,8 +1,8 @@
-"""Chunks tokenised by processes, handed back in order.
+"""Tokenise chunks in several processes and return the results in order.
 
-Owns: the processes, how many chunks are under way, reusing what lies in the work folder. Does not own: the work itself
-(``chunks.py``). Invariants: results come in the order of the chunks, whatever the number of processes; so many chunks
-are in memory and no more; no process outlives the one that started it.
+Owns: the processes, the number of chunks in flight, reusing finished chunks of the work folder. Does not own:
+tokenising (``chunks.py``). Invariants: results come in the order of the chunks for any number of processes; the number
+of chunks in memory is bounded; no process outlives its parent.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ _MOST_WORKERS = 64
 
 
 def default_workers() -> int:
-    """The cores this process may use."""
+    """Return the number of cores that this process may use."""
     return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
 
 
 def tokenized(
     chunks: Iterator[Chunk], job: Job, folder: Path, workers: int
 ) -> Generator[tuple[Chunk, Tokenized], None, None]:
-    """Each chunk and what became of it, in order; its file in ``folder`` is read if it is there, and else made.
+    """Yield each chunk and its result in order. A result is read from ``folder`` if it is there, and else computed.
 
-    With one worker all is done in this process. ``UserError``: of the earliest chunk with an error (those before it
-    have been yielded); a process was killed. ``OSError``: ``folder`` cannot be written.
+    With one worker all is done in this process. Raises ``UserError`` for the earliest chunk with an error (after the
+    results before it), or if a process was killed, and ``OSError`` if ``folder`` cannot be written.
     """
     if workers == 1:
         for chunk in chunks:
             yield chunk, _found(chunk, job, folder) or _make(chunk, job, folder)
         return
-    # Spawned, not forked: the caller may have threads and CUDA.
+    # Processes are spawned and not forked, since the caller may have threads and CUDA.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(job, folder))
     waiting: deque[tuple[Chunk, Future[None] | None]] = deque()
@@ -68,7 +68,7 @@ def _result(chunk: Chunk, future: Future[None] | None, job: Job, folder: Path) -
 
 
 def _found(chunk: Chunk, job: Job, folder: Path) -> Tokenized | None:
-    """What lies in the folder; None if nothing does, a power cut tore it, or it skipped what is now an error."""
+    """Return the stored result of a chunk; None if it is missing, torn, or skipped lines that are errors now."""
     found = Tokenized.load(folder / chunk.name)
     return None if found is not None and found.malformed and job.on_error == "error" else found
 
@@ -79,7 +79,7 @@ def _make(chunk: Chunk, job: Job, folder: Path) -> Tokenized:
     return made
 
 
-# In the processes
+# ---- functions that run in the worker processes
 
 _given: tuple[Job, Path] | None = None
 
@@ -87,12 +87,12 @@ _given: tuple[Job, Path] | None = None
 def _start(job: Job, folder: Path) -> None:
     global _given
     _given = job, folder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    """Without it, a process whose parent was killed would wait for work for ever."""
+    """End this process when its parent is gone; otherwise it would wait for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,9 +1,9 @@
-"""Record files → shard folders, one per split.
+"""Make shard folders, one per split, of record files.
 
-Owns: the order of the work, the counts, ``rejected.jsonl``, what a second run finds there. Does not own: tokenising
-(``chunks.py``, ``pool.py``), the folder's format (``data/shards.py``), where a tokenizer comes from. Invariants: in =
+Owns: the order of the work, the counts, ``rejected.jsonl``, what a second run does with existing results. Does not own:
+tokenising (``chunks.py``, ``pool.py``), the folder's format (``data/shards.py``), opening a tokenizer. Invariants: in =
 out + skipped by reason; memory does not grow with the input; the same input gives the same bytes, for any number of
-processes and whatever number of times the job was killed on the way.
+processes and interruptions.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from steerlm_megatron.steer.records import expand_paths, read_records
 from steerlm_megatron.steer.templates import Template
 
 REJECTED_FILE = "rejected.jsonl"
-WORK = ".work"  # in the output folder while a job is under way: finished chunks
+WORK = ".work"  # folder for finished chunks, inside the output folder while a job is under way
 SKIPPED = ("rejected", "control_string", "no_target")
 _READ_BYTES = 1 << 20
-_WORKER_BYTES = 16 * CHUNK_BYTES  # a second's work; two processes break even at 22 MB each (benchmarks/preprocess.md)
-_COMPRESSION = 4  # what text gains at least, roughly
+WORKER_BYTES = 16 * CHUNK_BYTES  # a second of work; two processes break even at 22 MB each (benchmarks/preprocess.md)
+_COMPRESSION = 4  # rough lower bound of the compression ratio of text
 
 Paths = Sequence[str | os.PathLike[str]]
 Progress = Callable[[int, int], None]
@@ -56,25 +56,25 @@ def preprocess(
     converted: Mapping[str, Any] | None = None,
     rejected_before: Path | None = None,
 ) -> dict[str, Any]:
-    """Write ``output_dir/<split>`` for every split of ``inputs`` (split name → record files), and sum up.
+    """Write ``output_dir/<split>`` for every split of ``inputs`` (split name → record files), and return a summary.
 
-    With the one split ``train`` and ``data.valid_fraction`` > 0, conversations are dealt to ``train`` and ``valid`` by
-    the hash of (``data.split_seed``, first user message), so that all answers to one prompt are on one side. A split
-    that gets no conversation this way is not written (and an older one of that name is removed).
+    If ``train`` is the only split and ``data.valid_fraction`` > 0, conversations are assigned to ``train`` and
+    ``valid`` by the hash of (``data.split_seed``, first user message), so that all answers to one prompt are in one
+    split. A split that gets no conversation in this way is not written (and an older one of that name is removed).
 
-    Killed or failed, it leaves what it has tokenised in ``output_dir/.work``, and a second call goes on from there.
-    What the same inputs and settings gave is left as it is; what others gave is replaced, or refused without
+    A call that fails or is killed leaves its tokenised chunks in ``output_dir/.work``, and a second call goes on from
+    there. Shards that the same inputs and settings gave are left as they are; others are replaced, or refused without
     ``overwrite``.
 
-    ``converted``: of what, and how, the record files were made; the manifests keep it. ``rejected_before``: the lines
-    that this rejected, which then stand in ``rejected.jsonl`` before those of the records. ``progress(done, total)``:
-    records read, and an estimate of all (lines of the files). Returns ``{"in", "out", "skipped": {reason: n}, "splits":
-    {split: counts}}`` with in = out + skipped, and ``empty_replies`` where there are some (replies without text, which
-    are context); reasons are ``rejected`` (malformed, or of an id that occurred before in its split, under
-    ``data.on_error=skip``; see ``rejected.jsonl``), ``control_string`` (holds one, under
-    ``data.control_strings=reject``; listed there too) and ``no_target`` (no trained token and no labelled response).
-    Errors: ``UserError`` as from ``read_records``; an id that occurred before; nothing left in a split (all tokens are
-    masked); the folder cannot be written.
+    ``converted`` tells from which files, and how, the record files were made; the manifests keep it.
+    ``rejected_before`` are the lines that the conversion rejected, which come first in ``rejected.jsonl``.
+    ``progress(done, total)`` gets the records read, and an estimate of all (lines of the files). Returns ``{"in",
+    "out", "skipped": {reason: n}, "splits": {split: counts}}`` with in = out + skipped, and ``empty_replies`` where
+    there are some (replies without text, which are context); reasons are ``rejected`` (malformed, or of an id that
+    occurred before in its split, under ``data.on_error=skip``; see ``rejected.jsonl``), ``control_string`` (holds one,
+    under ``data.control_strings=reject``; listed there too) and ``no_target`` (no trained token and no labelled
+    response). Raises ``UserError`` as ``read_records`` does, for an id that occurred before, if nothing is left in a
+    split (all tokens are masked), or if the folder cannot be written.
     """
     run = _Run(
         inputs, Path(output_dir), tokenizer, schema, template, data, progress, overwrite, converted, rejected_before
@@ -92,7 +92,7 @@ def preprocess(
 
 
 def training_texts(paths: Paths, schema: AttributeSchema | None, template: Template, data: DataConfig) -> Iterator[str]:
-    """The texts that a tokenizer for this corpus is trained on: all that is rendered, label lines too."""
+    """Yield the texts that a tokenizer for this corpus is trained on: all rendered text, including label lines."""
     for conversation in read_records(list(paths), schema, cast(OnError, data.on_error), []):
         for segment in template.render(conversation, schema):
             if not segment.control:
@@ -100,7 +100,7 @@ def training_texts(paths: Paths, schema: AttributeSchema | None, template: Templ
 
 
 class _Run:
-    """One call of ``preprocess``."""
+    """The state of one call of ``preprocess``."""
 
     def __init__(
         self,
@@ -122,12 +122,12 @@ class _Run:
             raise UserError(f"data.valid_fraction={data.valid_fraction} must be at least 0 and below 1")
         if data.workers is not None and data.workers < 1:
             raise UserError(f"data.workers={data.workers} must be at least 1, or null for one per core")
-        self.deal = set(self.files) == {"train"} and data.valid_fraction > 0
-        self.splits = ["train", "valid"] if self.deal else list(self.files)
+        self.splits_by_hash = set(self.files) == {"train"} and data.valid_fraction > 0
+        self.splits = ["train", "valid"] if self.splits_by_hash else list(self.files)
         self.output_dir, self.data, self.progress, self.overwrite = output_dir, data, progress, overwrite
-        self.converted = json.loads(json.dumps(converted))  # as a manifest gives it back
+        self.converted = json.loads(json.dumps(converted))  # normalised, so that it can be compared with a manifest
         self.rejected_before, self.first_rejected = rejected_before, ""
-        fraction = data.valid_fraction if self.deal else 0.0
+        fraction = data.valid_fraction if self.splits_by_hash else 0.0
         self.job = Job(
             tokenizer, schema, template, data.on_error, fraction, data.split_seed, data.control_strings
         )  # fmt: skip
@@ -158,7 +158,7 @@ class _Run:
                 if _stamp(path) != stamp:
                     raise UserError(f"{path} was changed while it was read; run it again when it is whole")
             for split, writer in writers.items():
-                if not writer.documents and not (self.deal and split == "valid"):
+                if not writer.documents and not (self.splits_by_hash and split == "valid"):
                     raise UserError(self._nothing_left(split))
             counted = {split: self._counted(split) for split in self.splits}
             run = {"settings": self._settings(), "counts": counted}
@@ -168,7 +168,7 @@ class _Run:
                     manifests[split] = writer.finish(
                         counted[split], described, self._policies(split), run, self.converted
                     )
-            # Train comes last: where it stands, all else stands too.
+            # Train is published last, so that its presence means that all is complete.
             self._keep_rejected(rejected_file, rejected_path)
             for split in sorted(self.splits, key=lambda split: split == "train"):
                 if split in manifests:
@@ -179,15 +179,15 @@ class _Run:
         return self._summary(counted, manifests)
 
     def _clear(self) -> None:
-        """Remove what a job needs on the way, its own and what one left that was killed at the very end."""
+        """Remove the work folder of this job, and of one that was killed at its very end."""
         for name in (WORK, *(f".{split}.{kind}" for split in self.splits for kind in ("old", "tmp"))):
             shutil.rmtree(self.output_dir / name, ignore_errors=True)
         (self.output_dir / f".{REJECTED_FILE}.tmp").unlink(missing_ok=True)
 
-    # -- what stands there already ------------------------------------------------------------------------------------
+    # -- results of earlier runs --------------------------------------------------------------------------------------
 
     def _settings(self) -> dict[str, Any]:
-        """What the result depends on, apart from the inputs, which a manifest has as ``sources``."""
+        """Return the settings that the result depends on. The inputs are in a manifest's ``sources``."""
         return {
             "key": self.job.key,
             "on_error": self.data.on_error,
@@ -196,7 +196,7 @@ class _Run:
         }
 
     def _standing(self, sources: dict[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
-        """The summary of what stands there whole, if the same inputs and settings gave it; else None."""
+        """Return the summary of existing complete shards if the same inputs and settings gave them; else None."""
         manifests: dict[str, dict[str, Any]] = {}
         for split in self.splits:
             folder = self.output_dir / split
@@ -205,7 +205,7 @@ class _Run:
             try:
                 manifest = ShardReader(folder, self.data.verify).manifest
             except UserError:
-                return None  # damaged, or of another format: made again
+                return None  # the shards are damaged or of another format, so they are made again
             change = self._change(manifest, sources.get(split) or sources["train"])
             if change and not self.overwrite:
                 raise UserError(
@@ -218,12 +218,12 @@ class _Run:
         for manifest in manifests.values():
             counted = manifest["run"]["counts"]
             if {split for split, counts in counted.items() if counts["out"]} != set(manifests):
-                return None  # one was removed, or the job was killed between putting one and the other in its place
+                return None  # a split was removed, or the job was killed between publishing one and the other
             return self._summary(counted, manifests)
         return None
 
     def _change(self, manifest: dict[str, Any], sources: list[dict[str, Any]]) -> str:
-        """How what gave ``manifest`` differs from this call; empty if it does not."""
+        """Return in words how the job that wrote ``manifest`` differs from this one; empty if it does not."""
         if manifest.get("run", {}).get("settings") != self._settings():
             return "with another tokenizer, template, schema, or other data.* settings"
         for before, now in zip(manifest["sources"], sources, strict=False):
@@ -236,18 +236,18 @@ class _Run:
     # -- the work -----------------------------------------------------------------------------------------------------
 
     def _open_work(self) -> None:
-        """The folder of finished chunks of this job; those of a job with other settings are removed."""
+        """Make the folder of this job's finished chunks, and remove those of jobs with other settings."""
         self.work.mkdir(parents=True, exist_ok=True)
         for other in self.work.parent.iterdir():
             if other != self.work:
                 shutil.rmtree(other, ignore_errors=True)
 
     def _workers(self) -> int:
-        """Processes, each with work for longer than it takes to start one."""
+        """Return the number of processes, so that each has work for longer than its start takes."""
         size = 0
         for path in (path for paths in self.files.values() for path in paths):
             size += os.path.getsize(path) * (_COMPRESSION if path.endswith((".gz", ".zst")) else 1)
-        return max(1, min(self.data.workers or default_workers(), size // _WORKER_BYTES))
+        return max(1, min(self.data.workers or default_workers(), size // WORKER_BYTES))
 
     def _writer(self, split: str) -> ShardWriter:
         job = self.job
@@ -274,10 +274,10 @@ class _Run:
                     self.progress(self.done, max(self.total, self.done))
 
     def _target(self, chunk: Chunk, side: int) -> str:
-        return ("train", "valid")[side] if self.deal else chunk.split
+        return ("train", "valid")[side] if self.splits_by_hash else chunk.split
 
     def _repeats(self, chunk: Chunk, lines: list[int]) -> Iterator[tuple[int, str, str]]:
-        """Records of an id that occurred before, as rejected lines; the first is an error under ``on_error=error``."""
+        """Yield records whose id occurred before as rejected lines; under ``on_error=error`` raise for the first."""
         for line in lines:
             name = json.loads(chunk.lines[line - chunk.first_line])["id"]
             reason = f"id={name!r} occurred before; ids must be unique in a split (without an id, the line is the id)"
@@ -286,7 +286,7 @@ class _Run:
             yield line, f"{chunk.path}:{line}", reason
 
     def _count(self, chunk: Chunk, found: Tokenized, repeated: Any) -> None:
-        for side in (TRAIN, VALID) if self.deal else (TRAIN,):
+        for side in (TRAIN, VALID) if self.splits_by_hash else (TRAIN,):
             counts, mine = self.counts[self._target(chunk, side)], (found.sides == side) & ~repeated
             counts["in"] += int(mine.sum()) + found.refused[side]
             counts["no_target"] += int((mine & ~found.has_target).sum())
@@ -307,7 +307,7 @@ class _Run:
         return counted | ({"empty_replies": counts["empty_replies"]} if counts["empty_replies"] else {})
 
     def _policies(self, split: str) -> dict[str, Any]:
-        """What was decided about doubtful input, and how often it was met."""
+        """Return the policy for each kind of doubtful input, and how often it was applied."""
         counts = self.counts[split]
         return {
             "on_error": {"policy": self.data.on_error, "records": counts["rejected"]},
@@ -350,7 +350,7 @@ class _Run:
 
 
 def is_complete(folder: str | Path) -> bool:
-    """Whether a shard folder stands there (one that is there is whole)."""
+    """Return whether ``folder`` is a shard folder; one that exists is complete."""
     return (Path(folder) / MANIFEST).is_file()
 
 
@@ -360,7 +360,7 @@ def _stamp(path: str) -> tuple[int, int]:
 
 
 def _describe_source(path: str) -> dict[str, Any]:
-    """Name, size and hash of an input file, and its number of lines (for progress; damage is found when it is read)."""
+    """Return name, size and hash of an input file, and its number of lines for the progress bar."""
     lines: list[int] = []
     if path.endswith((".gz", ".zst")):
         described = describe_file(path)
@@ -371,14 +371,14 @@ def _describe_source(path: str) -> dict[str, Any]:
 
 
 def _decompressed(path: str) -> Iterable[bytes]:
-    """The blocks of a compressed file, up to its end or to where it is damaged (reading the records reports that)."""
+    """Return the blocks of a compressed file, up to its end or to damage, which reading the records reports later."""
     stream: Any
     errors: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     with open(path, "rb") as file:
         if path.endswith(".gz"):
             stream = gzip.GzipFile(fileobj=file)
         else:
-            import zstandard  # only who reads .zst needs it
+            import zstandard  # imported here, since only .zst files need it
 
             stream = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(file, read_across_frames=True)
             errors = (*errors, zstandard.ZstdError)

@@ -1,4 +1,4 @@
-"""A line that is taken quickly is the record that ``steer.records`` makes of it; everything else is left to it."""
+"""A line that the fast parser accepts gives the record of ``steer.records``; all other lines are left to that."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import corpora
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from steerlm_megatron.data.write import quick_records
-from steerlm_megatron.data.write.quick_records import QuickRecords
+from steerlm_megatron.data.write import fast_records
+from steerlm_megatron.data.write.fast_records import FastRecords
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, parse_records, to_json
+from tests.helpers import corpora
 
 pytest.importorskip("msgspec")
 SCHEMAS = {"three": corpora.SCHEMA, "nameless": AttributeSchema("none", (), 1), "none": None}
@@ -33,13 +33,13 @@ def slowly(line: bytes, schema: AttributeSchema | None) -> Conversation | None:
 
 
 def numbers(attributes: Any) -> list[tuple[str, str]]:
-    """Names and values to the last bit (-0.0 is not 0.0)."""
+    """Return names and values to the last bit, so that -0.0 differs from 0.0."""
     return [(name, repr(float(value))) for name, value in (attributes or {}).items()]
 
 
 def check(line: bytes, schema: AttributeSchema | None) -> bool:
-    """Whether the line is taken; if so, rightly."""
-    quick = QuickRecords(PATH, schema).parse(line, 7)
+    """Return whether the line is accepted; check the result if it is."""
+    quick = FastRecords(PATH, schema).parse(line, 7)
     if quick is None:
         return False
     slow = slowly(line, schema)
@@ -52,7 +52,7 @@ def check(line: bytes, schema: AttributeSchema | None) -> bool:
     return True
 
 
-# JSON as text, so that keys repeat, numbers have odd forms, and what is no JSON occurs too.
+# JSON is made as text, so that keys repeat, numbers have odd forms, and invalid JSON occurs too.
 LITERALS = [
     "null",
     "true",
@@ -108,7 +108,7 @@ ODD_KEYS = ["other", "tool_calls", "function_call", "r\\u006fle", "train", "loss
 
 
 def objects(members: dict[str, st.SearchStrategy[str]], always: tuple[str, ...]) -> st.SearchStrategy[str]:
-    """Objects of such members in any order; few of them again, few with any value, few unknown."""
+    """Draw objects of these members in any order, where few repeat, few have any value, and few are unknown."""
     named = {name: st.tuples(st.just(json.dumps(name)), value) for name, value in members.items()}
     wild = st.tuples(
         st.sampled_from([*named, *ODD_KEYS]).map(lambda name: f'"{name}"'),
@@ -242,17 +242,17 @@ def test_what_needs_a_closer_look_is_left(line: str) -> None:
 
 
 def test_orders_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quick_records, "_MOST_KINDS", 2)
-    quick = QuickRecords(PATH, None)
+    monkeypatch.setattr(fast_records, "MOST_KINDS", 2)
+    quick = FastRecords(PATH, None)
     for conversation in corpora.conversations(50):
         assert quick.parse(json.dumps(to_json(conversation)).encode(), 1) is not None
-        assert len(quick._orders) <= 2
+        assert len(quick.orders) <= 2
 
 
 def test_without_msgspec_all_is_left() -> None:
     code = (
         "import sys\nsys.modules['msgspec'] = None\n"
-        "from steerlm_megatron.data.write.quick_records import QuickRecords\n"
-        f"assert QuickRecords('x', None).parse({(TALK % ('', '')).encode()!r}, 1) is None"
+        "from steerlm_megatron.data.write.fast_records import FastRecords\n"
+        f"assert FastRecords('x', None).parse({(TALK % ('', '')).encode()!r}, 1) is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

@@ -1,10 +1,9 @@
-"""Well-formed record lines, parsed and checked by msgspec in one step, several times faster than by ``steer.records``.
+"""Parse and check well-formed record lines by msgspec in one step, several times faster than ``steer.records``.
 
-Owns: ``QuickRecords``. Does not own: what a record is, errors (``steer.records``). Invariant: a line is either taken,
-and then ``from_json`` would make the same conversation of it (apart from what preprocessing never looks at: unknown
-keys and ``source``), or left to ``steer.records``: everything doubtful is, so that errors are its errors.
-
-Without msgspec all lines are left to it.
+Owns: ``FastRecords``. Does not own: the definition of a record, errors (``steer.records``). Invariant: a line is either
+accepted, and then ``from_json`` would give the same conversation (except for unknown keys and ``source``, which
+preprocessing never reads), or it is left to ``steer.records``. Everything doubtful is left, so that all errors are
+worded there. Without msgspec all lines are left.
 """
 
 from __future__ import annotations
@@ -23,27 +22,33 @@ from steerlm_megatron.steer.messages import LOSS_WEIGHT, SWITCHES, has_text
 from steerlm_megatron.steer.records import from_json
 
 if TYPE_CHECKING:
-    from steerlm_megatron.data.write.builder import Spoke
+    from steerlm_megatron.data.write.builder import ConversationLike
     from steerlm_megatron.steer.attributes import AttributeSchema
 
 try:
     import msgspec as _msgspec
 
     msgspec: Any = _msgspec
-except ImportError:  # an environment from before it was required: slower, and the same
+except ImportError:  # an old environment without msgspec is slower and gives the same result
     msgspec = None
 
-# json refuses an integer of more than 4,300 digits, msgspec does not: such a one has two neighbours of these samples.
+# json refuses an integer of more than 4,300 digits, and msgspec does not. A line with such an integer has digits at two
+# neighbouring sample positions.
 _MOST_DIGITS = 4300
 _SAMPLE_BYTES = 2048
 _DIGITS = re.compile(rb"[0-9][0-9]")
-_MOST_KINDS = 4096
+MOST_KINDS = 4096
 _LARGEST = sys.float_info.max
-_LEFT = ("tool_calls", "function_call", LOSS_WEIGHT, *SWITCHES)  # with any of these a message is left
+_LEFT = (
+    "tool_calls",
+    "function_call",
+    LOSS_WEIGHT,
+    *SWITCHES,
+)  # a message with any of these keys is left to steer.records
 
 
 def _kind(role: str, fields: list[Any], **fixed: Any) -> Any:
-    """The type of messages of a role: ``views.Spoken``."""
+    """Make the msgspec type for messages of a role. It has the attributes of ``views.MessageLike``."""
     given = {"role": role, **fixed}
     fields = [("content", str), *fields, *((key, None, None) for key in _LEFT)]
     return msgspec.defstruct(role, fields, tag_field="role", tag=role, gc=False, namespace=given)
@@ -63,7 +68,7 @@ if msgspec is not None:
     )
 
 
-class QuickRecords:
+class FastRecords:
     """Parses the lines of one file."""
 
     def __init__(self, path: str, schema: AttributeSchema | None) -> None:
@@ -71,17 +76,17 @@ class QuickRecords:
         self._names = frozenset(schema.names) if schema else frozenset()
         self._most = schema.max_level if schema else 0
         self._decode: Any = None if msgspec is None else msgspec.json.Decoder(_RECORD).decode
-        self._orders: dict[tuple[type, ...], bool] = {}  # kinds of messages → whether they may stand in this order
+        self.orders: dict[tuple[type, ...], bool] = {}  # sequence of message types → whether this order is legal
 
-    def parse(self, line: bytes, number: int) -> Spoke | None:
-        """The conversation in line ``number`` of the file; None if ``steer.records`` has to look at it."""
+    def parse(self, line: bytes, number: int) -> ConversationLike | None:
+        """Return the conversation in line ``number`` of the file; None if the line is left to ``steer.records``."""
         if self._decode is None:
             return None
         if len(line) > _MOST_DIGITS and _DIGITS.search(line[::_SAMPLE_BYTES]):
             return None
         try:
             if not line.isascii():
-                line.decode()  # msgspec skips what it does not need without looking at its encoding
+                line.decode()  # msgspec skips keys that it does not need without checking their encoding
             record = self._decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
@@ -98,7 +103,7 @@ class QuickRecords:
         return record
 
     def _in_order(self, kinds: tuple[type, ...]) -> bool:
-        found = self._orders.get(kinds)
+        found = self.orders.get(kinds)
         if found is None:
             messages = [{"role": kind.role, "content": "x"} for kind in kinds]  # type: ignore[attr-defined]
             try:
@@ -106,13 +111,13 @@ class QuickRecords:
                 found = True
             except UserError:
                 found = False
-            if len(self._orders) >= _MOST_KINDS:
-                self._orders.clear()
-            self._orders[kinds] = found
+            if len(self.orders) >= MOST_KINDS:
+                self.orders.clear()
+            self.orders[kinds] = found
         return found
 
     def _right(self, message: Any) -> bool:
-        """Whether all values are on the schema's scale; a null value is taken out."""
+        """Return whether all values are on the schema's scale; null values are removed."""
         attributes: Mapping[str, int | float | None] = message.attributes
         if None in attributes.values():
             attributes = message.attributes = {k: v for k, v in attributes.items() if v is not None}

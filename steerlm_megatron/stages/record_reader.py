@@ -1,9 +1,8 @@
-"""Records that a command reads, and the one account of them: how many came in, and what was left out, and why.
+"""Read the records of a command, and account for them: how many came in, how many were left out, and why.
 
 Owns: reading record files under ``data.on_error``, the run's ``rejected.jsonl``, the counts of the summary. Does not
-own: what a record is (``steer/records.py``), what a command makes of it.
-Invariant: in = out + Σ skipped, for every command; what is skipped because something is wrong with it is named in the
-log and stands in ``rejected.jsonl``.
+own: the definition of a record (``steer/records.py``), using records. Invariant: in = out + Σ skipped, for every
+command; a record with a fault is named in the log and listed in ``rejected.jsonl``.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.lines import OnError, Rejected, json_line, rejected_json
 from steerlm_megatron.steer.records import Conversation, expand_paths, parse_records, raw_lines, to_json
 
-REJECTED_FILE = "rejected.jsonl"  # in the run folder
-_MOST_LINES_LOGGED = 100  # of one reason; the others are in the file
+REJECTED_FILE = "rejected.jsonl"  # its name in the run folder
+_MOST_LINES_LOGGED = 100  # lines logged per reason; the file has all of them
 
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation, and ``file:line`` it was read from."""
+    """A conversation, and the ``file:line`` that it was read from."""
 
     where: str
     conversation: Conversation
@@ -37,7 +36,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Reject:
-    """A line that is no good record: ``file:line``, why, and what stands there (None where it cannot be told)."""
+    """A malformed line: its ``file:line``, the reason, and its text (None if it is unknown)."""
 
     where: str
     reason: str
@@ -49,7 +48,7 @@ class Reject:
 
 @dataclass
 class _Part:
-    """The account of one input: records that came in, and those left out by reason."""
+    """The counts of one input: records that came in, and records left out, by reason."""
 
     read: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
@@ -59,8 +58,8 @@ class _Part:
         return {"in": self.read, "out": self.read - sum(skipped.values()), "skipped": skipped}
 
 
-class Intake:
-    """What one command reads. Every rank reads, rank 0 logs and writes; all take the same decisions."""
+class RecordReader:
+    """Reads all records of one command. Every rank reads and decides in the same way; rank 0 logs and writes."""
 
     def __init__(self, here: Session) -> None:
         self._here = here
@@ -75,15 +74,15 @@ class Intake:
     def read(
         self, part: str, paths: str | Sequence[str], key: str, require_response: bool = True, each: int = 1
     ) -> list[Record]:
-        """All records of ``paths``, checked. Collective over the world.
+        """Read and check all records of ``paths``. Collective over the world.
 
         Args:
-            part: what the input is called in the summary; ``key``: its key in the configuration, for messages.
-            require_response: whether a record without an assistant message is a bad one.
-            each: what a record counts for in this part, where a command counts responses and draws several.
+            part: name of the input in the summary; ``key``: its key in the configuration, for messages.
+            require_response: whether a record without an assistant message is malformed.
+            each: how many a record counts as, for a command that counts responses and draws several per record.
 
         Raises:
-            UserError: a bad line with ``data.on_error=error``; no good record at all.
+            UserError: a malformed line with ``data.on_error=error``; no valid record at all.
         """
         rejects: list[Reject] = []
         found = list(read_lines(paths, self.on_error, rejects, require_response))
@@ -100,9 +99,10 @@ class Intake:
     def skip(
         self, part: str, reason: str, where: str, why: str, line: bytes | Conversation | None = None, count: int = 1
     ) -> None:
-        """Leave out what was read at ``where`` for a fault of its own: counted, logged, and listed once.
+        """Skip the record at ``where`` because of a fault in it: count it, log it, and list it once in
+        ``rejected.jsonl``.
 
-        ``line``: what stands there, for ``rejected.jsonl``.
+        ``line`` is its text.
         """
         self._parts[part].skipped[reason] += count
         if (reason, where) in self._listed:
@@ -114,7 +114,7 @@ class Intake:
             get_logger(__name__).warning("skipped %s: %s", where, why)
 
     def leave_out(self, part: str, reason: str, count: int) -> None:
-        """Count what is left out as the configuration asks for, by no fault of its own."""
+        """Count records that are left out because the configuration does not ask for them."""
         self._parts[part].skipped[reason] += count
 
     def list_rejected(self) -> None:
@@ -126,7 +126,7 @@ class Intake:
                 get_logger(__name__).warning("%d more (%s) are in %s", count - _MOST_LINES_LOGGED, reason, path)
 
     def counts(self) -> dict[str, Any]:
-        """``{"in", "out", "skipped": {reason: n}}`` over all that was read; of several inputs each one's as well."""
+        """Return ``{"in", "out", "skipped": {reason: n}}`` over all inputs, and of each input if there are several."""
         parts = {name: part.counts() for name, part in self._parts.items()}
         skipped: Counter[str] = sum((part.skipped for part in self._parts.values()), Counter())
         total = {
@@ -144,8 +144,8 @@ def read_lines(
     require_response: bool = True,
     schema: AttributeSchema | None = None,
 ) -> Iterator[Record]:
-    """The good records of ``paths``, streamed; with ``on_error="skip"`` the others are added to ``rejects``. ``schema``
-    checks attributes, as in ``steer.records.read_records``.
+    """Yield the valid records of ``paths``; with ``on_error="skip"`` malformed lines are added to ``rejects``.
+    ``schema`` checks attributes, as in ``steer.records.read_records``.
     """
     for path in expand_paths(paths):
         rejected: Rejected = []
@@ -157,7 +157,7 @@ def read_lines(
 
 
 class _Remembered(Iterator[tuple[str, bytes]]):
-    """Lines on their way to be parsed, kept until it is known whether they are good."""
+    """An iterator over lines that keeps each line until it is known whether it is valid."""
 
     def __init__(self, lines: Iterator[tuple[str, bytes]]) -> None:
         self._lines = lines
@@ -169,15 +169,15 @@ class _Remembered(Iterator[tuple[str, bytes]]):
         return where, line
 
     def of(self, rejected: Rejected) -> list[Reject]:
-        """What was rejected since the last call, with its lines; empties ``rejected``."""
+        """Return the rejects since the last call with their lines, and empty ``rejected``."""
         found = [Reject(where, reason, self._taken.get(where)) for where, reason in rejected]
         self._taken.clear()
         rejected.clear()
         return found
 
 
-def told_skipped(counts: Mapping[str, Any]) -> str:
-    """What was skipped, in words for a log line: ``, 3 skipped (rejected: 2, prompt_too_long: 1)``, or nothing."""
+def skipped_in_words(counts: Mapping[str, Any]) -> str:
+    """Return the skipped records in words, as ``, 3 skipped (rejected: 2, prompt_too_long: 1)``, or nothing."""
     skipped = counts["skipped"]
     if not skipped:
         return ""
@@ -185,14 +185,14 @@ def told_skipped(counts: Mapping[str, Any]) -> str:
 
 
 def write_rejects(folder: Path, rejects: Sequence[Reject]) -> None:
-    """Name ``rejects`` in the log and list them in the ``rejected.jsonl`` of a run folder. Main rank only."""
+    """Log ``rejects``, and list them in the ``rejected.jsonl`` of a run folder. Only the main rank calls it."""
     for reject in rejects[:_MOST_LINES_LOGGED]:
         get_logger(__name__).warning("skipped %s", reject)
     write_rejected(folder / REJECTED_FILE, [rejected_json(r.where, r.reason, r.line) for r in rejects])
 
 
 def write_rejected(path: Path, entries: Sequence[str]) -> None:
-    """``entries``, lines of JSON, as a file that is whole; no file if there are none."""
+    """Write ``entries``, lines of JSON, atomically; remove the file if there are none."""
     if entries:
         write_text_atomic(path, "".join(entries))
     else:

@@ -1,4 +1,4 @@
-"""Small corpora and SentencePiece models, made on the spot, for the tests of ``steerlm_megatron.data``."""
+"""Small corpora and tokenizer models, made when they are needed, for the tests of ``steerlm_megatron.data``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WORDS = (
 
 
 def shared_data(name: str) -> Path:
-    """A file of the shared data folder; the test is skipped where it is absent."""
+    """Return the path of a file of the shared data folder; the test is skipped where it is absent."""
     folder = Path(os.environ.get("STEERLM_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
     if not (folder / name).is_file():
         pytest.skip(f"{folder / name} is not there (set STEERLM_SHARED_DATA)")
@@ -67,7 +67,9 @@ def _train_raw(**options: object) -> bytes:
 
 @functools.cache
 def raw_model(name: str) -> bytes:
-    """``nfkc``: normalises newlines away, no bytes. ``user_defined``: has control strings as USER_DEFINED pieces."""
+    """Train a model: ``nfkc`` normalises newlines away and has no bytes, ``user_defined`` has control strings as
+    pieces.
+    """
     if name == "nfkc":
         return _train_raw(vocab_size=200, normalization_rule_name="nmt_nfkc")
     assert name == "user_defined"
@@ -82,8 +84,9 @@ def raw_model(name: str) -> bytes:
 
 @functools.cache
 def hugging_face(name: str) -> bytes:
-    """A ``tokenizer.json``. ``hf_metaspace``: as Llama's (a blank in front, byte fallback, ``<s>`` put first, special
-    tokens). ``hf_byte_level``: as GPT-2's, with ``<extra_id_1>`` a special and ``[INST]`` an ordinary added token.
+    """Return a ``tokenizer.json``. ``hf_metaspace`` is like Llama's (a blank in front, byte fallback, ``<s>`` put
+    first, special tokens). ``hf_byte_level`` is like GPT-2's, with ``<extra_id_1>`` as a special and ``[INST]`` as an
+    ordinary added token.
     """
     if name == "hf_metaspace":
         tok = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -111,7 +114,7 @@ def hugging_face(name: str) -> bytes:
     tok.train_from_iterator(training_text(), trainer)
     if name == "hf_metaspace":
         tok.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-        raw = json.loads(tok.to_str())  # byte pieces are ordinary entries of the vocabulary, as in Llama's file
+        raw = json.loads(tok.to_str())  # as in Llama's file, byte pieces are ordinary entries of the vocabulary
         raw["added_tokens"] = [token for token in raw["added_tokens"] if not token["content"].startswith("<0x")]
         return json.dumps(raw).encode()
     tok.add_tokens(["[INST]", "[/INST]"])
@@ -136,7 +139,9 @@ def tokenizer(name: str, control_strings: tuple[str, ...] = CONTROLS) -> Tokeniz
 
 
 def conversations(count: int, seed: int = 0, max_turns: int = 4, labelled: float = 0.7) -> list[Conversation]:
-    """Conversations of varied shape: system or none, several turns, weights 0, partial labels, last word the user's."""
+    """Return varied conversations: with and without system, several turns, weights 0, partial labels, ending with
+    users.
+    """
     rng = random.Random(seed)
     out = []
     for number in range(count):

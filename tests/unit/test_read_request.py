@@ -1,4 +1,4 @@
-"""How requests come in: sizes and counts that can never fit are refused at once, and what is never whole ends."""
+"""Reading requests: sizes and counts that can never fit are refused at once, and incomplete requests are ended."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_server import USER, Server, running, wait_for
+
+from tests.helpers.server import USER, Server, running, wait_for
 
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 BODY = json.dumps({"prompt": "hello", "max_tokens": 2}).encode()
@@ -39,7 +40,7 @@ def connect(server: Server) -> socket.socket:
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """What the server sends until it closes the connection."""
+    """Return everything that the server sends until it closes the connection."""
     data = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := connection.recv(65536):
@@ -50,7 +51,7 @@ def read_all(connection: socket.socket) -> bytes:
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(0, len(WHOLE) - 1), min_size=1, max_size=12), st.booleans())
 def test_half_sent_requests_end(server: Server, lengths: list[int], after_a_whole_one: bool) -> None:
-    """Cut anywhere, in the head or in the body, the first request of a connection or a later one."""
+    """A request is cut anywhere in its head or body, as the first of a connection or a later one."""
     begin = time.monotonic()
     connections = [connect(server) for _ in lengths]
     for connection, length in zip(connections, lengths, strict=True):
@@ -91,7 +92,7 @@ def test_a_declared_body_is_refused_before_it_is_read(server: Server) -> None:
     with connect(server) as connection:
         connection.sendall(f"{HEAD}Content-Length: 50000000\r\n\r\n".encode())
         answer = b""
-        while b"max_body_bytes" not in answer:  # head and body may come apart
+        while b"max_body_bytes" not in answer:  # head and body may come in separate packets
             answer += (piece := connection.recv(65536))
             assert piece
         assert b"HTTP/1.1 413" in answer and b"max_body_bytes=100000" in answer
@@ -200,7 +201,7 @@ def test_the_forms_of_json_that_clients_send(server: Server) -> None:
 def test_clients_that_leave_at_any_time_leave_no_traceback(
     stream: bool, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In the head, in the body, while they wait, while they read."""
+    """Clients leave while they send the head or body, while they wait, and while they read."""
     caplog.set_level(logging.WARNING)
     with running(step_sec=0.005) as server:
         server.model.stop_bias = -1e9
@@ -216,7 +217,7 @@ def test_clients_that_leave_at_any_time_leave_no_traceback(
         wait_for(lambda: not server.generator.scheduler.running and not server.generator.scheduler.waiting)
         assert server.client.get(f"{server.url}/health").status_code == 200
     assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
-    assert "Traceback" not in capfd.readouterr().err  # where uvicorn's own log goes
+    assert "Traceback" not in capfd.readouterr().err  # uvicorn logs there
 
 
 def test_health_answers_while_a_long_body_is_parsed() -> None:
@@ -242,8 +243,9 @@ def test_health_answers_while_a_long_body_is_parsed() -> None:
 
 DEAD_ENGINE = """
 import sys, threading, time, httpx
-sys.path.insert(0, "tests/unit")
-from test_server import SCHEMA, SamplingConfig, make_generator, serve
+from steerlm_megatron.config.schema import SamplingConfig
+from steerlm_megatron.serve.server import serve
+from tests.helpers.server import SCHEMA, make_generator
 generator, config = make_generator()
 generator.runner.model.fail_at = 3
 

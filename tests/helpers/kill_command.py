@@ -1,4 +1,7 @@
-"""A command that is killed with 9 as one of its training steps begins: ``killed.py STEP -m steerlm_megatron ...``."""
+"""Run a training command that kills itself with SIGKILL when a step begins, as a failing machine would.
+
+A test starts it as ``kill_command.py STEP -m steerlm_megatron COMMAND ...``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from steerlm_megatron.runtime.watch import Watch
 
 
 def kill_at(step: int) -> None:
-    """From now on, this process does not get beyond the beginning of training step ``step``."""
+    """From now on, this process ends with SIGKILL as soon as training step ``step`` begins."""
     beat = Watch.beat
 
     def killed(watch: Watch, now: int, doing: str) -> None:

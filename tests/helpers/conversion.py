@@ -1,4 +1,4 @@
-"""Rows through ``data_tools.convert``, for the tests of sources and of the whole conversion."""
+"""Convert rows by ``data_tools.convert``, for the tests of sources and of conversion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from steerlm_megatron.steer.records import Conversation, read_records
 SHARED = Path(os.environ.get("STEERLM_SHARED_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
 HELPSTEER = AttributeSchema("helpsteer", STEERLM_NAMES, 4)
 DOLLY = "prompt=instruction,context=context,response=response"
-ALPACA = "prompt=instruction,context=input,response=output"  # dolly_3k of the shared data
+ALPACA = "prompt=instruction,context=input,response=output"  # for dolly_3k of the shared data
 TOPICAL = "turns=content,text=message,speaker=agent,id=conversation_id"
 
 
@@ -31,7 +31,7 @@ def save(path: Path, rows: Sequence[Any]) -> str:
 
 
 def check_sums(report: Mapping[str, Any]) -> None:
-    """The identities of the module's docstring."""
+    """Check the sums that the docstring of ``data_tools.convert`` promises."""
     assert report["in"] == report["out"] + sum(report["skipped"]["conversations"].values())
     assert report["out"] == report["conversations"]
     assert report["out"] == report["train"]["conversations"] + report["valid"]["conversations"]
@@ -46,7 +46,7 @@ def check_sums(report: Mapping[str, Any]) -> None:
 def run(
     tmp_path: Path, source: str, rows: Sequence[Any], schema: AttributeSchema | None = None, **keys: Any
 ) -> tuple[list[Conversation], dict[str, Any]]:
-    """Rows through a source; everything goes to train unless a fraction is given."""
+    """Convert rows of a source, and return conversations and report. All go to train unless a fraction is given."""
     path = save(tmp_path / "in" / "rows.jsonl", rows)
     options = Options(**{"valid_fraction": 0.0, **keys})
     report = convert(source, [path], str(tmp_path / "out"), schema, options)
@@ -60,7 +60,7 @@ def run(
 
 
 def roles(conversation: Conversation) -> str:
-    """``u a0 a``: users, context replies, trained replies."""
+    """Write a conversation as ``u a0 a``: users, context replies, trained replies."""
     return " ".join(m.role[0] + "0" * (m.role == "assistant" and not m.weight) for m in conversation.messages)
 
 

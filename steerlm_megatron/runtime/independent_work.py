@@ -1,8 +1,8 @@
-"""Work of ranks that may differ by hours, and the wait for the last of them.
+"""Work that ranks do independently of each other, and the wait for the slowest of them, which may take hours longer.
 
-Owns: every rank's signs of life in the ranks' store meanwhile. Invariants: no collective is pending while a rank works
-or waits, so a signal ends it there as anywhere else; a rank is given up only if it gave no sign for as long as a
-collective would have waited for it.
+Owns: the signs of life that every rank writes into the ranks' store meanwhile. Invariants: no collective is pending
+while a rank works or waits, so that a signal ends it there as anywhere else; a rank is given up only if it gave no sign
+of life for as long as a collective would have waited for it.
 """
 
 from __future__ import annotations
@@ -21,65 +21,67 @@ import torch.distributed as dist
 
 from steerlm_megatron.runtime.collectives import barrier
 
-_SIGN_SEC = 5.0  # between two signs
+SIGN_SEC = 5.0  # between two signs
 _POLL_SEC = 0.1
 _END_SEC = 10.0
 _calls = count()  # the same number on every rank
 
 
 @contextmanager
-def apart() -> Iterator[None]:
-    """Around work that shares nothing with other replicas: on leaving, each rank waits for all, as long as they live.
+def independent_work() -> Iterator[None]:
+    """Wrap work that shares nothing with other replicas. On leaving, each rank waits for all others while they live.
 
     Collective over the world.
 
     Raises:
-        RuntimeError: ranks, which it names, gave no sign of life for ``engine.timeout_sec``: they are dead, stopped or
-            cut off. ``dist.DistError``: the store's rank is.
+        RuntimeError: the ranks that it names gave no sign of life for ``engine.timeout_sec``: they are dead, stopped or
+            cut off. ``dist.DistError``: the rank that holds the store is.
     """
     world = dist.get_world_size()
     if world == 1:
         yield
         return
     default: Any = dist.distributed_c10d._get_default_store()
-    rank, prefix, done = dist.get_rank(), f"apart_{next(_calls)}", threading.Event()
+    rank, prefix, done = dist.get_rank(), f"independent_work_{next(_calls)}", threading.Event()
     store = dist.PrefixStore(prefix, default)
     store.set(f"who_{rank}", f"host {socket.gethostname()}, pid {os.getpid()}")
     store.set(f"sign_{rank}", "0")
-    barrier()  # every rank has given one
-    own = dist.PrefixStore(prefix, default.clone())  # its connection waits for no other thread's
+    barrier()  # every rank has given a first sign
+    own = dist.PrefixStore(
+        prefix, default.clone()
+    )  # a connection for this thread, so that it never waits for another thread's request
     thread = threading.Thread(target=_give_signs, args=(own, rank, done), name="signs of life", daemon=True)
     thread.start()
     try:
         yield
         store.add("arrived", 1)
         _wait(store, world, default.timeout.total_seconds())
-        barrier()  # nobody looks any more
+        barrier()  # no rank reads the keys any more, so they can be deleted
     finally:
         done.set()
-        thread.join(_END_SEC)  # not for a store that is stopped
+        thread.join(_END_SEC)  # a stopped store must not hold up the end
     for key in (f"who_{rank}", f"sign_{rank}", *(["arrived"] if rank == 0 else [])):
         store.delete_key(key)
 
 
 def _give_signs(store: Any, rank: int, done: threading.Event) -> None:
     for sign in count(1):
-        if done.wait(_SIGN_SEC):
+        if done.wait(SIGN_SEC):
             return
         try:
             store.set(f"sign_{rank}", str(sign))
-        except dist.DistError:  # the store's rank is gone, which this one notices when it waits
+        except dist.DistError:  # the rank that holds the store is gone; the wait below reports it
             return
 
 
 def _wait(store: Any, world: int, timeout_sec: float) -> None:
-    """For all ``world`` ranks to arrive, or for one that is silent for ``timeout_sec``."""
+    """Wait until all ``world`` ranks arrive, or raise when one is silent for ``timeout_sec``."""
     keys = [f"sign_{rank}" for rank in range(world)]
-    # Silence is counted in looks: time in which this process was stopped, and perhaps all were, does not count.
-    limit = math.ceil(timeout_sec / _SIGN_SEC)
+    # Silence is counted in checks of the store, so that time in which this process itself was stopped does not count.
+    limit = math.ceil(timeout_sec / SIGN_SEC)
     last, silent, looked = [b""] * world, [0] * world, -math.inf
     while store.add("arrived", 0) < world:
-        if time.monotonic() - looked >= _SIGN_SEC:
+        if time.monotonic() - looked >= SIGN_SEC:
             signs = store.multi_get(keys)
             silent = [looks + 1 if new == old else 0 for looks, new, old in zip(silent, signs, last, strict=True)]
             last, looked = signs, time.monotonic()

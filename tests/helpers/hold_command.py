@@ -1,4 +1,7 @@
-"""A command that stays where it is once it has something to lose: ``held.py N -m steerlm_megatron ...``."""
+"""Run a command that stops moving once it has drawn N responses, so that a test can kill it there.
+
+A test starts it as ``hold_command.py N -m steerlm_megatron COMMAND ...``.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from steerlm_megatron.stages.scoring import Scorer
 
 
 def hold_after(responses: int) -> None:
-    """From now on, this process draws no more than ``responses``, and scores once."""
+    """From now on, this process hangs when it has drawn ``responses``, or when it is to score a second batch."""
     generate, score, scored = Generator.generate, Scorer.score, []
 
     def hold() -> None:

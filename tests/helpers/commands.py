@@ -1,4 +1,4 @@
-"""Commands run as users run them: in processes of their own."""
+"""Run commands as users do, in separate processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-# A pipeline that is as short as it can be: what it learns does not matter to these tests.
+# The pipeline is as short as possible, since these tests do not depend on what it learns.
 TINY = (
     "experiment=quickstart", "data.demo_conversations=120", "tokenizer.vocab_size=500", "model.num_layers=2",
     "model.hidden_size=32", "model.ffn_hidden_size=64", "train.row_tokens=512", "train.steps=3",
@@ -24,7 +24,7 @@ TINY = (
 
 
 def steerlm(*arguments: str, cwd: Path, code: int = 0, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and insist on its exit code."""
+    """Run a command to its end and check its exit code."""
     done = subprocess.run(
         [sys.executable, "-m", "steerlm_megatron", *arguments],
         cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=timeout, check=False,
@@ -34,7 +34,7 @@ def steerlm(*arguments: str, cwd: Path, code: int = 0, timeout: float = 600.0) -
 
 
 def start(*arguments: str, cwd: Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:
-    """Start a command in a process group of its own. ``launcher``: a module with arguments that starts it."""
+    """Start a command in a new process group. ``launcher`` is a module, with arguments, that starts it."""
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "steerlm_megatron", *arguments],
         cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
@@ -42,11 +42,11 @@ def start(*arguments: str, cwd: Path, launcher: Sequence[str] = ()) -> subproces
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to the process and what it has started and not outlived, which are gone when this returns."""
+    """Send SIGKILL to the process and its descendants, and wait until all have ended."""
     try:
         everybody = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     except psutil.NoSuchProcess:
-        return  # ended by itself
+        return  # the process has ended by itself
     for one in everybody:
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
@@ -56,18 +56,18 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 
 def terminate(process: subprocess.Popen[str]) -> None:
-    """SIGTERM to the process alone, and its end."""
+    """Send SIGTERM to the process alone, and wait for its end."""
     process.terminate()
     process.communicate(timeout=600)
 
 
 def losses(run_dir: Path) -> list[float]:
-    """The training losses in ``metrics.jsonl``, in order of steps."""
+    """Return the training losses in ``metrics.jsonl``, in order of steps."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
-    """``summary.json`` of a run."""
+    """Return the content of a run's ``summary.json``."""
     found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
     return found

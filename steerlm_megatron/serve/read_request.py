@@ -1,8 +1,8 @@
-"""How a request comes in: its head, its body, and how long either may take.
+"""Read a request's head and body, within limits of size and time.
 
-Owns: limits of size and time while a request is read, and JSON. Does not own: what the JSON means (``api.py``).
-Invariants: a request that is not whole after ``server.read_timeout_sec`` ends; no more than ``server.max_body_bytes``
-of a body are kept; a body that declares itself larger is refused before it is read.
+Owns: these limits, and parsing JSON. Does not own: the meaning of the JSON (``api.py``). Invariants: a request that has
+not arrived completely after ``server.read_timeout_sec`` is ended; no more than ``server.max_body_bytes`` of a body are
+kept; a body that declares a larger size is refused before it is read.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from steerlm_megatron.serve.errors import ApiError
 
 
 class ClientGone(Exception):
-    """The client left before its request was whole: nobody waits for an answer."""
+    """The client left before its request had arrived completely, so nobody waits for an answer."""
 
 
 def timed_protocol(read_timeout_sec: float) -> type[H11Protocol]:
-    """uvicorn's HTTP protocol, which by itself waits for the rest of a request's head for ever.
+    """Return uvicorn's HTTP protocol with a time limit; by itself it waits for the rest of a request's head for ever.
 
-    A connection that is not being answered has ``read_timeout_sec`` for the head of its next request. What is left of a
-    body that was refused is read, and thrown away, for as long: a client that writes all of it before it reads would
-    see its connection reset, and not the refusal, were it closed at once.
+    A connection that is not being answered has ``read_timeout_sec`` for the head of its next request. The rest of a
+    body that was refused is read and discarded for the same time: if the connection were closed at once, a client that
+    writes the complete body before it reads would see a reset instead of the refusal.
     """
 
     class TimedProtocol(H11Protocol):
@@ -73,7 +73,7 @@ def timed_protocol(read_timeout_sec: float) -> type[H11Protocol]:
 
 
 async def read_body(http: HttpRequest, max_bytes: int, timeout_sec: float) -> bytes:
-    """The whole body of a JSON request. ApiError (400, 408, 413, 415), ClientGone."""
+    """Return the body of a JSON request. Raises ApiError (400, 408, 413, 415), ClientGone."""
     _check_headers(http, max_bytes)
     body = bytearray()
     try:
@@ -116,7 +116,7 @@ def _too_large(given: str, max_bytes: int) -> ApiError:
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The object that a body holds. ApiError if it is not UTF-8, not JSON, or no object."""
+    """Return the JSON object in a body. Raises ApiError if it is not UTF-8, not JSON, or no object."""
     try:
         data = json.loads(body.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:

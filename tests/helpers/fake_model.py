@@ -1,4 +1,4 @@
-"""A model, tokenizer and template small enough to check generation by hand; for generator and server tests."""
+"""A model, tokenizer and template that are small enough to check generation by hand."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from steerlm_megatron.generate.protocol import Limits
 from steerlm_megatron.model.attention import PackedTokens
 
 VOCAB = 64
-TURN, LABEL = 62, 63  # control ids; text is 0..61
+TURN, LABEL = 62, 63  # ids of control tokens; text has the ids 0..61
 
 
 class FakeTokenizer:
-    """One id per character of a small alphabet, plus two control ids."""
+    """A tokenizer with one id per character of a small alphabet, plus two control ids."""
 
     vocab_size = VOCAB
     alphabet = "\n abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!?:;-'"
@@ -44,8 +44,8 @@ class FakeTemplate:
 class FakeModel(torch.nn.Module):
     """Two layers of grouped-query attention whose logits depend on every token and its position.
 
-    It computes in float64: the sampler reads float32, so the batch that a request happens to be in changes none of its
-    logits, and a test of the server may ask for the very tokens that another batch gave."""
+    It computes in float64, and the sampler reads float32, so the batch of a request changes none of its logits, and a
+    test of the server may expect exactly the tokens that another batch gave."""
 
     def __init__(
         self, vocab_size: int = VOCAB, stop_id: int = TURN, heads: int = 4, groups: int = 2, head_dim: int = 8
@@ -64,7 +64,7 @@ class FakeModel(torch.nn.Module):
         self.out = weight(vocab_size + 8, dim)  # 8 rows of padding
         self.stop_id, self.stop_bias = stop_id, 0.0
         self.step_sec = 0.0
-        self.go = threading.Event()  # cleared: steps wait for it
+        self.go = threading.Event()  # while it is cleared, steps wait
         self.go.set()
         self.calls: list[int] = []
         self.fail_at: int | None = None
