@@ -46,3 +46,23 @@ class CompiledNorm(PackedNorm):
     """The same with ``engine.compile``: Megatron-Core's specs take classes."""
 
     compiled = True
+
+
+class HeadNorm(PackedNorm):
+    """The norm of queries or keys over the dimensions of a head, [T, 1, N, H].
+
+    A tensor-parallel rank sees its own heads alone, with sequence parallelism and without, so the gradient of the one
+    weight that all heads share is always partial. Megatron-Core sums it by the module's name; the mark is for what
+    goes by marks (``train/engine_deepspeed.py``).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(config, hidden_size, eps)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.tensor_model_parallel_size > 1  # type: ignore[attr-defined]
+
+
+class CompiledHeadNorm(HeadNorm):
+    """The same with ``engine.compile``."""
+
+    compiled = True
