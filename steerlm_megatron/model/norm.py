@@ -1,7 +1,8 @@
 """RMSNorm, LayerNorm and LayerNorm-1p that may run under sequence parallelism without Transformer Engine or Apex.
 
-Invariant: statistics are computed in float32, whatever the activations' dtype. With sequence parallelism each rank sees
-its own tokens, so the weights' gradients are partial; ``weight.sequence_parallel = True`` makes Megatron-Core sum them.
+Invariant: statistics are computed in float32, whatever the activations' dtype. With sequence parallelism each rank
+sees its own tokens, so the weights' gradients are partial; ``weight.sequence_parallel = True`` makes Megatron-Core
+sum them.
 """
 
 from __future__ import annotations

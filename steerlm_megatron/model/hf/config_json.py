@@ -4,8 +4,8 @@ Owns: what of it we read, what we refuse, what we write. Does not own: key names
 (``tables.py``). Invariant: what would change the model's values is represented or refused by its key; keys that we do
 not know survive a round trip.
 
-RoPE is written in two ways: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4). Both are
-read; a file keeps the way that it has, and a new one gets the older, which both versions read.
+RoPE is written in two ways: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4). Both
+are read; a file keeps the way that it has, and a new one gets the older, which both versions read.
 """
 
 from __future__ import annotations
@@ -210,8 +210,8 @@ def config_for(
 
 
 def _new(family: Family) -> dict[str, Any]:
-    """What does not follow from a model's shape. Special tokens are said to be none: a class of ``transformers`` would
-    otherwise take numbers of its own, and whoever knows the tokenizer puts the right ones in.
+    """What does not follow from a model's shape. Special tokens are said to be none: a class of ``transformers``
+    would otherwise take numbers of its own, and whoever knows the tokenizer puts the right ones in.
     """
     window = {"sliding_window": None} if family.sliding_window != "no" else {}
     return {

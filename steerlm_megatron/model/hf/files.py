@@ -100,7 +100,7 @@ def _no_weights(folder: Path) -> str:
     if not pickles:
         return f"there is neither {SINGLE} nor {INDEX}"
     return (
-        f"its weights are pickles ({' '.join(pickles[:3])}), which may run code when they are read; make safetensors of "
-        'them where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
+        f"its weights are pickles ({' '.join(pickles[:3])}), which may run code when they are read; make safetensors "
+        'of them where you trust them: python -c "from transformers import AutoModelForCausalLM as M; '
         f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('NEW_FOLDER')\""
     )

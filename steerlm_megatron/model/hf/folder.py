@@ -123,8 +123,8 @@ class HFFolder:
         """This rank's part of every parameter in the file's dtype, read when it is asked for.
 
         Rows of the embedding and of the output layer that the file lacks, those of added control tokens, start as the
-        mean of all its rows, and rows beyond ``vocab_size`` are zero. A file with more rows than ``vocab_size`` (tables
-        are often padded) keeps them. Parameters of a regression head are left out.
+        mean of all its rows, and rows beyond ``vocab_size`` are zero. A file with more rows than ``vocab_size``
+        (tables are often padded) keeps them. Parameters of a regression head are left out.
 
         Shapes are read at the call: make it before an engine cuts parameters into partitions.
 
@@ -142,8 +142,8 @@ class HFFolder:
             if name in (EMBEDDING, OUTPUT) and expected is not None:
                 if whole[0] < self.vocab_size:
                     problems.append(
-                        f"{name} has {whole[0]} rows, the file's {self.vocab_size} do not fit; give the model a vocabulary "
-                        f"of at least {self.vocab_size}"
+                        f"{name} has {whole[0]} rows, the file's {self.vocab_size} do not fit; give the model a "
+                        f"vocabulary of at least {self.vocab_size}"
                     )
                     continue
                 expected = (whole[0], *expected[1:])
@@ -220,8 +220,8 @@ class HFFolder:
 def _split(parameter: torch.nn.Parameter) -> tuple[int, list[tuple[int, int]], tuple[int, ...]]:
     """(axis, this rank's ranges of it, shape of the whole parameter); a parameter that is not split is all of its rows.
 
-    As :func:`steerlm_megatron.model.weights.tensor_parallel_part` cuts it: with a stride, each of so many equal blocks
-    (gate, up) on its own.
+    As :func:`steerlm_megatron.model.weights.tensor_parallel_part` cuts it: with a stride, each of so many equal
+    blocks (gate, up) on its own.
     """
     shape = list(parameter.shape)
     world, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
