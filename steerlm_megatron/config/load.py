@@ -163,6 +163,11 @@ def _check_model(config: Config) -> list[str]:
             f"model.rotary_percent={m.rotary_percent:g} turns {rotated} dimensions of a head; RoPE turns pairs: choose "
             "model.head_dim (or model.hidden_size / model.num_heads) and model.rotary_percent for an even number"
         )
+    if m.rotary_scaling == "llama3" and not m.rotary_low_frequency < m.rotary_high_frequency:
+        problems.append(
+            f"model.rotary_low_frequency={m.rotary_low_frequency:g} must be below model.rotary_high_frequency="
+            f"{m.rotary_high_frequency:g} with model.rotary_scaling=llama3"
+        )
     stages = p.pipeline * (p.virtual_pipeline or 1)
     if m.num_layers % stages:
         key = "parallel.pipeline" if not p.virtual_pipeline else "parallel.pipeline x parallel.virtual_pipeline"

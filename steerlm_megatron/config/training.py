@@ -25,9 +25,18 @@ class ModelConfig:
     norm_epsilon: float = option(1e-5, at_least(0), "added to the variance in a norm")
     rotary_base: float = option(10000.0, at_least(1), "base of the frequencies of rotary position embeddings")
     rotary_percent: float = option(1.0, between(0, 1), "share of a head's dimensions that RoPE turns")
+    rotary_scaling: str = option(
+        "none", one_of("none", "linear", "llama3"), "how frequencies of RoPE are stretched for longer sequences"
+    )
+    rotary_scaling_factor: float = option(1.0, at_least(1), "what rotary_scaling divides frequencies by")
+    rotary_low_frequency: float = option(1.0, above(0), "llama3: turns in rotary_original below which all is divided")
+    rotary_high_frequency: float = option(4.0, above(0), "llama3: turns in rotary_original above which nothing is")
+    rotary_original: int = option(8192, at_least(1), "llama3: longest sequence before the stretching, in tokens")
     max_position: int = option(4096, at_least(2), "longest sequence that the model is meant for, in tokens")
     tie_embeddings: bool = option(False, "the output layer has the weights of the input embedding")
     bias: bool = option(False, "linear layers have biases")
+    qkv_bias: bool = option(False, "queries, keys and values have biases, whatever the other linear layers have")
+    qk_norm: bool = option(False, "every head's queries and keys pass through a norm before RoPE")
     dropout: float = option(0.0, between(0, 0.99), "dropout of attention and of the residual stream, in training")
     init_std: float = option(0.02, at_least(0), "standard deviation of initial weights")
     vocab_multiple: int = option(128, at_least(1), "embedding rows are a multiple of it and of parallel.tensor")

@@ -13,6 +13,7 @@ Megatron-Core's, and this module applies RoPE at each token's own position.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from steerlm_megatron.config.schema import ModelConfig
 from steerlm_megatron.data.batch import ContextChunk
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.context import keys_of_chunks
@@ -47,14 +49,59 @@ class KVCacheLike(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """How RoPE turns the first ``dim`` dimensions of a head: by position · base^(-2i / dim), scaled as the model's
+    ``rotary_*`` keys say. Frozen, so that tables are made once for all layers.
+    """
+
+    dim: int
+    base: float
+    scaling: str = "none"
+    factor: float = 1.0
+    low_frequency: float = 1.0
+    high_frequency: float = 4.0
+    original: int = 8192
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Rotary:
+        """What a configuration says, with what its ``rotary_scaling`` does not read left at the defaults."""
+        dim = int((model.head_dim or model.hidden_size // model.num_heads) * model.rotary_percent)
+        if model.rotary_scaling == "none":
+            return cls(dim, model.rotary_base)
+        if model.rotary_scaling == "linear":
+            return cls(dim, model.rotary_base, "linear", model.rotary_scaling_factor)
+        band = model.rotary_low_frequency, model.rotary_high_frequency
+        return cls(dim, model.rotary_base, "llama3", model.rotary_scaling_factor, *band, model.rotary_original)
+
+    def frequencies(self, where: torch.device) -> torch.Tensor:
+        """float32 [dim / 2], in the order of operations of ``transformers``: at position 100,000 a last bit counts.
+
+        ``llama3`` (Llama 3.1, arXiv 2407.21783 §3.4.2 has the longer context): what turns more than
+        ``high_frequency`` times within ``original`` positions stays, what turns less than ``low_frequency`` times is
+        divided by ``factor``, and between the two it goes from the one to the other linearly in the number of turns.
+        """
+        plain_R = 1.0 / (self.base ** (torch.arange(0, self.dim, 2, dtype=torch.float32, device=where) / self.dim))
+        if self.scaling == "none":
+            return plain_R
+        divided_R = plain_R / self.factor
+        if self.scaling == "linear":
+            return divided_R
+        length_R = 2 * math.pi / plain_R
+        share_R = (self.original / length_R - self.low_frequency) / (self.high_frequency - self.low_frequency)
+        between_R = (1 - share_R) * plain_R / self.factor + share_R * plain_R
+        scaled_R = torch.where(length_R > self.original / self.low_frequency, divided_R, between_R)
+        return torch.where(length_R < self.original / self.high_frequency, plain_R, scaled_R)
+
+
 @dataclass
 class PackedTokens(PackedSeqParams):
     """Document boundaries of T packed tokens, for every layer of one forward pass.
 
     ``positions_T``: int64, each token's position in its own document. ``cu_seqlens``: int32 [docs + 1], covers all T
     tokens. ``lengths``: the same on the host, so that no layer synchronises. With ``kv`` set, boundaries are the
-    cache's affair. ``output_index_K`` spares the output layer the positions nobody asks about: masked tokens, prompts,
-    all but a pooled one.
+    cache's affair. ``output_index_K`` spares the output layer the positions nobody asks about: masked tokens,
+    prompts, all but a pooled one.
     """
 
     qkv_format: str = "packed"  # anything but "thd": Megatron-Core then leaves the layout alone
@@ -69,7 +116,7 @@ class PackedTokens(PackedSeqParams):
     chunks: tuple[ContextChunk, ...] = ()  # of a context-parallel rank (model/context.py)
     _buckets: Buckets | None = None
     _parts: list[tuple[torch.Tensor | None, PackedTokens | None]] | None = None
-    _rotary: dict[tuple[int, float, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _rotary: dict[tuple[Rotary, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor, positions_T: torch.Tensor) -> PackedTokens:
@@ -101,8 +148,8 @@ class PackedTokens(PackedSeqParams):
         return self._buckets
 
     def parts(self) -> list[tuple[torch.Tensor | None, PackedTokens | None]]:
-        """Of each of ``chunks``: which keys [Q, K] its first document's queries see if that one began before the chunk,
-        and the documents that begin in it. None where there is none. Made once, used by every layer.
+        """Of each of ``chunks``: which keys [Q, K] its first document's queries see if that one began before the
+        chunk, and the documents that begin in it. None where there is none. Made once, used by every layer.
         """
         if self._parts is None:
             assert self.positions_T is not None
@@ -118,14 +165,14 @@ class PackedTokens(PackedSeqParams):
                 self._parts.append((seen, rest))
         return self._parts
 
-    def rotary(self, dim: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin [T, 1, dim / 2] of position · base^(-2i / dim), in float32 until the last step; made once."""
-        tables = self._rotary.get((dim, base, dtype))
+    def rotary(self, turned: Rotary, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [T, 1, dim / 2] of position · frequency, in float32 until the last step; made once."""
+        tables = self._rotary.get((turned, dtype))
         if tables is None:
             assert self.positions_T is not None
-            exponent_R = torch.arange(0, dim, 2, dtype=torch.float32, device=self.positions_T.device) / dim
-            angle_T1R = torch.outer(self.positions_T.float(), base**-exponent_R).unsqueeze(1)
-            tables = self._rotary[(dim, base, dtype)] = (angle_T1R.cos().to(dtype), angle_T1R.sin().to(dtype))
+            frequency_R = turned.frequencies(self.positions_T.device)
+            angle_T1R = torch.outer(self.positions_T.float(), frequency_R).unsqueeze(1)
+            tables = self._rotary[(turned, dtype)] = (angle_T1R.cos().to(dtype), angle_T1R.sin().to(dtype))
         return tables
 
 
@@ -134,8 +181,8 @@ class Buckets:
     """Documents regrouped into batches of similar length, each padded at its documents' ends to one length.
 
     ``shapes``: (documents, length) of each batch. Their slots stand one after the other, P in all. ``index_P``: the
-    token of each slot; a padding slot repeats its document's last token. ``order_T``: the slot of each token. Causality
-    keeps padding out: it stands after every real token, so no real query sees it.
+    token of each slot; a padding slot repeats its document's last token. ``order_T``: the slot of each token.
+    Causality keeps padding out: it stands after every real token, so no real query sees it.
     """
 
     shapes: list[tuple[int, int]]
@@ -328,8 +375,7 @@ class PackedAttention(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
         backend: str = "auto",
-        rotary_percent: float = 1.0,
-        rotary_base: float = 10000.0,
+        rotary: Rotary | None = None,
         compiled: bool = False,
     ) -> None:
         super().__init__(config=config)
@@ -338,7 +384,7 @@ class PackedAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        self.rotary_dim, self.rotary_base = int(config.kv_channels * rotary_percent), rotary_base
+        self.rotary = rotary or Rotary(config.kv_channels, 10000.0)
         self.attend, self.compiled = attention_backend(backend, config), compiled
 
     def forward(
@@ -355,7 +401,7 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """[T, 1, N, H], [T, 1, G, H] twice → [T, 1, N * H]."""
         assert isinstance(packed_seq_params, PackedTokens) and attention_bias is None
-        tables = packed_seq_params.rotary(self.rotary_dim, self.rotary_base, query.dtype)
+        tables = packed_seq_params.rotary(self.rotary, query.dtype)
         q_TNH, k_TGH = (rotate(x.squeeze(1), *tables, self.compiled) for x in (query, key))
         v_TGH = value.squeeze(1)
         if packed_seq_params.chunks:

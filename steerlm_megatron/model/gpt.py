@@ -28,10 +28,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
-from steerlm_megatron.model.attention import PackedAttention, PackedTokens
+from steerlm_megatron.model.attention import PackedAttention, PackedTokens, Rotary
 from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
 from steerlm_megatron.model.fused import CompiledSwiGLU, SwiGLU
-from steerlm_megatron.model.norm import CompiledNorm, PackedNorm
+from steerlm_megatron.model.norm import CompiledHeadNorm, CompiledNorm, HeadNorm, PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
 from steerlm_megatron.runtime.mcore_private import HookedGPTModel, HookedTransformerLayer
@@ -124,6 +124,8 @@ def transformer_config(
         layernorm_zero_centered_gamma=model.norm == "layernorm1p",
         layernorm_epsilon=model.norm_epsilon,
         add_bias_linear=model.bias,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
         tensor_model_parallel_size=parallel.tensor,
@@ -164,6 +166,7 @@ def layer_spec(
 ) -> ModuleSpec:
     """One transformer layer: Megatron-Core's modules with our core attention (and RoPE in it), norms and SwiGLU."""
     norm, compiled = _norm(engine), _compiles(engine)
+    head_norm = (CompiledHeadNorm if compiled else HeadNorm) if model.qk_norm else None
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if model.activation == "swiglu":
         mlp.activation_func = CompiledSwiGLU if compiled else SwiGLU
@@ -179,11 +182,12 @@ def layer_spec(
                     core_attention=partial(
                         PackedAttention,
                         backend=engine.attention,
-                        rotary_percent=model.rotary_percent,
-                        rotary_base=model.rotary_base,
+                        rotary=Rotary.of(model),
                         compiled=compiled,
                     ),
                     linear_proj=RowParallelLinear,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

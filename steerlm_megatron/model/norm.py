@@ -1,7 +1,8 @@
 """RMSNorm, LayerNorm and LayerNorm-1p that may run under sequence parallelism without Transformer Engine or Apex.
 
-Invariant: statistics are computed in float32, whatever the activations' dtype. With sequence parallelism each rank sees
-its own tokens, so the weights' gradients are partial; ``weight.sequence_parallel = True`` makes Megatron-Core sum them.
+Invariant: statistics are computed in float32, whatever the activations' dtype. With sequence parallelism each rank
+sees its own tokens, so the weights' gradients are partial; ``weight.sequence_parallel = True`` makes Megatron-Core
+sum them.
 """
 
 from __future__ import annotations
@@ -44,5 +45,25 @@ class PackedNorm(torch.nn.Module):
 
 class CompiledNorm(PackedNorm):
     """The same with ``engine.compile``: Megatron-Core's specs take classes."""
+
+    compiled = True
+
+
+class HeadNorm(PackedNorm):
+    """The norm of queries or keys over the dimensions of a head, [T, 1, N, H].
+
+    A tensor-parallel rank sees its own heads alone, with sequence parallelism and without, so the gradient of the one
+    weight that all heads share is always partial. Megatron-Core sums it by the module's name; the mark is for what
+    goes by marks (``train/engine_deepspeed.py``).
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(config, hidden_size, eps)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.tensor_model_parallel_size > 1  # type: ignore[attr-defined]
+
+
+class CompiledHeadNorm(HeadNorm):
+    """The same with ``engine.compile``."""
 
     compiled = True

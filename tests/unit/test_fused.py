@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from steerlm_megatron.model.attention import PackedTokens
+from steerlm_megatron.model.attention import PackedTokens, Rotary
 from steerlm_megatron.model.fused import CompiledSwiGLU, SwiGLU, rms_norm, rotate
 
 
@@ -39,7 +39,7 @@ def test_swiglu_is_the_formula() -> None:
 def test_rope_turns_pairs_by_their_positions_angle(rotary_dim: int) -> None:
     positions = torch.tensor([0, 1, 2, 0, 1])
     packed = PackedTokens.from_cu_seqlens(torch.tensor([0, 3, 5], dtype=torch.int32), positions)
-    cos, sin = packed.rotary(rotary_dim, 100.0, torch.float64)
+    cos, sin = packed.rotary(Rotary(rotary_dim, 100.0), torch.float64)
     x = grown(5, 2, 8)
     half = rotary_dim // 2
     pairs = torch.complex(x[..., :half], x[..., half:rotary_dim])
@@ -52,7 +52,7 @@ def test_rope_turns_pairs_by_their_positions_angle(rotary_dim: int) -> None:
 
 def test_rope_tables_are_made_once_a_row() -> None:
     packed = PackedTokens.from_cu_seqlens(torch.tensor([0, 3], dtype=torch.int32), torch.arange(3))
-    assert packed.rotary(8, 1e4, torch.float32)[0] is packed.rotary(8, 1e4, torch.float32)[0]
+    assert packed.rotary(Rotary(8, 1e4), torch.float32)[0] is packed.rotary(Rotary(8, 1e4), torch.float32)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,245 @@
+"""``config.json`` of a model of ``transformers`` ↔ our ``ModelConfig``.
+
+Owns: what of it we read, what we refuse, what we write. Does not own: key names that differ between families
+(``tables.py``). Invariant: what would change the model's values is represented or refused by its key; keys that we do
+not know survive a round trip.
+
+RoPE is written in two ways: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4). Both
+are read; a file keeps the way that it has, and a new one gets the older, which both versions read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from steerlm_megatron.config.fields import broken_rules, keys_of
+from steerlm_megatron.config.schema import ModelConfig
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.hf.tables import FAMILIES, Family, heads
+
+_ROTARY = {
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_ROTARY_FIELDS = {
+    "factor": "rotary_scaling_factor",
+    "low_freq_factor": "rotary_low_frequency",
+    "high_freq_factor": "rotary_high_frequency",
+    "original_max_position_embeddings": "rotary_original",
+}
+_MODEL_KEYS = tuple(keys_of(ModelConfig))
+
+
+def model_of(config: Mapping[str, Any], family: Family) -> tuple[ModelConfig, list[str]]:
+    """The model that a ``config.json`` describes, and what of it cannot be represented (then the model is in part at
+    our defaults).
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = dict(family.fixed)
+    for key, ours in family.fields.items():
+        if key not in config and key not in family.defaults:
+            problems.append(f"{key} is missing")
+            continue
+        value, default = config.get(key, family.defaults.get(key)), getattr(ModelConfig(), ours)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is None and ours in ("num_query_groups", "head_dim"):
+            pass
+        elif isinstance(default, bool):
+            if not isinstance(value, bool):
+                problems.append(f"{key}={value!r} is neither true nor false")
+                continue
+        elif not number or (not isinstance(default, float) and value != int(value)):
+            problems.append(f"{key}={value!r} is not a {'number' if isinstance(default, float) else 'whole number'}")
+            continue
+        values[ours] = float(value) if isinstance(default, float) else value
+    for key, legal in family.needs.items():
+        value = config.get(key, legal[0])
+        if value not in legal:
+            problems.append(f"{key}={_json(value)} is not one that this {family.name} can have: {_json(legal[0])}")
+    if family.biases:
+        said = {key: bool(config.get(key, False)) for key in family.biases}
+        values["bias"] = all(said.values())
+        if len(set(said.values())) > 1:
+            told = " with ".join(f"{key}={_json(value)}" for key, value in said.items())
+            problems.append(f"{told}: either all linear layers have biases or none")
+    values |= _read_rotary(config, family, values.get("max_position"), problems)
+    problems += _sliding_window(config, family)
+    if not problems:
+        problems += broken_rules(_MODEL_KEYS, lambda key: values.get(key, getattr(ModelConfig(), key)))
+    if problems:
+        return ModelConfig(), problems
+    model = replace(ModelConfig(name=family.name), **values)
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        problems.append(f"num_attention_heads={model.num_heads} does not divide hidden_size={model.hidden_size}")
+    elif model.head_dim == model.hidden_size / model.num_heads:
+        model = replace(model, head_dim=None)
+    if model.num_heads % (model.num_query_groups or model.num_heads):
+        problems.append(
+            f"num_key_value_heads={model.num_query_groups} does not divide num_attention_heads={model.num_heads}"
+        )
+    elif model.num_query_groups == model.num_heads:
+        model = replace(model, num_query_groups=None)
+    return model, problems
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _rotary_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Where RoPE's parameters stand, and what stands there."""
+    for where in ("rope_scaling", "rope_parameters"):
+        if config.get(where):
+            return where, dict(config[where])
+    return "rope_parameters" if "rope_parameters" in config else "rope_scaling", {}
+
+
+def _read_rotary(
+    config: Mapping[str, Any], family: Family, max_position: int | None, problems: list[str]
+) -> dict[str, Any]:
+    """Our fields of RoPE."""
+    where, said = _rotary_of(config)
+    if said and all(isinstance(value, Mapping) for value in said.values()):
+        problems.append(f"{where} differs between kinds of layers ({', '.join(said)}); here all layers have one RoPE")
+        return {}
+    base_key, share_key = family.rotary_keys
+    base = said.get("rope_theta", config.get(base_key))
+    share = said.get("partial_rotary_factor", config.get(share_key))
+    out: dict[str, Any] = {"rotary_base": 10000.0 if base is None else float(base), "rotary_percent": 1.0}
+    if family.rotary_percent is not None:
+        out["rotary_percent"] = float(family.rotary_percent if share is None else share)
+    elif share not in (None, 1):
+        problems.append(f"partial_rotary_factor={share} is not one that this {family.name} can have: 1")
+    kind_key = "type" if "type" in said and "rope_type" not in said else "rope_type"
+    kind = said.get(kind_key, "default")
+    out["rotary_scaling"] = "none" if kind == "default" else kind
+    if out["rotary_scaling"] not in _ROTARY:
+        problems.append(f"{where}.{kind_key}={kind} is not supported; supported: default linear llama3")
+        return {}
+    for key in _ROTARY[out["rotary_scaling"]]:
+        value = said.get(key)
+        if key == "original_max_position_embeddings":
+            value = config.get(key, value) or max_position
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            problems.append(f"{where}.{key}={_json(value)} is not a number, which {where}.{kind_key}={kind} needs")
+        else:
+            out[_ROTARY_FIELDS[key]] = int(value) if key.startswith("original") else float(value)
+    return out
+
+
+def _sliding_window(config: Mapping[str, Any], family: Family) -> list[str]:
+    """Refused where some position would not see all before it."""
+    if family.sliding_window == "no":
+        return []
+    window = config.get("sliding_window", family.defaults.get("sliding_window"))
+    if family.sliding_window == "if used":
+        kinds = config.get("layer_types") or []
+        beyond = config.get("max_window_layers", 28) >= config.get("num_hidden_layers", 0)
+        if not config.get("use_sliding_window", False) or (beyond and not kinds):
+            return []
+        if kinds and "sliding_attention" not in kinds:
+            return []
+    longest = config.get("max_position_embeddings")
+    if window is None or not isinstance(longest, int) or window >= longest:
+        return []
+    return [
+        f"sliding_window={window} with max_position_embeddings={longest}: attention within a window is not supported; "
+        f"where no sequence is longer than the window, set max_position_embeddings to {window} there"
+    ]
+
+
+def family_for(model: ModelConfig) -> Family:
+    """The first family that can express a model of ours. ``UserError`` if there is none."""
+    problems = []
+    for family in FAMILIES.values():
+        differs = unfit(model, family)
+        if not differs:
+            return family
+        problems.append(f"{family.name}: not with {' '.join(differs)}")
+    raise UserError("no family of Hugging Face models is like this one; " + "; ".join(problems))
+
+
+def unfit(model: ModelConfig, family: Family) -> list[str]:
+    """``model.key=value`` of what a family cannot express; nothing if it can express all."""
+    differs = [key for key, value in family.fixed.items() if getattr(model, key) != value]
+    if "bias" not in family.fixed and not family.biases and model.bias:
+        differs.append("bias")
+    if family.rotary_percent is None and model.rotary_percent != 1:
+        differs.append("rotary_percent")
+    return [f"model.{key}={getattr(model, key)}" for key in differs]
+
+
+def config_for(
+    model: ModelConfig, family: Family, vocab_size: int, base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """``config.json`` of a model of ours.
+
+    Args:
+        vocab_size: rows of the embedding as it is written.
+        base: the one that the model came with. It is kept, but for keys that say something else than ``model``.
+
+    Raises:
+        UserError: where the family cannot express the model.
+    """
+    if differs := unfit(model, family):
+        raise UserError(f"a {family.name} model cannot have {' '.join(differs)}")
+    if base is not None:
+        before, problems = model_of(base, family)
+        assert not problems, "a config.json that is kept was read before"
+        out = dict(base)
+    else:
+        before, out = None, _new(family)
+    for key, ours in family.fields.items():
+        value = getattr(model, ours)
+        if before is not None and (value == getattr(before, ours) or ours == "init_std"):
+            continue
+        out[key] = value
+    if before is None:
+        _, groups, head, _ = heads(model)
+        out |= {key: n for key, n in (("num_key_value_heads", groups), ("head_dim", head)) if key in family.fields}
+    if before is None or before.bias != model.bias:
+        out |= dict.fromkeys(family.biases, model.bias)
+    rotary = ("rotary_base", "rotary_percent", "rotary_scaling", *_ROTARY_FIELDS.values())
+    if before is None or any(getattr(before, name) != getattr(model, name) for name in rotary):
+        _write_rotary(out, model, family)
+    return out | {"vocab_size": vocab_size}
+
+
+def _new(family: Family) -> dict[str, Any]:
+    """What does not follow from a model's shape. Special tokens are said to be none: a class of ``transformers``
+    would otherwise take numbers of its own, and whoever knows the tokenizer puts the right ones in.
+    """
+    window = {"sliding_window": None} if family.sliding_window != "no" else {}
+    return {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        **{key: legal[0] for key, legal in family.needs.items()},
+        **window,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    }
+
+
+def _write_rotary(config: dict[str, Any], model: ModelConfig, family: Family) -> None:
+    """Put RoPE where ``config`` has it."""
+    where, said = _rotary_of(config)
+    base_key, share_key = family.rotary_keys
+    kept = {key: value for key, value in said.items() if key not in (*_ROTARY_FIELDS, "type", "rope_type")}
+    kind = "default" if model.rotary_scaling == "none" else model.rotary_scaling
+    scaling = {key: getattr(model, _ROTARY_FIELDS[key]) for key in _ROTARY[model.rotary_scaling]}
+    new = where == "rope_parameters"
+    said = {**kept, "rope_type": kind, **scaling}
+    outside = {base_key: model.rotary_base}
+    if family.rotary_percent is not None:
+        outside[share_key] = model.rotary_percent
+    if new:
+        names = {base_key: "rope_theta", share_key: "partial_rotary_factor"}
+        config["rope_parameters"] = said | {names[key]: value for key, value in outside.items()}
+    else:
+        config |= outside
+        config["rope_scaling"] = said if kind != "default" else None

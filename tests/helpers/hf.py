@@ -1,0 +1,86 @@
+"""Random tiny models made by ``transformers``, as folders, and their logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from helpers.engines import full_row
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from steerlm_megatron.data.batch import RowBatch
+
+VOCAB = 93  # an odd number of rows: the padded table has more, and two ranks do not divide it
+ORIGINAL = 32
+LENGTHS = (150, 1, 40)  # far beyond ORIGINAL, and packed
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": ORIGINAL,
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama3.1": ("llama", {"rope_parameters": _LLAMA3, "rms_norm_eps": 1e-5}),
+    "llama_linear_tied": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}, "tie_word_embeddings": True},
+    ),
+    "llama_biases": ("llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "nemotron": ("nemotron", {}),
+}
+
+
+def make(case: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **more: Any) -> Any:
+    """The model of a case, saved to ``folder``. Weights are large, norms and biases far from their usual start: a
+    tensor in a wrong place changes the logits by far more than rounding.
+    """
+    logging.disable_progress_bar()
+    kind, special = CASES[case]
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+    }
+    config = AutoConfig.for_model(kind, **{**shape, **special, **more})
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter += 0.3 * torch.randn_like(parameter)
+            parameter.copy_(parameter.to(dtype))
+    copy.deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return model  # in float32: a model that is turned into another type turns RoPE's frequencies too
+
+
+def row(lengths: Sequence[int] = LENGTHS) -> RowBatch:
+    """Documents of random tokens in one row, every position asked about."""
+    batch = full_row(lengths)
+    tokens = torch.randint(0, VOCAB, (sum(lengths),), generator=torch.Generator().manual_seed(3))
+    return replace(batch, tokens_T=tokens, pool_P=torch.arange(sum(lengths)))
+
+
+@torch.no_grad()
+def their_logits(model: Any, batch: RowBatch) -> torch.Tensor:
+    """[T, V] of the documents run alone."""
+    bounds = batch.cu_seqlens.tolist()
+    return torch.cat(
+        [model(batch.tokens_T[None, a:b]).logits[0].float() for a, b in zip(bounds, bounds[1:], strict=False)]
+    )

@@ -1,0 +1,615 @@
+"""Models of ``transformers`` in and out: the same logits, the same bytes, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import hf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.gpt import PackedGPTModel, build_model
+from steerlm_megatron.model.hf import (
+    FAMILIES,
+    Family,
+    HFFolder,
+    config_for,
+    family_for,
+    hf_tensors,
+    is_hf_folder,
+    tables,
+    write_hf,
+)
+from steerlm_megatron.model.hf.tables import Rows, Rule, by_group, heads, parameters
+from steerlm_megatron.model.inputs import on_device
+from steerlm_megatron.model.predict import predict_values
+from steerlm_megatron.model.weights import fill, global_names, initialize
+from steerlm_megatron.runtime import parallel
+
+INDEX = "model.safetensors.index.json"
+ADDED = 3  # control tokens
+TOLERANCE = 1e-4
+
+
+@pytest.fixture
+def cpu() -> Iterator[None]:
+    """One rank."""
+    parallel.initialize(ParallelConfig(), 1)
+    yield
+
+
+def filled(folder: HFFolder, vocab_size: int = hf.VOCAB + ADDED, precision: str = "fp32") -> PackedGPTModel:
+    gpt = build_model(folder.model, ParallelConfig(), EngineConfig(precision=precision), vocab_size)
+    for parameter in gpt.parameters():
+        parameter.data.fill_(float("nan"))  # what is not filled is seen
+    fill(folder.weights(gpt, vocab_size))
+    return gpt.eval()
+
+
+def logits(gpt: PackedGPTModel, batch: Any) -> torch.Tensor:
+    found = predict_values(gpt, batch)
+    assert found is not None
+    return found[:, : hf.VOCAB]
+
+
+def contents(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert sorted(ours) == sorted(theirs)
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype and ours[name].shape == value.shape, name
+        assert torch.equal(ours[name].view(torch.uint8), value.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("case", hf.CASES)
+def test_logits_are_those_of_transformers(case: str, tmp_path: Path, cpu: None) -> None:
+    """Beyond ``original_max_position_embeddings`` too, documents packed into one row and alone."""
+    model = hf.make(case, tmp_path)
+    folder = HFFolder.open(tmp_path, "init_from")
+    assert (folder.vocab_size, folder.precision, folder.head) == (hf.VOCAB, "fp32", "lm")
+    gpt = filled(folder)
+    for lengths in (hf.LENGTHS, (200,)):
+        batch = hf.row(lengths)
+        expected = hf.their_logits(model, batch)
+        assert expected.std() > 0.5
+        torch.testing.assert_close(logits(gpt, batch), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", hf.CASES)
+def test_what_goes_out_is_what_came_in(case: str, tmp_path: Path, cpu: None, caplog: pytest.LogCaptureFixture) -> None:
+    """Files and names as ``save_pretrained`` gives them, bit for bit, and loaded without a word."""
+    hf.make(case, tmp_path / "in")
+    folder = HFFolder.open(tmp_path / "in", "init_from")
+    gpt = filled(folder)
+    config = config_for(folder.model, folder.family, hf.VOCAB, folder.config)
+    assert config == folder.config
+    tensors = hf_tensors(gpt, folder.model, folder.family, hf.VOCAB)
+    files = write_hf(tmp_path / "out", tensors, config, torch.float32)
+    came = sorted(path.name for path in (tmp_path / "in").iterdir() if path.name != "generation_config.json")
+    assert sorted(files) == sorted(path.name for path in (tmp_path / "out").iterdir()) == came
+    for name in files:
+        theirs, ours = ((tmp_path / side / name).read_bytes() for side in ("in", "out"))
+        assert ours == theirs if name != "config.json" else json.loads(ours) == json.loads(theirs), name
+    _, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("case", hf.CASES)
+def test_a_model_of_ours_leaves_as_a_family_that_can_express_it(case: str, tmp_path: Path, cpu: None) -> None:
+    """Without a config.json of theirs: all that the model is has to be in the new one."""
+    hf.make(case, tmp_path / "in")
+    came = HFFolder.open(tmp_path / "in", "init_from")
+    family = family_for(came.model)
+    assert family.name == came.family.name.replace("mistral", "llama")
+    gpt = initialize(build_model(came.model, ParallelConfig(), EngineConfig(), 77), came.model, 77, seed=1)
+    tensors = hf_tensors(gpt.eval(), came.model, family, 77)
+    write_hf(tmp_path / "out", tensors, config_for(came.model, family, 77), torch.float32)
+    back = HFFolder.open(tmp_path / "out", "init_from")
+    assert replace(back.model, name="") == replace(came.model, name="") and back.vocab_size == 77
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval()
+    batch = hf.row()
+    batch.tokens_T %= 77
+    found = predict_values(gpt, batch)
+    assert found is not None
+    torch.testing.assert_close(found[:, :77], hf.their_logits(theirs, batch), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("case", ["llama3.1", "qwen2_tied", "nemotron"])
+def test_bf16_in_shards_is_bf16_in_shards(case: str, tmp_path: Path, cpu: None) -> None:
+    model = hf.make(case, tmp_path / "in", torch.bfloat16, shard="20KB")
+    folder = HFFolder.open(tmp_path / "in", "init_from")
+    assert folder.precision == "bf16"
+    gpt = filled(folder, precision="bf16")
+    tensors = hf_tensors(gpt, folder.model, folder.family, hf.VOCAB)
+    config = config_for(folder.model, folder.family, hf.VOCAB, folder.config)
+    files = write_hf(tmp_path / "out", tensors, config, torch.bfloat16, 20_000)
+    assert len(files) > 5 and all((tmp_path / "out" / name).stat().st_size < 22_500 for name in files)
+    same(contents(tmp_path / "out"), contents(tmp_path / "in"))
+    index, theirs = (json.loads((tmp_path / side / INDEX).read_text()) for side in ("out", "in"))
+    assert index["metadata"] == theirs["metadata"] and sorted(index["weight_map"]) == sorted(theirs["weight_map"])
+    assert sorted(set(index["weight_map"].values())) == sorted(files[:-2])
+    again, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert again.dtype is torch.bfloat16 and not any(told.values())
+    batch = hf.row()
+    wide = hf.their_logits(model, batch)
+    assert (logits(gpt, batch) - wide).std() < 0.05 * wide.std()
+
+
+# Deliberately wrong tables
+
+
+def changed(family: Family, ours: str, **fields: Any) -> Family:
+    """The family with another rule for one module."""
+    rules = tuple(replace(rule, **fields) if rule.ours.endswith(ours) else rule for rule in family.rules)
+    assert rules != family.rules
+    return replace(family, rules=rules)
+
+
+def flat(model: ModelConfig, rows: int) -> list[Rows]:
+    queries, groups, head, _ = heads(model)
+    return [Rows(0, 0, queries * head), Rows(1, 0, groups * head), Rows(2, 0, groups * head)]
+
+
+def interleaved(model: ModelConfig, rows: int) -> list[Rows]:
+    """Rows of a head in the order of Meta's own Llama files, pairs beside each other."""
+    half = heads(model)[2] // 2
+    out = []
+    for tensor, start, stop in by_group(model, rows):
+        if tensor == 2:
+            out.append(Rows(tensor, start, stop))
+            continue
+        for head in range(start, stop, 2 * half):
+            order = [head + i // 2 + (i % 2) * half for i in range(2 * half)]
+            out += [Rows(tensor, row, row + 1) for row in order]
+    return out
+
+
+def gate_and_up(family: Family) -> Family:
+    rule = next(rule for rule in family.rules if rule.ours.endswith("linear_fc1"))
+    return changed(family, "linear_fc1", theirs=rule.theirs[::-1])
+
+
+WRONG: dict[str, Callable[[Family], Family]] = {
+    "gate and up swapped": gate_and_up,
+    "q, k, v flat": lambda family: changed(family, "linear_qkv", layout=flat),
+    "RoPE interleaved": lambda family: changed(family, "linear_qkv", layout=interleaved),
+    "norms swapped": lambda family: changed(
+        changed(family, "input_layernorm", theirs=("model.layers.{}.post_attention_layernorm",)),
+        "pre_mlp_layernorm",
+        theirs=("model.layers.{}.input_layernorm",),
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_table_is_far_beyond_the_tolerance(wrong: str, tmp_path: Path, cpu: None) -> None:
+    model, batch = hf.make("llama3.1", tmp_path), hf.row()
+    folder = HFFolder.open(tmp_path, "init_from")
+    wrongly = replace(folder, family=WRONG[wrong](folder.family))
+    difference = (logits(filled(wrongly), batch) - hf.their_logits(model, batch)).abs().max()
+    assert difference > 1000 * TOLERANCE
+
+
+def test_rope_scaling_shows_beyond_the_original_length(tmp_path: Path, cpu: None) -> None:
+    model, batch = hf.make("llama3.1", tmp_path), hf.row()
+    folder = HFFolder.open(tmp_path, "init_from")
+    lost = replace(folder, model=replace(folder.model, rotary_scaling="none"))
+    assert (logits(filled(lost), batch) - hf.their_logits(model, batch)).abs().max() > 1000 * TOLERANCE
+
+
+# The vocabulary
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen2_tied"])
+def test_added_rows_are_the_mean_and_padding_is_zero(case: str, tmp_path: Path, cpu: None) -> None:
+    model = hf.make(case, tmp_path)
+    gpt = filled(HFFolder.open(tmp_path, "init_from"))
+    tables_of_it = {"word_embeddings": model.get_input_embeddings(), "output_layer": model.get_output_embeddings()}
+    seen = 0
+    for name, parameter in gpt.named_parameters():
+        for ours, theirs in tables_of_it.items():
+            if ours in name:
+                seen += 1
+                assert torch.equal(parameter[: hf.VOCAB], theirs.weight)
+                mean = theirs.weight.mean(0)
+                torch.testing.assert_close(parameter[hf.VOCAB : hf.VOCAB + ADDED], mean.expand(ADDED, -1))
+                assert len(parameter) == 128 and not parameter[hf.VOCAB + ADDED :].any()
+    assert seen == (1 if case == "qwen2_tied" else 2)
+
+
+def test_a_table_with_more_rows_than_the_tokenizer_is_kept(tmp_path: Path, cpu: None) -> None:
+    hf.make("llama", tmp_path)
+    folder = HFFolder.open(tmp_path, "init_from")
+    gpt = filled(folder, 80)  # padded to 128 rows
+    out = dict(hf_tensors(gpt, folder.model, folder.family, hf.VOCAB))
+    same(out, contents(tmp_path))
+    small = replace(folder, model=replace(folder.model, vocab_multiple=8))
+    with pytest.raises(UserError, match=rf"init_from={tmp_path}.* has 80 rows, the file's 93 do not fit"):
+        small.weights(build_model(small.model, ParallelConfig(), EngineConfig(), 80), 80)
+
+
+def test_a_regression_head_is_not_in_the_folder(tmp_path: Path, cpu: None) -> None:
+    hf.make("qwen2_tied", tmp_path)
+    folder = HFFolder.open(tmp_path, "init_from")
+    gpt = build_model(folder.model, ParallelConfig(), EngineConfig(), hf.VOCAB, attributes=3)
+    given = {id(parameter) for parameter, _ in folder.weights(gpt, hf.VOCAB)}
+    left = [name for name, parameter in global_names(gpt) if id(parameter) not in given]
+    assert left == ["output_layer.regression.weight", "output_layer.regression.bias"]
+
+
+def test_another_model_is_refused_before_anything_is_read(tmp_path: Path, cpu: None) -> None:
+    hf.make("llama", tmp_path)
+    folder = HFFolder.open(tmp_path, "init_from")
+    gpt = build_model(replace(folder.model, qk_norm=True, ffn_hidden_size=64), ParallelConfig(), EngineConfig(), 93)
+    with pytest.raises(UserError) as raised:
+        folder.weights(gpt, 93)
+    assert "linear_fc1.weight [128, 32] is [96, 32] in it" in str(raised.value)
+    assert "layers.3.self_attention.q_layernorm.weight [8] is not in it" in str(raised.value)
+
+
+@pytest.mark.parametrize("case", hf.CASES)
+def test_the_list_of_our_parameters_is_that_of_the_model(case: str, tmp_path: Path, cpu: None) -> None:
+    hf.make(case, tmp_path)
+    folder = HFFolder.open(tmp_path, "init_from")
+    gpt = build_model(folder.model, ParallelConfig(), EngineConfig(), 128, where="meta")
+    assert parameters(folder.model, 128) == {name: tuple(p.shape) for name, p in global_names(gpt)}
+
+
+# config.json
+
+
+def edit(folder: Path, **keys: Any) -> None:
+    """Change keys of config.json; ``...`` takes one out."""
+    config = json.loads((folder / "config.json").read_text()) | keys
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+
+
+@pytest.mark.parametrize("case", ["llama", "llama3.1", "llama_linear_tied", "nemotron"])
+def test_version_4_says_rope_elsewhere(case: str, tmp_path: Path) -> None:
+    hf.make(case, tmp_path)
+    new = HFFolder.open(tmp_path, "init_from")
+    rope = dict(new.config["rope_parameters"])
+    base, share = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", ...)
+    for kind in ("rope_type", "type"):
+        scaling = {kind: rope["rope_type"], **{key: value for key, value in rope.items() if key != "rope_type"}}
+        default = rope["rope_type"] == "default"
+        edit(tmp_path, rope_parameters=..., rope_theta=base, rope_scaling=None if default else scaling)
+        edit(tmp_path, partial_rotary_factor=share)
+        old = HFFolder.open(tmp_path, "init_from")
+        assert old.model == new.model
+        assert config_for(old.model, old.family, hf.VOCAB, old.config) == old.config
+
+
+def test_what_changed_is_updated_and_unknown_keys_survive(tmp_path: Path) -> None:
+    hf.make("llama3.1", tmp_path)
+    edit(tmp_path, of_somebody={"else": [1, None]}, torch_dtype="bfloat16", dtype=...)
+    folder = HFFolder.open(tmp_path, "init_from")
+    model = replace(folder.model, max_position=512, rotary_scaling_factor=16.0, init_std=0.5)
+    config = config_for(model, folder.family, 99, folder.config)
+    expected = json.loads(json.dumps(folder.config))
+    expected["rope_parameters"]["factor"] = 16.0
+    assert config == expected | {"vocab_size": 99, "max_position_embeddings": 512}
+    write_hf(tmp_path / "out", [("x", torch.zeros(2))], config, torch.float32)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == config | {"torch_dtype": "float32"}
+
+
+def test_a_model_that_no_family_has_says_why() -> None:
+    with pytest.raises(UserError, match=r"llama: not with model\.norm=layernorm; .*nemotron: not with model\.activ"):
+        family_for(ModelConfig(norm="layernorm"))
+    with pytest.raises(UserError, match=r"a mistral model cannot have model\.bias=True"):
+        config_for(ModelConfig(bias=True), FAMILIES["mistral"], 10)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "yarn": ("llama", {"rope_scaling": YARN}, "rope_scaling.rope_type=yarn is not supported; supported: default"),
+    "yarn, version 5": ("qwen2", {"rope_parameters": YARN}, "rope_parameters.rope_type=yarn is not supported"),
+    "dynamic": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type=dynamic is not"),
+    "no factor": ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=null is not a number, which"),
+    "partial": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not one that this llama can"),
+    "window": ("mistral", {"sliding_window": 64}, "sliding_window=64 with max_position_embeddings=256: attention"),
+    "window by default": ("mistral", {"sliding_window": ..., "max_position_embeddings": 8192}, "sliding_window=4096"),
+    "window of Qwen": (
+        "qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": ...},
+        "sliding_window=64",
+    ),
+    "layer types": (
+        "qwen3", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 4},
+        "sliding_window=64",
+    ),
+    "activation": ("llama", {"hidden_act": "gelu"}, 'hidden_act="gelu" is not one that this llama can have: "silu"'),
+    "biases": ("llama", {"attention_bias": True}, "attention_bias=true with mlp_bias=false: either all linear layers"),
+    "biases of Qwen 3": ("qwen3", {"attention_bias": True}, "attention_bias=true is not one that this qwen3 can have"),
+    "a key is missing": ("llama", {"intermediate_size": ...}, "intermediate_size is missing"),
+    "not a number": ("llama", {"num_hidden_layers": "4"}, "num_hidden_layers='4' is not a whole number"),
+    "groups": ("llama", {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
+    "two at once": ("llama", {"hidden_act": "gelu", "hidden_size": ...}, "hidden_size is missing; hidden_act="),
+    "auto_map": ("llama", {"auto_map": {"AutoModel": "x.Y"}}, "auto_map: the model is code of its own, which"),
+    "quantised": ("llama", {"quantization_config": {"quant_method": "gptq"}}, "has quantization_config (gptq): quant"),
+    "architecture": ("llama", {"architectures": ["LlamaModel"]}, "LlamaModel is not supported; supported: LlamaForC"),
+    "model_type": ("llama", {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "MambaForCausalLM is not"),
+    "vocabulary": ("llama", {"vocab_size": 94}, "model.embed_tokens.weight is [93, 32], config.json implies [94, 32]"),
+    "untied": ("qwen2_tied", {"tie_word_embeddings": False}, "tensors that config.json implies are missing: lm_head.w"),
+    "more layers": (
+        "llama", {"num_hidden_layers": 5},
+        "missing: model.layers.4.self_attn.q_proj.weight model.layers.4.self_attn.k_proj.weight ",
+    ),
+    "fewer layers": ("llama", {"num_hidden_layers": 3}, "does not imply are there: model.layers.3.input_layernorm.wei"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_represented_is_refused_by_its_key(kind: str, tmp_path: Path) -> None:
+    case, keys, words = REFUSED[kind]
+    hf.make(case, tmp_path)
+    edit(tmp_path, **keys)
+    with pytest.raises(UserError) as raised:
+        HFFolder.open(tmp_path, "init_from")
+    assert str(raised.value).startswith(f"init_from={tmp_path}: ") and words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"sliding_window": 256},
+        {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["full_attention"] * 4},
+        {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 4, "layer_types": ...},
+    ],
+)
+def test_a_window_that_hides_nothing_is_fine(keys: dict[str, Any], tmp_path: Path) -> None:
+    hf.make("qwen2" if "use_sliding_window" in keys else "mistral", tmp_path)
+    edit(tmp_path, **keys)
+    HFFolder.open(tmp_path, "init_from")
+
+
+# Files
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(UserError) as raised:
+        HFFolder.open(folder, "checkpoint")
+    assert str(raised.value).startswith(f"checkpoint={folder}: ")
+    return str(raised.value)
+
+
+def resave(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = contents(folder)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_tensors_that_are_missing_or_extra_or_of_another_shape_are_all_named(tmp_path: Path) -> None:
+    hf.make("llama", tmp_path)
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in ("model.norm.weight", "model.layers.2.self_attn.k_proj.weight"):
+            tensors[f"{name}.old"] = tensors.pop(name)
+        tensors["lm_head.weight"] = torch.zeros(hf.VOCAB, 31)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)  # nothing needs it
+
+    resave(tmp_path, change)
+    said = refused(tmp_path)
+    assert "are missing: model.layers.2.self_attn.k_proj.weight model.norm.weight;" in said
+    assert "are there: model.layers.2.self_attn.k_proj.weight.old model.norm.weight.old;" in said
+    assert said.endswith("lm_head.weight is [93, 31], config.json implies [93, 32]")
+
+
+def test_a_tied_output_layer_may_be_there_if_it_is_the_embedding(tmp_path: Path, cpu: None) -> None:
+    model = hf.make("qwen2_tied", tmp_path)
+    resave(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    folder = HFFolder.open(tmp_path, "checkpoint")
+    expected = hf.their_logits(model, hf.row())
+    torch.testing.assert_close(logits(filled(folder), hf.row()), expected, rtol=0, atol=TOLERANCE)
+    resave(tmp_path, lambda tensors: tensors["lm_head.weight"][92].mul_(1.5))
+    assert "tie_word_embeddings=true, and the files hold a lm_head.weight that is not model.embed" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("bytes_left", [0, 4, 100, -1, -5])
+def test_a_truncated_shard_is_named(bytes_left: int, tmp_path: Path) -> None:
+    hf.make("llama", tmp_path, shard="20KB")
+    shard = tmp_path / sorted(path.name for path in tmp_path.glob("*.safetensors"))[1]
+    os.truncate(shard, bytes_left if bytes_left >= 0 else shard.stat().st_size + bytes_left)
+    assert f"{shard.name} is cut short" in refused(tmp_path)
+
+
+def test_files_that_are_no_safetensors(tmp_path: Path) -> None:
+    hf.make("llama", tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    for damaged in (b"\x10" + b"\0" * 7 + b"not JSON but 16b", b"\x02" + b"\0" * 7 + b"[]", whole + b"x"):
+        path.write_bytes(damaged)
+        assert "model.safetensors " in refused(tmp_path)
+    path.write_bytes(whole.replace(b'"F32"', b'"F16"', 1))
+    assert "the header's bytes of" in refused(tmp_path)
+    path.unlink()
+    assert "neither model.safetensors nor model.safetensors.index.json" in refused(tmp_path)
+    (tmp_path / "pytorch_model-00001-of-00001.bin").write_bytes(b"pickle")
+    assert "pickles (pytorch_model-00001-of-00001.bin), which may run code" in refused(tmp_path)
+    assert f"M.from_pretrained('{tmp_path}', dtype='auto').save_pretrained(" in refused(tmp_path)
+
+
+def test_an_index_that_lies_is_refused(tmp_path: Path) -> None:
+    hf.make("llama", tmp_path, shard="20KB")
+    path = tmp_path / INDEX
+    index = json.loads(path.read_text())
+    places = index["weight_map"]
+    name, other = "model.norm.weight", next(file for file in places.values() if file != places["model.norm.weight"])
+
+    def lie(change: Callable[[dict[str, str]], object]) -> str:
+        told = dict(places)
+        change(told)
+        path.write_text(json.dumps({"weight_map": told}))
+        return refused(tmp_path)
+
+    assert f"{name} is in {places[name]}, and not {other}" in lie(lambda told: told.update({name: other}))
+    assert f"{name} is in {places[name]}, and not in the index" in lie(lambda told: told.pop(name))
+    assert f"more is not in {other}" in lie(lambda told: told.update(more=other))
+    assert "names files that are not there: gone.safetensors" in lie(lambda told: told.update(x="gone.safetensors"))
+    assert "names a file that is not in the folder" in lie(lambda told: told.update(x="../model.safetensors"))
+    for text in ("[", "[]", "{}", '{"weight_map": [1]}'):
+        path.write_text(text)
+        assert "is not an index of safetensors files" in refused(tmp_path)
+
+
+def test_what_is_a_folder_of_theirs(tmp_path: Path) -> None:
+    assert not is_hf_folder(tmp_path) and not is_hf_folder(tmp_path / "gone")
+    for text, yes in (("{", False), ("[]", False), ('{"a": 1}', False), ("3", False), ('{"model_type": "x"}', True)):
+        (tmp_path / "config.json").write_text(text)
+        assert is_hf_folder(tmp_path) is yes
+    (tmp_path / "meta.json").write_text("{}")
+    assert not is_hf_folder(str(tmp_path))
+    for text in ("[", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        assert "config.json is not" in refused(tmp_path)
+    assert "config.json cannot be read: No such file" in refused(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_float16_counts_as_fp32_and_other_types_are_refused(dtype: torch.dtype, tmp_path: Path, cpu: None) -> None:
+    model = hf.make("llama", tmp_path, dtype)
+    if dtype is torch.float64:
+        assert "model.norm.weight is of type F64; read are F32 F16 BF16" in refused(tmp_path)
+        return
+    folder = HFFolder.open(tmp_path, "checkpoint")
+    assert folder.precision == "fp32"
+    expected = hf.their_logits(model, hf.row())
+    torch.testing.assert_close(logits(filled(folder), hf.row()), expected, rtol=0, atol=TOLERANCE)
+
+
+# Writing
+
+
+def test_weights_that_stand_there_are_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"old")
+    with pytest.raises(UserError, match=r"holds weights already \(model-00001-of-00002\.safetensors\)"):
+        write_hf(tmp_path, [("x", torch.zeros(2))], {}, torch.float32)
+
+
+@pytest.mark.parametrize("moment", ["tensors", "shard", "rename", "config"])
+def test_nothing_half_written_is_left(moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from steerlm_megatron.model.hf import write
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for i in range(4):
+            yield f"t{i}", torch.zeros(100)
+        if moment == "tensors":
+            raise KeyError("t4")
+
+    places = {"shard": "save_file", "rename": "move_into_place", "config": "write_json_atomic"}
+    if moment in places:
+        monkeypatch.setattr(write, places[moment], full)
+    with pytest.raises(KeyError if moment == "tensors" else UserError) as raised:
+        write_hf(tmp_path / "out", tensors(), {}, torch.float32, 400)
+    if moment != "tensors":
+        assert f"{tmp_path}/out: could not be written, and nothing was left there: [Errno 28]" in str(raised.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+# Memory and time of a larger model
+
+
+def test_a_rank_holds_its_part_and_one_tensor(tmp_path: Path) -> None:
+    """Private memory of a process that fills a model of 200 MB from a file: the model, and next to nothing else."""
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "head_dim": 128}
+    hf.make("llama", tmp_path, **shape)
+    program = f"""
+import torch
+from steerlm_megatron.config.schema import EngineConfig, ParallelConfig
+from steerlm_megatron.model.gpt import build_model
+from steerlm_megatron.model.hf import HFFolder
+from steerlm_megatron.model.weights import fill
+from steerlm_megatron.runtime import parallel
+parallel.initialize(ParallelConfig(), 1)
+folder = HFFolder.open({str(tmp_path)!r}, "init_from")
+gpt = build_model(folder.model, ParallelConfig(), EngineConfig(), {hf.VOCAB})
+def private():
+    lines = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
+    return int(lines["RssAnon"].split()[0]) // 1024
+before = most = private()
+for parameter, value in folder.weights(gpt, {hf.VOCAB}):
+    with torch.no_grad():
+        parameter.copy_(value)
+    most = max(most, private())
+sizes = [p.nbytes // 2**20 for p in gpt.parameters()]
+print("MB", sum(sizes), max(sizes), most - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    found = re.search(r"MB (\d+) (\d+) (\d+)", done.stdout)
+    assert found is not None
+    model, largest, used = map(int, found.groups())
+    assert model > 150 and used <= model + 2 * largest + 16, (model, largest, used)
+    shutil.rmtree(tmp_path)
+
+
+def test_the_files_bytes_are_looked_at_by_their_headers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf.make("llama", tmp_path, shard="20KB")
+
+    def no_reading(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr("steerlm_megatron.model.hf.folder.safe_open", no_reading)
+    HFFolder.open(tmp_path, "init_from")
+
+
+def test_the_headers_are_those_that_the_library_reads(tmp_path: Path) -> None:
+    hf.make("llama", tmp_path)
+    found = HFFolder.open(tmp_path, "init_from").tensors
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert {name: (s.dtype, list(s.shape)) for name, s in found.items()} == {
+            name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape())
+            for name in file.keys()  # noqa: SIM118
+        }
+
+
+# docs/models.md
+
+
+def test_the_family_of_the_documentation_works(tmp_path: Path, cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of how a family is added is run, and at most 30 lines long."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?ARCEE.*?)```", page, re.DOTALL)
+    assert len(example.splitlines()) <= 30
+    names = dict(vars(tables))
+    exec(example, names)
+    monkeypatch.setitem(FAMILIES, "arcee", names["ARCEE"])
+    monkeypatch.setitem(hf.CASES, "arcee", ("arcee", {}))
+    model = hf.make("arcee", tmp_path)
+    folder = HFFolder.open(tmp_path, "init_from")
+    expected = hf.their_logits(model, hf.row())
+    torch.testing.assert_close(logits(filled(folder), hf.row()), expected, rtol=0, atol=TOLERANCE)
+    same(dict(hf_tensors(filled(folder), folder.model, folder.family, hf.VOCAB)), contents(tmp_path))
+
+
+def test_every_family_has_rules_for_modules_that_are_there() -> None:
+    for name, family in FAMILIES.items():
+        assert name == family.name and isinstance(family.rules[0], Rule)
+        model = ModelConfig(qk_norm=True, **{key: value for key, value in family.fixed.items() if key != "qk_norm"})
+        ours = {re.sub(r"\.\d+\.", ".{}.", key.rsplit(".", 1)[0]) for key in parameters(model, 10)}
+        assert {rule.ours for rule in family.rules} <= ours
+
+
+def test_the_batch_goes_in_as_it_is() -> None:
+    """The row that is compared is packed: its positions start anew in every document."""
+    here, packed = on_device(hf.row())
+    assert packed.lengths == list(hf.LENGTHS) and int(here.positions_T.max()) == max(hf.LENGTHS) - 1
