@@ -74,6 +74,10 @@ def _job(command: str, cfg: Any) -> None:
     from steerlm_megatron.launch import local
 
     config = load.from_container(cfg)
+    if config.init_from is not None:
+        from steerlm_megatron.stages.base import adopt_shape
+
+        adopt_shape(config, compose.job_overrides())
     world = launcher.world_size() if launcher.is_rank() else None
     load.finalize(config, world, alone=True)
     ranks = load.world_of(config)

@@ -26,7 +26,7 @@ class AttributesConfig:
 class TemplateConfig:
     """The prompt template (``steer.templates``)."""
 
-    name: str = option("steerlm", "the format: steerlm or llama2")
+    name: str = option("steerlm", "the format: steerlm, llama2 or chatml")
     system: str = option("", "the system text of a conversation that has none")
     system_suffix: str = option("\n\n", "steerlm: what follows the system text")
 

@@ -19,6 +19,7 @@ from steerlm_megatron.config.schema import ModelConfig
 from steerlm_megatron.model.gpt import PackedGPTModel
 
 HEAD = "output_layer."
+REGRESSION_HEAD = "output_layer.regression."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 

@@ -8,20 +8,16 @@ steps); a changed model, task or order of data is refused.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from steerlm_megatron.config.schema import Config, ModelConfig
+from steerlm_megatron.config.schema import Config
 from steerlm_megatron.data.feed.blend import Corpora
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import padded_vocab_size
-from steerlm_megatron.train.checkpoint import resolve
-from steerlm_megatron.train.meta import CheckpointMeta, read_meta
-
-# Models that differ in these keys alone are the same model.
-_FREE_MODEL_KEYS = {"name", "dropout", "init_std", "max_position"}
+from steerlm_megatron.stages.base import Base, model_differences, open_base
+from steerlm_megatron.train.meta import CheckpointMeta
 
 
 def data_order(config: Config, data: Corpora, view: View) -> dict[str, Any]:
@@ -36,23 +32,29 @@ def data_order(config: Config, data: Corpora, view: View) -> dict[str, Any]:
     }
 
 
-def check_init(config: Config, data: Corpora, view: View) -> Path | None:
-    """Return the checkpoint to start from, after checking that its vocabulary, shape and head fit this run."""
+def check_init(config: Config, data: Corpora, view: View) -> Base | None:
+    """Return the model to start from, after checking that its vocabulary, shape and head fit this run."""
     if config.init_from is None:
         return None
-    folder = resolve(config.init_from, "init_from")
-    meta = read_meta(folder)
-    if meta.tokenizer_hash != data.tokenizer.hash:
+    base = open_base(config.init_from, "init_from")
+    meta = base.meta
+    ours, remedy = data.tokenizer.hash, base.folder / "tokenizer"
+    if base.hf is not None:  # control strings are added to what the folder has
+        ours, remedy = data.tokenizer.model_hash, base.folder
+    if meta.tokenizer_hash != ours:
         raise UserError(
             f"vocabulary mismatch: init_from={config.init_from} was trained with another tokenizer "
             f"({meta.vocab_size} ids) than "
-            f"{data.name} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={folder / 'tokenizer'}"
+            f"{data.name} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={remedy}"
         )
-    if wrong := _model_differences(config, meta) + padding_differences(config, meta, view):
+    wrong = model_differences(config, meta)
+    if base.hf is None:
+        wrong += padding_differences(config, meta, view)
+    if wrong:
         raise UserError(f"init_from={config.init_from} holds another model: {', '.join(wrong)}")
     if meta.head == "regression":
         _check_head(config, meta, view)
-    return folder
+    return base
 
 
 def _check_head(config: Config, meta: CheckpointMeta, view: View) -> None:
@@ -69,15 +71,6 @@ def _check_head(config: Config, meta: CheckpointMeta, view: View) -> None:
             f"attributes={config.attributes.name} has {', '.join(config.attributes.names)} on "
             f"0-{config.attributes.max_level}; choose the same attributes, or start from a language model"
         )
-
-
-def _model_differences(config: Config, meta: CheckpointMeta) -> list[str]:
-    ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(ModelConfig(**meta.model))
-    return [
-        f"model.{k}={ours[k]} (checkpoint: {theirs[k]})"
-        for k in ours
-        if k not in _FREE_MODEL_KEYS and ours[k] != theirs[k]
-    ]
 
 
 def padding_differences(config: Config, meta: CheckpointMeta, view: View) -> list[str]:
@@ -110,7 +103,7 @@ def check_resume(config: Config, data: Corpora, view: View, folder: Path, meta: 
     """
     if not meta.training_state:
         raise UserError(f"{folder} is an export, which no run can resume from; start a new run with init_from={folder}")
-    wrong = _model_differences(config, meta) + padding_differences(config, meta, view)
+    wrong = model_differences(config, meta) + padding_differences(config, meta, view)
     head = "regression" if view == "ap" else "lm"
     if meta.head != head:
         wrong.append(f"a model with head '{head}' (checkpoint: '{meta.head}')")

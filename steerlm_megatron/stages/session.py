@@ -6,10 +6,11 @@ Invariant: one run folder per session, the same on all ranks, written by rank 0.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,16 +21,19 @@ from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
+from steerlm_megatron.model.hf import HFFolder
+from steerlm_megatron.model.weights import fill
 from steerlm_megatron.observe.log import get_logger, setup_logging
 from steerlm_megatron.observe.runfolder import RunFolder, default_run_dir
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import broadcast_object, on_main
 from steerlm_megatron.runtime.device import dtype_of
 from steerlm_megatron.runtime.parallel import Layout
+from steerlm_megatron.stages.base import chat_template_of, open_base
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
-from steerlm_megatron.train.checkpoint import resolve, verify
-from steerlm_megatron.train.meta import CheckpointMeta, read_meta
+from steerlm_megatron.train.checkpoint import verify
+from steerlm_megatron.train.meta import CheckpointMeta
 from steerlm_megatron.train.sharded import load_sharded
 
 NO_ATTRIBUTES = AttributeSchema("none", (), 1)  # of a model that takes none
@@ -89,6 +93,7 @@ class OpenedCheckpoint:
     tokenizer: Tokenizer
     schema: AttributeSchema | None
     template: Template
+    hf: HFFolder | None = field(default=None, kw_only=True)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -128,11 +133,18 @@ def open_checkpoint(path: str, key: str, head: str | None = None) -> OpenedCheck
 
     ``head``: ``lm`` or ``regression``; another kind is a UserError naming ``key``. None: either.
     """
-    folder = resolve(path, key)
-    meta = read_meta(folder)
+    base = open_base(path, key)
+    folder, meta = base.folder, base.meta
     if head is not None and meta.head != head:
         wanted = "an attribute-prediction model (train_ap)" if head == "regression" else "a language model (train_sft)"
         raise UserError(f"{key}={path} holds a model with head '{meta.head}', needed is {wanted}")
+    if base.hf is not None:
+        template = chat_template_of(folder, key)
+        tokenizer = Tokenizer.from_path(folder, template.control_strings)
+        meta = dataclasses.replace(
+            meta, vocab_size=max(meta.vocab_size, tokenizer.vocab_size), template=template.to_dict()
+        )
+        return OpenedCheckpoint(folder, meta, tokenizer, None, template, hf=base.hf)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     return OpenedCheckpoint(folder, meta, tokenizer, meta.attributes(), Template.from_dict(meta.template))
 
@@ -155,9 +167,12 @@ def load_model(
         attributes=len(schema.names) if meta.head == "regression" and schema else None,
         gather_logits=gather_logits,
     )
-    verify(folder)
-    state = load_sharded({"model": model.sharded_state_dict()}, folder)
-    model.load_state_dict(state["model"])
+    if opened.hf is not None:
+        fill(opened.hf.weights(model, meta.vocab_size))
+    else:
+        verify(folder)
+        state = load_sharded({"model": model.sharded_state_dict()}, folder)
+        model.load_state_dict(state["model"])
     model.to(dtype_of(config.engine.precision)).eval().requires_grad_(False)
     get_logger(__name__).info("loaded %s (step %d)", folder, meta.step)
     return LoadedModel(folder, meta, opened.tokenizer, schema, opened.template, model, layout)

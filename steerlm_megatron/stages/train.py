@@ -26,7 +26,7 @@ from steerlm_megatron.data.views import View
 from steerlm_megatron.data.write.preprocess import is_complete
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import build_model, freeze_trunk
-from steerlm_megatron.model.weights import HEAD, initial_weights
+from steerlm_megatron.model.weights import HEAD, REGRESSION_HEAD, initial_weights
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops
 from steerlm_megatron.observe.profiler import StepProfiler
@@ -35,6 +35,7 @@ from steerlm_megatron.observe.sinks import sinks_of
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.runtime.device import device_name
 from steerlm_megatron.runtime.watch import Watch
+from steerlm_megatron.stages.base import Base
 from steerlm_megatron.stages.demo_corpus import ensure_shards
 from steerlm_megatron.stages.resume import check_init, check_resume, check_steps, data_order
 from steerlm_megatron.stages.session import Session, session
@@ -92,7 +93,7 @@ def train(here: Session) -> TrainResult:
     rows = _pack(config, data, view, config.data.weights)
     store = CheckpointStore(here.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
     latest = store.latest()
-    meta = _new_meta(config, data, view, counts)
+    meta = _new_meta(config, data, view, counts, base)
     if latest:
         earlier = read_meta(latest)
         on_main(partial(check_resume, config, data, view, latest, earlier))
@@ -104,15 +105,15 @@ def train(here: Session) -> TrainResult:
     steps = config.train.steps or meta.step + loaders[0].steps_to(end or 0)
     if latest:
         on_main(partial(check_steps, config, steps, latest, meta))
-    engine, initial, flops = _build_engine(config, data, view, steps, within=HEAD if base is not None else "")
+    engine, initial, flops = _build_engine(config, data, view, steps, base)
     if latest is not None:
         engine.load(latest)
         get_logger(__name__).info("resuming from %s at step %d of %d", latest, meta.step, steps)
     else:
         engine.fill(initial)
-        if base is not None:
-            verify(base)
-            engine.load_model(base)
+        if base is not None and base.hf is None:
+            verify(base.folder)
+            engine.load_model(base.folder)
     _announce(config, view, rows, loaders[0], steps)
     check_profile(config, here.layout.world_size, meta.step, steps)
     profiler = StepProfiler(here.folder, config.profile.steps, here.layout.rank, config.profile.ranks)
@@ -218,7 +219,7 @@ def check_profile(config: Config, ranks: int, done: int, steps: int) -> None:
         )
 
 
-def _label_counts(config: Config, data: Corpora, view: View, base: Path | None) -> dict[str, int]:
+def _label_counts(config: Config, data: Corpora, view: View, base: Base | None) -> dict[str, int]:
     """Count the labels of each attribute that the model has seen, including those of the checkpoint that it starts
     from.
 
@@ -238,7 +239,7 @@ def _label_counts(config: Config, data: Corpora, view: View, base: Path | None) 
             f"data.train={data.name}: no trained response has a value of attributes={config.attributes.name}; {remedy}"
         )
     if base is not None:
-        before = read_meta(base).label_counts
+        before = base.meta.label_counts
         counts = {name: count + before.get(name, 0) for name, count in counts.items()}
     if without := [name for name, count in counts.items() if not count]:
         get_logger(__name__).warning(
@@ -249,13 +250,15 @@ def _label_counts(config: Config, data: Corpora, view: View, base: Path | None) 
     return counts
 
 
-def _new_meta(config: Config, data: Corpora, view: View, label_counts: dict[str, int]) -> CheckpointMeta:
+def _new_meta(
+    config: Config, data: Corpora, view: View, label_counts: dict[str, int], base: Base | None
+) -> CheckpointMeta:
     schema = data.schema if view in ("ap", "acsft") else None
     return CheckpointMeta(
         step=0,
         task=task_of(view),
         model=dataclasses.asdict(config.model),
-        vocab_size=data.tokenizer.vocab_size,
+        vocab_size=_vocab_size(data, base),
         schema=schema.to_dict() if schema else None,
         template=data.template.to_dict(),
         tokenizer_hash=data.tokenizer.hash,
@@ -275,14 +278,14 @@ def _objective(config: Config, view: View) -> Objective:
 
 
 def _build_engine(
-    config: Config, data: Corpora, view: View, steps: int, within: str
+    config: Config, data: Corpora, view: View, steps: int, base: Base | None
 ) -> tuple[Engine, Iterable[tuple[torch.nn.Parameter, torch.Tensor]], Callable[[int, float], float]]:
-    """Return the engine, the initial weights of parameters whose name starts with ``within`` (not yet drawn), and the
-    function that counts floating-point operations (docs/numerics.md).
+    """Return the engine, the weights to fill it with (not yet drawn or read), and the function that counts FLOPs
+    (docs/numerics.md). Of a model that starts from a checkpoint, only a head that this may lack is drawn.
     """
     chunks, initial = [], []
     chunk_count = config.parallel.virtual_pipeline or 1
-    vocab_size = data.tokenizer.vocab_size
+    vocab_size, within = _vocab_size(data, base), "" if base is None else HEAD if base.hf is None else REGRESSION_HEAD
     mean_A = torch.from_numpy(data.label_mean()).nan_to_num() if view == "ap" else None
     for stage in range(chunk_count):
         chunk = build_model(
@@ -296,9 +299,16 @@ def _build_engine(
         if config.train.trainable == "head":
             freeze_trunk(chunk)
         initial.append(initial_weights(chunk, config.model, vocab_size, config.train.seed, mean_A, within))
+        if base is not None and base.hf is not None:
+            initial.append(base.hf.weights(chunk, vocab_size))
         chunks.append(chunk)
     engine = engine_of(config.engine)(chunks, _objective(config, view), config.optim, config.engine, steps)
     return engine, itertools.chain(*initial), flops_of(config, vocab_size, view)
+
+
+def _vocab_size(data: Corpora, base: Base | None) -> int:
+    """Return the rows of the embedding: the tokenizer's ids, or those of the run's base, if more."""
+    return max(data.tokenizer.vocab_size, 0 if base is None else base.meta.vocab_size)
 
 
 def flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, float], float]:

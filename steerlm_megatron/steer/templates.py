@@ -279,7 +279,61 @@ class Llama2Template(Template):
         return segments
 
 
-TEMPLATES: dict[str, type[Template]] = {template.name: template for template in (SteerLMTemplate, Llama2Template)}
+@dataclass(frozen=True)
+class ChatMLTemplate(Template):
+    """ChatML, the format of many instruction-tuned models, with a label line before the response::
+
+        <|im_start|>system\\n{system}<|im_end|>\\n
+        <|im_start|>user\\n{text}<|im_end|>\\n
+        <|im_start|>assistant\\n[<extra_id_2>{label}\\n]{response}<|im_end|>\\n
+
+    (without the line breaks shown). An empty system text has no system turn; ``system_suffix`` is not used. The end of
+    a response is trained, the newline after it is not: generation has stopped by then.
+    """
+
+    name: ClassVar[str] = "chatml"
+    control_strings: ClassVar[tuple[str, ...]] = ("<|im_start|>", "<|im_end|>")
+    stop_strings: ClassVar[tuple[str, ...]] = ("<|im_end|>",)
+    response_suffix: ClassVar[str] = ""
+
+    def _open_response(self, turn: int, follows: bool) -> list[Segment]:
+        return [
+            Segment("<|im_start|>", True, False, Part.ROLE, turn),
+            Segment("assistant\n", False, False, Part.ROLE, turn),
+        ]
+
+    def segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
+        system, turns = _split_system(messages, self.system)
+        segments: list[Segment] = []
+        if system:
+            segments += (
+                Segment("<|im_start|>", True, False, Part.HEADER, -1),
+                Segment(f"system\n{system}", False, False, Part.HEADER, -1),
+                Segment("<|im_end|>", True, False, Part.HEADER, -1),
+                Segment("\n", False, False, Part.HEADER, -1),
+            )
+        for turn, message in turns:
+            if message.role == "user":
+                segments += (
+                    Segment("<|im_start|>", True, False, Part.ROLE, turn),
+                    Segment(f"user\n{message.content}", False, False, Part.USER, turn),
+                    Segment("<|im_end|>", True, False, Part.ROLE, turn),
+                    Segment("\n", False, False, Part.ROLE, turn),
+                )
+                continue
+            trained = training and message.weight > 0
+            segments += self._until_response(message, schema, turn, False)
+            segments += (
+                Segment(message.content, False, trained, Part.RESPONSE, turn),
+                Segment("<|im_end|>", True, trained, Part.END, turn),
+                Segment("\n", False, False, Part.ROLE, turn + 1),
+            )
+        return segments
+
+
+TEMPLATES: dict[str, type[Template]] = {
+    template.name: template for template in (SteerLMTemplate, Llama2Template, ChatMLTemplate)
+}
 
 
 def join(segments: Iterable[Segment]) -> str:

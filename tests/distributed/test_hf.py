@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import hf
 from helpers.dist import run_ranks
 from helpers.engines import MODEL, OPTIM, Case, Shard, objective, shards, shards_of, step_batches, unsplit
 from helpers.engines import VOCAB as ENGINE_VOCAB
@@ -21,6 +20,7 @@ from steerlm_megatron.model.predict import predict_values
 from steerlm_megatron.model.weights import fill, initial_weights
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.stages.train import engine_of
+from tests.helpers import hf
 
 pytestmark = pytest.mark.distributed
 

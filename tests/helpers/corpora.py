@@ -23,7 +23,8 @@ SCHEMA = AttributeSchema("test", ("quality", "toxicity", "humor"), 9)
 STEERLM = Template.from_config({"name": "steerlm", "system": "You are kind."})
 LLAMA2 = Template.from_config({"name": "llama2", "system": "You are kind."})
 LLAMA2_BARE = Template.from_config({"name": "llama2"})
-TEMPLATES = {"steerlm": STEERLM, "llama2": LLAMA2, "llama2_bare": LLAMA2_BARE}
+CHATML = Template.from_config({"name": "chatml"})
+TEMPLATES = {"steerlm": STEERLM, "llama2": LLAMA2, "llama2_bare": LLAMA2_BARE, "chatml": CHATML}
 CONTROLS = ("<extra_id_0>", "<extra_id_1>", "<extra_id_2>")
 TOKENIZERS = ("trained", "nfkc", "user_defined", "mistral", "fairseq2", "hf_metaspace", "hf_byte_level", "bytes")
 

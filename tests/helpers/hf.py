@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.engines import full_row
+from tests.helpers.engines import full_row
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 

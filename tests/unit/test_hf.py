@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -39,6 +38,7 @@ from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.model.predict import predict_values
 from steerlm_megatron.model.weights import fill, global_names, initialize
 from steerlm_megatron.runtime import parallel
+from tests.helpers import hf
 
 INDEX = "model.safetensors.index.json"
 ADDED = 3  # control tokens

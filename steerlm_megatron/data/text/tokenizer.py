@@ -218,6 +218,11 @@ class Tokenizer:
         digest.update(json.dumps(self._describe(), sort_keys=True).encode())
         return digest.hexdigest()
 
+    @property
+    def model_hash(self) -> str:
+        """SHA-256 of the model alone, whatever is added to it."""
+        return hashlib.sha256(self._model.data).hexdigest()
+
     @cached_property
     def losses(self) -> tuple[str, ...]:
         """What does not come back of a text that is encoded and decoded, by the setting of the model that loses it."""

@@ -1,0 +1,171 @@
+"""Models that commands start from: a checkpoint of ours, or a Hugging Face folder.
+
+Owns: what of a Hugging Face folder stands for a checkpoint's metadata, tokenizer and template; the shape that a run
+takes from its base. Does not own: weights and ``config.json`` (``model/hf``), checkpoints (``train/meta.py``).
+Invariant: nobody repeats ``model.*``: a run that starts from a model has that model's shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from steerlm_megatron.config.schema import Config, ModelConfig
+from steerlm_megatron.data.text.tokenizer import Tokenizer
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.hf import HFFolder, is_hf_folder
+from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.steer.records import Message
+from steerlm_megatron.steer.templates import TEMPLATES, Template, join
+from steerlm_megatron.train.checkpoint import resolve
+from steerlm_megatron.train.meta import CheckpointMeta, read_meta
+
+# A run chooses these for itself, whatever it starts from.
+_OF_THE_RUN = ("dropout", "init_std", "vocab_multiple")
+_MARK = "\x01system\x01"
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run starts from.
+
+    Args:
+        folder: the checkpoint, or the Hugging Face folder.
+        meta: of a checkpoint; for a Hugging Face folder, what stands for it.
+        hf: the opened Hugging Face folder; None for a checkpoint.
+    """
+
+    folder: Path
+    meta: CheckpointMeta
+    hf: HFFolder | None = None
+
+
+def open_base(path: str, key: str) -> Base:
+    """Open the model that ``key=path`` names, without its weights.
+
+    Raises:
+        UserError: it is neither a checkpoint nor a Hugging Face folder that can be read.
+    """
+    if not is_hf_folder(path):
+        folder = resolve(path, key)
+        return Base(folder, read_meta(folder))
+    hf = HFFolder.open(path, key)
+    tokenizer = Tokenizer.from_path(hf.folder)
+    meta = CheckpointMeta(
+        step=0,
+        task="lm",
+        model=dataclasses.asdict(hf.model),
+        vocab_size=max(hf.vocab_size, tokenizer.vocab_size),
+        schema=None,
+        template={},
+        tokenizer_hash=tokenizer.model_hash,
+        training_state=False,
+    )
+    return Base(hf.folder, meta, hf)
+
+
+def adopt_shape(config: Config, overrides: Iterable[str]) -> None:
+    """Give ``config.model`` the shape of ``init_from``, unless the user states one on the command line, which is then
+    compared with it (``stages/resume.py``).
+    """
+    keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
+    if config.init_from is None or "model" in keys:
+        return
+    meta = open_base(config.init_from, "init_from").meta
+    stated = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
+    adopted = {k: v for k, v in meta.model.items() if k not in stated and k not in _OF_THE_RUN}
+    config.model = dataclasses.replace(config.model, **adopted)
+
+
+def model_differences(config: Config, meta: CheckpointMeta) -> list[str]:
+    """Return ``model.key=value (checkpoint: value)`` for each key that makes another model of it."""
+    ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(ModelConfig(**meta.model))
+    free = {"name", "max_position", *_OF_THE_RUN[:2]}
+    return [f"model.{k}={ours[k]} (checkpoint: {theirs[k]})" for k in ours if k not in free and ours[k] != theirs[k]]
+
+
+def chat_template_of(folder: Path, key: str) -> Template:
+    """Return the template that renders conversations as the folder's own chat template does.
+
+    The chat template is tried on a conversation with a system text, and on one without, which tells the system text
+    that it puts there by itself.
+
+    Raises:
+        UserError: the folder has no chat template, or none of ours is like it.
+    """
+    source = _chat_template(folder)
+    if source is None:
+        raise UserError(
+            f"{key}={folder} has no chat template: it is a model that continues text, and has no format for requests; "
+            "fine-tune it first (steerlm train_sft init_from=...)"
+        )
+    tokens = _special_tokens(folder)
+    turns = (Message("user", "Hi."), Message("assistant", "Hello!"), Message("user", "Who are you?"))
+    for kind in TEMPLATES.values():
+        template = kind(system="")
+        expected = join(template.prefix((Message("system", _MARK), *turns)))
+        if _rendered(source, tokens, (Message("system", _MARK), *turns)) != expected:
+            continue
+        bare = _rendered(source, tokens, turns)
+        before, _, after = expected.partition(_MARK)
+        if bare == join(template.prefix(turns)):
+            return template
+        if bare is not None and bare.startswith(before) and bare.endswith(after):
+            return kind(system=bare[len(before) : len(bare) - len(after)])
+    raise UserError(
+        f"{key}={folder}: its chat template is like none of ours ({' '.join(TEMPLATES)}): its prompts cannot be written"
+    )
+
+
+def _chat_template(folder: Path) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = _json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):  # of several, by name
+        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+    return found
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """Return ``bos_token`` and the like, which chat templates write."""
+    out = {}
+    for key, value in _json(folder / "tokenizer_config.json").items():
+        text = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(text, str):
+            out[key] = text
+    return out
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _rendered(source: str, tokens: dict[str, str], messages: Iterable[Message]) -> str | None:
+    """Return what a chat template makes of a conversation, as ``transformers`` renders it; None where it refuses it."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.globals["raise_exception"] = refuse
+    try:
+        return environment.from_string(source).render(
+            messages=[{"role": m.role, "content": m.content} for m in messages], add_generation_prompt=True, **tokens
+        )
+    except TemplateError as error:
+        get_logger(__name__).debug("the chat template refuses a conversation: %s", error)
+        return None

@@ -1,0 +1,163 @@
+"""Commands start from a Hugging Face folder: its shape, tokenizer and format come from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.stages.base import chat_template_of
+from steerlm_megatron.steer.records import read_records
+from steerlm_megatron.train.meta import read_meta
+from tests.helpers.cli import run_here as run
+
+pytestmark = pytest.mark.integration
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = ["Tell me about the red fox.", "The fox is red.", "Hello, who are you?", "I am a model of language."]
+TINY = ("engine.precision=fp32", "run_dir=out")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of ``transformers`` with a byte-level tokenizer and a chat template."""
+    import tokenizers
+    import transformers
+
+    path = tmp_path_factory.mktemp("llama")
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE())
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    raw.train_from_iterator(WORDS * 20, trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=CHATML
+    )
+    tokenizer.save_pretrained(path)
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3,
+        intermediate_size=80, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2,
+        eos_token_id=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    records = [
+        {"id": f"{i}", "messages": [{"role": "user", "content": WORDS[i % 4]},
+                                    {"role": "assistant", "content": WORDS[(i + 1) % 4], "attributes": {"helpfulness": i % 5}}]}
+        for i in range(24)
+    ]  # fmt: skip
+    Path("records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    Path("prompts.jsonl").write_text(
+        "".join(json.dumps({**r, "messages": r["messages"][:1]}) + "\n" for r in records[:4])
+    )
+    yield
+
+
+def test_greedy_responses_are_those_of_transformers(folder: Path) -> None:
+    import transformers
+
+    sampling = ("sampling=greedy", "sampling.max_tokens=12", "data.on_error=skip")
+    assert run("generate", f"checkpoint={folder}", "input=prompts.jsonl", "output=answers.jsonl", *sampling, *TINY) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers = list(read_records("answers.jsonl"))
+    assert len(answers) == 4
+    for answer in answers:
+        asked = [{"role": "user", "content": answer.messages[0].content}]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        drawn = model.generate(**ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[
+            0, ids["input_ids"].shape[1] :
+        ]
+        expected = tokenizer.decode(drawn, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert answer.messages[-1].content == expected
+
+
+@pytest.mark.parametrize("command", ["train_ap", "train_sft"])
+@pytest.mark.parametrize("template", ["chatml", "steerlm"])
+def test_training_starts_from_the_folder(folder: Path, command: str, template: str) -> None:
+    data = ("data.source=messages", "data.valid_fraction=0", f"template={template}", "attributes=demo")
+    assert (
+        run("preprocess", *data, "data.input=records.jsonl", "data.output_dir=shards", f"tokenizer.path={folder}") == 0
+    )
+    train = (*data[2:], "data.train=shards/train", f"init_from={folder}", "train.row_tokens=256", "train.steps=2",
+             "train.global_batch_samples=8", "optim.lr=1e-4")  # fmt: skip
+    assert run(command, *train, *TINY) == 0
+    meta = read_meta(next(Path("out/checkpoints").glob("step_*")))
+    assert (meta.model["num_layers"], meta.model["hidden_size"], meta.model["num_query_groups"]) == (3, 48, 3)
+    assert meta.vocab_size > 300 - 1
+    first = json.loads(Path("out/metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] > 0
+    # The run's checkpoint is a model like any other.
+    more = ("train.steps=1", "run_dir=more", "init_from=out")
+    assert run(command, *train, *TINY, *more) == 0
+
+
+def test_a_shape_that_a_user_states_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("data.source=messages", "data.valid_fraction=0", "attributes=none")
+    assert (
+        run("preprocess", *data, "data.input=records.jsonl", "data.output_dir=shards", f"tokenizer.path={folder}") == 0
+    )
+    train = (
+        "train_sft",
+        "attributes=none",
+        "data.train=shards/train",
+        f"init_from={folder}",
+        "train.steps=1",
+        "train.row_tokens=256",
+        *TINY,
+    )
+    assert run(*train, "model.ffn_hidden_size=96") == 2
+    assert "model.ffn_hidden_size=96 (checkpoint: 80)" in capsys.readouterr().err
+    assert run(*train, "tokenizer.path=bytes") == 2
+
+
+def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("data.source=messages", "data.valid_fraction=0", "attributes=none")
+    assert run("preprocess", *data, "data.input=records.jsonl", "data.output_dir=shards", "tokenizer.path=bytes") == 0
+    train = (
+        "train_sft",
+        "attributes=none",
+        "data.train=shards/train",
+        f"init_from={folder}",
+        "train.steps=1",
+        "train.row_tokens=256",
+        *TINY,
+    )
+    assert run(*train) == 2
+    assert f"preprocess with tokenizer.path={folder}" in capsys.readouterr().err
+
+
+def test_a_chat_template_is_known_by_what_it_writes(folder: Path, tmp_path: Path) -> None:
+    template = chat_template_of(folder, "checkpoint")
+    assert (template.name, template.system) == ("chatml", "Be kind.")
+
+    def with_template(source: str | None, **tokens: Any) -> Path:
+        path = tmp_path / "other"
+        path.mkdir(exist_ok=True)
+        (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source, **tokens}))
+        return path
+
+    plain = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    ask = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    assert chat_template_of(with_template(plain + ask), "checkpoint").to_dict()["system"] == ""
+    with pytest.raises(UserError, match="is like none of ours"):
+        chat_template_of(with_template("{% for m in messages %}{{ m.content }}{% endfor %}"), "checkpoint")
+    with pytest.raises(UserError, match="has no chat template"):
+        chat_template_of(with_template(None), "checkpoint")
