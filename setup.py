@@ -34,6 +34,9 @@ INSTALL_REQUIRES = [
     "omegaconf>=2.3,<2.4",
     "PyYAML>=6.0",
     "sentencepiece>=0.2",
+    # data/text/text_models.py reads models with SentencePiece's protobuf module, for which SentencePiece does not
+    # require this package; the module of 0.2.3 refuses an older one than it was generated with.
+    "protobuf>=7.36.1",
     "tokenizers>=0.20",
     "transformers>=4.45",
     "safetensors>=0.4",

@@ -26,6 +26,7 @@ from steerlm_megatron.config.schema import EngineConfig, ParallelConfig
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.model.predict import predict_values
+from steerlm_megatron.model.weights import initialize
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.device import device, dtype_of
 from steerlm_megatron.stages.scoring import default_batch_tokens, rows_by_length
@@ -76,7 +77,10 @@ def _arguments() -> argparse.Namespace:
 def contestants(args: argparse.Namespace, docs: Sequence[Doc]) -> dict[str, Callable[[], np.ndarray]]:
     """Return functions by name that score all documents as float32 [responses, A] in the order of ``docs``."""
     model = SHAPES[args.shape]
-    ours = build_model(model, ParallelConfig(), EngineConfig(precision=args.dtype), args.vocab, len(ATTRIBUTES), seed=1)
+    engine = EngineConfig(precision=args.dtype)
+    ours = initialize(
+        build_model(model, ParallelConfig(), engine, args.vocab, len(ATTRIBUTES)), model, args.vocab, seed=1
+    )
     ours.output_layer.regression.weight.data.normal_(0, 0.02)
     peer = peers.llama(model, args.vocab, "sdpa", len(ATTRIBUTES))
     peers.copy_weights(ours, peer, model)

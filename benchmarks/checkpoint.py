@@ -22,6 +22,7 @@ from benchmarks.train_packed import OPTIM, SHAPES
 from steerlm_megatron.config.schema import EngineConfig, ParallelConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.model.gpt import build_model
+from steerlm_megatron.model.weights import initialize
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import broadcast_object
 from steerlm_megatron.runtime.parallel import layout
@@ -49,16 +50,8 @@ class Times:
 def measure(args: argparse.Namespace, root: Path) -> Times:
     """Measure ``args.rounds`` saves of each kind. Collective over the world."""
     config = EngineConfig()
-    model = build_model(
-        SHAPES[args.shape],
-        ParallelConfig(),
-        config,
-        args.vocab,
-        attributes=None,
-        seed=1,
-        vp_stage=None,
-        initialize=True,
-    )
+    shape = SHAPES[args.shape]
+    model = initialize(build_model(shape, ParallelConfig(), config, args.vocab), shape, args.vocab, seed=1)
     engine = MegatronEngine([model], TokenObjective(), OPTIM, config, steps=10)
     engine.optimizer.step()  # a step creates the moments
     store = CheckpointStore(root, keep_last=1, keep_best=False)

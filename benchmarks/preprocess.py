@@ -45,7 +45,7 @@ from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.views import TURN
 from steerlm_megatron.data.write.blocks import Block
 from steerlm_megatron.data.write.preprocess import preprocess
-from steerlm_megatron.steer.records import Conversation, Message, open_text, read_records, write_records
+from steerlm_megatron.steer.records import Conversation, Message, read_json_lines, read_records, write_records
 from steerlm_megatron.steer.templates import Template, join
 
 DATA = Path(os.environ.get("STEERLM_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -74,9 +74,8 @@ def together(folder: Path) -> Path:
     """Write all corpora into one file, with the texts of OASST1 in pairs, which alone is large enough for words to
     repeat.
     """
-    path, texts = folder / "all.jsonl", []
-    for line in open_text(DATA / "oasst1_en_train_texts.jsonl.zst"):
-        texts.append(json.loads(line)["text"])
+    path = folder / "all.jsonl"
+    texts = [row["text"] for _, row in read_json_lines(DATA / "oasst1_en_train_texts.jsonl.zst")]
     pairs = (
         Conversation(f"text{number}", (Message("user", texts[number]), Message("assistant", texts[number + 1])))
         for number in range(0, len(texts) - 1, 2)

@@ -30,6 +30,7 @@ from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.feed.packing import pack
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
+from steerlm_megatron.model.weights import initialize
 from steerlm_megatron.observe.metrics import model_flops
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
@@ -116,7 +117,7 @@ def our_samples(docs: Sequence[Doc], regression: bool) -> list[Sample]:
     for i, doc in enumerate(docs):
         pool = doc.ends.numpy().astype(np.int32) if regression else np.zeros(0, np.int32)
         values = doc.values.numpy() if regression else np.zeros((0, 0), np.float32)
-        samples.append(Sample(str(i), doc.tokens.numpy(), doc.target.numpy(), pool, values, pool))
+        samples.append(Sample(str(i), doc.tokens.numpy(), doc.target.numpy(), pool, values))
     return samples
 
 
@@ -138,7 +139,7 @@ def contestants(
     regression, model = args.task == "ap", SHAPES[args.shape]
     engine = EngineConfig(precision=args.dtype)
     attributes = len(ATTRIBUTES) if regression else None
-    ours = build_model(model, ParallelConfig(), engine, args.vocab, attributes, seed=1)
+    ours = initialize(build_model(model, ParallelConfig(), engine, args.vocab, attributes), model, args.vocab, seed=1)
     if regression:
         ours.output_layer.regression.weight.data.normal_(0, 0.02)
     wanted = {name: a for name, a in _PEERS[args.task].items() if args.peer in name}

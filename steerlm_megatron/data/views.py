@@ -111,7 +111,6 @@ class Sample:
         loss_mask_T: bool, True where the token is a training target (the first token never is).
         pool_P: int32, positions whose hidden state is regressed (``ap`` only, else empty).
         values_PA: float32 regression targets, NaN where missing.
-        turns_P: int32, the number of the scored turn among the messages other than the system's.
         cut_tokens: number of tokens that the over-long policy removed.
     """
 
@@ -120,7 +119,6 @@ class Sample:
     loss_mask_T: npt.NDArray[np.bool_]
     pool_P: npt.NDArray[np.int32]
     values_PA: npt.NDArray[np.float32]
-    turns_P: npt.NDArray[np.int32]
     cut_tokens: int = 0
 
 
@@ -265,7 +263,6 @@ def make_sample(
         mask,
         pool,
         np.where((document.turns_N["weight"] > 0)[:, None], document.values_NA, np.nan)[cut.marks].astype(np.float32),
-        cut.marks.astype(np.int32),
         before - len(tokens),
     )
 

@@ -70,11 +70,6 @@ class KVCache:
         for layer in self._layers.values():
             layer[:, row] = 0
 
-    def clear(self) -> None:
-        """Give the memory back."""
-        self._layers.clear()
-        self._step = None
-
     def begin(self, decode_lengths: Sequence[int], prefill: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Announce a step: one token for each of rows 0..n-1, then whole prompts.
 

@@ -1,19 +1,15 @@
 """Building the Megatron-Core ``GPTModel`` of a configuration.
 
-Owns: the mapping from ``ModelConfig`` to Megatron-Core, the layer spec, initial weights. Does not own: data-parallel
-wrapping and precision (engines), weights from elsewhere (``train/checkpoint.py``).
-Invariant: initial weights are a function of (seed, parameter name) alone, so every TP x PP layout starts from the same
-model.
+Owns: the mapping from ``ModelConfig`` to Megatron-Core, the layer spec. Does not own: what the weights are
+(``weights.py``, ``train/checkpoint.py``), data-parallel wrapping and precision (engines).
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 import os
 import shutil
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -22,7 +18,6 @@ import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -39,11 +34,12 @@ from steerlm_megatron.model.fused import CompiledSwiGLU, SwiGLU
 from steerlm_megatron.model.norm import CompiledNorm, PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
+from steerlm_megatron.runtime.mcore_private import HookedGPTModel, HookedTransformerLayer
 
 _ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
 
 
-class PackedGPTModel(GPTModel):
+class PackedGPTModel(HookedGPTModel):
     """``GPTModel`` that applies its output layer only where an output is wanted (``PackedTokens.output_index_K``).
 
     With labels of the same K positions it returns their losses [1, K]; without, logits [1, K, V] (or attribute values
@@ -52,15 +48,15 @@ class PackedGPTModel(GPTModel):
 
     post_process: bool
 
-    def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def before_output(self, hidden_states: torch.Tensor, packed_seq_params: PackedTokens) -> torch.Tensor:
         if self.post_process and self.config.sequence_parallel:
             # The output layer is built for whole sequences (see build_model): what follows is the same on every rank up
             # to its own all-reduce, so here the gradient is split, not summed.
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False
             )
-            hidden_states = _wanted(hidden_states, kwargs["packed_seq_params"])  # LastLayer does it otherwise
-        return super()._postprocess(hidden_states=hidden_states, **kwargs)
+            hidden_states = _wanted(hidden_states, packed_seq_params)  # LastLayer does it otherwise
+        return hidden_states
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels [1, K] and this rank's logits [K, 1, V / tensor] → losses [1, K] in float32."""
@@ -85,15 +81,14 @@ def _wanted(hidden_TBD: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
     return hidden_TBD if index_K is None else hidden_TBD.index_select(0, index_K)
 
 
-class LastLayer(TransformerLayer):
+class LastLayer(HookedTransformerLayer):
     """The model's last layer: after its attention, nothing is computed for positions whose output nobody wants.
 
     For K of T tokens it saves 1 - K/T of that layer's MLP, forward and backward; the outputs are the same.
     """
 
-    def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        hidden_TBD, context = super()._forward_attention(*args, **kwargs)
-        return _wanted(hidden_TBD, kwargs["packed_seq_params"]), context
+    def after_attention(self, hidden_states: torch.Tensor, packed_seq_params: PackedTokens) -> torch.Tensor:
+        return _wanted(hidden_states, packed_seq_params)
 
 
 def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
@@ -131,7 +126,6 @@ def transformer_config(
         add_bias_linear=model.bias,
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
-        init_method_std=model.init_std,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,
         pipeline_model_parallel_size=parallel.pipeline,
@@ -146,10 +140,13 @@ def transformer_config(
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=per_token_loss,
         deterministic_mode=False,
-        # Megatron-Core marks split parameters while it draws them; initialize_parameters or a checkpoint then replaces
-        # the values.
+        # Megatron-Core marks split parameters in what draws them, so that is called, and draws nothing.
         perform_initialization=True,
-        use_cpu_initialization=not has_cuda(),
+        use_cpu_initialization=True,
+        init_method_std=model.init_std,
+        init_method=_draw_nothing,
+        output_layer_init_method=_draw_nothing,
+        embedding_init_method=_draw_nothing,
         use_te_activation_func=model.activation == "swiglu",  # Megatron-Core's name for "as the layer spec says"
         # Megatron-Core's fusions need Apex or Transformer Engine kernels; model/fused.py has ours.
         gradient_accumulation_fusion=False,
@@ -215,16 +212,22 @@ def build_model(
     engine: EngineConfig,
     vocab_size: int,
     attributes: int | None = None,
-    seed: int = 0,
     vp_stage: int | None = None,
     gather_logits: bool = False,
-    initialize: bool = True,
+    where: torch.device | str | None = None,
 ) -> PackedGPTModel:
-    """This rank's part of the model, on its device, in float32 (engines convert).
+    """This rank's part of the model, whose parameters have no values yet.
 
-    ``attributes``: build the regression head with that many outputs in place of the output layer. ``vocab_size``: of
-    the tokenizer; the embedding has :func:`padded_vocab_size` rows. ``gather_logits``: full-vocabulary logits on every
-    tensor-parallel rank (generation). ``initialize=False`` leaves the weights to a checkpoint.
+    :func:`steerlm_megatron.model.weights.initialize` draws values, or a checkpoint is read into them; what comes after
+    depends on neither. Matrices have the dtype of ``engine.precision``, norms and the regression head float32.
+
+    Args:
+        vocab_size: of the tokenizer; the embedding has :func:`padded_vocab_size` rows.
+        attributes: build the regression head with that many outputs in place of the output layer.
+        vp_stage: which of the stages that this rank holds under ``parallel.virtual_pipeline``.
+        gather_logits: full-vocabulary logits on every tensor-parallel rank (generation).
+        where: the device of the parameters; this process's without it. On ``meta`` they take no memory, which is enough
+            for names, shapes and sharding.
     """
     config = transformer_config(model, parallel, engine)
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -236,78 +239,48 @@ def build_model(
     if last and not config.sequence_parallel:  # under it a rank has a part of the sequence only
         layer_specs[-1] = layer_spec(model, engine, LastLayer)
     spec = TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=_norm(engine))
-    gpt = PackedGPTModel(
-        config=config,
-        transformer_layer_spec=spec,  # mcore takes either
-        vocab_size=padded_vocab_size(vocab_size, model.vocab_multiple, parallel.tensor),
-        max_sequence_length=model.max_position,
-        pre_process=first,
-        post_process=last,
-        parallel_output=not gather_logits,
-        share_embeddings_and_output_weights=model.tie_embeddings and attributes is None,
-        position_embedding_type="none",
-        vp_stage=vp_stage,
-    )
-    if last:
-        if attributes is not None:
+    with torch.device("meta"):
+        gpt = PackedGPTModel(
+            config=config,
+            transformer_layer_spec=spec,  # mcore takes either
+            vocab_size=padded_vocab_size(vocab_size, model.vocab_multiple, parallel.tensor),
+            max_sequence_length=model.max_position,
+            pre_process=first,
+            post_process=last,
+            parallel_output=not gather_logits,
+            share_embeddings_and_output_weights=model.tie_embeddings and attributes is None,
+            position_embedding_type="none",
+            vp_stage=vp_stage,
+        )
+        if last and attributes is not None:
             gpt.output_layer = RegressionHead(config, attributes)
-        else:
-            gpt.output_layer.sequence_parallel = False  # PackedGPTModel gathers the sequence itself
-            gpt.output_layer.allreduce_dgrad = parallel.tensor > 1
-    if initialize:
-        initialize_parameters(gpt, model, seed, vocab_size)
-    return gpt.to(device())
+    if last and attributes is None:
+        gpt.output_layer.sequence_parallel = False  # PackedGPTModel gathers the sequence itself
+        gpt.output_layer.allreduce_dgrad = parallel.tensor > 1
+    _allocate(gpt, torch.device(where) if where is not None else device())
+    return gpt
+
+
+def _draw_nothing(parameter: torch.Tensor) -> torch.Tensor:
+    """In the place of Megatron-Core's initialisation."""
+    return parameter
+
+
+def _allocate(gpt: torch.nn.Module, where: torch.device) -> None:
+    """Give parameters on ``meta`` memory on ``where``. ``Module.to_empty`` would lose what Megatron-Core has noted on
+    them (how they are split).
+    """
+    if where.type == "meta":
+        return
+    assert not list(gpt.buffers()), "a buffer would have no values either"
+    for module in gpt.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            allocated = torch.nn.Parameter(torch.empty_like(parameter, device=where), parameter.requires_grad)
+            allocated.__dict__.update(parameter.__dict__)
+            setattr(module, name, allocated)
 
 
 def freeze_trunk(gpt: PackedGPTModel) -> None:
     """Leave the output layer alone trainable."""
     for name, parameter in gpt.named_parameters():
         parameter.requires_grad_(name.startswith("output_layer."))
-
-
-def global_names(gpt: GPTModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Parameters with the names they have in the unsplit model: layer numbers count from the model's first layer."""
-    numbers = {f"decoder.layers.{i}.": layer.layer_number - 1 for i, layer in enumerate(gpt.decoder.layers)}
-    for name, parameter in gpt.named_parameters():
-        for local, number in numbers.items():
-            if name.startswith(local):
-                name = f"decoder.layers.{number}.{name[len(local) :]}"
-                break
-        yield name, parameter
-
-
-def initialize_parameters(gpt: GPTModel, model: ModelConfig, seed: int, vocab_size: int) -> None:
-    """Draw the initial weights: N(0, init_std²), and N(0, init_std² / 2L) for the projections into the residual stream.
-
-    Each whole parameter is drawn from a generator seeded by (seed, name), and this rank keeps its slice. Embedding rows
-    beyond the tokenizer's vocabulary start at zero.
-    """
-    world, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-    for name, parameter in global_names(gpt):
-        if (
-            "layernorm" in name
-            or "norm." in name
-            or name.endswith("bias")
-            or name.startswith("output_layer.regression")
-        ):
-            if name.endswith("linear_qkv.bias") or ".linear_" in name and name.endswith("bias"):
-                parameter.data.zero_()
-            continue
-        residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
-        std = model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
-        if name == "output_layer.weight" and model.tie_embeddings:
-            name = "embedding.word_embeddings.weight"  # the tied copy on the last stage is the same tensor
-        split = world > 1 and getattr(parameter, "tensor_model_parallel", False)
-        axis, stride = getattr(parameter, "partition_dim", 0), getattr(parameter, "partition_stride", 1)
-        shape = list(parameter.shape)
-        if split:
-            shape[axis] *= world
-        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        full = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            full[vocab_size:] = 0.0
-        if split:
-            # A gated layer stores [gate; up]: stride 2, each half split on its own.
-            full = torch.cat(full.chunk(world * stride, dim=axis)[rank::world], dim=axis)
-        parameter.data.copy_(full)

@@ -26,20 +26,13 @@ class _Float32Linear(torch.nn.Linear):
 class RegressionHead(MegatronModule):
     """Linear(D, A), computed in float32, the same on every tensor-parallel rank.
 
-    Starts at zero weight: before training it predicts its bias, which :meth:`set_bias` puts at the labels' mean, the
-    best constant. Training then only has to find what the text adds.
+    Training starts from zero weights and a bias at the labels' mean, the best constant (``weights.initial_weights``),
+    and only has to find what the text adds.
     """
 
     def __init__(self, config: TransformerConfig, attributes: int) -> None:
         super().__init__(config=config)
         self.regression = _Float32Linear(config.hidden_size, attributes, bias=True)
-        torch.nn.init.zeros_(self.regression.weight)
-        torch.nn.init.zeros_(self.regression.bias)
-
-    def set_bias(self, mean_A: torch.Tensor) -> None:
-        """Start from ``mean_A``, the training labels' mean (float32 [A])."""
-        with torch.no_grad():
-            self.regression.bias.copy_(mean_A)
 
     def forward(
         self, hidden_SBD: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None

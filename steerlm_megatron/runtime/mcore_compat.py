@@ -1,8 +1,9 @@
 """Patches for running Megatron-Core without CUDA, Transformer Engine or Apex.
 
 Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. Where CUDA is available, only
-the patches of the checkpoint's writer and of gradient clipping are applied. Invariant: :func:`apply` is idempotent and
-is called before the first Megatron-Core object is built.
+the patches of the checkpoint's writer and of gradient clipping are applied. Does not own: the names of the replaced
+functions and classes (``mcore_private.py``). Invariant: :func:`apply` is idempotent and is called before the first
+Megatron-Core object is built.
 
 Megatron-Core assumes CUDA in four ways (found by reading 0.16.1; 0.19.2 does so in the same files):
 
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from steerlm_megatron.runtime import mcore_private
 from steerlm_megatron.runtime.device import has_cuda
 
 _CPU = torch.device("cpu")
@@ -105,51 +107,37 @@ def _patch_torch_cuda() -> None:
 
 def _patch_literals() -> None:
     """Patch way 2 in each module that has such a literal."""
-    from megatron.core import utils
-    from megatron.core.dist_checkpointing import exchange_utils
-    from megatron.core.dist_checkpointing.strategies import state_dict_saver
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-    from megatron.core.pipeline_parallel import schedules
-
-    for module in (utils, schedules, clip_grads, optimizer, distrib_optimizer, state_dict_saver, exchange_utils):
-        module.torch = _CpuTorch()
+    for name in mcore_private.TORCH:
+        name.set(_CpuTorch())
 
 
 def _patch_type_checks() -> None:
     """Patch way 3 around the functions that compare type names, and nowhere else."""
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
-
-    for owner, name in (
-        (optimizer.Float16OptimizerWithFloat16Params, "__init__"),
-        (distrib_optimizer.DistributedOptimizer, "__init__"),
-    ):
-        setattr(owner, name, _with_cuda_type_names(getattr(owner, name)))
-    grouping = distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups
-    distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups = classmethod(
-        _with_cuda_type_names(grouping.__func__)
-    )
-    clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
-    for module in (clip_grads, optimizer):
-        module.clip_grad_by_total_norm_fp32 = clip
+    for name in mcore_private.TYPE_NAME_READERS:
+        name.set(_with_cuda_type_names(name.get()))
+    grouping = mcore_private.BUILD_GROUPS
+    grouping.set(classmethod(_with_cuda_type_names(grouping.get().__func__)))
+    clip = _with_cuda_type_names(mcore_private.CLIP[0].get())
+    for name in mcore_private.CLIP:
+        name.set(clip)
 
 
 def _patch_generators() -> None:
     """Patch way 4: model-parallel RNG states become states of the CPU generator."""
-    from megatron.core.tensor_parallel import random as mcore_random
-
-    mcore_random.torch = _CpuTorch(cuda=_CpuGenerators())
-    mcore_random._get_cuda_rng_state = lambda *_a, **_k: torch.get_rng_state()
-    mcore_random._set_cuda_rng_state = lambda state, *_a, **_k: torch.set_rng_state(state)
+    mcore_private.RANDOM_TORCH.set(_CpuTorch(cuda=_CpuGenerators()))
+    mcore_private.GET_RNG_STATE.set(lambda *_a, **_k: torch.get_rng_state())
+    mcore_private.SET_RNG_STATE.set(lambda state, *_a, **_k: torch.set_rng_state(state))
     # With dropout, every fork would warn that the CPU generator moved inside a "GPU RNG context"; here that is
     # intended.
-    logging.getLogger(mcore_random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.msg)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.msg
+    )
 
 
 def _patch_groups_of_one() -> None:
     """Skip collectives of groups of one rank. Its reduced gradients and gathered weights are in place already, but gloo
     would copy all of them onto themselves twice a step (3 % of its time). NCCL detects that by itself.
     """
-    from megatron.core.distributed import param_and_grad_buffer
 
     def needed(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -161,8 +149,8 @@ def _patch_groups_of_one() -> None:
 
         return wrapped
 
-    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
-        setattr(param_and_grad_buffer, name, needed(getattr(param_and_grad_buffer, name)))
+    for name in mcore_private.DATA_PARALLEL_COLLECTIVES:
+        name.set(needed(name.get()))
 
 
 def _patch_clipping() -> None:
@@ -171,8 +159,6 @@ def _patch_clipping() -> None:
     Without Transformer Engine and Apex, Megatron-Core reads the norm of every single gradient back to the host and
     scales each gradient through a copy, which makes the host wait for the GPU hundreds of times a step.
     """
-    from megatron.core import utils
-    from megatron.core.optimizer import clip_grads
 
     def norm(_chunk_size: int, _flag: Any, tensors: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
         return torch.nn.utils.get_total_norm([t for each in tensors for t in each]).reshape(1), None
@@ -182,8 +168,9 @@ def _patch_clipping() -> None:
         assert sources is targets, "clipping scales in place"
         torch._foreach_mul_(targets, factor)
 
-    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl = norm, scale
+    if mcore_private.L2_NORM.get() is mcore_private.LOCAL_L2_NORM.get():
+        mcore_private.L2_NORM.set(norm)
+        mcore_private.SCALE.set(scale)
 
 
 def _patch_checkpoint_writer() -> None:
@@ -196,18 +183,15 @@ def _patch_checkpoint_writer() -> None:
     import queue
     from concurrent.futures import ThreadPoolExecutor
 
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async._get_write_results_queue = queue.SimpleQueue  # 0.16
-    filesystem_async.get_write_results_queue = lambda *_: queue.SimpleQueue()  # 0.19
-    writer = filesystem_async.FileSystemWriterAsync
+    mcore_private.WRITE_RESULTS_QUEUE.set(lambda *_: queue.SimpleQueue())
+    write_one, write_all = mcore_private.WRITE_ONE.get(), mcore_private.WRITE_ALL
 
     def write(transforms: Any, use_msc: bool, _rank: int, buckets: list[Any], out: queue.SimpleQueue[Any]) -> None:
         def one(number: int) -> tuple[int, Any]:
             found: queue.Queue[Any] = queue.Queue()
             count: queue.Queue[Any] = queue.Queue()
             count.put(number)
-            writer.write_preloaded_data(transforms, number, buckets[number], found, count, True, use_msc=use_msc)
+            write_one(transforms, number, buckets[number], found, count, True, use_msc=use_msc)
             return found.get()
 
         with ThreadPoolExecutor(len(buckets)) as pool:
@@ -215,8 +199,8 @@ def _patch_checkpoint_writer() -> None:
         error = next((each for each in outcome.values() if isinstance(each, Exception)), None)
         out.put(error or outcome)
 
-    if hasattr(writer, "write_preloaded_data_multiproc"):
-        writer.write_preloaded_data_multiproc = staticmethod(write)
+    if write_all.path == write_all.paths[0]:
+        write_all.set(staticmethod(write))
 
 
 def apply() -> None:

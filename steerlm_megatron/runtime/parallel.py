@@ -58,10 +58,6 @@ class Layout:
         return sizes if self.cp_size == 1 else (*sizes, self.cp_size)
 
     @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
     def is_last_stage(self) -> bool:
         return self.pp_rank == self.pp_size - 1
 

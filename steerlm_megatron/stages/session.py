@@ -154,7 +154,6 @@ def load_model(
         meta.vocab_size,
         attributes=len(schema.names) if meta.head == "regression" and schema else None,
         gather_logits=gather_logits,
-        initialize=False,
     )
     verify(folder)
     state = load_sharded({"model": model.sharded_state_dict()}, folder)

@@ -7,12 +7,13 @@ own: the loop (``train/loop.py``). Invariant: every mismatch is found before the
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +26,7 @@ from steerlm_megatron.data.views import View
 from steerlm_megatron.data.write.preprocess import is_complete
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import build_model, freeze_trunk
+from steerlm_megatron.model.weights import HEAD, initial_weights
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops
 from steerlm_megatron.observe.profiler import StepProfiler
@@ -102,13 +104,15 @@ def train(here: Session) -> TrainResult:
     steps = config.train.steps or meta.step + loaders[0].steps_to(end or 0)
     if latest:
         on_main(partial(check_steps, config, steps, latest, meta))
-    engine, flops = _build_engine(config, data, view, steps)
+    engine, initial, flops = _build_engine(config, data, view, steps, within=HEAD if base is not None else "")
     if latest is not None:
         engine.load(latest)
         get_logger(__name__).info("resuming from %s at step %d of %d", latest, meta.step, steps)
-    elif base is not None:
-        verify(base)
-        engine.load_model(base)
+    else:
+        engine.fill(initial)
+        if base is not None:
+            verify(base)
+            engine.load_model(base)
     _announce(config, view, rows, loaders[0], steps)
     check_profile(config, here.layout.world_size, meta.step, steps)
     profiler = StepProfiler(here.folder, config.profile.steps, here.layout.rank, config.profile.ranks)
@@ -125,6 +129,7 @@ def train(here: Session) -> TrainResult:
             result = trainer.fit()
         finally:
             profiler.close()
+            engine.close()
             for loader in loaders:
                 loader.close()
     _summarise(here, rows, result)
@@ -269,28 +274,31 @@ def _objective(config: Config, view: View) -> Objective:
     return TokenObjective()
 
 
-def _build_engine(config: Config, data: Corpora, view: View, steps: int) -> tuple[Engine, Any]:
-    """Return the engine, and the function that counts its floating-point operations (docs/numerics.md)."""
-    chunks = []
+def _build_engine(
+    config: Config, data: Corpora, view: View, steps: int, within: str
+) -> tuple[Engine, Iterable[tuple[torch.nn.Parameter, torch.Tensor]], Callable[[int, float], float]]:
+    """Return the engine; the initial weights of parameters whose name starts with ``within``, which are not drawn yet;
+    and the function that counts floating-point operations (docs/numerics.md).
+    """
+    chunks, initial = [], []
     chunk_count = config.parallel.virtual_pipeline or 1
+    vocab_size = data.tokenizer.vocab_size
+    mean_A = torch.from_numpy(data.label_mean()).nan_to_num() if view == "ap" else None
     for stage in range(chunk_count):
         chunk = build_model(
             config.model,
             config.parallel,
             config.engine,
-            data.tokenizer.vocab_size,
+            vocab_size,
             attributes=len(config.attributes.names) if view == "ap" else None,
-            seed=config.train.seed,
             vp_stage=stage if chunk_count > 1 else None,
-            initialize=True,
         )
-        if view == "ap" and chunk.post_process:
-            chunk.output_layer.set_bias(torch.from_numpy(data.label_mean()).nan_to_num())
         if config.train.trainable == "head":
             freeze_trunk(chunk)
+        initial.append(initial_weights(chunk, config.model, vocab_size, config.train.seed, mean_A, within))
         chunks.append(chunk)
-    flops = flops_of(config, data.tokenizer.vocab_size, view)
-    return engine_of(config.engine)(chunks, _objective(config, view), config.optim, config.engine, steps), flops
+    engine = engine_of(config.engine)(chunks, _objective(config, view), config.optim, config.engine, steps)
+    return engine, itertools.chain(*initial), flops_of(config, vocab_size, view)
 
 
 def flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, float], float]:

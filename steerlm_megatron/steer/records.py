@@ -33,7 +33,7 @@ from typing import IO, Any
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import atomic_path
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.lines import OnError, Rejected, decode_line, json_line, parse_lines, refuse_foreign, reject
+from steerlm_megatron.steer.lines import OnError, Rejected, json_line, parse_lines, refuse_foreign, reject
 from steerlm_megatron.steer.messages import Message, brief, message_from_json, without_null_objects
 
 _RECORD_KEYS = frozenset(("id", "messages", "source"))
@@ -78,16 +78,6 @@ def expand_paths(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
                 raise UserError(f"{match}: may not be read by this user; mend its permissions")
         found += matches
     return list(dict.fromkeys(found))
-
-
-def open_text(path: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield the lines of a UTF-8 file, decompressed by suffix, without their line ends.
-
-    Raises:
-        UserError: naming ``file:line``: invalid UTF-8, damaged or cut-off compressed data; missing file.
-    """
-    for where, line in raw_lines(os.fspath(path)):
-        yield decode_line(line, where).rstrip("\r\n")
 
 
 def read_json_lines(

@@ -16,7 +16,6 @@ import torch
 
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.runtime.parallel import Layout
-from steerlm_megatron.train.sharded import save_sharded
 
 # Micro-batches, per pipeline stage, between two questions whether to stop: so many that filling and draining the
 # pipeline once more costs little, so few that a signal is obeyed within a minute or so.
@@ -63,8 +62,8 @@ class Engine(ABC):
     def train_step(self, batches: Sequence[RowBatch], stopping: Callable[[], bool] | None = None) -> StepResult:
         """Forward, backward and update on this data-parallel rank's micro-batches of one global batch.
 
-        ``stopping`` is asked now and then within a step of many micro-batches, by all ranks at the same places; it has
-        to answer all of them alike.
+        ``stopping`` is asked now and then within a step of many micro-batches, by all ranks at the same places; it
+        has to answer all of them alike.
 
         Raises:
             StepGivenUp: ``stopping`` said yes. Parameters, optimizer, schedule and generators are as before the step;
@@ -83,14 +82,25 @@ class Engine(ABC):
     def live_tensors(self) -> Iterable[torch.Tensor]:
         """The tensors that training changes, some of which :meth:`checkpoint_state` may hand out as they are."""
 
-    def save(self, folder: Path) -> None:
-        """Write :meth:`checkpoint_state` into an existing, uncommitted folder."""
-        save_sharded(self.checkpoint_state(), folder)
+    @abstractmethod
+    def fill(self, weights: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        """Take values of parameters, each this rank's part of one in float32: rounded into what the model computes
+        with, unrounded into the main weights that are updated.
+
+        A parameter that is neither filled nor loaded has no defined values. They come one by one, so that none but
+        the current one takes memory twice.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Restore a saved :meth:`checkpoint_state`, of this or another layout and engine."""
 
     @abstractmethod
+    def close(self) -> None:
+        """Undo what would keep the engine, its tensors and its groups of ranks alive when nobody refers to them any
+        more. It trains no more.
+        """
+
+    @abstractmethod
     def load_model(self, folder: Path) -> None:
-        """Take the model's weights alone from a checkpoint; a head that it lacks keeps its initial weights."""
+        """Take the model's weights alone from a checkpoint; a head that it lacks keeps what it was filled with."""

@@ -185,6 +185,14 @@ class DeepSpeedEngine(Engine):
                 sums_M += self._forward(batch)[1]
         return self.objective.means(sum_from_last_stage(sums_M).tolist())  # host sync
 
+    def close(self) -> None:
+        from deepspeed.runtime.zero import parameter_offload
+
+        model = self.model
+        self.ds.destroy()  # removes the hooks that keep parameters and optimizer alive
+        stack = parameter_offload.FWD_MODULE_STACK  # ZeRO 3 puts every model on it, and takes none off
+        stack[:] = [module for module in stack if module is not model]
+
     # ---- checkpoints
 
     def live_tensors(self) -> Iterable[torch.Tensor]:
@@ -200,6 +208,11 @@ class DeepSpeedEngine(Engine):
         state["layout"] = self.layout.shape
         state["rng"] = rng_state(self.layout)
         return state
+
+    def fill(self, weights: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        for parameter, value in weights:
+            self._take(_MASTER, {names[id(parameter)]: value})
 
     def load(self, folder: Path) -> None:
         common = common_state(folder)
@@ -235,14 +248,6 @@ class DeepSpeedEngine(Engine):
                 full = full.to(self.dtypes[name]) if kind is None else full
                 out[name] = self._template(name, kind, full.detach().to("cpu", copy=True))
         return out
-
-    def whole(self, name: str) -> torch.Tensor:
-        """A parameter put together from ZeRO's partitions: fp32, or as the model has it if it is frozen. Collective
-        over the data-parallel group.
-        """
-        full = self._gather(self.parameters[name], None)
-        assert full is not None
-        return full
 
     def _gather(self, parameter: torch.nn.Parameter, kind: str | None) -> torch.Tensor | None:
         from deepspeed import zero

@@ -22,13 +22,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
 
 from steerlm_megatron.config.schema import EngineConfig, OptimConfig
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.inputs import on_device
+from steerlm_megatron.runtime import mcore_private
 from steerlm_megatron.runtime.collectives import sum_from_last_stage
 from steerlm_megatron.runtime.device import HostCopy, Stopwatch, device, dtype_of, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
@@ -68,13 +68,11 @@ class MegatronEngine(Engine):
             )
             for number, chunk in enumerate(chunks)
         ]
-        for chunk in self.chunks:
-            chunk.broadcast_params()
         self.overlap_param_gather = ddp.overlap_param_gather
         if ddp.overlap_grad_reduce:  # not before the last micro-batch
             pauses = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
-        if layers._grad_accum_fusion_available:
+        if mcore_private.can_fuse_gradient_accumulation():
             self._fuse_gradient_accumulation()
         self.optimizer = get_megatron_optimizer(
             self._optimizer_config(optim, engine, ddp.overlap_param_gather), self.chunks
@@ -168,7 +166,7 @@ class MegatronEngine(Engine):
         def step_with_ready_grads() -> bool:
             return update() if self._finite else False
 
-        optimizer.get_grad_norm, optimizer.step_with_ready_grads = get_grad_norm, step_with_ready_grads
+        mcore_private.replace_update(optimizer, get_grad_norm, step_with_ready_grads)
 
     # ---- steps
 
@@ -278,6 +276,14 @@ class MegatronEngine(Engine):
             sums_M += self._run(batches, forward_only=True).sum(0)
         return self.objective.means(sum_from_last_stage(sums_M).tolist())  # host sync
 
+    def close(self) -> None:
+        # Gradient accumulators hold a hook, the hook the wrapper. The wrapper holds the accumulators, and through the
+        # configuration the optimizer, whose views of parameters hold accumulators as well: circles through C++, which
+        # Python's garbage collector cannot see.
+        for chunk in self.chunks:
+            chunk.grad_accs.clear()
+        self.config.grad_scale_func = self.config.finalize_model_grads_func = self.config.no_sync_func = None
+
     # ---- checkpoints
 
     def _model_state(self) -> dict[str, Any]:
@@ -309,6 +315,17 @@ class MegatronEngine(Engine):
             "rng": rng_state(self.layout),
         }
 
+    @torch.no_grad()
+    def fill(self, weights: Iterable[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+        for parameter, value in weights:
+            parameter.copy_(value)
+            main = getattr(parameter, "main_param", None)
+            if main is not None:  # of a bf16 parameter, this rank's range in float32
+                for optimizer in self._distributed_optimizers():
+                    owned = mcore_private.range_of(optimizer, parameter)
+                    if owned is not None:
+                        main.copy_(value.flatten()[slice(*owned)])
+
     def _optimizer_state(self) -> dict[str, Any]:
         """This rank's ranges of main parameters and moments, as they are: to write from, and to load into."""
         out: dict[str, Any] = {}
@@ -317,14 +334,14 @@ class MegatronEngine(Engine):
             templates = model.sharded_state_dict()
             for name, parameter in model.named_parameters():
                 for optimizer in self._distributed_optimizers():
-                    if parameter not in optimizer.model_param_gbuf_map:
+                    owned = mcore_private.range_of(optimizer, parameter)
+                    if owned is None:
                         continue
-                    start = optimizer._get_model_param_range_map(parameter)["param"].start
-                    for kind, values in optimizer._get_main_param_and_optimizer_states(parameter).items():
+                    for kind, values in mcore_private.state_of(optimizer, parameter).items():
                         if kind != "step":
                             key = f"optimizer.state.{kind}.{templates[name].key}"
                             out[f"{number}.{kind}.{name}"] = sharded_range(
-                                templates[name], parameter.shape, key, values.detach(), start
+                                templates[name], parameter.shape, key, values.detach(), owned[0]
                             )
         return out
 

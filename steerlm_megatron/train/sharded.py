@@ -123,11 +123,6 @@ class ShardedWriter:
             torch.cuda.synchronize()  # the copies have to be made before training goes on
 
 
-def save_sharded(state: dict[str, Any], folder: Path) -> None:
-    """Write a sharded state dict into an existing empty folder. Collective over the world."""
-    dist_checkpointing.save(state, str(folder))
-
-
 def stored_dtype(folder: Path, prefix: str) -> torch.dtype:
     """The dtype of the tensors under ``prefix`` (the widest, where they differ). ``KeyError``: there are none."""
     with reading(folder):

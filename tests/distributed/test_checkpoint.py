@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dist import once, run_ranks
-from helpers.engines import Case, bare, make, shards, step_batches, unsplit
 from megatron.core import dist_checkpointing
 
 from steerlm_megatron.config.schema import (
@@ -27,11 +25,12 @@ from steerlm_megatron.config.schema import (
 from steerlm_megatron.config.schema import ParallelConfig as P
 from steerlm_megatron.data.shards import ShardWriter
 from steerlm_megatron.data.views import build_documents
-from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.stages import train as train_stage
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.meta import read_meta
 from tests.helpers import corpora
+from tests.helpers.dist import once, run_ranks
+from tests.helpers.engines import Case, bare, make, saved, shards, step_batches, unsplit
 
 SAVED, TOTAL, TOLERANCE = 3, 8, 1e-5
 MOVES = {
@@ -52,15 +51,6 @@ Found = dict[str, Any]
 
 def steps(engine: MegatronEngine, first: int, last: int) -> list[float]:
     return [engine.train_step(step_batches(step)).loss for step in range(first, last)]
-
-
-def saved(engine: MegatronEngine, folder: Path) -> Path:
-    if engine.layout.is_main:
-        folder.mkdir(parents=True)
-    barrier()
-    engine.save(folder)
-    barrier()
-    return folder
 
 
 def two_ranks(root: Path) -> Found:

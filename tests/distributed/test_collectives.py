@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch.distributed as dist
-from helpers.dist import run_ranks
 
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import barrier, first_to_report, sum_over_data_parallel
+from tests.helpers.dist import run_ranks
 
 pytestmark = pytest.mark.distributed
 

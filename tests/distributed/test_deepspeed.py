@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dist import once, run_ranks
-from helpers.engines import Case, make, row, shards_of, step_batches
 
 from steerlm_megatron.config import load
 from steerlm_megatron.config.schema import Config, EngineConfig, ParallelConfig
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.runtime.collectives import barrier
+from steerlm_megatron.runtime.collectives import gather_objects
+from tests.helpers.dist import once, run_ranks
+from tests.helpers.engines import Case, bare, make, put_together, row, saved, shards_of, step_batches
 
 pytestmark = pytest.mark.distributed
 
@@ -35,14 +35,6 @@ MOVES = {
 
 def losses(engine: Any, first: int, last: int) -> list[float]:
     return [engine.train_step(step_batches(step)).loss for step in range(first, last)]
-
-
-def saved(engine: Any, folder: Path) -> None:
-    if engine.layout.is_main:
-        folder.mkdir(parents=True)
-    barrier()
-    engine.save(folder)
-    barrier()
 
 
 def moved(name: str, root: Path) -> dict[str, Any]:
@@ -92,9 +84,9 @@ def weights_alone(root: Path) -> dict[str, Any]:
         engine.load_model(folder)
         out["valid"].append(engine.evaluate([step_batches(3)])["loss"])
     regression = make(Case("ap", zero=3), seed=79)
-    before = regression.whole("output_layer.regression.weight").clone()
+    before = put_together(regression, "output_layer.regression.weight").clone()
     regression.load_model(folder)
-    out["head kept"] = torch.equal(before, regression.whole("output_layer.regression.weight"))
+    out["head kept"] = torch.equal(before, put_together(regression, "output_layer.regression.weight"))
     return out
 
 
@@ -133,11 +125,39 @@ def accumulated(case: Case) -> list[float]:
     return [make(case).train_step([row(0, 2)] * times).grad_norm for times in (1, 64)]
 
 
+ROUNDED = {
+    "Megatron-Core DP2": Case("sft", DP2, precision="bf16"),
+    "Megatron-Core TP2": Case("sft", TP2, precision="bf16"),
+    "ZeRO 1 TP2": Case("sft", TP2, zero=1, precision="bf16"),
+    "ZeRO 2 DP2": Case("sft", DP2, zero=2, precision="bf16"),
+    "ZeRO 3 DP2": Case("sft", DP2, zero=3, precision="bf16"),
+}
+
+
+def main_weights(case: Case) -> bool:
+    """Whether the float32 weights that are updated start as the initial ones, which are not rounded."""
+    expected = {name: shard.tensor for name, shard in shards_of(make(replace(case, zero=0, precision="fp32"))).items()}
+    engine = make(case)
+    if case.zero:
+        return all(torch.equal(put_together(engine, name).cpu(), value) for name, value in expected.items())
+    (chunk,) = bare(engine)
+    mains = {name: getattr(parameter, "main_param", None) for name, parameter in chunk.named_parameters()}
+    if engine.layout.tp_size > 1:
+        by_rank = [mains]
+    else:  # each data-parallel rank has a range of the flattened parameter, the first rank the first one
+        by_rank = gather_objects(mains)
+    return all(
+        torch.equal(torch.cat([part[name] for part in by_rank if part[name] is not None]), value.flatten())
+        for name, value in expected.items()
+    )
+
+
 def everything(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: moved(name, root) for name in MOVES}
     found |= {name: crossed(name, root) for name in CROSSINGS}
     found["weights"] = weights_alone(root)
     found["accumulated"] = {name: accumulated(case) for name, case in ACCUMULATED.items()}
+    found["unrounded"] = {name: main_weights(case) for name, case in ROUNDED.items()}
     found["head"] = {name: head_alone(case, root / f"head {name}") for name, case in HEAD_ONLY.items()}
     return found
 
@@ -146,6 +166,11 @@ def everything(root: Path) -> dict[str, Any]:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     root = tmp_path_factory.mktemp("deepspeed")
     return once(tmp_path_factory, "deepspeed", lambda: run_ranks(2, everything, root))
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_main_weights_start_from_values_that_are_not_rounded(name: str, measured: list[dict[str, Any]]) -> None:
+    assert [rank["unrounded"][name] for rank in measured] == [True, True]
 
 
 @pytest.mark.parametrize("name", MOVES)

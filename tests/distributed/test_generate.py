@@ -39,6 +39,7 @@ def make(tensor: int, pipeline: int) -> Any:
     from steerlm_megatron.generate.generator import Generator
     from steerlm_megatron.generate.group import model_group
     from steerlm_megatron.model.gpt import build_model
+    from steerlm_megatron.model.weights import initialize
     from steerlm_megatron.runtime import parallel
     from steerlm_megatron.steer.templates import SteerLMTemplate
 
@@ -47,7 +48,7 @@ def make(tensor: int, pipeline: int) -> Any:
     config = ModelConfig(
         num_layers=2, hidden_size=64, num_heads=4, num_query_groups=2, ffn_hidden_size=96, init_std=0.2
     )
-    model = build_model(config, layout, EngineConfig(), VOCAB, seed=3, gather_logits=True)
+    model = initialize(build_model(config, layout, EngineConfig(), VOCAB, gather_logits=True), config, VOCAB, seed=3)
     model.double()  # float64 gives the same float32 logits in every batch and layout
     from steerlm_megatron.generate.protocol import Limits
 

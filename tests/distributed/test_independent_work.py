@@ -9,13 +9,13 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
-from helpers.dist import run_ranks
 
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.runtime import independent_work as module
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.runtime.independent_work import independent_work
+from tests.helpers.dist import run_ranks
 
 pytestmark = pytest.mark.distributed
 

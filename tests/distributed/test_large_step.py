@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dist import once, run_ranks
-from helpers.engines import Case, make, row, shards_of
 
 from steerlm_megatron.config.schema import ParallelConfig as P
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.train import engine as engine_module
 from steerlm_megatron.train.engine import StepGivenUp, pieces
-from steerlm_megatron.train.sharded import save_sharded
+from tests.helpers.dist import once, run_ranks
+from tests.helpers.engines import Case, make, row, saved, shards_of
 
 pytestmark = pytest.mark.distributed
 
@@ -59,10 +58,7 @@ def trained(case: Case, root: Path, size: int, give_up: bool = False) -> dict[st
         if give_up:
             with pytest.raises(StepGivenUp):
                 engine.train_step(batches(1), lambda: True)
-            if layout().is_main:
-                root.mkdir()
-            torch.distributed.barrier()
-            save_sharded(engine.checkpoint_state(), root)
+            saved(engine, root)
             engine = make(case, seed=6)
             engine.load(root)
         results.append(engine.train_step(batches(1), lambda: False))

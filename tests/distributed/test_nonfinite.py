@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from distributed.test_checkpoint import config, write_shards
-from helpers.dist import run_ranks
-from helpers.engines import Case, make, shards_of, step_batches
 
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages import train as train_stage
 from steerlm_megatron.train.engine_mcore import MegatronEngine
+from tests.helpers.dist import run_ranks
+from tests.helpers.engines import Case, make, shards_of, step_batches
 
 pytestmark = pytest.mark.distributed
 

@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.dist import once, run_ranks
-from helpers.engines import fill_head
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig
 from steerlm_megatron.config.schema import ParallelConfig as P
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.model.gpt import build_model
+from steerlm_megatron.model.weights import fill, initialize
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.stages.scoring import Scorer, Values, score_all
 from steerlm_megatron.stages.session import LoadedModel
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.train.meta import CheckpointMeta
 from tests.helpers import corpora
+from tests.helpers.dist import once, run_ranks
+from tests.helpers.engines import head_weights
 
 MAX_TOKENS, BATCH_TOKENS = 160, 512
 # Values are rounded to four digits, and a rounding difference may change the last one.
@@ -52,9 +53,10 @@ def scorer(layout: P, tokenizer: Path, batch_tokens: int = BATCH_TOKENS) -> Scor
     config = ModelConfig(
         num_layers=2, hidden_size=32, ffn_hidden_size=48, num_query_groups=2, init_std=0.3, max_position=MAX_TOKENS
     )
-    model = build_model(config, layout, EngineConfig(), tok.vocab_size, len(corpora.SCHEMA.names), seed=4)
+    model = build_model(config, layout, EngineConfig(), tok.vocab_size, len(corpora.SCHEMA.names))
+    initialize(model, config, tok.vocab_size, seed=4)
     if model.post_process:
-        fill_head(model, scale=0.3, bias=4.5)
+        fill(head_weights(model, scale=0.3, bias=4.5))
     model.eval().requires_grad_(False)
     fields = dict(vars(config))
     meta = CheckpointMeta(1, "ap_regression", fields, tok.vocab_size, corpora.SCHEMA.to_dict(), {}, tok.hash)

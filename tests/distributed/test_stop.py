@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 from distributed.test_checkpoint import config, write_shards
-from helpers.dist import run_ranks
 
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages import train as train_stage
 from steerlm_megatron.train import engine as engine_module
 from steerlm_megatron.train.engine_mcore import MegatronEngine
+from tests.helpers.dist import run_ranks
 
 pytestmark = pytest.mark.distributed
 

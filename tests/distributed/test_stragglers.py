@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 from distributed.test_checkpoint import config, write_shards
-from helpers.dist import run_ranks
-from helpers.engines import Case, make, step_batches
 
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.data.feed.loader import StepLoader
@@ -22,6 +20,8 @@ from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.stages import train as train_stage
 from steerlm_megatron.train import stragglers
 from steerlm_megatron.train.stragglers import Stragglers
+from tests.helpers.dist import run_ranks
+from tests.helpers.engines import Case, make, step_batches
 
 pytestmark = pytest.mark.distributed
 

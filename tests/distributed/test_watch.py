@@ -12,7 +12,6 @@ from typing import Never
 
 import pytest
 import torch.distributed as dist
-from helpers.dist import run_ranks
 
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.errors import UserError
@@ -20,6 +19,7 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import barrier, gather_objects, on_main
 from steerlm_megatron.runtime.watch import Position, Watch, explain
+from tests.helpers.dist import run_ranks
 
 TIMEOUT_SEC = 6.0  # the watch reports after half of it
 

@@ -7,14 +7,26 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.engines import MODEL, OPTIM, Case, build, documents, full_row, make, row, shards, step_batches, unsplit
-from helpers.reference import Trainer
 
 from steerlm_megatron.config.schema import EngineConfig, ParallelConfig
 from steerlm_megatron.model.attention import attend_sdpa, attention_backend
 from steerlm_megatron.model.gpt import transformer_config
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.runtime import parallel
+from tests.helpers.engines import (
+    MODEL,
+    OPTIM,
+    Case,
+    build,
+    documents,
+    full_row,
+    make,
+    row,
+    shards,
+    step_batches,
+    unsplit,
+)
+from tests.helpers.reference import Trainer
 
 pytestmark = pytest.mark.gpu
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ from steerlm_megatron.config.schema import EngineConfig, ModelConfig, OptimConfi
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
-from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk, global_names
+from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk
+from steerlm_megatron.model.weights import fill, global_names, initial_weights
 from steerlm_megatron.runtime import parallel
+from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.stages.train import engine_of
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
+from steerlm_megatron.train.sharded import ShardedWriter
 
 VOCAB, ROW_TOKENS, MICRO_BATCHES, NAMES = 300, 192, 4, ("a", "b", "c")
 LABEL_WEIGHTS = {"b": 2.0}
@@ -33,6 +37,9 @@ OPTIM = {
     name: OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip_grad=clip, eps=1e-5)
     for name, clip in (("sft", 3.2), ("ap", 23.0))
 }
+
+
+_ENGINES: list[tuple[ParallelConfig, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ def row(step: int, number: int) -> RowBatch:
 
 def full_row(lengths: Sequence[int]) -> RowBatch:
     """Documents of these lengths, all targets, as one row without padding."""
-    none = (np.zeros(0, np.int32), np.zeros((0, 0), np.float32), np.zeros(0, np.int32))
+    none = (np.zeros(0, np.int32), np.zeros((0, 0), np.float32))
     rows = [Sample(str(i), np.zeros(size, np.int32), np.ones(size, np.bool_), *none) for i, size in enumerate(lengths)]
     return collate([rows], sum(lengths))
 
@@ -155,39 +162,60 @@ def objective(case: Case) -> Objective:
 
 
 def build(case: Case, seed: int = 5) -> list[PackedGPTModel]:
-    """This rank's chunks. A regression head gets weights: its own zeros would leave the trunk without gradients."""
+    """This rank's chunks with the weights that :func:`make` starts from."""
+    chunks = _build(case)
+    fill(_weights(case, chunks, seed))
+    return chunks
+
+
+def _build(case: Case) -> list[PackedGPTModel]:
     attributes = len(NAMES) if case.objective == "ap" else None
     virtual = case.layout.virtual_pipeline
     chunks = [
-        build_model(case.model, case.layout, case.engine, VOCAB, attributes, seed, vp_stage=i if virtual else None)
+        build_model(case.model, case.layout, case.engine, VOCAB, attributes, vp_stage=i if virtual else None)
         for i in range(virtual or 1)
     ]
     for chunk in chunks:
-        if attributes and chunk.post_process:
-            fill_head(chunk)
         if case.head_only:
             freeze_trunk(chunk)
     return chunks
 
 
-def fill_head(chunk: PackedGPTModel, scale: float = 0.1, bias: float = 2.0) -> None:
-    """Weights and a bias that are the same at every layout."""
+def _weights(case: Case, chunks: Sequence[PackedGPTModel], seed: int) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Initial weights. A regression head gets some as well: with zeros the trunk would have no gradients."""
+    out = []
+    for chunk in chunks:
+        out += list(initial_weights(chunk, case.model, VOCAB, seed))
+        if case.objective == "ap" and chunk.post_process:
+            out += head_weights(chunk)
+    return out
+
+
+def head_weights(
+    chunk: PackedGPTModel, scale: float = 0.1, bias: float = 2.0
+) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Weights and a bias of a regression head that are the same at every layout."""
     head = chunk.output_layer.regression
     drawn = torch.empty(head.weight.shape).normal_(0.0, scale, generator=torch.Generator().manual_seed(9))
-    head.weight.data.copy_(drawn)
-    head.bias.data.fill_(bias)
+    return [(head.weight, drawn), (head.bias, torch.full(head.bias.shape, bias))]
 
 
 def make(case: Case, seed: int = 5, steps: int = 8) -> Any:
     """The engine of a case on the ranks that were started. Collective over the world."""
+    while _ENGINES and _ENGINES[-1][0] != case.layout:
+        _ENGINES.pop()[1].close()  # its groups go now, and their threads with them
     parallel.initialize(case.layout, seed)
-    engine = engine_of(case.engine)
-    return engine(build(case, seed), objective(case), OPTIM[case.objective], case.engine, steps)
+    chunks = _build(case)
+    weights = _weights(case, chunks, seed)
+    engine = engine_of(case.engine)(chunks, objective(case), OPTIM[case.objective], case.engine, steps)
+    engine.fill(weights)
+    _ENGINES.append((case.layout, engine))
+    return engine
 
 
 def bare(engine: MegatronEngine) -> list[PackedGPTModel]:
     """The engine's chunks without their wrappers."""
-    return [chunk.module for chunk in engine.chunks]
+    return [next(m for m in chunk.modules() if isinstance(m, PackedGPTModel)) for chunk in engine.chunks]
 
 
 @dataclass
@@ -219,8 +247,36 @@ def shards_of(engine: Any) -> dict[str, Shard]:
     for name, p in engine.parameters.items():
         split = at.tp_size > 1 and getattr(p, "tensor_model_parallel", False)
         stride = getattr(p, "partition_stride", 1) if split else 1
-        out[name] = Shard(engine.whole(name).cpu(), p.partition_dim if split else None, stride, at.tp_rank)
+        out[name] = Shard(put_together(engine, name).cpu(), p.partition_dim if split else None, stride, at.tp_rank)
     return out
+
+
+def put_together(engine: Any, name: str) -> torch.Tensor:
+    """A parameter of the DeepSpeed engine put together from ZeRO's partitions: fp32, or as the model has it if it is
+    frozen. Collective over the data-parallel group.
+    """
+    from deepspeed import zero
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    parameter = engine.parameters[name]
+    if parameter.requires_grad:
+        return safe_get_full_fp32_param(parameter)
+    with zero.GatheredParameters([parameter], enabled=engine.stage == 3):
+        return parameter.detach().clone()
+
+
+def saved(engine: Any, folder: Path) -> Path:
+    """``folder``, with the engine's state written into it as a run does. Collective over the world."""
+    if engine.layout.is_main:
+        folder.mkdir(parents=True)
+    barrier()
+    write = ShardedWriter().begin(engine.checkpoint_state(), folder)
+    barrier()  # Megatron-Core looks for leftovers in the folder: nobody writes before that
+    write.run()
+    barrier()
+    write.finalize()
+    barrier()
+    return folder
 
 
 def unsplit(by_rank: Sequence[dict[str, Shard]]) -> Params:

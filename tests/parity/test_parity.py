@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dist import once, run_ranks
-from helpers.engines import (
+
+from steerlm_megatron.config.schema import EngineConfig
+from steerlm_megatron.config.schema import ParallelConfig as P
+from steerlm_megatron.model.attention import PackedAttention, PackedTokens
+from steerlm_megatron.model.gpt import build_model
+from steerlm_megatron.model.weights import fill, global_names, initialize
+from steerlm_megatron.runtime import parallel
+from tests.helpers.dist import once, run_ranks
+from tests.helpers.engines import (
     LABEL_WEIGHTS,
     MODEL,
     NAMES,
@@ -18,7 +25,7 @@ from helpers.engines import (
     Case,
     build,
     documents,
-    fill_head,
+    head_weights,
     make,
     row,
     shards,
@@ -26,13 +33,7 @@ from helpers.engines import (
     step_batches,
     unsplit,
 )
-from helpers.reference import Trainer, forward, learning_rate, loss_sum
-
-from steerlm_megatron.config.schema import EngineConfig
-from steerlm_megatron.config.schema import ParallelConfig as P
-from steerlm_megatron.model.attention import PackedAttention, PackedTokens
-from steerlm_megatron.model.gpt import build_model, global_names
-from steerlm_megatron.runtime import parallel
+from tests.helpers.reference import Trainer, forward, learning_rate, loss_sum
 
 STEPS, TOTAL_STEPS, TOLERANCE = 5, 8, 1e-5
 
@@ -123,7 +124,7 @@ def cases(ranks: int) -> dict[str, Case]:
 
 def train(case: Case, steps: int = STEPS, seed: int = 5) -> dict[str, Any]:
     engine = make(case, seed, TOTAL_STEPS)
-    if case.overlap and engine.layout.is_first_stage:  # on other stages the pipeline hides the collectives
+    if case.overlap and engine.layout.pp_rank == 0:  # on other stages the pipeline hides the collectives
         assert len(engine.chunks[0].bucket_groups) > 2
     results = [engine.train_step(step_batches(step, case.micro_batches)) for step in range(steps)]
     valid = engine.evaluate([step_batches(step, case.micro_batches) for step in (100, 101)])
@@ -192,9 +193,9 @@ class _Probe:
         self.model = replace(MODEL, num_query_groups=groups, num_layers=2)
         head = len(NAMES) if objective == "ap" else None
         engine = EngineConfig(recompute=recompute, attention="sdpa")
-        self.gpt = build_model(self.model, P(), engine, VOCAB, head, seed=3)
+        self.gpt = initialize(build_model(self.model, P(), engine, VOCAB, head), self.model, VOCAB, seed=3)
         if head:
-            fill_head(self.gpt, scale=0.5)
+            fill(head_weights(self.gpt, scale=0.5))
         self.params: dict[str, torch.Tensor] = dict(global_names(self.gpt))
         g = torch.Generator().manual_seed(0)
         self.tokens = [torch.randint(0, VOCAB, (length,), generator=g) for length in LENGTHS]

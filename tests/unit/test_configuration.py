@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.cli import run_here as run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from steerlm_megatron.config import compose, document, help
 from steerlm_megatron.config.commands import COMMANDS, readers
 from steerlm_megatron.config.fields import above, at_least, between, one_of
 from steerlm_megatron.config.schema import KEYS, RENAMED
+from tests.helpers.cli import run_here as run
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engines import Case, bare, make, step_batches
 from megatron.core.tensor_parallel import layers
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from steerlm_megatron.model.weights import initial_weights
+from tests.helpers.engines import VOCAB, Case, bare, make, step_batches
 
 
 def test_weight_gradients_are_accumulated_by_the_matrix_product_where_apex_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +96,19 @@ def test_a_step_waits_for_the_norm_and_nothing_else(objective: str) -> None:
     with _NoHostReads(allowed=1) as reads:
         result = engine.train_step(second)
     assert reads.found == 1 and not result.skipped and result.grad_norm > 0
+
+
+def test_main_weights_start_from_values_that_are_not_rounded() -> None:
+    case = Case("sft", precision="bf16")
+    engine = make(case)
+    expected = [value for _, value in initial_weights(bare(engine)[0], case.model, VOCAB, seed=5)]
+    parameters = list(bare(engine)[0].parameters())
+    mains = [parameter.main_param.view(parameter.shape) for parameter in parameters]
+    assert len(expected) == len(parameters) > 10
+    for parameter, main, value in zip(parameters, mains, expected, strict=True):
+        assert parameter.dtype is torch.bfloat16 and torch.equal(parameter, value.bfloat16())
+        assert torch.equal(main, value)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in expected)
 
 
 @pytest.mark.parametrize("objective", ["sft", "ap"])

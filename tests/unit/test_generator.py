@@ -269,13 +269,15 @@ def test_real_model_with_cache_equals_without() -> None:
     """With Megatron-Core's GPT, greedy decoding through the cache picks the tokens that full forward passes pick."""
     from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
     from steerlm_megatron.model.gpt import build_model
+    from steerlm_megatron.model.weights import initialize
     from steerlm_megatron.runtime import parallel
 
     parallel.initialize(ParallelConfig(), seed=1)
     config = ModelConfig(
         num_layers=2, hidden_size=64, num_heads=4, num_query_groups=2, ffn_hidden_size=96, init_std=0.2
     )
-    model = build_model(config, ParallelConfig(), EngineConfig(), VOCAB, seed=3, gather_logits=True).eval()
+    model = build_model(config, ParallelConfig(), EngineConfig(), VOCAB, gather_logits=True)
+    initialize(model, config, VOCAB, seed=3).eval()
     asked = requests_for(prompts(10), temperature=0.0, logprobs=True)
     results = Generator(model, FakeTokenizer(), FakeTemplate(), limits()).generate(asked)
     for request, result in zip(asked, results, strict=True):

@@ -12,7 +12,6 @@ import torch.nn.attention.varlen
 import torch.nn.functional as F
 from helpers.engines import full_row
 from megatron.core.activations import squared_relu
-from megatron.core.tensor_parallel import random as mcore_random
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
@@ -20,12 +19,13 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.model import cross_entropy
 from steerlm_megatron.model.attention import PackedTokens, attend_sdpa, attention_backend
 from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
-from steerlm_megatron.model.gpt import LastLayer, build_model, global_names, padded_vocab_size, transformer_config
+from steerlm_megatron.model.gpt import LastLayer, build_model, padded_vocab_size, transformer_config
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.model.norm import PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
+from steerlm_megatron.model.weights import fill, global_names, initial_weights, initialize
 from steerlm_megatron.observe.metrics import model_flops
-from steerlm_megatron.runtime import device, mcore_compat, parallel
+from steerlm_megatron.runtime import device, mcore_compat, mcore_private, parallel
 from steerlm_megatron.stages.train import _multiplied_parameters
 
 SMALL = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=48)
@@ -157,7 +157,7 @@ def test_initial_weights_depend_on_seed_and_name_alone(cpu: None) -> None:
     def built(seed: int, attributes: int | None = None, layers: int = 2) -> dict[str, torch.Tensor]:
         model = replace(SMALL, num_layers=layers, init_std=0.5)
         torch.manual_seed(seed * 7 + layers)  # must not matter
-        gpt = build_model(model, ParallelConfig(), EngineConfig(), 300, attributes, seed)
+        gpt = initialize(build_model(model, ParallelConfig(), EngineConfig(), 300, attributes), model, 300, seed)
         return {name: p.detach() for name, p in global_names(gpt)}
 
     first, again, other, scorer = built(1), built(1), built(2), built(1, attributes=3)
@@ -178,10 +178,33 @@ def test_initial_weights_depend_on_seed_and_name_alone(cpu: None) -> None:
         assert first[name].shape == (384, 32) and first[name][300:].eq(0).all() and first[name][:300].ne(0).all()
 
 
+def test_a_model_on_meta_has_names_shapes_and_sharding_and_no_memory(cpu: None) -> None:
+    for attributes in (None, 3):
+        real = build_model(SMALL, ParallelConfig(), EngineConfig(), 300, attributes)
+        meta = build_model(SMALL, ParallelConfig(), EngineConfig(), 300, attributes, where="meta")
+        assert all(p.is_meta for p in meta.parameters()) and not any(p.is_meta for p in real.parameters())
+        assert [(n, p.shape, p.dtype) for n, p in meta.named_parameters()] == [
+            (n, p.shape, p.dtype) for n, p in real.named_parameters()
+        ]
+        marks = [{k: v for k, v in vars(p).items() if k != "main_grad"} for p in real.parameters()]
+        assert marks == [vars(p) for p in meta.parameters()] and any(m.get("tensor_model_parallel") for m in marks)
+        assert meta.sharded_state_dict().keys() == real.sharded_state_dict().keys()
+
+
+def test_every_parameter_has_an_initial_value(cpu: None) -> None:
+    """Megatron-Core draws none, and what memory held before must not become a weight."""
+    for change in ({}, {"norm": "layernorm1p", "bias": True}, {"tie_embeddings": True}, {"activation": "gelu"}):
+        model = replace(SMALL, **change)
+        gpt = build_model(model, ParallelConfig(), EngineConfig(), 300)
+        fill((parameter, torch.full(parameter.shape, torch.nan)) for parameter in gpt.parameters())
+        initialize(gpt, model, 300, seed=1)
+        assert all(parameter.isfinite().all() for parameter in gpt.parameters())
+
+
 def test_a_new_regression_head_predicts_its_bias(cpu: None) -> None:
     gpt = build_model(SMALL, ParallelConfig(), EngineConfig(), 300, attributes=3)
     assert isinstance(gpt.output_layer, RegressionHead)
-    gpt.output_layer.set_bias(torch.tensor([1.0, 2.5, 0.0]))
+    fill(initial_weights(gpt, SMALL, 300, 0, head_bias_A=torch.tensor([1.0, 2.5, 0.0])))
     positions = torch.arange(6)
     packed = PackedTokens.from_cu_seqlens(torch.tensor([0, 6], dtype=torch.int32), positions)
     packed.output_index_K = torch.tensor([2, 5])
@@ -218,7 +241,8 @@ def _packed(lengths: list[int], wanted: list[int] | None) -> PackedTokens:
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_the_last_layer_computes_what_is_wanted_and_nothing_else(recompute: str, cpu: None) -> None:
     """Outputs and gradients are those of a layer that computes everything."""
-    gpt = build_model(SMALL, ParallelConfig(), EngineConfig(recompute=recompute), 300, seed=2).train()
+    gpt = build_model(SMALL, ParallelConfig(), EngineConfig(recompute=recompute), 300)
+    initialize(gpt, SMALL, 300, seed=2).train()
     lengths, wanted = [5, 1, 9], [0, 4, 5, 13]
     tokens, weight = torch.arange(15) * 7 % 300, torch.randn(4, 384, generator=torch.Generator().manual_seed(0))
     layer = gpt.decoder.layers[-1]
@@ -364,22 +388,12 @@ def test_the_varlen_backend_asks_for_what_sdpa_computes(
 
 
 def test_megatron_core_is_patched_once(cpu: None) -> None:
-    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
     from megatron.core.pipeline_parallel import schedules
 
     def patched() -> list[object]:
-        return [
-            torch.cuda.current_device,
-            torch.Tensor.cuda,
-            torch.Tensor.type,
-            schedules.torch,
-            mcore_random.torch,
-            mcore_random._get_cuda_rng_state,
-            optimizer.Float16OptimizerWithFloat16Params.__init__,
-            distrib_optimizer.DistributedOptimizer.__init__,
-            distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states,
-            clip_grads.l2_norm_impl,
-        ]
+        names = [name.get() for name in mcore_private.NAMES]
+        functions = [getattr(found, "__func__", found) for found in names]  # a bound method is another at every look
+        return [torch.cuda.current_device, torch.Tensor.cuda, torch.Tensor.type, *functions]
 
     before = patched()
     mcore_compat.apply()

@@ -13,7 +13,7 @@ from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.write.preprocess import REJECTED_FILE, preprocess, training_texts
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer.records import Conversation, Message, open_text, write_records
+from steerlm_megatron.steer.records import Conversation, Message, read_json_lines, write_records
 from tests.helpers import corpora
 
 
@@ -105,7 +105,7 @@ def test_bad_lines_are_named_or_set_aside(records: Path, tmp_path) -> None:
     assert not (tmp_path / "out" / "train").exists()
     out = run({"train": [records]}, tmp_path / "out", on_error="skip")
     assert adds_up(out) and out["in"] == 20 and out["skipped"]["rejected"] == 2
-    rejected = [json.loads(line) for line in open_text(tmp_path / "out" / REJECTED_FILE)]
+    rejected = [entry for _, entry in read_json_lines(tmp_path / "out" / REJECTED_FILE)]
     assert [entry["where"].rpartition(":")[2] for entry in rejected] == ["5", "10"]
     assert "qualty" in rejected[0]["reason"]
 
@@ -160,7 +160,7 @@ def test_a_tokenizer_trained_on_the_corpus(records: Path, tmp_path) -> None:
 
 @pytest.mark.parametrize("model", ["mistral", "fairseq2"])
 def test_real_text(tmp_path, model: str) -> None:
-    rows = [json.loads(line) for line in open_text(corpora.shared_data("dolly_3k.jsonl.zst"))][:400]
+    rows = [row for _, row in read_json_lines(corpora.shared_data("dolly_3k.jsonl.zst"))][:400]
     path = tmp_path / "dolly.jsonl.gz"
     write_records(
         path,
@@ -213,7 +213,7 @@ def test_every_kind_of_bad_line_is_named(tmp_path) -> None:
     path.write_bytes(good + b"".join(BAD_LINES.values()))
     out = run({"train": [path]}, tmp_path / "out", on_error="skip")
     assert out["out"] == 1 and out["skipped"] == {"rejected": len(BAD_LINES)} and adds_up(out)
-    rejected = [json.loads(line) for line in open_text(tmp_path / "out" / REJECTED_FILE)]
+    rejected = [entry for _, entry in read_json_lines(tmp_path / "out" / REJECTED_FILE)]
     assert [entry["where"] for entry in rejected] == [f"{path}:{n}" for n in range(2, len(BAD_LINES) + 2)]
     assert all(reason in entry["reason"] for reason, entry in zip(BAD_LINES, rejected, strict=True))
     shown = [line.decode("utf-8", "replace").rstrip("\n") for line in BAD_LINES.values()]

@@ -23,7 +23,7 @@ from steerlm_megatron.steer.records import (
     content_hash,
     expand_paths,
     from_json,
-    open_text,
+    read_json_lines,
     read_records,
     to_json,
     write_records,
@@ -77,7 +77,7 @@ def test_files_round_trip(tmp_path: Path, suffix: str) -> None:
     ]
     assert write_records(path, conversations) == 3000
     assert list(read_records(path)) == conversations
-    assert len(list(open_text(path))) == 3000
+    assert len(list(read_json_lines(path))) == 3000
     assert [p.name for p in path.parent.iterdir()] == [path.name]
     first = path.read_bytes()
     write_records(path, conversations)

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.engines import Case, make, step_batches
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint import metadata as dcp
@@ -20,7 +19,8 @@ from torch.distributed.checkpoint import metadata as dcp
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.safe_pickle import UnsafeCheckpoint, load
-from steerlm_megatron.train.sharded import common_state, save_sharded, stored_dtype
+from steerlm_megatron.train.sharded import common_state, stored_dtype
+from tests.helpers.engines import Case, make, saved, step_batches
 
 _RAN = "steerlm_hostile_code_ran"
 
@@ -115,9 +115,7 @@ def engine() -> MegatronEngine:
 @pytest.fixture(scope="module")
 def whole(engine: MegatronEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a checkpoint as a run does."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_sharded(engine.checkpoint_state(), folder)
-    return folder
+    return saved(engine, tmp_path_factory.mktemp("checkpoint") / "whole")
 
 
 @pytest.fixture

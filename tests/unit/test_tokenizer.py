@@ -228,6 +228,23 @@ def test_config(tmp_path) -> None:
     assert Tokenizer.from_config(cfg, corpora.CONTROLS, corpora.training_text()).control_id("<extra_id_1>") > 0
 
 
+DAMAGED = {
+    "half": corpora.raw_model("nfkc")[: len(corpora.raw_model("nfkc")) // 2],
+    "last_byte": corpora.raw_model("nfkc")[:-1],
+    "nothing": b"",
+    "piece": corpora.raw_model("nfkc").replace("\u2581river".encode(), b"\xe2\x96\x81\xff\xfe\xfd\xfc\xfb"),
+    "byte_piece": corpora.raw_model("user_defined").replace(b"<0xAB>", b"\xff0xAB>"),
+}
+
+
+@pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_sentencepiece_model_is_named(tmp_path, data: bytes) -> None:
+    assert data not in (corpora.raw_model("nfkc"), corpora.raw_model("user_defined"))
+    (tmp_path / "damaged.model").write_bytes(data)
+    with pytest.raises(UserError, match=r"damaged\.model is not a SentencePiece model: ."):
+        open_model(tmp_path / "damaged.model")
+
+
 @pytest.mark.parametrize("name", ["trained", "hf_metaspace", "hf_byte_level", "bytes"])
 def test_a_lone_surrogate_is_a_user_error(name: str) -> None:
     with pytest.raises(UserError, match="not valid Unicode"):

@@ -19,7 +19,7 @@ from steerlm_megatron.train.loop import Trainer
 
 def sample(length: int) -> Sample:
     tokens, none = np.arange(5, 5 + length, dtype=np.int32), np.zeros(0, np.int32)
-    return Sample("x", tokens, np.ones(length, np.bool_), none, np.zeros((0, 0), np.float32), none)
+    return Sample("x", tokens, np.ones(length, np.bool_), none, np.zeros((0, 0), np.float32))
 
 
 def test_padding_counts_for_nothing_but_fill() -> None:

@@ -64,7 +64,6 @@ class StepLoader:
         # A micro-batch has no more rows than a rank's share of a step, since rows of padding would be computed for
         # nothing.
         self._micro_rows = min(train.micro_batch_rows, -(-self.rows_per_step // dp_size))
-        self.micro_batches = -(-self.rows_per_step // (dp_size * self._micro_rows))
         self._num_attributes = rows.corpora.num_attributes
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
         self.consumed_rows = start_row
@@ -83,11 +82,6 @@ class StepLoader:
     def epoch(self) -> int:
         """Epoch of the next row, counted from 0."""
         return self.consumed_rows // len(self.rows)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Number of steps after which every row was seen."""
-        return -(-len(self.rows) // self.rows_per_step)
 
     def steps_to(self, row: int) -> int:
         """Return the number of steps from here to ``row``, the last of which may be smaller; negative if ``row`` has
