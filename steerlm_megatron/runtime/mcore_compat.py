@@ -1,9 +1,9 @@
 """Patches for running Megatron-Core without CUDA, Transformer Engine or Apex.
 
-Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. All but those of the
-checkpoint's writer and of gradient clipping do nothing where CUDA is available. Does not own: the names of what is
-replaced, which stand in ``mcore_private.py``.
-Invariant: :func:`apply` is idempotent and is called before the first Megatron-Core object is built.
+Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. Where CUDA is available, only
+the patches of the checkpoint's writer and of gradient clipping are applied. Does not own: the names of the replaced
+functions and classes (``mcore_private.py``). Invariant: :func:`apply` is idempotent and is called before the first
+Megatron-Core object is built.
 
 Megatron-Core assumes CUDA in four ways (found by reading 0.16.1; 0.19.2 does so in the same files):
 
@@ -127,8 +127,8 @@ def _patch_generators() -> None:
     mcore_private.RANDOM_TORCH.set(_CpuTorch(cuda=_CpuGenerators()))
     mcore_private.GET_RNG_STATE.set(lambda *_a, **_k: torch.get_rng_state())
     mcore_private.SET_RNG_STATE.set(lambda state, *_a, **_k: torch.set_rng_state(state))
-    # With dropout, every fork would warn that the CPU generator moved inside a "GPU RNG context", which is
-    # intended here.
+    # With dropout, every fork would warn that the CPU generator moved inside a "GPU RNG context"; here that is
+    # intended.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.msg
     )

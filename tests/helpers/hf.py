@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.helpers.engines import full_row
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from steerlm_megatron.data.batch import RowBatch
+from tests.helpers.engines import full_row
 
 VOCAB = 93  # an odd number of rows: the padded table has more, and two ranks do not divide it
 ORIGINAL = 32

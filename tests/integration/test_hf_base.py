@@ -58,11 +58,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    records = [
-        {"id": f"{i}", "messages": [{"role": "user", "content": WORDS[i % 4]},
-                                    {"role": "assistant", "content": WORDS[(i + 1) % 4], "attributes": {"helpfulness": i % 5}}]}
-        for i in range(24)
-    ]  # fmt: skip
+    records = []
+    for i in range(24):
+        reply = {"role": "assistant", "content": WORDS[(i + 1) % 4], "attributes": {"helpfulness": i % 5}}
+        records.append({"id": f"{i}", "messages": [{"role": "user", "content": WORDS[i % 4]}, reply]})
     Path("records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     Path("prompts.jsonl").write_text(
         "".join(json.dumps({**r, "messages": r["messages"][:1]}) + "\n" for r in records[:4])
@@ -125,7 +124,6 @@ def test_a_shape_that_a_user_states_is_compared(folder: Path, capsys: pytest.Cap
     )
     assert run(*train, "model.ffn_hidden_size=96") == 2
     assert "model.ffn_hidden_size=96 (checkpoint: 80)" in capsys.readouterr().err
-    assert run(*train, "tokenizer.path=bytes") == 2
 
 
 def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,7 +124,7 @@ def cases(ranks: int) -> dict[str, Case]:
 
 def train(case: Case, steps: int = STEPS, seed: int = 5) -> dict[str, Any]:
     engine = make(case, seed, TOTAL_STEPS)
-    if case.overlap and engine.layout.pp_rank == 0:  # the others' collectives are hidden by the pipeline
+    if case.overlap and engine.layout.pp_rank == 0:  # on other stages the pipeline hides the collectives
         assert len(engine.chunks[0].bucket_groups) > 2
     results = [engine.train_step(step_batches(step, case.micro_batches)) for step in range(steps)]
     valid = engine.evaluate([step_batches(step, case.micro_batches) for step in (100, 101)])

@@ -114,7 +114,7 @@ def engine() -> MegatronEngine:
 
 @pytest.fixture(scope="module")
 def whole(engine: MegatronEngine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as a run saves it."""
+    """Save a checkpoint as a run does."""
     return saved(engine, tmp_path_factory.mktemp("checkpoint") / "whole")
 
 
