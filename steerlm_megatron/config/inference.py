@@ -90,4 +90,7 @@ class EvaluateConfig:
 class ExportConfig:
     """export: the model of a checkpoint alone."""
 
+    format: str = option(
+        "steerlm", one_of("steerlm", "hf"), "hf: a folder that transformers and vLLM load, with a chat template"
+    )
     precision: str = option("stored", one_of("stored", "fp32", "bf16"), "precision of the written weights")

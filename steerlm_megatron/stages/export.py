@@ -18,8 +18,10 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import versions
 from steerlm_megatron.runtime.collectives import on_main
+from steerlm_megatron.stages import export_hf
+from steerlm_megatron.stages.base import open_base
 from steerlm_megatron.stages.session import load_model, session
-from steerlm_megatron.train.checkpoint import resolve, write_checkpoint
+from steerlm_megatron.train.checkpoint import write_checkpoint
 from steerlm_megatron.train.meta import read_meta
 from steerlm_megatron.train.sharded import ShardedWriter, stored_dtype
 
@@ -28,15 +30,27 @@ _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 def run(config: Config) -> None:
     """Export ``checkpoint`` to the folder ``output``. Collective over the world."""
-    source = resolve(str(config.checkpoint), "checkpoint")
-    read_meta(source)
-    target = Path(str(config.output))
+    base = open_base(str(config.checkpoint), "checkpoint")
+    source, target = base.folder, Path(str(config.output))
+    to_hf = config.export.format == "hf"
+    if base.hf is not None and not to_hf:
+        raise UserError(
+            f"checkpoint={source} is a Hugging Face folder, which commands take as it is; set export.format=hf to "
+            "write another"
+        )
     with session(config) as here:
-        on_main(lambda: check_target(target, source, config.overwrite))
-        stored = _PRECISIONS[stored_dtype(source, "decoder.")]
+        if not to_hf:
+            on_main(lambda: check_target(target, source, config.overwrite))
+        stored = base.hf.precision if base.hf is not None else _PRECISIONS[stored_dtype(source, "decoder.")]
         precision = stored if config.export.precision == "stored" else config.export.precision
         config.engine.precision = precision
         loaded = load_model(str(source), config, "checkpoint")
+        if to_hf:
+            export_hf.check(config, loaded, target)
+            on_main(lambda: export_hf.write(loaded, target, precision))
+            here.run.update(outputs={"checkpoint": str(target)})
+            get_logger(__name__).info("%s: a Hugging Face folder in %s", target, precision)
+            return
         meta = dataclasses.replace(
             loaded.meta,
             training_state=False,

@@ -175,7 +175,7 @@ def load_model(
         model.load_state_dict(state["model"])
     model.to(dtype_of(config.engine.precision)).eval().requires_grad_(False)
     get_logger(__name__).info("loaded %s (step %d)", folder, meta.step)
-    return LoadedModel(folder, meta, opened.tokenizer, schema, opened.template, model, layout)
+    return LoadedModel(folder, meta, opened.tokenizer, schema, opened.template, model, layout, hf=opened.hf)
 
 
 def requested_best(config: Config, schema: AttributeSchema) -> dict[str, int]:

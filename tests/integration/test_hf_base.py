@@ -24,6 +24,7 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 WORDS = ["Tell me about the red fox.", "The fox is red.", "Hello, who are you?", "I am a model of language."]
+SHARDS = ("data.input=records.jsonl", "data.output_dir=shards")
 TINY = ("engine.precision=fp32", "run_dir=out")
 
 
@@ -108,6 +109,53 @@ def test_training_starts_from_the_folder(folder: Path, command: str, template: s
     assert run(command, *train, *TINY, *more) == 0
 
 
+def test_out_again_it_is_bit_equal(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    assert run("export", f"checkpoint={folder}", "output=again", "export.format=hf", "run_dir=export") == 0
+    before, after = (load_file(path / "model.safetensors") for path in (folder, Path("again")))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert {path.name for path in Path("again").iterdir()} == {path.name for path in folder.iterdir()}
+    old, new = (json.loads((path / "config.json").read_text()) for path in (folder, Path("again")))
+    assert old == new
+    assert run("export", f"checkpoint={folder}", "output=again", "export.format=hf", "run_dir=second") == 2
+
+
+@pytest.mark.parametrize("template", ["chatml", "steerlm"])
+def test_a_trained_model_leaves_with_its_chat_template(folder: Path, template: str) -> None:
+    """Without our code, ``transformers`` writes our prompts and draws our responses."""
+    import transformers
+
+    data = ("data.source=messages", "data.valid_fraction=0", f"template={template}", "attributes=demo")
+    assert (
+        run("preprocess", *data, "data.input=records.jsonl", "data.output_dir=shards", f"tokenizer.path={folder}") == 0
+    )
+    train = (*data[2:], "data.train=shards/train", f"init_from={folder}", "train.row_tokens=256", "train.steps=3",
+             "train.global_batch_samples=8", "optim.lr=1e-2")  # fmt: skip
+    assert run("train_sft", *train, *TINY) == 0
+    assert run("export", "checkpoint=out", "output=model", "export.format=hf", "run_dir=export") == 0
+    assert not list(Path().glob(".model*"))
+    sampling = ("sampling=greedy", "sampling.max_tokens=10", "attributes.best.helpfulness=3")
+    assert (
+        run("generate", "checkpoint=out", "input=prompts.jsonl", "output=answers.jsonl", *sampling, "run_dir=gen") == 0
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained("model")
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        "model", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    for answer in read_records("answers.jsonl"):
+        asked = [{"role": "user", "content": answer.messages[0].content}]
+        ids = tokenizer.apply_chat_template(
+            asked, add_generation_prompt=True, return_tensors="pt", return_dict=True, helpfulness=3
+        )
+        drawn = model.generate(**ids, max_new_tokens=10, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        text = tokenizer.decode(drawn, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if template == "steerlm" and drawn[-1] == model.generation_config.eos_token_id:
+            text = text.removesuffix("\n")  # the template's, and not the response's
+        assert answer.messages[-1].content == text
+
+
 def test_a_shape_that_a_user_states_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ("data.source=messages", "data.valid_fraction=0", "attributes=none")
     assert (
@@ -128,7 +176,7 @@ def test_a_shape_that_a_user_states_is_compared(folder: Path, capsys: pytest.Cap
 
 def test_another_tokenizer_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ("data.source=messages", "data.valid_fraction=0", "attributes=none")
-    assert run("preprocess", *data, "data.input=records.jsonl", "data.output_dir=shards", "tokenizer.path=bytes") == 0
+    assert run("preprocess", *data, *SHARDS, "tokenizer.path=bytes") == 0
     train = (
         "train_sft",
         "attributes=none",

@@ -219,6 +219,16 @@ class Tokenizer:
         return digest.hexdigest()
 
     @property
+    def model_kind(self) -> str:
+        """``sentencepiece``, ``huggingface`` or ``bytes``."""
+        return self._model.kind
+
+    @property
+    def model_data(self) -> bytes:
+        """The model's file, untouched; nothing for ``bytes``, which has none."""
+        return self._model.data
+
+    @property
     def model_hash(self) -> str:
         """SHA-256 of the model alone, whatever is added to it."""
         return hashlib.sha256(self._model.data).hexdigest()

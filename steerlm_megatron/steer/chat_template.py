@@ -1,0 +1,128 @@
+"""A prompt template as a Jinja chat template, in which the attributes of a response are variables.
+
+Owns: the Jinja source, which other systems (``transformers``, vLLM, SGLang, llama.cpp) render without our code. Does
+not own: the format (``templates.py``), tokenizer files. Invariant: what it renders is, as text, what
+``Template.prefix`` gives for the same messages and levels; tests compare both.
+
+``tokenizer.apply_chat_template(messages, add_generation_prompt=True, quality=9, humor=0)`` asks for levels. An
+attribute that is not named has its default, one that is none is left out of the label line. An assistant message may
+have a mapping ``attributes`` of values on the schema's scale, as in our records.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.templates import Template
+
+_HEAD = """\
+{%- set state = namespace(system=@SYSTEM@, turns=messages, text='') -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+{%- set state.system = messages[0]['content'] -%}{%- set state.turns = messages[1:] -%}
+{%- endif -%}
+"""
+_LABEL = """\
+{%- set requested = {@REQUESTED@} -%}
+{%- macro label(values) -%}
+{%- set found = namespace(text='') -%}
+{%- for name in @NAMES@ -%}
+{%- if values and values[name] is defined and values[name] is not none -%}
+{%- set found.text = found.text + (',' if found.text else '') + name + ':' + (values[name] | round | int | string) -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if found.text -%}{{- @MARKER@ + found.text + '\\n' -}}{%- endif -%}
+{%- endmacro -%}
+"""
+_NO_LABEL = """\
+{%- set requested = none -%}
+{%- macro label(values) -%}{%- endmacro -%}
+"""
+_BODIES = {
+    "steerlm": """\
+{{- '<extra_id_0>System\\n' + state.system + @SUFFIX@ -}}
+{%- for message in state.turns -%}
+{%- if message['role'] == 'user' -%}
+{{- '<extra_id_1>User\\n' + message['content'] + '\\n' -}}
+{%- else -%}
+{{- '<extra_id_1>Assistant\\n' + label(message.get('attributes')) + message['content'] + '\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<extra_id_1>Assistant\\n' + label(requested) -}}
+{%- elif state.turns and state.turns[-1]['role'] == 'assistant' -%}
+{{- '<extra_id_1>' -}}
+{%- endif -%}
+""",
+    "llama2": """\
+{%- for message in state.turns -%}
+{%- if message['role'] == 'user' -%}
+{{- '<s>[INST]' -}}
+{%- if state.system -%}
+{{- ' <<SYS>>\\n' + state.system + '\\n<</SYS>>\\n\\n' + message['content'] + ' ' -}}
+{%- else -%}
+{{- ' ' + message['content'] + ' ' -}}
+{%- endif -%}
+{%- set state.system = '' -%}
+{{- '[/INST]' -}}
+{%- else -%}
+{{- ' ' + label(message.get('attributes')) + message['content'] + ' </s>' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- ' ' + label(requested) -}}{%- endif -%}
+""",
+    "chatml": """\
+{%- if state.system -%}{{- '<|im_start|>system\\n' + state.system + '<|im_end|>\\n' -}}{%- endif -%}
+{%- for message in state.turns -%}
+{%- if message['role'] == 'user' -%}
+{{- '<|im_start|>user\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- else -%}
+{{- '<|im_start|>assistant\\n' + label(message.get('attributes')) + message['content'] + '<|im_end|>\\n' -}}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' + label(requested) -}}{%- endif -%}
+""",
+}
+
+
+def variable(name: str) -> str:
+    """Return the Jinja variable of an attribute: the name, with an underscore for what no variable may have."""
+    found = re.sub(r"\W", "_", name)
+    return f"_{found}" if found[:1].isdigit() else found
+
+
+def chat_template(template: Template, schema: AttributeSchema | None, defaults: Mapping[str, int]) -> str:
+    """Return the Jinja source of ``template``.
+
+    Args:
+        schema: of a model that is conditioned on attributes; None for any other.
+        defaults: levels of attributes that a request does not name; an attribute without one is then left out.
+
+    Raises:
+        UserError: two attributes have one variable, or the name of one that chat templates have.
+    """
+    label = _NO_LABEL
+    if schema is not None and schema.seen:
+        variables = [variable(name) for name in schema.seen]
+        taken = {"messages", "add_generation_prompt", "tools", "documents", "state", "requested", "label", "message"}
+        if len({*variables}) < len(variables) or taken & {*variables}:
+            raise UserError(
+                f"attributes {' '.join(schema.names)}: a chat template needs a variable of its own for each; rename "
+                f"those that differ in punctuation alone, or are called {' '.join(sorted(taken & {*variables}))}"
+            )
+        requested = ", ".join(
+            f"{_quoted(name)}: {v} if {v} is defined else {defaults.get(name, 'none')}"
+            for name, v in zip(schema.seen, variables, strict=True)
+        )
+        label = _LABEL.replace("@REQUESTED@", requested).replace("@MARKER@", _quoted(template.label_marker))
+        label = label.replace("@NAMES@", f"[{', '.join(map(_quoted, schema.seen))}]")
+    body = _BODIES[template.name].replace("@SUFFIX@", _quoted(template.system_suffix))
+    return (_HEAD.replace("@SYSTEM@", _quoted(template.system)) + label + body).strip()
+
+
+def _quoted(text: str) -> str:
+    """Return ``text`` as a Jinja string."""
+    return json.dumps(text, ensure_ascii=False)
