@@ -75,15 +75,20 @@ def model_of(config: Mapping[str, Any], family: Family) -> tuple[ModelConfig, li
     model = replace(ModelConfig(name=family.name), **values)
     if model.head_dim is None and model.hidden_size % model.num_heads:
         problems.append(f"num_attention_heads={model.num_heads} does not divide hidden_size={model.hidden_size}")
-    elif model.head_dim == model.hidden_size / model.num_heads:
-        model = replace(model, head_dim=None)
+    elif int(heads(model)[2] * model.rotary_percent) % 2:
+        problems.append(f"partial_rotary_factor={model.rotary_percent} turns an odd number of a head's dimensions")
     if model.num_heads % (model.num_query_groups or model.num_heads):
         problems.append(
             f"num_key_value_heads={model.num_query_groups} does not divide num_attention_heads={model.num_heads}"
         )
-    elif model.num_query_groups == model.num_heads:
-        model = replace(model, num_query_groups=None)
-    return model, problems
+    return _shortest(model), problems
+
+
+def _shortest(model: ModelConfig) -> ModelConfig:
+    """The same without what follows from other fields."""
+    groups = None if model.num_query_groups == model.num_heads else model.num_query_groups
+    head_dim = None if model.head_dim == model.hidden_size / model.num_heads else model.head_dim
+    return replace(model, num_query_groups=groups, head_dim=head_dim)
 
 
 def _json(value: Any) -> str:
@@ -165,6 +170,7 @@ def family_for(model: ModelConfig) -> Family:
 
 def unfit(model: ModelConfig, family: Family) -> list[str]:
     """``model.key=value`` of what a family cannot express; nothing if it can express all."""
+    model = _shortest(model)
     differs = [key for key, value in family.fixed.items() if getattr(model, key) != value]
     if "bias" not in family.fixed and not family.biases and model.bias:
         differs.append("bias")
@@ -185,6 +191,7 @@ def config_for(
     Raises:
         UserError: where the family cannot express the model.
     """
+    model = _shortest(model)
     if differs := unfit(model, family):
         raise UserError(f"a {family.name} model cannot have {' '.join(differs)}")
     if base is not None:
