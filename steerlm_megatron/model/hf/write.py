@@ -99,6 +99,7 @@ def _write(
             names.append(list(shard))
             size += sum(value.nbytes for value in shard.values())
             parameters += sum(value.numel() for value in shard.values())
+            shard.clear()  # before the next one is gathered
         count = len(temporary)
         files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         for path, file in zip(temporary, files, strict=True):
