@@ -384,6 +384,30 @@ def test_a_window_that_hides_nothing_is_fine(keys: dict[str, Any], tmp_path: Pat
     HFFolder.open(tmp_path, "init_from")
 
 
+@pytest.mark.parametrize("case", ["llama3.1", "mistral", "qwen2", "gpt_neox"])
+def test_no_value_of_any_key_is_a_surprise(case: str, tmp_path: Path) -> None:
+    """Whatever stands in config.json, the folder is opened or refused with words."""
+    hf.make(case, tmp_path)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    if case == "qwen2":
+        whole |= {"use_sliding_window": True, "sliding_window": 10, "layer_types": None, "max_window_layers": 4}
+    paths = [[key] for key in whole] + [["rope_parameters", key] for key in whole["rope_parameters"]]
+    paths += [["rope_scaling"], ["rope_theta"], ["quantization_config"]]
+    opened = 0
+    for path in paths:
+        for value in (None, True, -1, 0, 3, 1.5, float("inf"), float("nan"), "x", "", [], [1], {}, {"a": 1}, {"a": {}}):
+            config = json.loads(json.dumps(whole))
+            where = config["rope_parameters"] if len(path) > 1 else config
+            where[path[-1]] = value
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            try:
+                HFFolder.open(tmp_path, "init_from")
+                opened += 1
+            except UserError as error:
+                assert str(error).startswith(f"init_from={tmp_path}: ")
+    assert opened > 100  # of keys that nothing of ours depends on
+
+
 # Files
 
 

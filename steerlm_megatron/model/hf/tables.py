@@ -39,8 +39,8 @@ def stacked(model: ModelConfig, rows: int) -> list[Rows]:
 
 
 def by_group(model: ModelConfig, rows: int) -> list[Rows]:
-    """Queries, keys and values, fused as Megatron-Core has them: of each key/value group its query heads, its key,
-    its value.
+    """Queries, keys and values, fused as Megatron-Core has them: of each key/value group its query heads, its key, its
+    value.
     """
     _, groups, head, per_group = heads(model)
     out = []

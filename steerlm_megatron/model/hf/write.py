@@ -1,8 +1,8 @@
 """A model of ours as a Hugging Face folder.
 
-Owns: our parameters under their names, safetensors files in shards. Does not own: gathering a model that is split
-over ranks, tokenizer files, the model card. Invariant: no file stands under its final name before all are written,
-and ``config.json``, without which the folder is nothing, comes last.
+Owns: our parameters under their names, safetensors files in shards. Does not own: gathering a model that is split over
+ranks, tokenizer files, the model card. Invariant: no file stands under its final name before all are written, and
+``config.json``, without which the folder is nothing, comes last.
 """
 
 from __future__ import annotations
