@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from steerlm_megatron.config.fields import broken_rules, keys_of
 from steerlm_megatron.config.schema import ModelConfig
@@ -97,7 +97,7 @@ def _shortest(model: ModelConfig) -> ModelConfig:
     return replace(model, num_query_groups=groups, head_dim=head_dim)
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
