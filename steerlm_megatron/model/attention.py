@@ -77,9 +77,9 @@ class Rotary:
     def frequencies(self, where: torch.device) -> torch.Tensor:
         """float32 [dim / 2], in the order of operations of ``transformers``: at position 100,000 a last bit counts.
 
-        ``llama3`` (Llama 3.1, arXiv 2407.21783 §3.4.2 has the longer context): what turns more than
-        ``high_frequency`` times within ``original`` positions stays, what turns less than ``low_frequency`` times is
-        divided by ``factor``, and between the two it goes from the one to the other linearly in the number of turns.
+        ``llama3`` (Llama 3.1, arXiv 2407.21783 §3.4.2 has the longer context): what turns more than ``high_frequency``
+        times within ``original`` positions stays, what turns less than ``low_frequency`` times is divided by
+        ``factor``, and between the two it goes from the one to the other linearly in the number of turns.
         """
         plain_R = 1.0 / (self.base ** (torch.arange(0, self.dim, 2, dtype=torch.float32, device=where) / self.dim))
         if self.scaling == "none":
@@ -100,8 +100,8 @@ class PackedTokens(PackedSeqParams):
 
     ``positions_T``: int64, each token's position in its own document. ``cu_seqlens``: int32 [docs + 1], covers all T
     tokens. ``lengths``: the same on the host, so that no layer synchronises. With ``kv`` set, boundaries are the
-    cache's affair. ``output_index_K`` spares the output layer the positions nobody asks about: masked tokens,
-    prompts, all but a pooled one.
+    cache's affair. ``output_index_K`` spares the output layer the positions nobody asks about: masked tokens, prompts,
+    all but a pooled one.
     """
 
     qkv_format: str = "packed"  # anything but "thd": Megatron-Core then leaves the layout alone
@@ -148,8 +148,8 @@ class PackedTokens(PackedSeqParams):
         return self._buckets
 
     def parts(self) -> list[tuple[torch.Tensor | None, PackedTokens | None]]:
-        """Of each of ``chunks``: which keys [Q, K] its first document's queries see if that one began before the
-        chunk, and the documents that begin in it. None where there is none. Made once, used by every layer.
+        """Of each of ``chunks``: which keys [Q, K] its first document's queries see if that one began before the chunk,
+        and the documents that begin in it. None where there is none. Made once, used by every layer.
         """
         if self._parts is None:
             assert self.positions_T is not None
@@ -181,8 +181,8 @@ class Buckets:
     """Documents regrouped into batches of similar length, each padded at its documents' ends to one length.
 
     ``shapes``: (documents, length) of each batch. Their slots stand one after the other, P in all. ``index_P``: the
-    token of each slot; a padding slot repeats its document's last token. ``order_T``: the slot of each token.
-    Causality keeps padding out: it stands after every real token, so no real query sees it.
+    token of each slot; a padding slot repeats its document's last token. ``order_T``: the slot of each token. Causality
+    keeps padding out: it stands after every real token, so no real query sees it.
     """
 
     shapes: list[tuple[int, int]]

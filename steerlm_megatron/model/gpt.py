@@ -91,6 +91,35 @@ class LastLayer(HookedTransformerLayer):
         return _wanted(hidden_states, packed_seq_params)
 
 
+class ParallelLayer(TransformerLayer):
+    """GPT-J's and GPT-NeoX's layer (arXiv 2204.06745 §2.1): x + attention(norm(x)) + MLP(other norm(x)).
+
+    Megatron-Core computes the MLP of x + attention, and adds it to that. What differs is the norm's input alone.
+    """
+
+    _before_TBD: torch.Tensor | None = None  # x, from the attention up to the norm
+
+    def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        out = super()._forward_attention(*args, **kwargs)
+        self._before_TBD = args[0] if args else kwargs["hidden_states"]
+        return out
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        before_TBD, self._before_TBD = self._before_TBD, None
+        assert before_TBD is not None
+        return super()._forward_pre_mlp_layernorm(before_TBD)
+
+
+class LastParallelLayer(ParallelLayer):
+    """The model's last layer of that kind, as :class:`LastLayer`."""
+
+    def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        hidden_TBD, context = super()._forward_attention(*args, **kwargs)
+        assert self._before_TBD is not None
+        self._before_TBD = _wanted(self._before_TBD, kwargs["packed_seq_params"])
+        return _wanted(hidden_TBD, kwargs["packed_seq_params"]), context
+
+
 def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
     """Rows of the embedding: ``vocab_size`` rounded up so that tensor parallelism divides it.
 
@@ -161,17 +190,20 @@ def transformer_config(
     )
 
 
-def layer_spec(
-    model: ModelConfig, engine: EngineConfig, layer: type[TransformerLayer] = TransformerLayer
-) -> ModuleSpec:
-    """One transformer layer: Megatron-Core's modules with our core attention (and RoPE in it), norms and SwiGLU."""
+def layer_spec(model: ModelConfig, engine: EngineConfig, last: bool = False) -> ModuleSpec:
+    """One transformer layer: Megatron-Core's modules with our core attention (and RoPE in it), norms and SwiGLU.
+
+    Args:
+        last: compute what follows attention for the positions alone whose output is wanted.
+    """
+    usual, ending = (ParallelLayer, LastParallelLayer) if model.parallel_residual else (TransformerLayer, LastLayer)
     norm, compiled = _norm(engine), _compiles(engine)
     head_norm = (CompiledHeadNorm if compiled else HeadNorm) if model.qk_norm else None
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     if model.activation == "swiglu":
         mlp.activation_func = CompiledSwiGLU if compiled else SwiGLU
     return ModuleSpec(
-        module=layer,
+        module=ending if last else usual,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
             self_attention=ModuleSpec(
@@ -241,7 +273,7 @@ def build_model(
     layers = get_num_layers_to_build(config, vp_stage)
     layer_specs = [layer_spec(model, engine)] * layers
     if last and not config.sequence_parallel:  # under it a rank has a part of the sequence only
-        layer_specs[-1] = layer_spec(model, engine, LastLayer)
+        layer_specs[-1] = layer_spec(model, engine, last=True)
     spec = TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=_norm(engine))
     with torch.device("meta"):
         gpt = PackedGPTModel(

@@ -1,8 +1,7 @@
 """RMSNorm, LayerNorm and LayerNorm-1p that may run under sequence parallelism without Transformer Engine or Apex.
 
-Invariant: statistics are computed in float32, whatever the activations' dtype. With sequence parallelism each rank
-sees its own tokens, so the weights' gradients are partial; ``weight.sequence_parallel = True`` makes Megatron-Core
-sum them.
+Invariant: statistics are computed in float32, whatever the activations' dtype. With sequence parallelism each rank sees
+its own tokens, so the weights' gradients are partial; ``weight.sequence_parallel = True`` makes Megatron-Core sum them.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class HeadNorm(PackedNorm):
     """The norm of queries or keys over the dimensions of a head, [T, 1, N, H].
 
     A tensor-parallel rank sees its own heads alone, with sequence parallelism and without, so the gradient of the one
-    weight that all heads share is always partial. Megatron-Core sums it by the module's name; the mark is for what
-    goes by marks (``train/engine_deepspeed.py``).
+    weight that all heads share is always partial. Megatron-Core sums it by the module's name; the mark is for what goes
+    by marks (``train/engine_deepspeed.py``).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.errors import UserError
@@ -38,7 +39,9 @@ from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.model.predict import predict_values
 from steerlm_megatron.model.weights import fill, global_names, initialize
 from steerlm_megatron.runtime import parallel
+from steerlm_megatron.stages.train import engine_of
 from tests.helpers import hf
+from tests.helpers.engines import OPTIM, Case, bare, objective
 
 INDEX = "model.safetensors.index.json"
 ADDED = 3  # control tokens
@@ -106,9 +109,12 @@ def test_what_goes_out_is_what_came_in(case: str, tmp_path: Path, cpu: None, cap
     for name in files:
         theirs, ours = ((tmp_path / side / name).read_bytes() for side in ("in", "out"))
         assert ours == theirs if name != "config.json" else json.loads(ours) == json.loads(theirs), name
+    logging.enable_propagation()
+    caplog.clear()
     _, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert not caplog.records
+    logging.disable_propagation()
+    assert not [record for record in caplog.records if record.name.startswith("transformers")]
 
 
 @pytest.mark.parametrize("case", hf.CASES)
@@ -150,6 +156,20 @@ def test_bf16_in_shards_is_bf16_in_shards(case: str, tmp_path: Path, cpu: None) 
     batch = hf.row()
     wide = hf.their_logits(model, batch)
     assert (logits(gpt, batch) - wide).std() < 0.05 * wide.std()
+
+
+def test_an_engine_takes_a_folder_and_gives_it_back(tmp_path: Path, cpu: None) -> None:
+    """bf16 weights that an engine has spread over its buffers, before any step."""
+    hf.make("qwen3", tmp_path, torch.bfloat16)
+    folder = HFFolder.open(tmp_path, "init_from")
+    case, engine_config = Case("sft", micro_batches=1), EngineConfig(precision="bf16")
+    gpt = build_model(folder.model, ParallelConfig(), engine_config, hf.VOCAB + ADDED)
+    weights = folder.weights(gpt, hf.VOCAB + ADDED)
+    engine = engine_of(engine_config)([gpt], objective(case), OPTIM["sft"], engine_config, 8)
+    engine.fill(weights)
+    (filled_model,) = bare(engine)
+    out = hf_tensors(filled_model, folder.model, folder.family, hf.VOCAB)
+    same({name: value.bfloat16() for name, value in out}, contents(tmp_path))
 
 
 # Deliberately wrong tables
@@ -312,7 +332,7 @@ def test_what_changed_is_updated_and_unknown_keys_survive(tmp_path: Path) -> Non
 
 
 def test_a_model_that_no_family_has_says_why() -> None:
-    with pytest.raises(UserError, match=r"llama: not with model\.norm=layernorm; .*nemotron: not with model\.activ"):
+    with pytest.raises(UserError, match=r"llama: not with model\.norm=layernorm; .*nemotron: not with model"):
         family_for(ModelConfig(norm="layernorm"))
     with pytest.raises(UserError, match=r"a mistral model cannot have model\.bias=True"):
         config_for(ModelConfig(bias=True), FAMILIES["mistral"], 10)
@@ -378,6 +398,30 @@ def test_a_window_that_hides_nothing_is_fine(keys: dict[str, Any], tmp_path: Pat
     hf.make("qwen2" if "use_sliding_window" in keys else "mistral", tmp_path)
     edit(tmp_path, **keys)
     HFFolder.open(tmp_path, "init_from")
+
+
+@pytest.mark.parametrize("case", ["llama3.1", "mistral", "qwen2", "gpt_neox"])
+def test_no_value_of_any_key_is_a_surprise(case: str, tmp_path: Path) -> None:
+    """Whatever stands in config.json, the folder is opened or refused with words."""
+    hf.make(case, tmp_path)
+    whole = json.loads((tmp_path / "config.json").read_text())
+    if case == "qwen2":
+        whole |= {"use_sliding_window": True, "sliding_window": 10, "layer_types": None, "max_window_layers": 4}
+    paths = [[key] for key in whole] + [["rope_parameters", key] for key in whole["rope_parameters"]]
+    paths += [["rope_scaling"], ["rope_theta"], ["quantization_config"]]
+    opened = 0
+    for path in paths:
+        for value in (None, True, -1, 0, 3, 1.5, float("inf"), float("nan"), "x", "", [], [1], {}, {"a": 1}, {"a": {}}):
+            config = json.loads(json.dumps(whole))
+            where = config["rope_parameters"] if len(path) > 1 else config
+            where[path[-1]] = value
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            try:
+                HFFolder.open(tmp_path, "init_from")
+                opened += 1
+            except UserError as error:
+                assert str(error).startswith(f"init_from={tmp_path}: ")
+    assert opened > 100  # of keys that nothing of ours depends on
 
 
 # Files

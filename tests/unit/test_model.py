@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model import cross_entropy
-from steerlm_megatron.model.attention import PackedTokens, attend_sdpa, attention_backend
+from steerlm_megatron.model.attention import PackedTokens, Rotary, attend_sdpa, attention_backend
 from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
-from steerlm_megatron.model.gpt import LastLayer, build_model, padded_vocab_size, transformer_config
+from steerlm_megatron.model.fused import rotate
+from steerlm_megatron.model.gpt import LastLayer, LastParallelLayer, build_model, padded_vocab_size, transformer_config
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.model.norm import PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
@@ -238,15 +239,20 @@ def _packed(lengths: list[int], wanted: list[int] | None) -> PackedTokens:
     return packed
 
 
+@pytest.mark.parametrize("parallel_residual", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_the_last_layer_computes_what_is_wanted_and_nothing_else(recompute: str, cpu: None) -> None:
+def test_the_last_layer_computes_what_is_wanted_and_nothing_else(
+    recompute: str, parallel_residual: bool, cpu: None
+) -> None:
     """Outputs and gradients are those of a layer that computes everything."""
-    gpt = build_model(SMALL, ParallelConfig(), EngineConfig(recompute=recompute), 300)
-    initialize(gpt, SMALL, 300, seed=2).train()
+    small = replace(SMALL, parallel_residual=parallel_residual)
+    gpt = build_model(small, ParallelConfig(), EngineConfig(recompute=recompute), 300)
+    initialize(gpt, small, 300, seed=2).train()
     lengths, wanted = [5, 1, 9], [0, 4, 5, 13]
     tokens, weight = torch.arange(15) * 7 % 300, torch.randn(4, 384, generator=torch.Generator().manual_seed(0))
     layer = gpt.decoder.layers[-1]
-    assert isinstance(layer, LastLayer) and not isinstance(gpt.decoder.layers[0], LastLayer)
+    last = LastParallelLayer if parallel_residual else LastLayer
+    assert isinstance(layer, last) and not isinstance(gpt.decoder.layers[0], last)
     seen: list[int] = []
     layer.mlp.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     found = {}
@@ -260,6 +266,60 @@ def test_the_last_layer_computes_what_is_wanted_and_nothing_else(recompute: str,
     assert set(seen) == {4, 15} and len(found["part"]) == len(list(gpt.parameters())) + 1
     for part, whole in zip(found["part"], found["all"], strict=True):
         torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_norms_of_heads_and_parallel_residuals_are_what_they_say(recompute: str, cpu: None) -> None:
+    """One layer against its formula in plain torch, with gradients."""
+    model = replace(
+        SMALL, num_layers=1, num_query_groups=2, qk_norm=True, qkv_bias=True, parallel_residual=True, init_std=0.3
+    )
+    gpt = build_model(model, ParallelConfig(), EngineConfig(recompute=recompute), 300)
+    initialize(gpt, model, 300, seed=2).train()
+    layer = gpt.decoder.layers[0]
+    for name, parameter in layer.named_parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    p = {name: value.detach().clone().requires_grad_() for name, value in gpt.named_parameters()}
+    tokens, packed = torch.arange(7) * 11 % 300, _packed([7], None)
+    out = gpt(tokens[None], packed.positions_T[None], None, packed_seq_params=packed)[0]
+
+    def of(name: str) -> torch.Tensor:
+        return p[f"decoder.layers.0.{name}"]
+
+    def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + model.norm_epsilon) * weight
+
+    x = p["embedding.word_embeddings.weight"][tokens]
+    inner = norm(x, of("input_layernorm.weight"))
+    qkv = inner @ of("self_attention.linear_qkv.weight").T + of("self_attention.linear_qkv.bias")
+    q, k, v = qkv.view(7, 2, 4, 8).split([2, 1, 1], 2)
+    q, k = (norm(a, of(f"self_attention.{n}_layernorm.weight")) for a, n in ((q, "q"), (k, "k")))
+    tables = packed.rotary(Rotary.of(model), torch.float32)
+    q, k = (rotate(a.reshape(7, -1, 8), *tables) for a in (q, k))
+    heads = (a.reshape(7, -1, 8).transpose(0, 1) for a in (q, k, v))
+    attended = F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(0, 1).reshape(7, -1)
+    gate, up = (norm(x, of("pre_mlp_layernorm.weight")) @ of("mlp.linear_fc1.weight").T).chunk(2, -1)
+    added = attended @ of("self_attention.linear_proj.weight").T + (F.silu(gate) * up) @ of("mlp.linear_fc2.weight").T
+    expected = norm(x + added, p["decoder.final_layernorm.weight"]) @ p["output_layer.weight"].T
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+    for result in (out, expected):
+        (result * weight).sum().backward()
+    for name, parameter in gpt.named_parameters():
+        torch.testing.assert_close(parameter.grad, p[name].grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_rope_scaling_of_llama_3_is_told_by_turns() -> None:
+    """Within the original length: many turns stay, few are divided, and in between it is monotonous."""
+    where, base = torch.device("cpu"), Rotary(64, 5e5)
+    plain_R = base.frequencies(where)
+    scaled_R = Rotary(64, 5e5, "llama3", 8.0, 1.0, 4.0, 8192).frequencies(where)
+    turns_R, share_R = 8192 * plain_R / (2 * torch.pi), plain_R / scaled_R
+    assert torch.equal(share_R[turns_R > 4], torch.ones(int((turns_R > 4).sum())))
+    assert torch.equal(scaled_R[turns_R < 1], plain_R[turns_R < 1] / 8)
+    assert ((turns_R >= 1) & (turns_R <= 4)).any() and (share_R.diff() >= 0).all()
+    torch.testing.assert_close(Rotary(64, 5e5, "linear", 4.0).frequencies(where), plain_R / 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,9 +1,9 @@
 """Reading and writing the weights of language models in Hugging Face's format: ``config.json`` and safetensors files.
 
-Owns: which families there are and their names (``tables.py``), ``config.json`` (``config_json.py``), what a folder
-may hold (``folder.py``, ``files.py``), files that are written (``write.py``). Does not own: tokenizers, model cards,
-what a command does with a folder. Invariant: what comes in and goes out untouched is bit-equal, and what our model
-cannot represent is refused before any work.
+Owns: which families there are and their names (``tables.py``), ``config.json`` (``config_json.py``), what a folder may
+hold (``folder.py``, ``files.py``), files that are written (``write.py``). Does not own: tokenizers, model cards, what a
+command does with a folder. Invariant: what comes in and goes out untouched is bit-equal, and what our model cannot
+represent is refused before any work.
 """
 
 from steerlm_megatron.model.hf.config_json import config_for, family_for

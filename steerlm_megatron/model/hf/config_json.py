@@ -4,16 +4,17 @@ Owns: what of it we read, what we refuse, what we write. Does not own: key names
 (``tables.py``). Invariant: what would change the model's values is represented or refused by its key; keys that we do
 not know survive a round trip.
 
-RoPE is written in two ways: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4). Both
-are read; a file keeps the way that it has, and a new one gets the older, which both versions read.
+RoPE is written in two ways: ``rope_parameters`` (transformers 5), or ``rope_theta`` and ``rope_scaling`` (4). Both are
+read; a file keeps the way that it has, and a new one gets the older, which both versions read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from steerlm_megatron.config.fields import broken_rules, keys_of
 from steerlm_megatron.config.schema import ModelConfig
@@ -31,7 +32,7 @@ _ROTARY_FIELDS = {
     "high_freq_factor": "rotary_high_frequency",
     "original_max_position_embeddings": "rotary_original",
 }
-_MODEL_KEYS = tuple(keys_of(ModelConfig))
+_MODEL_KEYS = tuple(keys_of(ModelConfig, "model."))
 
 
 def model_of(config: Mapping[str, Any], family: Family) -> tuple[ModelConfig, list[str]]:
@@ -45,17 +46,21 @@ def model_of(config: Mapping[str, Any], family: Family) -> tuple[ModelConfig, li
             problems.append(f"{key} is missing")
             continue
         value, default = config.get(key, family.defaults.get(key)), getattr(ModelConfig(), ours)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is None and ours in ("num_query_groups", "head_dim"):
             pass
         elif isinstance(default, bool):
             if not isinstance(value, bool):
                 problems.append(f"{key}={value!r} is neither true nor false")
                 continue
-        elif not number or (not isinstance(default, float) and value != int(value)):
-            problems.append(f"{key}={value!r} is not a {'number' if isinstance(default, float) else 'whole number'}")
+        elif isinstance(default, float):
+            if not _number(value):
+                problems.append(f"{key}={value!r} is not a number")
+                continue
+            value = float(value)
+        elif not _number(value) or value != int(value):
+            problems.append(f"{key}={value!r} is not a whole number")
             continue
-        values[ours] = float(value) if isinstance(default, float) else value
+        values[ours] = value
     for key, legal in family.needs.items():
         value = config.get(key, legal[0])
         if value not in legal:
@@ -69,21 +74,31 @@ def model_of(config: Mapping[str, Any], family: Family) -> tuple[ModelConfig, li
     values |= _read_rotary(config, family, values.get("max_position"), problems)
     problems += _sliding_window(config, family)
     if not problems:
-        problems += broken_rules(_MODEL_KEYS, lambda key: values.get(key, getattr(ModelConfig(), key)))
+        whole = replace(ModelConfig(name=family.name), **values)
+        problems += broken_rules(_MODEL_KEYS, lambda key: getattr(whole, key.removeprefix("model.")))
     if problems:
         return ModelConfig(), problems
-    model = replace(ModelConfig(name=family.name), **values)
+    model = whole
     if model.head_dim is None and model.hidden_size % model.num_heads:
         problems.append(f"num_attention_heads={model.num_heads} does not divide hidden_size={model.hidden_size}")
-    elif model.head_dim == model.hidden_size / model.num_heads:
-        model = replace(model, head_dim=None)
+    elif int(heads(model)[2] * model.rotary_percent) % 2:
+        problems.append(f"partial_rotary_factor={model.rotary_percent} turns an odd number of a head's dimensions")
     if model.num_heads % (model.num_query_groups or model.num_heads):
         problems.append(
             f"num_key_value_heads={model.num_query_groups} does not divide num_attention_heads={model.num_heads}"
         )
-    elif model.num_query_groups == model.num_heads:
-        model = replace(model, num_query_groups=None)
-    return model, problems
+    return _shortest(model), problems
+
+
+def _shortest(model: ModelConfig) -> ModelConfig:
+    """The same without what follows from other fields."""
+    groups = None if model.num_query_groups == model.num_heads else model.num_query_groups
+    head_dim = None if model.head_dim == model.hidden_size / model.num_heads else model.head_dim
+    return replace(model, num_query_groups=groups, head_dim=head_dim)
+
+
+def _number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _json(value: Any) -> str:
@@ -93,7 +108,7 @@ def _json(value: Any) -> str:
 def _rotary_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Where RoPE's parameters stand, and what stands there."""
     for where in ("rope_scaling", "rope_parameters"):
-        if config.get(where):
+        if isinstance(config.get(where), Mapping) and config[where]:
             return where, dict(config[where])
     return "rope_parameters" if "rope_parameters" in config else "rope_scaling", {}
 
@@ -103,12 +118,20 @@ def _read_rotary(
 ) -> dict[str, Any]:
     """Our fields of RoPE."""
     where, said = _rotary_of(config)
+    for key in ("rope_scaling", "rope_parameters"):
+        if config.get(key) and not isinstance(config[key], Mapping):
+            problems.append(f"{key}={_json(config[key])} is not an object")
+            return {}
     if said and all(isinstance(value, Mapping) for value in said.values()):
         problems.append(f"{where} differs between kinds of layers ({', '.join(said)}); here all layers have one RoPE")
         return {}
     base_key, share_key = family.rotary_keys
     base = said.get("rope_theta", config.get(base_key))
     share = said.get("partial_rotary_factor", config.get(share_key))
+    for key, value in ((base_key, base), (share_key, share)):
+        if value is not None and not _number(value):
+            problems.append(f"{key}={_json(value)} is not a number")
+            return {}
     out: dict[str, Any] = {"rotary_base": 10000.0 if base is None else float(base), "rotary_percent": 1.0}
     if family.rotary_percent is not None:
         out["rotary_percent"] = float(family.rotary_percent if share is None else share)
@@ -117,14 +140,14 @@ def _read_rotary(
     kind_key = "type" if "type" in said and "rope_type" not in said else "rope_type"
     kind = said.get(kind_key, "default")
     out["rotary_scaling"] = "none" if kind == "default" else kind
-    if out["rotary_scaling"] not in _ROTARY:
+    if not isinstance(kind, str) or out["rotary_scaling"] not in _ROTARY:
         problems.append(f"{where}.{kind_key}={kind} is not supported; supported: default linear llama3")
         return {}
     for key in _ROTARY[out["rotary_scaling"]]:
         value = said.get(key)
         if key == "original_max_position_embeddings":
             value = config.get(key, value) or max_position
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not _number(value):
             problems.append(f"{where}.{key}={_json(value)} is not a number, which {where}.{kind_key}={kind} needs")
         else:
             out[_ROTARY_FIELDS[key]] = int(value) if key.startswith("original") else float(value)
@@ -137,14 +160,13 @@ def _sliding_window(config: Mapping[str, Any], family: Family) -> list[str]:
         return []
     window = config.get("sliding_window", family.defaults.get("sliding_window"))
     if family.sliding_window == "if used":
-        kinds = config.get("layer_types") or []
-        beyond = config.get("max_window_layers", 28) >= config.get("num_hidden_layers", 0)
-        if not config.get("use_sliding_window", False) or (beyond and not kinds):
-            return []
-        if kinds and "sliding_attention" not in kinds:
+        kinds = config.get("layer_types") if isinstance(config.get("layer_types"), list) else []
+        first, layers = config.get("max_window_layers", 28), config.get("num_hidden_layers")
+        hidden = "sliding_attention" in kinds if kinds else not (_number(first) and _number(layers) and first >= layers)
+        if not config.get("use_sliding_window", False) or not hidden:
             return []
     longest = config.get("max_position_embeddings")
-    if window is None or not isinstance(longest, int) or window >= longest:
+    if window is None or (_number(window) and _number(longest) and window >= longest):
         return []
     return [
         f"sliding_window={window} with max_position_embeddings={longest}: attention within a window is not supported; "
@@ -165,6 +187,7 @@ def family_for(model: ModelConfig) -> Family:
 
 def unfit(model: ModelConfig, family: Family) -> list[str]:
     """``model.key=value`` of what a family cannot express; nothing if it can express all."""
+    model = _shortest(model)
     differs = [key for key, value in family.fixed.items() if getattr(model, key) != value]
     if "bias" not in family.fixed and not family.biases and model.bias:
         differs.append("bias")
@@ -185,6 +208,7 @@ def config_for(
     Raises:
         UserError: where the family cannot express the model.
     """
+    model = _shortest(model)
     if differs := unfit(model, family):
         raise UserError(f"a {family.name} model cannot have {' '.join(differs)}")
     if base is not None:
@@ -210,8 +234,8 @@ def config_for(
 
 
 def _new(family: Family) -> dict[str, Any]:
-    """What does not follow from a model's shape. Special tokens are said to be none: a class of ``transformers``
-    would otherwise take numbers of its own, and whoever knows the tokenizer puts the right ones in.
+    """What does not follow from a model's shape. Special tokens are said to be none: a class of ``transformers`` would
+    otherwise take numbers of its own, and whoever knows the tokenizer puts the right ones in.
     """
     window = {"sliding_window": None} if family.sliding_window != "no" else {}
     return {

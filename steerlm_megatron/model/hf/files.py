@@ -59,9 +59,14 @@ def header_of(path: Path) -> dict[str, Stored]:
                 raise Damaged(f"{path.name}: the header's bytes of {name} are not those of its shape {list(shape)}")
             ranges.append((start, stop))
             out[name] = Stored(path, entry["dtype"], shape)
+        at = 0
+        for start, stop in sorted(ranges):
+            if start != at or stop < start:
+                raise Damaged(f"{path.name}: the header's ranges of bytes do not follow each other")
+            at = stop
     except (AttributeError, KeyError, TypeError, ValueError):
         raise Damaged(f"{path.name} has a header that is not one of a safetensors file") from None
-    end = 8 + length + max((stop for _, stop in ranges), default=0)
+    end = 8 + length + at
     if size != end:
         raise Damaged(f"{path.name} is {'cut short' if size < end else 'too long'}: {size} bytes of {end}")
     return out

@@ -123,8 +123,8 @@ class HFFolder:
         """This rank's part of every parameter in the file's dtype, read when it is asked for.
 
         Rows of the embedding and of the output layer that the file lacks, those of added control tokens, start as the
-        mean of all its rows, and rows beyond ``vocab_size`` are zero. A file with more rows than ``vocab_size``
-        (tables are often padded) keeps them. Parameters of a regression head are left out.
+        mean of all its rows, and rows beyond ``vocab_size`` are zero. A file with more rows than ``vocab_size`` (tables
+        are often padded) keeps them. Parameters of a regression head are left out.
 
         Shapes are read at the call: make it before an engine cuts parameters into partitions.
 
@@ -220,8 +220,8 @@ class HFFolder:
 def _split(parameter: torch.nn.Parameter) -> tuple[int, list[tuple[int, int]], tuple[int, ...]]:
     """(axis, this rank's ranges of it, shape of the whole parameter); a parameter that is not split is all of its rows.
 
-    As :func:`steerlm_megatron.model.weights.tensor_parallel_part` cuts it: with a stride, each of so many equal
-    blocks (gate, up) on its own.
+    As :func:`steerlm_megatron.model.weights.tensor_parallel_part` cuts it: with a stride, each of so many equal blocks
+    (gate, up) on its own.
     """
     shape = list(parameter.shape)
     world, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
@@ -260,7 +260,8 @@ def _family_of(path: Path, told: str) -> tuple[dict[str, Any], Family]:
     family = FAMILIES.get(str(config.get("model_type")))
     names = config.get("architectures") or [family.architecture if family else f"model_type={config.get('model_type')}"]
     if family is None or names != [family.architecture]:
-        raise UserError(f"{told}: {' '.join(map(str, names))} is not supported; supported: {supported}")
+        said = " ".join(map(str, names)) if isinstance(names, list) else str(names)
+        raise UserError(f"{told}: {said} is not supported; supported: {supported}")
     return config, family
 
 

@@ -39,8 +39,8 @@ def stacked(model: ModelConfig, rows: int) -> list[Rows]:
 
 
 def by_group(model: ModelConfig, rows: int) -> list[Rows]:
-    """Queries, keys and values, fused as Megatron-Core has them: of each key/value group its query heads, its key,
-    its value.
+    """Queries, keys and values, fused as Megatron-Core has them: of each key/value group its query heads, its key, its
+    value.
     """
     _, groups, head, per_group = heads(model)
     out = []
@@ -217,7 +217,9 @@ SHAPE = {
 _RMS = {**SHAPE, "rms_norm_eps": "norm_epsilon"}
 _ABSENT = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False, "initializer_range": 0.02}
 _RMS_ABSENT = {**_ABSENT, "rms_norm_eps": 1e-6}
-_PLAIN = {"activation": "swiglu", "norm": "rmsnorm", "bias": False, "qkv_bias": False, "qk_norm": False}
+# What no family of the Llama kind has unless it says so.
+_NONE = {"qkv_bias": False, "qk_norm": False, "parallel_residual": False}
+_PLAIN = {"activation": "swiglu", "norm": "rmsnorm", "bias": False, **_NONE}
 _LLAMA = {key: value for key, value in _PLAIN.items() if key != "bias"}
 _SILU = {"hidden_act": ("silu", "swish")}
 
@@ -269,12 +271,48 @@ NEMOTRON = Family(
     "NemotronForCausalLM",
     _llama_rules(gated=False),
     {**SHAPE, "norm_eps": "norm_epsilon"},
-    fixed={"activation": "squared_relu", "norm": "layernorm1p", "qkv_bias": False, "qk_norm": False},
+    fixed={"activation": "squared_relu", "norm": "layernorm1p", **_NONE},
     needs={"hidden_act": ("relu2",)},
     defaults={**_ABSENT, "norm_eps": 1e-5, "initializer_range": 0.0134},
     biases=("attention_bias", "mlp_bias"),
     rotary_percent=0.5,
 )
+_NEOX, _NEOX_LAYER = "gpt_neox", "gpt_neox.layers.{}"
+GPT_NEOX = Family(
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
+    (
+        Rule("embedding.word_embeddings", (f"{_NEOX}.embed_in",)),
+        Rule("decoder.layers.{}.input_layernorm", (f"{_NEOX_LAYER}.input_layernorm",)),
+        Rule("decoder.layers.{}.pre_mlp_layernorm", (f"{_NEOX_LAYER}.post_attention_layernorm",)),
+        # Fused by head as ours, since every head has a key and a value of its own.
+        Rule("decoder.layers.{}.self_attention.linear_qkv", (f"{_NEOX_LAYER}.attention.query_key_value",)),
+        Rule("decoder.layers.{}.self_attention.linear_proj", (f"{_NEOX_LAYER}.attention.dense",)),
+        Rule("decoder.layers.{}.mlp.linear_fc1", (f"{_NEOX_LAYER}.mlp.dense_h_to_4h",)),
+        Rule("decoder.layers.{}.mlp.linear_fc2", (f"{_NEOX_LAYER}.mlp.dense_4h_to_h",)),
+        Rule("decoder.final_layernorm", (f"{_NEOX}.final_layer_norm",)),
+        Rule("output_layer", ("embed_out",)),
+    ),
+    {
+        **{key: ours for key, ours in SHAPE.items() if key not in ("num_key_value_heads", "head_dim")},
+        "layer_norm_eps": "norm_epsilon",
+        "use_parallel_residual": "parallel_residual",
+    },
+    fixed={
+        "activation": "gelu",
+        "norm": "layernorm",
+        "bias": True,
+        "qkv_bias": False,
+        "qk_norm": False,
+        "num_query_groups": None,
+        "head_dim": None,
+    },
+    needs={"hidden_act": ("gelu",), "attention_bias": (True,)},
+    defaults={**_ABSENT, "layer_norm_eps": 1e-5, "use_parallel_residual": True},
+    rotary_percent=0.25,
+    rotary_keys=("rotary_emb_base", "rotary_pct"),
+    without_values=(r"\.rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$"),
+)
 
 # In the order in which a model of ours looks for the family that it leaves as.
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, GPT_NEOX)}

@@ -1,8 +1,8 @@
 """A model of ours as a Hugging Face folder.
 
-Owns: our parameters under their names, safetensors files in shards. Does not own: gathering a model that is split
-over ranks, tokenizer files, the model card. Invariant: no file stands under its final name before all are written,
-and ``config.json``, without which the folder is nothing, comes last.
+Owns: our parameters under their names, safetensors files in shards. Does not own: gathering a model that is split over
+ranks, tokenizer files, the model card. Invariant: no file stands under its final name before all are written, and
+``config.json``, without which the folder is nothing, comes last.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def _write(
             names.append(list(shard))
             size += sum(value.nbytes for value in shard.values())
             parameters += sum(value.numel() for value in shard.values())
+            shard.clear()  # before the next one is gathered
         count = len(temporary)
         files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
         for path, file in zip(temporary, files, strict=True):

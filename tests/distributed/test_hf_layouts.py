@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.dist import run_ranks
-from helpers.engines import MODEL, OPTIM, Case, Shard, objective, shards, shards_of, step_batches, unsplit
-from helpers.engines import VOCAB as ENGINE_VOCAB
 
 from steerlm_megatron.config.schema import EngineConfig
 from steerlm_megatron.config.schema import ParallelConfig as P
@@ -21,6 +18,9 @@ from steerlm_megatron.model.weights import fill, initial_weights
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.stages.train import engine_of
 from tests.helpers import hf
+from tests.helpers.dist import run_ranks
+from tests.helpers.engines import MODEL, OPTIM, Case, Shard, objective, shards, shards_of, step_batches, unsplit
+from tests.helpers.engines import VOCAB as ENGINE_VOCAB
 
 pytestmark = pytest.mark.distributed
 
@@ -62,11 +62,19 @@ def read(root: Path, layout: P) -> dict[str, Any]:
     return out
 
 
+@pytest.fixture(scope="module")
+def alone(folders: tuple[Path, dict[str, torch.Tensor]]) -> dict[str, Any]:
+    """What one rank has read."""
+    (found,) = run_ranks(1, read, folders[0], P())
+    return found
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_reads_the_same_model(layout: str, folders: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_every_layout_reads_the_same_model(
+    layout: str, folders: tuple[Path, dict[str, torch.Tensor]], alone: dict[str, Any]
+) -> None:
     root, _ = folders
     where = LAYOUTS[layout]
-    (alone,) = run_ranks(1, read, root, P())
     found = run_ranks(where.tensor * where.pipeline, read, root, where)
     for case in hf.CASES:
         whole = {name: part.tensor for name, part in alone[case][0].items()}
@@ -84,17 +92,19 @@ def test_every_layout_reads_the_same_model(layout: str, folders: tuple[Path, dic
         torch.testing.assert_close(logits, alone[case][1], rtol=0, atol=1e-4)
 
 
-def test_one_rank_has_the_logits_of_transformers(folders: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_one_rank_has_the_logits_of_transformers(
+    folders: tuple[Path, dict[str, torch.Tensor]], alone: dict[str, Any]
+) -> None:
     """What the layouts are compared with, for the documents of the unit tests' row."""
-    root, expected = folders
-    (alone,) = run_ranks(1, read, root, P())
-    for case, logits in expected.items():
+    for case, logits in folders[1].items():
         torch.testing.assert_close(alone[case][1][:191], logits, rtol=0, atol=1e-4)
 
 
 # Queries' and keys' norms are shared by heads on all tensor-parallel ranks, biases are split with their rows.
 
-TRAINED = replace(MODEL, qk_norm=True, qkv_bias=True, rotary_scaling="llama3", rotary_original=16)
+TRAINED = replace(
+    MODEL, qk_norm=True, qkv_bias=True, parallel_residual=True, rotary_scaling="llama3", rotary_original=16
+)
 TRAINING = {
     "TP2": Case("sft", P(tensor=2)),
     "TP2 SP": Case("sft", P(tensor=2, sequence=True)),
