@@ -87,11 +87,13 @@ class LastLayer(HookedTransformerLayer):
     For K of T tokens it saves 1 - K/T of that layer's MLP, forward and backward; the outputs are the same.
     """
 
-    def after_attention(self, hidden_states: torch.Tensor, packed_seq_params: PackedTokens) -> torch.Tensor:
+    def after_attention(
+        self, hidden_states: torch.Tensor, before: torch.Tensor, packed_seq_params: PackedTokens
+    ) -> torch.Tensor:
         return _wanted(hidden_states, packed_seq_params)
 
 
-class ParallelLayer(TransformerLayer):
+class ParallelLayer(HookedTransformerLayer):
     """GPT-J's and GPT-NeoX's layer (arXiv 2204.06745 §2.1): x + attention(norm(x)) + MLP(other norm(x)).
 
     Megatron-Core computes the MLP of x + attention, and adds it to that. What differs is the norm's input alone.
@@ -99,25 +101,26 @@ class ParallelLayer(TransformerLayer):
 
     _before_TBD: torch.Tensor | None = None  # x, from the attention up to the norm
 
-    def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        out = super()._forward_attention(*args, **kwargs)
-        self._before_TBD = args[0] if args else kwargs["hidden_states"]
-        return out
+    def after_attention(
+        self, hidden_states: torch.Tensor, before: torch.Tensor, packed_seq_params: PackedTokens
+    ) -> torch.Tensor:
+        self._before_TBD = before
+        return hidden_states
 
-    def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def norm_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
         before_TBD, self._before_TBD = self._before_TBD, None
         assert before_TBD is not None
-        return super()._forward_pre_mlp_layernorm(before_TBD)
+        return before_TBD
 
 
 class LastParallelLayer(ParallelLayer):
     """The model's last layer of that kind, as :class:`LastLayer`."""
 
-    def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        hidden_TBD, context = super()._forward_attention(*args, **kwargs)
-        assert self._before_TBD is not None
-        self._before_TBD = _wanted(self._before_TBD, kwargs["packed_seq_params"])
-        return _wanted(hidden_TBD, kwargs["packed_seq_params"]), context
+    def after_attention(
+        self, hidden_states: torch.Tensor, before: torch.Tensor, packed_seq_params: PackedTokens
+    ) -> torch.Tensor:
+        super().after_attention(hidden_states, _wanted(before, packed_seq_params), packed_seq_params)
+        return _wanted(hidden_states, packed_seq_params)
 
 
 def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:

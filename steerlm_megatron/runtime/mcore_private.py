@@ -178,6 +178,12 @@ _name(
     takes=("packed_seq_params",),
 )
 _name(
+    "transformer.transformer_layer",
+    "TransformerLayer._forward_pre_mlp_layernorm",
+    why="the MLP of a parallel layer reads what the attention reads (HookedTransformerLayer)",
+    takes=("hidden_states",),
+)
+_name(
     "models.common.language_module.language_module",
     "LanguageModule._is_in_embd_group",
     why="a model that is built without values would exchange them between stages (HookedGPTModel)",
@@ -231,12 +237,24 @@ class HookedGPTModel(GPTModel):
 
 
 class HookedTransformerLayer(TransformerLayer):
-    """``TransformerLayer`` with a method between its attention and its MLP."""
+    """``TransformerLayer`` with methods between its attention and its MLP."""
 
-    def after_attention(self, hidden_states: torch.Tensor, packed_seq_params: Any) -> torch.Tensor:
-        """What the MLP gets in the place of the attention's ``hidden_states``, the residual stream."""
+    def after_attention(
+        self, hidden_states: torch.Tensor, before: torch.Tensor, packed_seq_params: Any
+    ) -> torch.Tensor:
+        """Return what follows the attention in the place of ``hidden_states``, the residual stream with the attention's
+        output in it; ``before`` is the stream without it.
+        """
+        return hidden_states
+
+    def norm_input(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return what the norm before the MLP gets in the place of ``hidden_states``."""
         return hidden_states
 
     def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        before = args[0] if args else kwargs["hidden_states"]
         hidden_states, context = super()._forward_attention(*args, **kwargs)
-        return self.after_attention(hidden_states, kwargs["packed_seq_params"]), context
+        return self.after_attention(hidden_states, before, kwargs["packed_seq_params"]), context
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super()._forward_pre_mlp_layernorm(self.norm_input(hidden_states))

@@ -37,7 +37,8 @@ PLACES = {
         "generate/",
     ),
     "data_tools": ("stages/",),
-    **dict.fromkeys(("jinja2", "matplotlib"), ("report/",)),
+    "matplotlib": ("report/",),
+    "jinja2": ("report/", "stages/base.py"),  # a page; what a folder's chat template writes
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "httpx", "h11", "prometheus_client"), ("serve/",)),
 }  # fmt: skip
 
