@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -271,9 +271,10 @@ def _new_meta(
     )
 
 
-def _objective(config: Config, view: View) -> Objective:
+def _objective(config: Config, data: Corpora, view: View) -> Objective:
     if view == "ap":
-        return RegressionObjective(config.attributes.names, config.train.label_weights)
+        mean_A = torch.from_numpy(data.label_mean())
+        return RegressionObjective(config.attributes.names, config.train.label_weights, mean_A)
     return TokenObjective()
 
 
@@ -302,7 +303,7 @@ def _build_engine(
         if base is not None and base.hf is not None:
             initial.append(base.hf.weights(chunk, vocab_size))
         chunks.append(chunk)
-    engine = engine_of(config.engine)(chunks, _objective(config, view), config.optim, config.engine, steps)
+    engine = engine_of(config.engine)(chunks, _objective(config, data, view), config.optim, config.engine, steps)
     return engine, itertools.chain(*initial), flops_of(config, vocab_size, view)
 
 
@@ -372,9 +373,28 @@ def _announce(config: Config, view: View, rows: Rows, loader: StepLoader, steps:
             get_logger(__name__).info("%d samples %s", report[key], words.format(config.data.overlong))
 
 
+def compare_with_constant(valid: Mapping[str, float]) -> None:
+    """Warn of attributes that a predictor knows no better than the training labels' mean does."""
+    pairs = {
+        key.removeprefix("mse/"): (value, valid[f"constant_{key}"])
+        for key, value in valid.items()
+        if key.startswith("mse/") and f"constant_{key}" in valid
+    }
+    if worse := [
+        f"{name} ({own:.3g}, the mean's is {beside:.3g})" for name, (own, beside) in pairs.items() if own >= beside
+    ]:
+        get_logger(__name__).warning(
+            "on the validation set, the mean squared error is no smaller than that of predicting the training labels' "
+            "mean for %d of %d attributes: %s; train longer, with more labels or another optim.lr, or do not steer by "
+            "them",
+            len(worse), len(pairs), ", ".join(worse),
+        )  # fmt: skip
+
+
 def _summarise(here: Session, rows: Rows, result: TrainResult) -> None:
     best = "" if result.best_valid_loss is None else f", best validation loss {result.best_valid_loss:.4g}"
     get_logger(__name__).info("trained to step %d%s; checkpoint: %s", result.steps, best, result.checkpoint)
+    compare_with_constant(result.valid)
     here.run.update(
         counts={**rows.report(), "steps": result.steps, "tokens": result.tokens},
         metrics={

@@ -7,6 +7,7 @@ Batches are taken where they are, and nothing but :meth:`Objective.terms` reads 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -80,14 +81,22 @@ class RegressionObjective(Objective):
     """Masked mean squared error over the labels that are present: Σ w_a m (p - v)² / Σ m  (arXiv 2311.09528).
 
     ``weights``: w_a per attribute, 1 where absent. Values are on the schema's scale. The count Σ m is of labels, not of
-    samples, and over the whole global batch (the reference normalises per micro-batch).
+    samples, and over the whole global batch (the reference normalises per micro-batch). ``constant_A``: the prediction
+    that a model has to be better than (the training labels' mean), whose error is measured on the same labels.
     """
 
-    def __init__(self, names: Sequence[str], weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: Mapping[str, float] | None = None,
+        constant_A: torch.Tensor | None = None,
+    ) -> None:
         self.names = tuple(names)
         self.weights_A = torch.tensor([float((weights or {}).get(name, 1.0)) for name in self.names])
+        self.constant_A = torch.full((len(self.names),), torch.nan) if constant_A is None else constant_A.float()
+        self._has_constant = [not math.isnan(value) for value in self.constant_A.tolist()]
         self.metric_names = ("loss", "labels") + tuple(
-            f"{kind}/{n}" for kind in ("sq", "abs", "count") for n in self.names
+            f"{kind}/{n}" for kind in ("sq", "abs", "count", "constant") for n in self.names
         )
 
     def output_index(self, batch: RowBatch) -> torch.Tensor:
@@ -105,19 +114,25 @@ class RegressionObjective(Objective):
             empty_M = torch.zeros(len(self.metric_names), dtype=torch.float64, device=predicted_PA.device)
             return predicted_PA.sum() * 0.0, empty_M
         self.weights_A = self.weights_A.to(predicted_PA.device)  # once: it stays there
+        self.constant_A = self.constant_A.to(predicted_PA.device)
         present_PA = ~batch.values_PA.isnan()
         error_PA = torch.where(present_PA, predicted_PA - batch.values_PA.nan_to_num(), 0.0)
         total = (error_PA.square() * self.weights_A).sum()
         detached = error_PA.detach().double()
         count_A = present_PA.sum(0, dtype=torch.float64)
+        beside_PA = torch.where(present_PA, self.constant_A.nan_to_num() - batch.values_PA.nan_to_num(), 0.0).double()
         head = torch.stack([total.detach().double(), count_A.sum()])
-        return total, torch.cat([head, detached.square().sum(0), detached.abs().sum(0), count_A])
+        parts = (detached.square().sum(0), detached.abs().sum(0), count_A, beside_PA.square().sum(0))
+        return total, torch.cat([head, *parts])
 
     def means(self, sums_M: Sequence[float]) -> dict[str, float]:
         named = dict(zip(self.metric_names, sums_M, strict=True))
+        known = dict(zip(self.names, self._has_constant, strict=True))
         means = {"loss": named["loss"] / max(named["labels"], 1.0)}
         for name in self.names:
             if count := named[f"count/{name}"]:
                 means[f"mse/{name}"] = named[f"sq/{name}"] / count
                 means[f"mae/{name}"] = named[f"abs/{name}"] / count
+                if known[name]:
+                    means[f"constant_mse/{name}"] = named[f"constant/{name}"] / count
         return means

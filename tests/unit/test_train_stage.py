@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.stages.train import check_profile, flops_of
+from steerlm_megatron.stages.train import check_profile, compare_with_constant, flops_of
 from steerlm_megatron.train.loop import Trainer
+from steerlm_megatron.train.objective import RegressionObjective
+from tests.helpers.engines import full_row
 
 
 def sample(length: int) -> Sample:
@@ -67,3 +71,19 @@ def test_a_profile_of_a_rank_that_is_not_there() -> None:
     config.profile.steps, config.profile.ranks = [1, 2], [0, 2]
     with pytest.raises(UserError, match=r"profile.ranks=\[0, 2\]: there is no rank 2; legal: 0 to 1"):
         check_profile(config, ranks=2, done=0, steps=10)
+
+
+def test_a_predictor_that_knows_no_more_than_the_mean_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean's error is that on the same labels; an attribute without a training label has none."""
+    logger, recorded = get_logger("steerlm_megatron.stages.train"), []
+    monkeypatch.setattr(logger, "warning", lambda text, *values: recorded.append(text % values))
+    objective = RegressionObjective(("a", "b", "c"), {}, torch.tensor([2.0, 1.0, torch.nan]))
+    values_PA = torch.tensor([[4.0, 1.0, 5.0], [1.0, torch.nan, 5.0]])
+    batch = replace(full_row([4, 3]), pool_P=torch.tensor([3, 6]), values_PA=values_PA)
+    _, sums_M = objective.loss(torch.tensor([[[4.0, 3.0, 0.0], [1.0, 0.0, 0.0]]]), batch)
+    means = objective.means(sums_M.tolist())
+    assert means["constant_mse/a"] == (4 + 1) / 2 and means["constant_mse/b"] == 0 and "constant_mse/c" not in means
+    compare_with_constant(means)
+    assert ["1 of 2 attributes: b (4, the mean's is 0)" in line for line in recorded] == [True]
+    compare_with_constant({"mse/a": 0.1, "constant_mse/a": 0.2})
+    assert len(recorded) == 1
