@@ -55,6 +55,9 @@ class TokenizerLike(Protocol):
 
     def control_id(self, text: str) -> int: ...
 
+    @property
+    def controls(self) -> dict[str, int]: ...
+
 
 class TemplateLike(Protocol):
     """The part of ``steer.templates.Template`` that generation uses."""
@@ -400,5 +403,6 @@ def _look_through(tokenizer: TokenizerLike, template: TemplateLike) -> tuple[set
 
     Each id is decoded twice in a row, since a decoder may drop a blank at the start."""
     chars = [len(tokenizer.decode([i, i])) for i in range(tokenizer.vocab_size)]
-    ids = {tokenizer.control_id(s) for s in template.control_strings}
+    # A model that takes no attributes may lack the label marker.
+    ids = {tokenizer.controls[s] for s in template.control_strings if s in tokenizer.controls}
     return ids | {i for i, count in enumerate(chars) if not count}, -(-max(chars, default=1) // 2)

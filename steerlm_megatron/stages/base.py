@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.hf import HFFolder, is_hf_folder
 from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.stages.prompt_tokens import difference
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import TEMPLATES, Template, join
 from steerlm_megatron.train.checkpoint import resolve
@@ -55,6 +58,11 @@ def open_base(path: str, key: str) -> Base:
         return Base(folder, read_meta(folder))
     hf = HFFolder.open(path, key)
     tokenizer = Tokenizer.from_path(hf.folder)
+    if tokenizer.base_size > hf.vocab_size:
+        raise UserError(
+            f"{key}={path}: its tokenizer has {tokenizer.base_size} ids, and config.json says vocab_size="
+            f"{hf.vocab_size}: they are not of one model"
+        )
     meta = CheckpointMeta(
         step=0,
         task="lm",
@@ -81,28 +89,26 @@ def adopt_shape(config: Config, overrides: Iterable[str]) -> None:
     config.model = dataclasses.replace(config.model, **adopted)
 
 
-def model_differences(config: Config, meta: CheckpointMeta) -> list[str]:
-    """Return ``model.key=value (checkpoint: value)`` for each key that makes another model of it."""
+def model_differences(config: Config, meta: CheckpointMeta, more_free: Iterable[str] = ()) -> list[str]:
+    """Return ``model.key=value (checkpoint: value)`` for each key that makes another model; ``more_free`` do not."""
     ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(ModelConfig(**meta.model))
-    free = {"name", "max_position", *_OF_THE_RUN[:2]}
+    free = {"name", "max_position", "dropout", "init_std", *more_free}
     return [f"model.{k}={ours[k]} (checkpoint: {theirs[k]})" for k in ours if k not in free and ours[k] != theirs[k]]
 
 
-def chat_template_of(folder: Path, key: str) -> Template:
-    """Return the template that renders conversations as the folder's own chat template does.
+def chat_template_of(folder: Path, key: str) -> Template | None:
+    """Return the template that renders conversations as the folder's own chat template does. A folder without one has
+    None: its model continues text.
 
     The chat template is tried on a conversation with a system text, and on one without, which tells the system text
     that it puts there by itself.
 
     Raises:
-        UserError: the folder has no chat template, or none of ours is like it.
+        UserError: none of ours is like it, or the folder's tokenizer makes other tokens of a prompt than we would.
     """
     source = _chat_template(folder)
     if source is None:
-        raise UserError(
-            f"{key}={folder} has no chat template: it is a model that continues text, and has no format for requests; "
-            "fine-tune it first (steerlm train_sft init_from=...)"
-        )
+        return None
     tokens = _special_tokens(folder)
     turns = (Message("user", "Hi."), Message("assistant", "Hello!"), Message("user", "Who are you?"))
     for kind in TEMPLATES.values():
@@ -121,14 +127,42 @@ def chat_template_of(folder: Path, key: str) -> Template:
     )
 
 
+def prompts_of(folder: Path, key: str) -> tuple[Template | None, Tokenizer]:
+    """Return the template of :func:`chat_template_of` and the folder's tokenizer, which gives the folder's own tokens.
+
+    Raises:
+        UserError: as :func:`chat_template_of`; or the tokenizer lacks the format's tokens, or other tokens come out.
+    """
+    template = chat_template_of(folder, key)
+    if template is None:
+        return None, Tokenizer.from_path(folder)
+    wanted = [text for text in template.control_strings if text != template.label_marker]
+    tokenizer = Tokenizer.from_path(folder, wanted)
+    if lacking := [text for text in wanted if text in tokenizer.added]:
+        raise UserError(
+            f"{key}={folder}: its chat template writes {' '.join(lacking)}, which its tokenizer has no tokens for"
+        )
+    if tokenizer.model_kind == "huggingface":
+        if said := difference(tokenizer, template, None, json.loads(tokenizer.model_data)):
+            raise UserError(
+                f"{key}={folder}: its tokenizer makes other tokens of a prompt than ours would ({said}): the model "
+                "would be asked in a way that it does not know; train it first (init_from=), with a format of your own"
+            )
+    return template, tokenizer
+
+
 def _chat_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    try:
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from None
     found = _json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # of several, by name
-        found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
-    return found
+        named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = named[0].get("template") if named else None
+    return found if isinstance(found, str) else None
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:
@@ -162,10 +196,13 @@ def _rendered(source: str, tokens: dict[str, str], messages: Iterable[Message]) 
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.globals["raise_exception"] = refuse
+    # transformers has a block that marks what an assistant wrote, and a clock.
+    source = re.sub(r"{%(-?)\s*(end)?generation\s*(-?)%}", r"{%\1 if true \3%}{%\1 endif \3%}", source)
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         return environment.from_string(source).render(
             messages=[{"role": m.role, "content": m.content} for m in messages], add_generation_prompt=True, **tokens
         )
-    except TemplateError as error:
+    except Exception as error:  # a stranger's program may raise anything
         get_logger(__name__).debug("the chat template refuses a conversation: %s", error)
         return None

@@ -19,8 +19,8 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import versions
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages import export_hf
-from steerlm_megatron.stages.base import open_base
-from steerlm_megatron.stages.session import load_model, session
+from steerlm_megatron.stages.base import Base, open_base
+from steerlm_megatron.stages.session import load_model, open_checkpoint, session
 from steerlm_megatron.train.checkpoint import write_checkpoint
 from steerlm_megatron.train.meta import read_meta
 from steerlm_megatron.train.sharded import ShardedWriter, stored_dtype
@@ -32,25 +32,20 @@ def run(config: Config) -> None:
     """Export ``checkpoint`` to the folder ``output``. Collective over the world."""
     base = open_base(str(config.checkpoint), "checkpoint")
     source, target = base.folder, Path(str(config.output))
-    to_hf = config.export.format == "hf"
-    if base.hf is not None and not to_hf:
+    if config.export.format == "hf":
+        _to_hf(config, base, target)
+        return
+    if base.hf is not None:
         raise UserError(
             f"checkpoint={source} is a Hugging Face folder, which commands take as it is; set export.format=hf to "
             "write another"
         )
     with session(config) as here:
-        if not to_hf:
-            on_main(lambda: check_target(target, source, config.overwrite))
-        stored = base.hf.precision if base.hf is not None else _PRECISIONS[stored_dtype(source, "decoder.")]
+        on_main(lambda: check_target(target, source, config.overwrite))
+        stored = _PRECISIONS[stored_dtype(source, "decoder.")]
         precision = stored if config.export.precision == "stored" else config.export.precision
         config.engine.precision = precision
         loaded = load_model(str(source), config, "checkpoint")
-        if to_hf:
-            export_hf.check(config, loaded, target)
-            on_main(lambda: export_hf.write(loaded, target, precision))
-            here.run.update(outputs={"checkpoint": str(target)})
-            get_logger(__name__).info("%s: a Hugging Face folder in %s", target, precision)
-            return
         meta = dataclasses.replace(
             loaded.meta,
             training_state=False,
@@ -74,7 +69,22 @@ def run(config: Config) -> None:
             )  # fmt: skip
 
 
-def check_target(target: Path, source: Path, overwrite: bool) -> None:
+def _to_hf(config: Config, base: Base, target: Path) -> None:
+    """Write a Hugging Face folder. Collective over the world."""
+    opened = open_checkpoint(str(base.folder), "checkpoint", asked=False)
+    export_hf.check(config, opened)
+    with session(config) as here:
+        on_main(lambda: check_target(target, base.folder, config.overwrite, "config.json"))
+        stored = base.hf.precision if base.hf is not None else _PRECISIONS[stored_dtype(base.folder, "decoder.")]
+        precision = stored if config.export.precision == "stored" else config.export.precision
+        config.engine.precision = precision
+        loaded = load_model(str(base.folder), config, "checkpoint", asked=False)
+        on_main(lambda: export_hf.write(loaded, target, precision))
+        here.run.update(outputs={"checkpoint": str(target)})
+        get_logger(__name__).info("%s: a Hugging Face folder in %s", target, precision)
+
+
+def check_target(target: Path, source: Path, overwrite: bool, sign: str = "meta.json") -> None:
     """Refuse to replace anything but an earlier export or checkpoint, and that only with ``overwrite``."""
     if target.resolve() == source.resolve() or source.resolve() in target.resolve().parents:
         raise UserError(f"output={target} lies in the checkpoint itself; choose another folder")
@@ -82,7 +92,7 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
         target.rmdir()
     if not target.exists():
         return
-    if not (target / "meta.json").exists():
+    if not (target / sign).exists():
         raise UserError(f"output={target} exists and is not a checkpoint; choose a new folder")
     if not overwrite:
         raise UserError(f"output={target} holds a checkpoint; choose another folder, or overwrite=true to replace it")

@@ -8,24 +8,27 @@ the model was trained on, which is tried before the folder is put there.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from steerlm_megatron.config.schema import Config
-from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_bytes_atomic, write_json_atomic
 from steerlm_megatron.model.hf import config_for, family_for, hf_tensors, write_hf
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.device import dtype_of
-from steerlm_megatron.stages.session import LoadedModel
-from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.stages.prompt_tokens import (
+    PROMPTS,
+    difference,
+    exported_tokenizer,
+    first_difference,
+    levels_to_try,
+    prompt_ids,
+)
+from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint
 from steerlm_megatron.steer.chat_template import chat_template, variable
-from steerlm_megatron.steer.records import Message
-from steerlm_megatron.steer.templates import Template
 
 # What a tokenizer of Hugging Face consists of; a folder that came as one keeps its own.
 _TOKENIZER_FILES = (
@@ -39,50 +42,52 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_PROBES = (
-    (Message("user", "Hello, who are you?"),),
-    (
-        Message("system", "Answer briefly."),
-        Message("user", "What is 2 + 2?\nShow your work."),
-        Message("assistant", "It is 4."),
-        Message("user", "Thanks!"),
-    ),
-)
 
 
-def check(config: Config, loaded: LoadedModel, target: Path) -> None:
-    """Refuse what has no such form, before anything is written.
+def check(config: Config, opened: OpenedCheckpoint) -> None:
+    """Refuse what has no such form, before weights are read.
 
     Raises:
-        UserError: an attribute-prediction model, a tokenizer that is not Hugging Face's, a model that is split over
-            ranks, a folder that is there.
+        UserError: an attribute-prediction model, a tokenizer that is not Hugging Face's or makes other tokens of a
+            prompt than the model was trained on, more than one rank, attributes that cannot be variables.
     """
-    if loaded.meta.head != "lm":
+    told = f"export.format=hf: {config.checkpoint}"
+    if opened.meta.head != "lm":
         raise UserError(
-            f"export.format=hf: {config.checkpoint} is an attribute-prediction model, which has no form there yet; "
-            "take export.format=steerlm"
+            f"{told} is an attribute-prediction model, which has no form there yet; take export.format=steerlm"
         )
-    if loaded.hf is None and loaded.tokenizer.model_kind != "huggingface":
-        raise UserError(
-            f"export.format=hf: the tokenizer of {config.checkpoint} is of kind {loaded.tokenizer.model_kind}; such a "
-            "folder needs a tokenizer.json: train from a model that has one"
-        )
-    if loaded.parallel.tensor * loaded.parallel.pipeline > 1:
+    if config.parallel.tensor * config.parallel.pipeline > 1:
         raise UserError(
             "export.format=hf writes from one rank; leave parallel.tensor and parallel.pipeline at 1 (no GPU is needed)"
         )
-    if target.exists():
-        raise UserError(f"output={target} exists; choose a new folder for export.format=hf")
+    if opened.hf is not None:
+        return
+    family_for(opened.model_config)
+    if opened.tokenizer.model_kind != "huggingface":
+        raise UserError(
+            f"{told} has a tokenizer of kind {opened.tokenizer.model_kind}; such a folder needs a tokenizer.json: "
+            "train from a model that has one"
+        )
+    _chat_template(opened)
+    said = difference(opened.tokenizer, opened.template, opened.conditioned_on, exported_tokenizer(opened.tokenizer))
+    if said is not None:
+        raise UserError(
+            f"{told}: a chat template of template.name={opened.template.name} gives other tokens with this tokenizer "
+            f"than the model was trained on ({said}); another template may do"
+        )
 
 
 def write(loaded: LoadedModel, target: Path, precision: str) -> None:
-    """Write the folder ``target``, whole or not at all."""
+    """Write the folder ``target``, whole or not at all; one that stands there is replaced (``export.check_target``)."""
     work = target.with_name(f".{target.name}.steerlm")
     shutil.rmtree(work, ignore_errors=True)
     try:
-        _write(loaded, work, precision)
-        _try_prompts(loaded, work)
-        work.rename(target)
+        _write(loaded, work / "new", precision)
+        if loaded.hf is None:
+            _try_prompts(loaded, work / "new")
+        if target.exists():
+            target.rename(work / "old")
+        (work / "new").rename(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -100,74 +105,43 @@ def _write(loaded: LoadedModel, work: Path, precision: str) -> None:
             if (loaded.hf.folder / name).is_file():
                 write_bytes_atomic(work / name, (loaded.hf.folder / name).read_bytes())
         return
-    write_json_atomic(work / "tokenizer.json", _with_added_tokens(loaded.tokenizer))
+    write_json_atomic(work / "tokenizer.json", exported_tokenizer(loaded.tokenizer))
     write_json_atomic(work / "tokenizer_config.json", _tokenizer_config(loaded))
     write_json_atomic(work / "generation_config.json", {"eos_token_id": config["eos_token_id"]})
 
 
-def _with_added_tokens(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the content of ``tokenizer.json`` with what we added to it, at the ids that the model knows them by."""
-    content: dict[str, Any] = json.loads(tokenizer.model_data)
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    added = [
-        {"id": i, "content": text, **flags, "special": text in tokenizer.controls}
-        for text, i in tokenizer.added.items()
-    ]
-    content["added_tokens"] = sorted([*content.get("added_tokens", []), *added], key=lambda token: int(token["id"]))
-    content["truncation"] = content["padding"] = None
-    return content
-
-
 def _tokenizer_config(loaded: LoadedModel) -> dict[str, Any]:
-    schema = loaded.conditioned_on
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": loaded.template.stop_strings[0],
         "pad_token": loaded.template.stop_strings[0],
         "clean_up_tokenization_spaces": False,
         "model_max_length": loaded.meta.model_config().max_position,
-        "chat_template": chat_template(loaded.template, schema, _defaults(schema)),
+        "chat_template": _chat_template(loaded),
     }
 
 
-def _defaults(schema: AttributeSchema | None) -> Mapping[str, int]:
-    return {} if schema is None else schema.complete({})
+def _chat_template(opened: OpenedCheckpoint) -> str:
+    schema = opened.conditioned_on
+    return chat_template(opened.template, schema, {} if schema is None else schema.complete({}))
 
 
 def _try_prompts(loaded: LoadedModel, folder: Path) -> None:
-    """Compare the folder's tokens with ours on a few prompts. ``UserError`` if they differ: a model that reads other
-    tokens than it was trained on answers worse, and nobody sees why.
+    """Compare the tokens that ``transformers`` makes with the folder's chat template with ours. ``UserError`` if they
+    differ: a model that reads other tokens than it was trained on answers worse, and nobody sees why.
     """
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(folder)
-    schema = loaded.conditioned_on
-    asked: list[dict[str, int]] = [dict(_defaults(schema))]
-    if schema is not None:
-        asked.append(dict.fromkeys(schema.seen, 0))
-    for messages in _PROBES:
-        for levels in asked:
+    theirs, schema = AutoTokenizer.from_pretrained(folder), loaded.conditioned_on
+    for messages in PROMPTS:
+        for levels in levels_to_try(schema):
             plain = [{"role": message.role, "content": message.content} for message in messages]
             named = {variable(name): level for name, level in levels.items()}
             found = theirs.apply_chat_template(plain, add_generation_prompt=True, tokenize=True, **named)
-            found = list(found["input_ids"]) if isinstance(found, Mapping) else list(found)
+            ids = list(found["input_ids"] if isinstance(found, Mapping) else found)
             expected = prompt_ids(loaded.tokenizer, loaded.template, messages, schema, levels)
-            if found != expected:
-                at = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), -1)
+            if said := first_difference(ids, expected, loaded.tokenizer):
                 raise UserError(
-                    f"export.format=hf: the tokenizer of Hugging Face makes other tokens of a prompt than the model "
-                    f"was trained on (first at token {at}: {theirs.decode(found[at : at + 3])!r}); template."
-                    f"{loaded.template.name} cannot be written for this tokenizer"
+                    f"export.format=hf: transformers makes other tokens of a prompt than the model knows ({said})"
                 )
-    get_logger(__name__).info("the chat template gives the model's own tokens on %d prompts", len(_PROBES) * len(asked))
-
-
-def prompt_ids(
-    tokenizer: Tokenizer,
-    template: Template,
-    messages: tuple[Message, ...],
-    schema: AttributeSchema | None,
-    levels: Mapping[str, int],
-) -> list[int]:
-    """Return the token ids of a prompt, as training and ``generate`` make them."""
-    return list(tokenizer.encode_segments(template.prefix(messages, schema, levels))[0])
+    get_logger(__name__).info("transformers makes the model's own tokens of %d prompts", len(PROMPTS))

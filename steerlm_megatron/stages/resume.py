@@ -47,7 +47,7 @@ def check_init(config: Config, data: Corpora, view: View) -> Base | None:
             f"({meta.vocab_size} ids) than "
             f"{data.name} ({data.tokenizer.vocab_size} ids); preprocess with tokenizer.path={remedy}"
         )
-    wrong = model_differences(config, meta)
+    wrong = model_differences(config, meta, () if base.hf is None else ("vocab_multiple",))
     if base.hf is None:
         wrong += padding_differences(config, meta, view)
     if wrong:

@@ -29,7 +29,7 @@ from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import broadcast_object, on_main
 from steerlm_megatron.runtime.device import dtype_of
 from steerlm_megatron.runtime.parallel import Layout
-from steerlm_megatron.stages.base import chat_template_of, open_base
+from steerlm_megatron.stages.base import open_base, prompts_of
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
 from steerlm_megatron.train.checkpoint import verify
@@ -128,10 +128,11 @@ def inference_parallel(config: ParallelConfig) -> ParallelConfig:
     return ParallelConfig(tensor=config.tensor, pipeline=config.pipeline, data=data)
 
 
-def open_checkpoint(path: str, key: str, head: str | None = None) -> OpenedCheckpoint:
+def open_checkpoint(path: str, key: str, head: str | None = None, asked: bool = True) -> OpenedCheckpoint:
     """Read everything of a checkpoint but its weights.
 
-    ``head``: ``lm`` or ``regression``; another kind is a UserError naming ``key``. None: either.
+    ``head``: ``lm`` or ``regression``; another kind is a UserError naming ``key``. None: either. ``asked``: whether the
+    model will be sent prompts; a Hugging Face folder without a chat template is then a UserError.
     """
     base = open_base(path, key)
     folder, meta = base.folder, base.meta
@@ -139,23 +140,26 @@ def open_checkpoint(path: str, key: str, head: str | None = None) -> OpenedCheck
         wanted = "an attribute-prediction model (train_ap)" if head == "regression" else "a language model (train_sft)"
         raise UserError(f"{key}={path} holds a model with head '{meta.head}', needed is {wanted}")
     if base.hf is not None:
-        template = chat_template_of(folder, key)
-        tokenizer = Tokenizer.from_path(folder, template.control_strings)
-        meta = dataclasses.replace(
-            meta, vocab_size=max(meta.vocab_size, tokenizer.vocab_size), template=template.to_dict()
-        )
+        found, tokenizer = prompts_of(folder, key)
+        if found is None and asked:
+            raise UserError(
+                f"{key}={path} has no chat template: its model continues text, and has no format for requests; "
+                "fine-tune it first (steerlm train_sft init_from=...)"
+            )
+        template = found or Template.from_config({"name": "steerlm"})
+        meta = dataclasses.replace(meta, template=template.to_dict())
         return OpenedCheckpoint(folder, meta, tokenizer, None, template, hf=base.hf)
     tokenizer = Tokenizer.load(folder / "tokenizer")
     return OpenedCheckpoint(folder, meta, tokenizer, meta.attributes(), Template.from_dict(meta.template))
 
 
 def load_model(
-    path: str, config: Config, key: str, head: str | None = None, gather_logits: bool = False
+    path: str, config: Config, key: str, head: str | None = None, gather_logits: bool = False, asked: bool = True
 ) -> LoadedModel:
     """Build and fill the model of a checkpoint at ``config.parallel``; ``head`` as in :func:`open_checkpoint`.
     Collective over the world.
     """
-    opened = open_checkpoint(path, key, head)
+    opened = open_checkpoint(path, key, head, asked)
     folder, meta, schema = opened.folder, opened.meta, opened.schema
     layout = inference_parallel(config.parallel)
     check_layout(meta.model_config(), layout, key)

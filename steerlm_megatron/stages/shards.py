@@ -21,6 +21,7 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.runtime.signals import StopRequest
 from steerlm_megatron.stages.collect import schema_of
+from steerlm_megatron.stages.prompt_tokens import difference, exported_tokenizer
 from steerlm_megatron.steer.templates import Template
 
 
@@ -31,12 +32,24 @@ def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
     texts = training_texts(files, schema_of(config), template, config.data) if config.tokenizer.train else None
     tokenizer = Tokenizer.from_config(config.tokenizer, strings, texts)
     _check_labels(tokenizer, config)
+    if tokenizer.model_kind == "huggingface":
+        _warn_of_other_tokens(tokenizer, template, config)
     if tokenizer.added:
         get_logger(__name__).info(
             "the tokenizer's %d ids are followed by %d added ones: %s",
             tokenizer.base_size, len(tokenizer.added), " ".join(map(repr, tokenizer.added)),
         )  # fmt: skip
     return tokenizer
+
+
+def _warn_of_other_tokens(tokenizer: Tokenizer, template: Template, config: Config) -> None:
+    """Say before any work that a model trained on these shards could not leave as a Hugging Face folder."""
+    if said := difference(tokenizer, template, schema_of(config), exported_tokenizer(tokenizer)):
+        get_logger(__name__).warning(
+            "template.name=%s with this tokenizer: a chat template would give other tokens than training does (%s). "
+            "Training and steerlm serve are not concerned; export.format=hf will refuse the model",
+            template.name, said,
+        )  # fmt: skip
 
 
 def check_tokenizer(config: Config) -> None:

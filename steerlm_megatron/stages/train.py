@@ -301,7 +301,8 @@ def _build_engine(
             freeze_trunk(chunk)
         initial.append(initial_weights(chunk, config.model, vocab_size, config.train.seed, mean_A, within))
         if base is not None and base.hf is not None:
-            initial.append(base.hf.weights(chunk, vocab_size))
+            tokenizer = data.tokenizer
+            initial.append(base.hf.weights(chunk, vocab_size, (tokenizer.base_size, tokenizer.vocab_size)))
         chunks.append(chunk)
     engine = engine_of(config.engine)(chunks, _objective(config, data, view), config.optim, config.engine, steps)
     return engine, itertools.chain(*initial), flops_of(config, vocab_size, view)

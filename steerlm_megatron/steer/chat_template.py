@@ -31,7 +31,11 @@ _LABEL = """\
 {%- set found = namespace(text='') -%}
 {%- for name in @NAMES@ -%}
 {%- if values and values[name] is defined and values[name] is not none -%}
-{%- set found.text = found.text + (',' if found.text else '') + name + ':' + (values[name] | round | int | string) -%}
+{%- set level = values[name] | float(-1) | round | int -%}
+{%- if level < 0 or level > @MAX@ -%}
+{{- raise_exception(name + ' must be a number from 0 to @MAX@') -}}
+{%- endif -%}
+{%- set found.text = found.text + (',' if found.text else '') + name + ':' + (level | string) -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if found.text -%}{{- @MARKER@ + found.text + '\\n' -}}{%- endif -%}
@@ -47,6 +51,8 @@ _BODIES = {
 {%- for message in state.turns -%}
 {%- if message['role'] == 'user' -%}
 {{- '<extra_id_1>User\\n' + message['content'] + '\\n' -}}
+{%- elif message['role'] != 'assistant' -%}
+{{- raise_exception('a message is of user or assistant; system stands first') -}}
 {%- else -%}
 {{- '<extra_id_1>Assistant\\n' + label(message.get('attributes')) + message['content'] + '\\n' -}}
 {%- endif -%}
@@ -68,6 +74,8 @@ _BODIES = {
 {%- endif -%}
 {%- set state.system = '' -%}
 {{- '[/INST]' -}}
+{%- elif message['role'] != 'assistant' -%}
+{{- raise_exception('a message is of user or assistant; system stands first') -}}
 {%- else -%}
 {{- ' ' + label(message.get('attributes')) + message['content'] + ' </s>' -}}
 {%- endif -%}
@@ -79,6 +87,8 @@ _BODIES = {
 {%- for message in state.turns -%}
 {%- if message['role'] == 'user' -%}
 {{- '<|im_start|>user\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- elif message['role'] != 'assistant' -%}
+{{- raise_exception('a message is of user or assistant; system stands first') -}}
 {%- else -%}
 {{- '<|im_start|>assistant\\n' + label(message.get('attributes')) + message['content'] + '<|im_end|>\\n' -}}
 {%- endif -%}
@@ -86,6 +96,16 @@ _BODIES = {
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' + label(requested) -}}{%- endif -%}
 """,
 }
+
+# What these names mean in Jinja, in our template, or as parameters of ``apply_chat_template``.
+_TAKEN = frozenset(
+    "and as block break call continue do elif else endfor endif false False filter for from if import in include "
+    "is loop macro none None not or recursive self set true True with without caller range dict lipsum cycler "
+    "joiner namespace raise_exception strftime_now messages message state requested label found level name values "
+    "tools documents add_generation_prompt conversation chat_template continue_final_message tokenize padding "
+    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs bos_token "
+    "eos_token pad_token unk_token".split()
+)
 
 
 def variable(name: str) -> str:
@@ -107,18 +127,24 @@ def chat_template(template: Template, schema: AttributeSchema | None, defaults: 
     label = _NO_LABEL
     if schema is not None and schema.seen:
         variables = [variable(name) for name in schema.seen]
-        taken = {"messages", "add_generation_prompt", "tools", "documents", "state", "requested", "label", "message"}
-        if len({*variables}) < len(variables) or taken & {*variables}:
+        taken = sorted({*variables} & _TAKEN)
+        if len({*variables}) < len(variables) or taken:
             raise UserError(
                 f"attributes {' '.join(schema.names)}: a chat template needs a variable of its own for each; rename "
-                f"those that differ in punctuation alone, or are called {' '.join(sorted(taken & {*variables}))}"
+                + (
+                    f"{' '.join(taken)}, which mean something else there"
+                    if taken
+                    else "those that differ in signs alone"
+                )
             )
         requested = ", ".join(
             f"{_quoted(name)}: {v} if {v} is defined else {defaults.get(name, 'none')}"
             for name, v in zip(schema.seen, variables, strict=True)
         )
         label = _LABEL.replace("@REQUESTED@", requested).replace("@MARKER@", _quoted(template.label_marker))
-        label = label.replace("@NAMES@", f"[{', '.join(map(_quoted, schema.seen))}]")
+        label = label.replace("@MAX@", str(schema.max_level)).replace(
+            "@NAMES@", f"[{', '.join(map(_quoted, schema.seen))}]"
+        )
     body = _BODIES[template.name].replace("@SUFFIX@", _quoted(template.system_suffix))
     return (_HEAD.replace("@SYSTEM@", _quoted(template.system)) + label + body).strip()
 

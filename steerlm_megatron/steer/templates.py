@@ -292,7 +292,7 @@ class ChatMLTemplate(Template):
     """
 
     name: ClassVar[str] = "chatml"
-    control_strings: ClassVar[tuple[str, ...]] = ("<|im_start|>", "<|im_end|>")
+    control_strings: ClassVar[tuple[str, ...]] = ("<|im_start|>", "<|im_end|>", "<extra_id_2>")
     stop_strings: ClassVar[tuple[str, ...]] = ("<|im_end|>",)
     response_suffix: ClassVar[str] = ""
 
@@ -326,7 +326,7 @@ class ChatMLTemplate(Template):
             segments += (
                 Segment(message.content, False, trained, Part.RESPONSE, turn),
                 Segment("<|im_end|>", True, trained, Part.END, turn),
-                Segment("\n", False, False, Part.ROLE, turn + 1),
+                Segment("\n", False, False, Part.ROLE, turn),
             )
         return segments
 

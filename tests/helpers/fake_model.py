@@ -30,6 +30,10 @@ class FakeTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.alphabet[i] if i < 62 else f"<{i}>" for i in ids)
 
+    @property
+    def controls(self) -> dict[str, int]:
+        return {text: self.control_id(text) for text in ("<turn>", "<label>")}
+
     def control_id(self, text: str) -> int:
         return {"<turn>": TURN, "<label>": LABEL}[text]
 

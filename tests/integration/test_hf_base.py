@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def test_out_again_it_is_bit_equal(folder: Path) -> None:
     old, new = (json.loads((path / "config.json").read_text()) for path in (folder, Path("again")))
     assert old == new
     assert run("export", f"checkpoint={folder}", "output=again", "export.format=hf", "run_dir=second") == 2
+    more = ("export.format=hf", "run_dir=third", "overwrite=true")
+    assert run("export", f"checkpoint={folder}", "output=again", *more) == 0 and not list(Path().glob(".again*"))
 
 
 @pytest.mark.parametrize("template", ["chatml", "steerlm"])
@@ -205,5 +208,46 @@ def test_a_chat_template_is_known_by_what_it_writes(folder: Path, tmp_path: Path
     assert chat_template_of(with_template(plain + ask), "checkpoint").to_dict()["system"] == ""
     with pytest.raises(UserError, match="is like none of ours"):
         chat_template_of(with_template("{% for m in messages %}{{ m.content }}{% endfor %}"), "checkpoint")
-    with pytest.raises(UserError, match="has no chat template"):
-        chat_template_of(with_template(None), "checkpoint")
+    assert chat_template_of(with_template(None), "checkpoint") is None
+    broken = "{{ 1 / 0 }}"
+    with pytest.raises(UserError, match="is like none of ours"):
+        chat_template_of(with_template(broken), "checkpoint")
+
+
+def changed(folder: Path, name: str, change: Any) -> Path:
+    """A copy of the folder in which ``change`` has changed the content of a JSON file."""
+    copy = Path("changed")
+    shutil.copytree(folder, copy)
+    (copy / name).write_text(json.dumps(change(json.loads((copy / name).read_text()))))
+    return copy
+
+
+def test_a_folder_that_cannot_be_asked_says_why(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("generate", "input=prompts.jsonl", "output=answers.jsonl", *TINY)
+
+    def without_tokens(content: dict[str, Any]) -> dict[str, Any]:
+        content["added_tokens"] = [t for t in content["added_tokens"] if "im_" not in t["content"]]
+        return content
+
+    copy = changed(folder, "tokenizer.json", without_tokens)
+    assert run(*asked, f"checkpoint={copy}") == 2
+    assert "which its tokenizer has no tokens for" in capsys.readouterr().err
+    shutil.rmtree(copy)
+    copy = changed(folder, "tokenizer.json", lambda c: {**c, "normalizer": {"type": "Prepend", "prepend": "x"}})
+    assert run(*asked, f"checkpoint={copy}") == 2
+    assert "its tokenizer makes other tokens of a prompt" in capsys.readouterr().err
+    shutil.rmtree(copy)
+    copy = changed(folder, "config.json", lambda c: c)
+    (copy / "chat_template.jinja").unlink()
+    assert run(*asked, f"checkpoint={copy}") == 2
+    assert "has no chat template" in capsys.readouterr().err
+    assert run("export", f"checkpoint={copy}", "output=again", "export.format=hf", "run_dir=export") == 0
+    shutil.rmtree(copy)
+
+    def more_tokens(content: dict[str, Any]) -> dict[str, Any]:
+        new = {**content["added_tokens"][-1], "id": 300, "content": "<more>"}
+        return {**content, "added_tokens": [*content["added_tokens"], new]}
+
+    copy = changed(folder, "tokenizer.json", more_tokens)
+    assert run(*asked, f"checkpoint={copy}") == 2
+    assert "they are not of one model" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from steerlm_megatron.errors import UserError
@@ -17,8 +18,13 @@ SCHEMA = AttributeSchema("own", ("quality", "not-toxic", "humor"), 9, "quality",
 SYSTEMS = ("", "Be kind.", 'Say "no" to {{ braces }}.')
 
 
+def refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
 def rendered(source: str, messages: list[Message], **more: Any) -> str:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
     plain = [{"role": m.role, "content": m.content} | ({"attributes": m.attributes} if m.attributes else {})
              for m in messages]  # fmt: skip
     return environment.from_string(source).render(messages=plain, **more)
@@ -55,6 +61,20 @@ def test_prompts_are_ours(name: str, turns: int, own: str | None, default: str) 
 
 
 def test_every_attribute_has_a_variable_of_its_own() -> None:
-    for names in (("a-b", "a.b"), ("messages", "b")):
+    for names in (("a-b", "a.b"), ("messages", "b"), ("not", "b"), ("None", "b"), ("tokenize", "b")):
         with pytest.raises(UserError, match="a variable of its own"):
             chat_template(Template.from_config({"name": "steerlm"}), AttributeSchema("own", names, 4, names[0]), {})
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_no_prompt_has_is_refused(name: str) -> None:
+    source = chat_template(Template.from_config({"name": name}), SCHEMA, SCHEMA.best)
+    user = Message("user", "Hi.")
+    for level in (10, -1, "much"):
+        with pytest.raises(TemplateError, match="quality must be a number from 0 to 9"):
+            rendered(source, [user], add_generation_prompt=True, quality=level)
+    assert "quality:3" in rendered(source, [user], add_generation_prompt=True, quality="3")
+    environment = ImmutableSandboxedEnvironment()
+    environment.globals["raise_exception"] = refuse
+    with pytest.raises(TemplateError, match="user or assistant"):
+        environment.from_string(source).render(messages=[{"role": "tool", "content": "42"}])

@@ -95,6 +95,11 @@ class HuggingFaceModel:
         i, special = found
         return i, not special or i in self.never
 
+    def plain_json(self) -> dict[str, Any]:
+        """Return a copy of the file's content without what is taken out of it."""
+        copy: dict[str, Any] = json.loads(json.dumps(self._raw))
+        return copy
+
     def losses(self) -> list[str]:
         """What is lost of a text, by the setting of the file that loses it."""
         return losses_of_file(self._raw, self._tokenizer, bool(self.byte_ids))

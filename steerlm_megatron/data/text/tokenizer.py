@@ -228,6 +228,13 @@ class Tokenizer:
         """The model's file, untouched; nothing for ``bytes``, which has none."""
         return self._model.data
 
+    def plain_json(self) -> dict[str, Any]:
+        """Return the content of a ``tokenizer.json`` that encodes a text as it is; only that kind of model has one."""
+        from steerlm_megatron.data.text.hugging_face import HuggingFaceModel
+
+        assert isinstance(self._model, HuggingFaceModel), self._model.kind
+        return self._model.plain_json()
+
     @property
     def model_hash(self) -> str:
         """SHA-256 of the model alone, whatever is added to it."""

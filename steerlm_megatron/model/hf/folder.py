@@ -119,12 +119,15 @@ class HFFolder:
                     f"or leave {output} out"
                 )
 
-    def weights(self, gpt: PackedGPTModel, vocab_size: int) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    def weights(
+        self, gpt: PackedGPTModel, vocab_size: int, added: tuple[int, int] = (0, 0)
+    ) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         """This rank's part of every parameter in the file's dtype, read when it is asked for.
 
         Rows of the embedding and of the output layer that the file lacks, those of added control tokens, start as the
         mean of all its rows, and rows beyond ``vocab_size`` are zero. A file with more rows than ``vocab_size`` (tables
-        are often padded) keeps them. Parameters of a regression head are left out.
+        are often padded) keeps them, but for the ids from ``added[0]`` up to ``added[1]``, those of control tokens that
+        the tokenizer had not: they start as the mean as well. Parameters of a regression head are left out.
 
         Shapes are read at the call: make it before an engine cuts parameters into partitions.
 
@@ -154,7 +157,7 @@ class HFFolder:
             parts.append(self._part(name, parameter, axis, ranges, whole))
         if problems:
             raise UserError(f"{self.key}={self.folder} is not of the model to be filled: {'; '.join(problems)}")
-        return self._values(parts, vocab_size)
+        return self._values(parts, vocab_size, added)
 
     def _part(
         self,
@@ -178,18 +181,26 @@ class HFFolder:
         ordered = tuple((tensor, start, stop) for _, tensor, start, stop in sorted(rows))
         return _Part(parameter, ordered, columns, (tensor, *wanted[0]) if is_table else None)
 
-    def _values(self, parts: list[_Part], vocab_size: int) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
+    def _values(
+        self, parts: list[_Part], vocab_size: int, added: tuple[int, int]
+    ) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         for part in parts:
             found = [self._read(tensor, start, stop, part.columns) for tensor, start, stop in part.rows]
             if part.table is not None:
-                tensor, first, last = part.table
-                first = max(first, min(self.vocab_size, last))
+                tensor, start, last = part.table
+                first = max(start, min(self.vocab_size, last))
                 means = max(0, min(last, vocab_size) - first)
                 if means:
                     found.append(self._mean(tensor).expand(means, -1))
                 if last > first + means:
                     found.append(self._mean(tensor).new_zeros(1).expand(last - first - means, self.model.hidden_size))
-            yield part.parameter, found[0] if len(found) == 1 else torch.cat(found)
+            value = found[0] if len(found) == 1 else torch.cat(found)
+            if part.table is not None:
+                low, high = max(start, added[0]), min(last, added[1])
+                if low < high:
+                    value = value.clone()
+                    value[low - start : high - start] = self._mean(tensor)
+            yield part.parameter, value
 
     def _read(self, tensor: str, start: int, stop: int, columns: tuple[int, int] | None = None) -> torch.Tensor:
         """Rows of a tensor of the file. What is returned is the file, mapped into memory: opened anew each time, it
