@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,27 +114,21 @@ def memory_gib() -> float:
     return round(peak_memory_gib(), 2)
 
 
-def ready() -> None:
-    """Start the groups of one rank, which a model needs, and let peers be made on the device."""
-    from benchmarks import peers
+def start_groups() -> None:
+    """Start the groups of one rank, which a model needs."""
     from steerlm_megatron.config.schema import ParallelConfig
     from steerlm_megatron.runtime import parallel
 
     parallel.initialize(ParallelConfig(), seed=0)
-    make_on_device(peers)
 
 
-def make_on_device(peers: Any) -> None:
-    """Have ``benchmarks.peers`` draw its weights on the device, since a CPU draws those of a 1b model for minutes."""
+def peer_on_device(*args: Any, **kwargs: Any) -> torch.nn.Module:
+    """Return ``benchmarks.peers.llama``'s model, drawn on the device: a CPU would draw 1b weights for minutes."""
+    from benchmarks import peers
     from steerlm_megatron.runtime.device import device
 
-    made = peers.llama
-
-    def llama(*args: Any, **kwargs: Any) -> torch.nn.Module:
-        with torch.device(device()):
-            return made(*args, **kwargs)
-
-    peers.llama = llama
+    with torch.device(device()):
+        return peers.llama(*args, **kwargs)
 
 
 @torch.no_grad()
@@ -208,7 +203,7 @@ def part_benchmark(name: str, findings: Findings, arguments: Sequence[str]) -> N
     """Run ``benchmarks.NAME`` with as many rounds as there is time for, and note its numbers."""
     module: Any = importlib.import_module(f"benchmarks.{name}")
     module.initialize = draw_on_device
-    make_on_device(module.peers)
+    module.peers = SimpleNamespace(**{**vars(module.peers), "llama": peer_on_device})
     module.interleave = partial(interleave_until, findings)
     module.report = partial(noted_report, findings, module.report)
     if findings.tiny:
@@ -272,7 +267,7 @@ def noted_report(
 
 def part_step(findings: Findings) -> None:
     """Measure training steps of ours alone, by what they may depend on."""
-    ready()
+    start_groups()
     peak = product_rate(findings.tiny)
     findings.note("gemm TFLOP/s", round(peak / 1e12, 2))
     base, large, repeats = ("tiny", "tiny", 2) if findings.tiny else ("1b", "3b", 5)
@@ -306,7 +301,7 @@ def training_step(
     """Measure steps of one model on micro-batches of ``micro_rows`` rows; ``engine`` are keys of its configuration."""
     from benchmarks import train_packed
 
-    precision, vocab, row, tokens = ("fp32", 512, 256, 1500) if findings.tiny else ("bf16", 32000, 4096, 65536)
+    precision, vocab, row, tokens = ("fp32", 512, 128, 400) if findings.tiny else ("bf16", 32000, 4096, 65536)
     if shape == "3b":
         tokens //= 2
     start = time.perf_counter()
@@ -374,7 +369,8 @@ def profiled(function: Callable[[], object], trace: Path, times: int) -> dict[st
     events = [event for event in json.loads(data)["traceEvents"] if "dur" in event]
     on_device = ("kernel", "gpu_memcpy", "gpu_memset") if cuda else ("cpu_op",)
     spans = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e.get("cat") in on_device)
-    host = [event for event in events if event.get("cat") == "cuda_runtime"]
+    # Triton launches through the driver.
+    host = [event for event in events if event.get("cat") in ("cuda_runtime", "cuda_driver")]
     out = {"wall ms": round(1e3 * wall / times, 2), **device_time(spans, times), **host_time(host, times)}
     print(f"--- {trace.stem}, per call")
     for key, value in out.items():
@@ -463,7 +459,7 @@ class Step:
 
 def part_decode(findings: Findings) -> None:
     """Measure generation by batch size and by what it may depend on; then ``transformers.generate``."""
-    ready()
+    start_groups()
     rate = copy_rate(findings.tiny)
     findings.note("copy GB/s", rate)
     decoding = Decoding(findings, rate)
@@ -572,10 +568,9 @@ class Decoding:
 
     def theirs(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
         """Measure ``transformers.generate`` with prompts of one length, at which it need not pad."""
-        from benchmarks import peers
         from steerlm_megatron.runtime.device import device, dtype_of
 
-        peer: Any = peers.llama(self.shapes["1b"], self.vocab, "sdpa").to(dtype_of(self.precision)).eval()
+        peer: Any = peer_on_device(self.shapes["1b"], self.vocab, "sdpa").to(dtype_of(self.precision)).eval()
         ids = torch.randint(1, self.vocab, (batch, prompt), device=device())
         mask = torch.ones_like(ids)
 
@@ -652,7 +647,6 @@ class Kernel:
 
 def part_kernels(findings: Findings) -> None:
     """Measure compiled kernels by how their shapes are declared, and attention by how many key heads it gets."""
-    ready()
     tiny = findings.tiny
     sizes = Sizes(T=64, D=32, F=48, N=4, G=2, H=8) if tiny else Sizes()
     findings.note("copy GB/s", copy_rate(tiny))

@@ -97,7 +97,7 @@ wait
 
 # ---- B: how fast is it? One part after the other.
 if [ -n "$TINY" ]; then
-  TRAIN=(--shape tiny --dtype fp32 --tokens 1500 --row-tokens 512 --rounds 3 --vocab 512)
+  TRAIN=(--shape tiny --dtype fp32 --tokens 1000 --row-tokens 256 --rounds 2 --vocab 512)
   ANNOTATE=(--shape tiny --dtype fp32 --tokens 1500 --longest 512 --rounds 2 --vocab 512 --slots 512 1024)
 else
   TRAIN=(--shape 1b --dtype bf16 --tokens 65536 --row-tokens 4096 --rounds 7 --vocab 32000)

@@ -1,4 +1,7 @@
-"""The GPU check runs as on a GPU, with tiny models: what it calls of the project is still there under that name."""
+"""The GPU check runs as on a GPU, with tiny models: what it calls of the project is still there under that name.
+
+Left out are the parts that run what other tests run (``e2e``, ``tests``), and ``annotate``, which is measured as ``train``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu_parts import device_time
 from tests.helpers.commands import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +27,6 @@ MEASURED = {
         "1b micro 2", "1b micro 2, compile=false", "1b micro 4", "3b micro 1", "1b micro 1",
         "1b micro 2, attention=sdpa", "1b micro 4, recompute=selective",
     ),
-    "annotate": ("tokens/s", "x faster than", "done"),
     "decode": (
         "1b batch 64", "1b batch 1", "1b batch 256", "1b batch 64, mixed lengths", "1b batch 64, no cudnn",
         "1b batch 64, mixed lengths, no cudnn", "1b batch 64, compile=false", "7b batch 64", "7b batch 1",
@@ -44,7 +47,7 @@ def errors(found: object, where: str = "") -> Iterator[str]:
 
 @pytest.mark.integration
 @pytest.mark.slow
-def test_every_part_measures_what_it_says(tmp_path: Path) -> None:
+def test_parts_measure_what_they_say(tmp_path: Path) -> None:
     parts = [name for name in MEASURED if name != "env"]
     settings = {"TINY": "1", "BUDGET": "900", "ONLY": " ".join(name.split("_")[0] for name in parts)}
     places = {"PY": sys.executable, "WORK": str(tmp_path / "a folder"), "OUT": str(tmp_path / "out")}
@@ -66,3 +69,11 @@ def profiles(results: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the profiles of steps."""
     for part, name in (("step", "1b micro 2"), ("decode", "1b batch 64")):
         yield results[part][name]["profile"]
+
+
+def test_a_device_is_idle_while_no_kernel_runs() -> None:
+    spans = [(0.0, 10_000.0, "gemm_a"), (5_000.0, 8_000.0, "flash_b"), (20_000.0, 30_000.0, "gemm_c")]
+    found = device_time(spans, times=1)
+    assert (found["span ms"], found["busy ms"], found["gaps ms"], found["gaps > 20 us"]) == (30.0, 20.0, 10.0, 1)
+    assert found["largest gaps (us, after, before)"] == [(10_000, "gemm_a", "gemm_c")] and found["kernels"] == 3
+    assert [line.split()[0] for line in found["by kind"]] == ["20.000", "3.000"] and "gemm" in found["by kind"][0]
