@@ -1,6 +1,7 @@
 """The GPU check runs as on a GPU, with tiny models: what it calls of the project is still there under that name.
 
-Left out are the parts that run what other tests run (``e2e``, ``tests``), and ``annotate``, which is measured as ``train``.
+Left out are the parts that run what other tests run (``e2e``, ``tests``), and ``annotate``, which is measured as
+``train`` is.
 """
 
 from __future__ import annotations
