@@ -436,6 +436,11 @@ class Numbers:
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
 
+    @property
+    def controls(self) -> dict[str, int]:
+        """No text is a control string."""
+        return {}
+
     def control_id(self, text: str) -> int:
         raise KeyError(text)
 
