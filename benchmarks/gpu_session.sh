@@ -81,8 +81,9 @@ part env 60 20 env.log "${PARTS[@]}" env --json "$WORK/env.json" "${SIZE[@]}"
 E2E=(experiment=quickstart data.demo_conversations=2000 bootstrap.prompts=64 evaluate.max_prompts=12)
 if [ -n "$TINY" ]; then
   E2E=(experiment=quickstart data.demo_conversations=150 pipeline.base.train.steps=2 pipeline.train_ap.train.steps=2
-    pipeline.sft.train.steps=2 pipeline.acsft.train.steps=2 pipeline.bootstrapped.train.steps=1 bootstrap.prompts=2
-    evaluate.max_prompts=1 "evaluate.levels=[0,9]" sampling.max_tokens=8)
+    pipeline.sft.train.steps=2 pipeline.acsft.train.steps=2 pipeline.bootstrapped.train.steps=1 bootstrap.prompts=16
+    evaluate.max_prompts=1 "evaluate.levels=[0,4]"
+    sampling.max_tokens=128 sampling.temperature=9 sampling.top_k=0) # so that a barely trained model ends some responses
 else
   E2E+=(engine.precision=bf16)
 fi
