@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 
@@ -30,6 +31,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
             return (yield)
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)  # unlocked explicitly, since a forked child may still hold the file open
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_at_the_start() -> None:
+    """Undo what commands that earlier tests ran in this process changed of logging: ``caplog`` reads at the root, whose
+    level Hydra raises, and Hydra disables all loggers that it finds.
+    """
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("steerlm_megatron").propagate = True
+    for name in logging.root.manager.loggerDict:
+        if name.startswith("steerlm_megatron"):
+            logging.getLogger(name).disabled = False
 
 
 def _gpu_tests_asked_for(config: pytest.Config) -> bool:
