@@ -104,7 +104,7 @@ def chat_template_of(folder: Path, key: str) -> Template | None:
     that it puts there by itself.
 
     Raises:
-        UserError: none of ours is like it, or the folder's tokenizer makes other tokens of a prompt than we would.
+        UserError: none of ours is like it.
     """
     source = _chat_template(folder)
     if source is None:

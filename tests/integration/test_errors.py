@@ -206,6 +206,7 @@ def test_records(case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert run("preprocess", f"data.input={path}", "data.output_dir=x", *TOKENIZER) == 2
     said = capfd.readouterr().err
     assert "Traceback" not in said and all(word in said for word in expected), said
+    assert "text_models.py" not in said, "no stack either"
     assert not (tmp_path / "x" / "train").exists()
 
 

@@ -200,9 +200,18 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, control_strings: 
     corpus without text, or a ``vocab_size`` too small for bytes and characters.
     """
     model_writer = io.BytesIO()
+    failed: list[Exception] = []
+
+    def lines() -> Iterator[str]:
+        # An exception that passes through the C++ trainer comes out with a stack trace in its text.
+        try:
+            yield from _training_lines(texts)
+        except Exception as error:
+            failed.append(error)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_lines(texts),
+            sentence_iterator=lines(),
             model_writer=model_writer,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -219,6 +228,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, control_strings: 
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failed:
+            raise failed[0] from None
         message = str(error)
         if "sentences_.empty" in message:
             raise UserError("tokenizer.train=true found no text in data.input; give a corpus with messages") from None
@@ -229,6 +240,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, control_strings: 
                 f"characters need {needed[1]}; set tokenizer.vocab_size to more than that"
             ) from None
         raise UserError(f"the tokenizer cannot be trained (tokenizer.vocab_size={vocab_size}): {message}") from None
+    if failed:
+        raise failed[0]
     return model_writer.getvalue()
 
 
