@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -43,6 +44,10 @@ def _loggers_as_at_the_start() -> None:
     for name in logging.root.manager.loggerDict:
         if name.startswith("steerlm_megatron"):
             logging.getLogger(name).disabled = False
+    if "absl.logging" in sys.modules:
+        # Hydra closes all handlers that it finds. That of absl closes its stream too, unless that is the process's: it was
+        # made in a test, and is a file in which pytest captures.
+        sys.modules["absl.logging"].get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 def _gpu_tests_asked_for(config: pytest.Config) -> bool:
