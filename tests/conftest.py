@@ -45,8 +45,8 @@ def _loggers_as_at_the_start() -> None:
         if name.startswith("steerlm_megatron"):
             logging.getLogger(name).disabled = False
     if "absl.logging" in sys.modules:
-        # Hydra closes all handlers that it finds, and absl's closes its stream. That was made in a test: it is a file in
-        # which pytest captures.
+        # Hydra closes all handlers that it finds, and absl's closes its stream. That was made in a test: it is the
+        # file in which pytest captures.
         sys.modules["absl.logging"].get_absl_handler().python_handler.stream = sys.__stderr__
 
 
