@@ -114,7 +114,8 @@ class BatchSampler:
         """Draw one id per row; ``indices``: how many tokens each row has drawn before.
 
         ``logits_BV`` may be overwritten. Returns ids int64 [B] (``NOT_FINITE`` for a row without a distribution) and,
-        if any row asked, log-probabilities float32 [B], both on the logits' device. No host synchronisation.
+        if any row asked, log-probabilities float32 [B] (at least float32's lowest number), both on the logits' device.
+        No host synchronisation.
         """
         logits_BV = logits_BV[:, : self.vocab_size].float()
         if self._banned.numel():
@@ -133,7 +134,8 @@ class BatchSampler:
         if not self._wants_logprobs:
             return ids_B, None
         chosen_B = logits_BV.gather(1, ids_B.clamp(min=0).unsqueeze(1)).squeeze(1)
-        return ids_B, chosen_B - logits_BV.logsumexp(1)
+        # A high temperature may draw a token whose log-probability is below float32's range; -inf is not JSON.
+        return ids_B, (chosen_B - logits_BV.logsumexp(1)).clamp(min=torch.finfo(torch.float32).min)
 
     def sample_each(
         self, rows: Sequence[RowParams], logits_BV: torch.Tensor, indices: Sequence[int]

@@ -30,8 +30,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(f"{i:x}" for i in ids)
 
+    @property
+    def controls(self) -> dict[str, int]:
+        return {"<extra_id_0>": 97, "<extra_id_1>": TURN, "<extra_id_2>": LABEL}
+
     def control_id(self, text: str) -> int:
-        return {"<extra_id_0>": 97, "<extra_id_1>": TURN, "<extra_id_2>": LABEL}[text]
+        return self.controls[text]
 
 
 def make(tensor: int, pipeline: int) -> Any:

@@ -91,6 +91,17 @@ def test_every_legal_parameter_draws_a_token(rows: list[tuple[RowParams, list[fl
             assert logprobs_B is None or math.isfinite(logprobs_B[i].item())
 
 
+def test_a_log_probability_below_float32_is_its_lowest_number() -> None:
+    """A temperature of 1e39 makes logits of ±3e38 alike, and the drawn token may be one of the lowest."""
+    lowest = torch.finfo(torch.float32).min
+    sampler = BatchSampler(VOCAB, (1,), CPU)
+    logits_1V = torch.full((1, VOCAB), -3e38)
+    logits_1V[0, 0] = 3e38
+    sampler.set_rows([RowParams(temperature=1e39, top_p=0.99, logprobs=True)])
+    ids_1, logprobs_1 = sampler.sample(logits_1V, [0])
+    assert ids_1.item() != 0 and logprobs_1 is not None and logprobs_1.item() == lowest
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     temperature=st.one_of(TEMPERATURES, st.sampled_from([math.nan, math.inf, -1.0, -5e-324, 10**400])),
