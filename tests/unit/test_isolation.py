@@ -97,7 +97,7 @@ def test_a_log_probability_below_float32_is_its_lowest_number() -> None:
     sampler = BatchSampler(VOCAB, (1,), CPU)
     logits_1V = torch.full((1, VOCAB), -3e38)
     logits_1V[0, 0] = 3e38
-    sampler.set_rows([RowParams(temperature=1e39, top_p=0.99, logprobs=True)])
+    sampler.set_rows([RowParams(1e39, 0, 0.99, 0, logprobs=True)])
     ids_1, logprobs_1 = sampler.sample(logits_1V, [0])
     assert ids_1.item() != 0 and logprobs_1 is not None and logprobs_1.item() == lowest
 
