@@ -27,7 +27,7 @@ def _parts(logits_KV: torch.Tensor) -> Iterator[slice]:
 def soft_capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     """cap · tanh(logits / cap) (Gemma 2, arXiv 2408.00118 §2), or the logits without a cap; in float32 at least."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide if cap is None else (wide / cap).tanh_().mul_(cap)
+    return wide if cap is None else torch.tanh(wide / cap) * cap
 
 
 class _CrossEntropy(torch.autograd.Function):

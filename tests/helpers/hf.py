@@ -89,10 +89,10 @@ def make(case: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str
 
 
 @torch.no_grad()
-def greedy(model: Any, prompt_T: torch.Tensor, tokens: int, banned: Sequence[int] = ()) -> list[int]:
-    """What ``generate`` continues a prompt with, ids of ``banned`` left out, whatever its tokenizer's end would be."""
+def greedy(model: Any, prompt_T: torch.Tensor, tokens: int, stop: int, banned: int) -> list[int]:
+    """What ``generate`` continues a prompt with, up to the id ``stop``, without the id ``banned``."""
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=tokens, suppress_tokens=list(banned) or None, pad_token_id=0
+        do_sample=False, max_new_tokens=tokens, eos_token_id=stop, pad_token_id=stop, suppress_tokens=[banned]
     )
     out = model.generate(prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), generation_config=settings)
     return out[0, len(prompt_T) :].tolist()

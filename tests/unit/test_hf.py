@@ -303,11 +303,10 @@ def test_greedy_responses_are_those_of_transformers(case: str, tmp_path: Path, c
     found = generator.generate([Request(str(i), tuple(p.tolist()), greedy) for i, p in enumerate(prompts)])
     different = set()
     for prompt, result in zip(prompts, found, strict=True):
-        expected = hf.greedy(model, prompt, 60, banned=[hf.VOCAB - 1])
-        assert list(result.token_ids) == expected[: len(result.token_ids)]
-        assert len(result.token_ids) == 60 or result.finish_reason == "stop"
+        expected = hf.greedy(model, prompt, 60, stop=hf.VOCAB - 2, banned=hf.VOCAB - 1)
+        assert list(result.token_ids) == expected
         different |= set(expected)
-    assert len(different) > 10
+    assert len(different) > 5
 
 
 # The vocabulary
@@ -422,32 +421,32 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "no factor": ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=null is not a number, which"),
     "partial": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not one that this llama can"),
     "window": ("mistral", {"sliding_window": 0}, "sliding_window=0 is not a whole number above 0"),
-    "no window of layers that have one": ("gemma2_tied", {"sliding_window": None}, "sliding_window=null is not a whole"),
+    "no window of layers that have one": ("gemma2_tied", {"sliding_window": None}, "sliding_window=null is not"),
     "window of Qwen": (
         "qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": "2", "layer_types": ...},
         'max_window_layers="2" is not a number',
     ),
     "layer types": (
         "qwen3", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["chunked_attention"] * 4},
-        'layer_types=["chunked_attention", "chunked_attention", "chunked_attention", "chunked_attention"] is not full_a',
+        'layer_types=["chunked_attention", "chunked_attention", "chunked_attention", "chunked_attention"] is not',
     ),
     "too few layer types": ("gemma3_tied", {"layer_types": ["full_attention"]}, "for each of 4 layers"),
-    "pattern": ("gemma3_tied", {"layer_types": ..., "sliding_window_pattern": 0}, "sliding_window_pattern=0 is not a w"),
-    "both directions": ("gemma2_tied", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true is not"),
-    "cap of scores": ("gemma3_tied", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not one that this"),
-    "cap below zero": ("gemma2_tied", {"final_logit_softcapping": -1.0}, "model.logit_softcap=-1.0 must be a number above"),
+    "pattern": ("gemma3_tied", {"layer_types": ..., "sliding_window_pattern": 0}, "sliding_window_pattern=0 is"),
+    "both directions": ("gemma2_tied", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
+    "cap of scores": ("gemma3_tied", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not"),
+    "cap below zero": ("gemma2_tied", {"final_logit_softcapping": -1.0}, "model.logit_softcap=-1.0 must be"),
     "gelu": ("gemma3_tied", {"hidden_activation": "gelu"}, 'hidden_activation="gelu" is not one that this gemma3_text'),
     "RoPE by layer": (
-        "llama", {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "differs between kinds of layers",
+        "llama", {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "differs between kinds of la",
     ),
     "stretched windows": (
         "gemma3_tied", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
         "rope_parameters.sliding_attention.rope_type",
     ),
-    "RoPE of one kind": ("gemma3_tied", {"rope_parameters": {"rope_theta": 1e4}}, "is not an object with full_attention"),
+    "RoPE of one kind": ("gemma3_tied", {"rope_parameters": {"rope_theta": 1e4}}, "is not an object with full_att"),
     "RoPE twice": ("gemma3_tied", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "are both there: one of"),
     "local base": (
-        "gemma3_tied", {"rope_parameters": ..., "rope_local_base_freq": "x"}, 'rope_local_base_freq="x" is not a number',
+        "gemma3_tied", {"rope_parameters": ..., "rope_local_base_freq": "x"}, 'rope_local_base_freq="x" is not a',
     ),
     "activation": ("llama", {"hidden_act": "gelu"}, 'hidden_act="gelu" is not one that this llama can have: "silu"'),
     "biases": ("llama", {"attention_bias": True}, "attention_bias=true with mlp_bias=false: either all linear layers"),
@@ -532,7 +531,8 @@ def test_gemmas_two_ropes_are_read_as_both_versions_say_them(tmp_path: Path) -> 
         )  # fmt: skip
     with pytest.raises(UserError, match=r"gemma3_text: not with model\.rotary_local_base=None"):
         family_for(replace(new.model, rotary_local_base=None))
-    edit(tmp_path, rope_parameters=..., rope_theta=..., rope_local_base_freq=..., rope_scaling=None)
+    hf.make("gemma3_tied", tmp_path)
+    edit(tmp_path, rope_parameters=...)
     absent = HFFolder.open(tmp_path, "init_from").model
     assert (absent.rotary_base, absent.rotary_local_base) == (1e6, 1e4), "of the class in transformers"
 
