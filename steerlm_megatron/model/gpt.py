@@ -44,10 +44,11 @@ class PackedGPTModel(HookedGPTModel):
     """``GPTModel`` that applies its output layer only where an output is wanted (``PackedTokens.output_index_K``).
 
     With labels of the same K positions it returns their losses [1, K]; without, logits [1, K, V] (or attribute values
-    [1, K, A]).
+    [1, K, A]). ``words`` of its V columns are of the vocabulary, the others pad it.
     """
 
     post_process: bool
+    words: int
     logit_softcap: float | None = None  # of ModelConfig
 
     def before_output(self, hidden_states: torch.Tensor, packed_seq_params: PackedTokens) -> torch.Tensor:
@@ -62,7 +63,8 @@ class PackedGPTModel(HookedGPTModel):
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels [1, K] and this rank's logits [K, 1, V / tensor] → losses [1, K] in float32."""
-        return vocab_parallel_cross_entropy(logits.squeeze(1), labels.squeeze(0), self.logit_softcap).unsqueeze(0)
+        losses_K = vocab_parallel_cross_entropy(logits.squeeze(1), labels.squeeze(0), self.words, self.logit_softcap)
+        return losses_K.unsqueeze(0)
 
     def after_output(self, outputs: torch.Tensor) -> torch.Tensor:
         """Logits [1, K, V] as the model has them; attribute values have no cap."""
@@ -307,6 +309,7 @@ def build_model(
             position_embedding_type="none",
             vp_stage=vp_stage,
         )
+        gpt.words = vocab_size
         if last and attributes is not None:
             gpt.output_layer = RegressionHead(config, attributes)
     gpt.logit_softcap = model.logit_softcap
