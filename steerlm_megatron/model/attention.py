@@ -290,7 +290,7 @@ def causal_attention(
     Without a window and a cap, documents that have as many queries as keys take one call of SDPA. With a window, a
     block of queries takes the keys that it can see: the work grows with Q · window, not with Q · K. SDPA has no soft
     cap: there scores are written to memory, a block of queries at a time, and once more in the backward pass, for which
-    none are kept. That takes several times as long as a fused kernel.
+    none are kept (docs/models.md has the price).
 
     Args:
         masks: those that are known, which the call adds to.
