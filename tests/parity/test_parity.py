@@ -102,7 +102,7 @@ TIED = (
     "PP2xCP2",
 )
 
-GEMMA = ("1 rank", "TP2+SP", "PP2", "CP2", "TP2 ZeRO 1", "TP2xPP2")
+GEMMA = ("1 rank", "TP2+SP", "PP2", "CP2", "DP2 ZeRO 3", "TP2xPP2")
 
 
 def key(objective: str, name: str, kind: str = "") -> str:

@@ -189,9 +189,9 @@ def test_initial_weights_depend_on_seed_and_name_alone(cpu: None) -> None:
 
 
 def test_a_model_on_meta_has_names_shapes_and_sharding_and_no_memory(cpu: None) -> None:
-    for attributes in (None, 3):
-        real = build_model(SMALL, ParallelConfig(), EngineConfig(), 300, attributes)
-        meta = build_model(SMALL, ParallelConfig(), EngineConfig(), 300, attributes, where="meta")
+    for model, attributes in ((SMALL, None), (SMALL, 3), (replace(SMALL, **GEMMA), None)):
+        real = build_model(model, ParallelConfig(), EngineConfig(), 300, attributes)
+        meta = build_model(model, ParallelConfig(), EngineConfig(), 300, attributes, where="meta")
         assert all(p.is_meta for p in meta.parameters()) and not any(p.is_meta for p in real.parameters())
         assert [(n, p.shape, p.dtype) for n, p in meta.named_parameters()] == [
             (n, p.shape, p.dtype) for n, p in real.named_parameters()
@@ -199,6 +199,7 @@ def test_a_model_on_meta_has_names_shapes_and_sharding_and_no_memory(cpu: None) 
         marks = [{k: v for k, v in vars(p).items() if k != "main_grad"} for p in real.parameters()]
         assert marks == [vars(p) for p in meta.parameters()] and any(m.get("tensor_model_parallel") for m in marks)
         assert meta.sharded_state_dict().keys() == real.sharded_state_dict().keys()
+        assert {name for name, _ in real.named_parameters()} <= real.sharded_state_dict().keys()
 
 
 def test_every_parameter_has_an_initial_value(cpu: None) -> None:
@@ -563,7 +564,7 @@ def test_the_embedding_has_its_scale_in_the_weights_type(cpu: None) -> None:
         model = replace(SMALL, hidden_size=3072, ffn_hidden_size=8, head_dim=2, num_layers=1, scale_embeddings=True)
         gpt = build_model(model, ParallelConfig(), EngineConfig(precision=precision), 128)
         torch.nn.init.ones_(gpt.embedding.word_embeddings.weight)
-        found[precision] = float(gpt.embedding(tokens, tokens)[0, 0, 0])
+        found[precision] = float(gpt.embedding(tokens, tokens)[0, 0, 0].detach())
     assert found == {"fp32": pytest.approx(3072**0.5), "bf16": 55.5}
 
 
