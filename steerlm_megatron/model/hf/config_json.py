@@ -263,7 +263,8 @@ def unfit(model: ModelConfig, family: Family) -> list[str]:
             differs.append("sliding_window")
         if family.sliding_window == "all" and model.full_attention_layers:
             differs.append("full_attention_layers")
-        # Without a base of their own, layers with a window are stretched as well, which no family says that has one.
+        # Layers with a window that have no base of their own are stretched as the others are, and a family that tells
+        # the two kinds apart stretches the others alone.
         stretched = model.rotary_local_base is None and model.rotary_scaling != "none"
         if stretched if family.rotary_local else model.rotary_local_base is not None:
             differs.append("rotary_local_base")
