@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from steerlm_megatron.config.cluster import ArrayConfig, ClusterConfig
 from steerlm_megatron.config.corpora import SOURCES, AttributesConfig, DataConfig, TemplateConfig, TokenizerConfig
 from steerlm_megatron.config.fields import Key, keys_of, option
 from steerlm_megatron.config.inference import (
@@ -34,8 +35,8 @@ from steerlm_megatron.config.training import (
 )
 
 __all__ = [
-    "KEYS", "RENAMED", "SOURCES", "AnnotateConfig", "AttributesConfig", "BootstrapConfig", "Config", "DataConfig",
-    "EngineConfig", "EvaluateConfig", "EvaluateModels", "ExportConfig", "GenerationConfig", "ModelConfig",
+    "KEYS", "RENAMED", "SOURCES", "AnnotateConfig", "ArrayConfig", "AttributesConfig", "BootstrapConfig",
+    "ClusterConfig", "Config", "DataConfig", "EngineConfig", "EvaluateConfig", "EvaluateModels", "ExportConfig", "GenerationConfig", "ModelConfig",
     "OptimConfig", "ParallelConfig", "ProfileConfig", "SamplingConfig", "ScoringConfig", "ServerConfig",
     "TemplateConfig", "TokenizerConfig", "TrackingConfig", "TrainConfig",
 ]  # fmt: skip
@@ -72,6 +73,9 @@ class Config:
     export: ExportConfig = option(ExportConfig, "export")
     tracking: TrackingConfig = option(TrackingConfig, "where metrics go")
     profile: ProfileConfig = option(ProfileConfig, "a profile of some steps")
+    array: ArrayConfig = option(ArrayConfig, "the part of the records of one job of several")
+    cluster: ClusterConfig = option(ClusterConfig, "how jobs run on a cluster")
+    steps: list[str] = option([], "run: only these steps, after those that they need; empty: all")
     pipeline: dict[str, Any] = option({}, "run: step name to overrides of that step alone")
 
 
