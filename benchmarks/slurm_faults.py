@@ -85,6 +85,12 @@ class Bench:
     def starts(self, name: str) -> list[dict[str, Any]]:
         return [event for event in self.history(name) if event["event"] == "start"]
 
+    def until_start(self, name: str, attempt: int) -> None:
+        """Wait until the ranks of an attempt, the first being 1, are there."""
+        self.slurm.wait(
+            lambda: len(self.starts(name)) == attempt and len(self.ranks(name)) == 2, 900, f"no attempt {attempt}"
+        )
+
     def last(self, name: str) -> dict[str, Any]:
         events = self.history(name)
         return events[-1] if events else {}
@@ -152,7 +158,7 @@ def kill_slurmd(bench: Bench, name: str, job: str) -> None:
 
 
 def kill_slurmd_alone(bench: Bench, name: str, job: str) -> None:
-    """Kill the first node's slurmd, which has the batch script. What it started goes on, and SLURM takes it for lost."""
+    """Kill the first node's slurmd, which has the batch script. What it started goes on; SLURM takes it for lost."""
     nodes = bench.slurm.run("scontrol", "show", "hostnames", bench.history(name)[-1]["nodes"]).split()
     bench.slurm.kill_node(nodes[0])
 
@@ -183,7 +189,8 @@ def events_in_words(events: list[dict[str, Any]]) -> str:
         elif event["event"] == "lost":
             words.append("lost")
         else:
-            words.append(f"exit {event['code']} → {event['decision']}" + (f" ({event['reason']})" if event["reason"] else ""))
+            why = f" ({event['reason']})" if event["reason"] else ""
+            words.append(f"exit {event['code']} → {event['decision']}{why}")
     return "; ".join(words)
 
 
@@ -200,7 +207,7 @@ def comes_back(bench: Bench, name: str, reference: dict[str, Any]) -> str:
             bench.slurm.start_node(node)
     same = equal(bench.weights(name), reference)
     rows = [json.loads(line) for line in (bench.folder / name / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1)), "a step is missing, or twice there"
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1)), "steps"
     assert same, f"{name}: another checkpoint"
     assert len([event for event in events if event["event"] == "start"]) > 1, f"{name} was not disturbed: {events}"
     return f"| {name} | {at} | {events_in_words(events)} | same bits | {time.monotonic() - start:.0f} s |"
@@ -218,9 +225,8 @@ def too_often(bench: Bench) -> list[str]:
     """A job that is stopped more often than ``cluster.max_requeues`` allows."""
     job = bench.launch("too_often", "cluster.max_requeues=1")
     for attempt in (1, 2):
-        bench.slurm.wait(lambda: len(bench.starts("too_often")) == attempt, 400, "no start")  # noqa: B023
-        before = bench.step("too_often") if attempt > 1 else 0
-        bench.until_step("too_often", before + 5)
+        bench.until_start("too_often", attempt)
+        bench.until_step("too_often", bench.step("too_often") + 5)
         cancel_term(bench, "too_often", job)
     events = bench.until_end("too_often")
     assert "max_requeues=1 is reached" in events[-1]["reason"], events
@@ -231,9 +237,7 @@ def same_fault(bench: Bench) -> list[str]:
     """A rank is killed twice without a new checkpoint in between."""
     bench.launch("same_fault", "train.save_every_steps=1000")
     for attempt in (1, 2):
-        bench.slurm.wait(
-            lambda: len(bench.starts("same_fault")) == attempt and len(bench.ranks("same_fault")) == 2, 400, "no ranks"  # noqa: B023
-        )
+        bench.until_start("same_fault", attempt)
         kill_rank(bench, "same_fault", "")
     events = bench.until_end("same_fault")
     assert "second fault" in events[-1]["reason"], events

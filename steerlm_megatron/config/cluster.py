@@ -1,4 +1,4 @@
-"""Sections about jobs on a cluster: what ``steerlm launch`` asks SLURM for, and the part of an array that a job does."""
+"""Sections about jobs on a cluster: what ``steerlm launch`` asks for, and the part of an array that one job does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from steerlm_megatron.config.fields import above, at_least, one_of, option
 
 @dataclass
 class ClusterConfig:
-    """How jobs run on a cluster. A site's values are a file: conf/cluster/NAME.yaml, or your own (cluster=/path.yaml)."""
+    """How jobs run on a cluster. A site's values are a file: conf/cluster/NAME.yaml, or yours (cluster=/path.yaml)."""
 
     nodes: int = option(1, at_least(1), "nodes of a job")
     gpus_per_node: int = option(8, at_least(0), "GPUs that are asked for on each node; 0: none, ranks compute on CPUs")
@@ -48,10 +48,10 @@ class ClusterConfig:
     max_hours: float | None = option(None, above(0), "hours that a job may run in all its attempts together")
     preflight: bool = option(False, "the nodes are checked before the work: devices, versions, network, file system")
     exclude_bad_nodes: bool = option(False, "preflight: the job comes back without a node that fails the check")
-    min_bandwidth_gbs: float = option(0.0, at_least(0), "preflight: GB/s of an all-reduce below which the network fails")
+    min_bandwidth_gbs: float = option(0.0, at_least(0), "preflight: GB/s between two nodes; less is a fault")
     min_free_gb: float = option(10.0, at_least(0), "preflight: GB that have to be free in the run folder")
     array: int = option(1, at_least(1), "annotate, generate and bootstrap: jobs that share the records")
-    servers: int = option(0, at_least(0), "launch run: servers, each a job, that bootstrap draws from; 0: it draws itself")
+    servers: int = option(0, at_least(0), "launch run: servers, each a job, that bootstrap draws from; 0: none")
     steps: dict[str, Any] = option({}, "launch run: step name to values of this section for that step alone")
 
 
@@ -59,5 +59,5 @@ class ClusterConfig:
 class ArrayConfig:
     """The part of the records that this process does, where several jobs share them. steerlm launch sets it."""
 
-    task: int | None = option(None, at_least(0), "number of this job; null: it does what is left, and writes the output")
+    task: int | None = option(None, at_least(0), "number of this job; null: it does what is left, and writes output")
     tasks: int = option(1, at_least(1), "how many jobs share the records")

@@ -111,7 +111,8 @@ def _run() -> Command:
     sets = ("output", "checkpoint", "ap_checkpoint")
     steps = [c for c in _ALL if c.name not in ("serve", "generate", "export")]
     reads = dict.fromkeys(read for c in steps for read in c.reads if read not in sets)
-    return Command("run", "all steps from one config", "pipeline", True, ("pipeline", "steps", *reads), trains=True, sets=sets)
+    reads_all = ("pipeline", "steps", *reads)
+    return Command("run", "all steps from one config", "pipeline", True, reads_all, trains=True, sets=sets)
 
 
 COMMANDS: dict[str, Command] = {command.name: command for command in (*_ALL, _run())}

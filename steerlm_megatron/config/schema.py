@@ -36,9 +36,10 @@ from steerlm_megatron.config.training import (
 
 __all__ = [
     "KEYS", "RENAMED", "SOURCES", "AnnotateConfig", "ArrayConfig", "AttributesConfig", "BootstrapConfig",
-    "ClusterConfig", "Config", "DataConfig", "EngineConfig", "EvaluateConfig", "EvaluateModels", "ExportConfig", "GenerationConfig", "ModelConfig",
-    "OptimConfig", "ParallelConfig", "ProfileConfig", "SamplingConfig", "ScoringConfig", "ServerConfig",
-    "TemplateConfig", "TokenizerConfig", "TrackingConfig", "TrainConfig",
+    "ClusterConfig", "Config", "DataConfig", "EngineConfig", "EvaluateConfig", "EvaluateModels",
+    "ExportConfig", "GenerationConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "ProfileConfig",
+    "SamplingConfig", "ScoringConfig", "ServerConfig", "TemplateConfig", "TokenizerConfig", "TrackingConfig",
+    "TrainConfig",
 ]  # fmt: skip
 
 

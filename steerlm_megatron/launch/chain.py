@@ -90,9 +90,7 @@ def _jobs(here: Place, config: Config, overrides: tuple[str, ...], name: str, na
     folder = RunFolder(here.run_dir, "run", rank=1)  # only rank 0 writes
     run = Run(replace(config, steps=[name]), Session(config, at, folder))
     checked = step.config(run)
-    if problems := cluster_problems(
-        step.command, replace(config, cluster=replace(cluster, steps={}, servers=0))
-    ):
+    if problems := cluster_problems(step.command, replace(config, cluster=replace(cluster, steps={}, servers=0))):
         raise UserError("\n".join(f"cluster.steps.{name}: {problem}" for problem in problems))
     sized = replace(config, cluster=cluster)
     after = tuple(one for one in step.after if one in names)
@@ -129,8 +127,9 @@ def _servers(here: Place, config: Config, bootstrap: Config, checkpoint: str, se
     )
     usual = compose.composed("serve", [])
     differing = []
+    sections = ("sampling", "generation", "parallel", "engine")
     for key in KEYS:
-        read = COMMANDS["serve"].reads_key(key) and key.split(".")[0] in ("sampling", "generation", "parallel", "engine")
+        read = COMMANDS["serve"].reads_key(key) and key.split(".")[0] in sections
         value = value_at(bootstrap, key) if read else None
         if read and key != "parallel.data" and value != _at(usual, key):
             differing.append(f"{key}={shown(value)}")

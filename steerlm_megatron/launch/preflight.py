@@ -1,6 +1,6 @@
 """The check of a job's nodes before its work (``cluster.preflight``): ``python -m steerlm_megatron.launch.preflight``.
 
-Owns: what is looked at, on which node a fault is. Does not own: when it runs and what follows (``launch/slurm/job.sh``).
+Owns: what is looked at, on which node a fault is. Does not own: when it runs, what follows (``launch/slurm/job.sh``).
 Every rank runs it. What a node can tell by itself stands in a file of its own before ranks talk to each other, so that
 the node on which nothing starts is named as well. Invariant: exit code 0, or 3 with the bad nodes in the file that the
 first argument names, one a line, as far as they are known.
@@ -75,7 +75,7 @@ def look(expected: Expected) -> Node:
 
 
 def _gpu_problems(expected: int) -> list[str]:
-    """Return what is wrong with the GPUs: fewer than asked for, errors of their memory, faults that the driver logged."""
+    """Return what is wrong with the GPUs: too few, errors of their memory, faults that the driver logged."""
     if expected == 0:
         return []
     import torch
@@ -153,7 +153,7 @@ def _unreadable(path: Path) -> str | None:
 
 
 def compared(nodes: Sequence[Node]) -> dict[str, list[str]]:
-    """Return the problems of each node by name: its own, versions that most others do not have, a clock that differs."""
+    """Return the problems of each node by name: its own, versions that most others lack, a clock that differs."""
     found: dict[str, list[str]] = defaultdict(list)
     for node in nodes:
         found[node.name] += node.problems

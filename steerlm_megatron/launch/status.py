@@ -63,10 +63,9 @@ def status(arguments: list[str]) -> None:
         _print(folders)
         return
     from rich.live import Live
+    from rich.text import Text
 
     from steerlm_megatron.observe.log import console
-
-    from rich.text import Text
 
     with Live(Text(_table(folders)), console=console(), auto_refresh=False) as live:
         while any(row.state in ("RUNNING", "PENDING", "COMPLETING", "CONFIGURING") for row in _rows(folders)):
@@ -89,7 +88,8 @@ def cancel(arguments: list[str]) -> None:
             print(f"{folder}: no job runs or waits")
             continue
         # Jobs that wait go first, so that the end of one does not start the next.
-        jobs = list(dict.fromkeys(one.job.split("_")[0] for one in sorted(left, key=lambda one: one.state == "RUNNING")))
+        left.sort(key=lambda one: one.state == "RUNNING")
+        jobs = list(dict.fromkeys(one.job.split("_")[0] for one in left))
         slurm.cancel(jobs)
         print(f"{folder}: cancelled {' '.join(jobs)}")
 
@@ -133,7 +133,9 @@ def find_log(run_dir: Path, rank: str | None) -> Path:
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such folder")
-    patterns = [f"{record.FOLDER}/slurm-*.out"] if rank is None else [f"{deep}log/rank_{rank}.log" for deep in ("", "*/", "*/*/")]
+    patterns = [f"{record.FOLDER}/slurm-*.out"]
+    if rank is not None:
+        patterns = [f"{deep}log/rank_{rank}.log" for deep in ("", "*/", "*/*/", "*/*/*/")]
     found = [path for pattern in patterns for path in run_dir.glob(pattern)]
     if not found:
         what = "no job has started" if rank is None else f"rank {rank} has written no log"
@@ -186,8 +188,8 @@ def _rows(folders: Sequence[Path]) -> list[Row]:
 def _rows_of(folder: Path, job: Submitted, known: dict[str, slurm.Queued]) -> Iterator[Row]:
     """Yield a row for a job, or one for each task of an array that SLURM or the history knows."""
     histories = record.history(folder, job.name, job.launch)
-    units = [(f"-{task}", f"_{task}") for task in range(job.tasks)] if job.kind in ("records", "sweep") or job.tasks > 1 else [("", "")]
-    for unit, suffix in units:
+    is_array = job.kind in ("records", "sweep") or job.tasks > 1
+    for unit, suffix in [(f"-{task}", f"_{task}") for task in range(job.tasks)] if is_array else [("", "")]:
         events = histories.get(f"{job.name}{unit}", [])
         ids = [f"{job.job}{suffix}", *(str(event["job"]) for event in events), *_successors(events)]
         now = next((known[one] for one in reversed(ids) if one in known), None)
@@ -199,8 +201,9 @@ def _rows_of(folder: Path, job: Submitted, known: dict[str, slurm.Queued]) -> It
         elif state == "RUNNING" or (state == "COMPLETED" and not reason):
             reason = now.nodes if now else ""
         starts = str(sum(event["event"] == "start" for event in events) or "")
-        where = Path(job.run_dir) / (unit[1:] if job.kind == "sweep" else f"array/{unit[1:]}" if job.kind == "records" else "")
-        yield Row(f"{job.job}{suffix}", f"{job.name}{unit}", job.ranks, state, reason, starts=starts, **_progress(where))
+        below = {"sweep": unit[1:], "records": f"array/{unit[1:]}"}.get(job.kind, "")
+        found = _progress(Path(job.run_dir) / below)
+        yield Row(f"{job.job}{suffix}", f"{job.name}{unit}", job.ranks, state, reason, starts=starts, **found)
 
 
 def _successors(events: Sequence[dict[str, Any]]) -> list[str]:
@@ -236,7 +239,7 @@ def _progress(run_dir: Path) -> dict[str, str]:
 
 
 def table_text(rows: Sequence[Row]) -> str:
-    """Return the rows as lines with columns as wide as their content; columns in which nothing is known are left out."""
+    """Return the rows as lines with columns as wide as their content, without columns in which nothing is known."""
     cells = [COLUMNS, *(row.cells for row in rows)]
     shown = [i for i in range(len(COLUMNS)) if any(row[i] for row in cells[1:])]
     widths = {i: max(len(row[i]) for row in cells) for i in shown}

@@ -206,8 +206,8 @@ def _refuse_used(run_dir: Path, overwrite: bool, dry: bool) -> None:
     summary = read_summary(run_dir) or {}
     if summary.get("status") == "complete" and summary.get("command") != "run" and not overwrite:
         raise UserError(
-            f"run_dir={run_dir} holds a complete run of '{summary.get('command', '?')}'; choose another run_dir, or set "
-            "overwrite=true to replace it"
+            f"run_dir={run_dir} holds a complete run of '{summary.get('command', '?')}'; choose another run_dir, or "
+            "set overwrite=true to replace it"
         )
     if not dry and record.has_jobs(run_dir):
         there = slurm.alive(job.job for job in record.submitted(run_dir))
@@ -217,15 +217,12 @@ def _refuse_used(run_dir: Path, overwrite: bool, dry: bool) -> None:
 
 
 def _one(here: Place, command: str, config: Config, overrides: tuple[str, ...]) -> list[Planned]:
-    """Return the job of a command; of one that shares its records, an array, and the job that puts its parts together.
-    """
+    """Return the job of a command; where jobs share its records, an array, and the job that joins the parts."""
     arguments = (command, *overrides, f"run_dir={here.run_dir}")
     tasks = config.cluster.array
     if tasks == 1:
         return [Planned(here.job(command, config, arguments), here.run_dir)]
-    parts = here.job(
-        f"{command}-array", config, (*arguments, f"array.tasks={tasks}"), array="records", tasks=tasks
-    )
+    parts = here.job(f"{command}-array", config, (*arguments, f"array.tasks={tasks}"), array="records", tasks=tasks)
     return [
         Planned(parts, here.run_dir, kind="records"),
         Planned(here.job(command, config, arguments), here.run_dir, after=(parts.name,)),
@@ -242,8 +239,7 @@ def _sweep(here: Place, command: str, config: Config, jobs: list[list[str]]) -> 
 
 
 def submit(here: Place, planned: list[Planned]) -> None:
-    """Write the scripts, submit them in order, and say what follows. If one is refused, those before it are cancelled.
-    """
+    """Write the scripts, submit them in order, and say what follows. If one is refused, those before it are ended."""
     ids: dict[str, str] = {}
     try:
         for one in planned:
@@ -270,7 +266,8 @@ def submit(here: Place, planned: list[Planned]) -> None:
         c, number = one.job.cluster, ids[one.job.name]
         after = f", after {' '.join(ids[name] for name in one.after)}" if one.after else ""
         many = f" x {one.job.tasks} tasks" if one.job.is_array else ""
-        size = f"{c.nodes} node{'s' if c.nodes > 1 else ''} x {tasks_per_node(c)} rank{'s' if tasks_per_node(c) > 1 else ''}"
+        ranks = tasks_per_node(c)
+        size = f"{c.nodes} node{'s' if c.nodes > 1 else ''} x {ranks} rank{'s' if ranks > 1 else ''}"
         print(f"job {number}: {one.job.name} on {size}{many}{after}")
     shown = shlex.quote(os.path.relpath(here.run_dir))
     first = planned[0].job

@@ -34,8 +34,8 @@ def ranks_of_agent() -> int | None:
 
 
 def agents() -> tuple[int, str, str]:
-    """Return how many agents there are, the address and port at which they meet, and a name of their meeting that all of
-    them know.
+    """Return how many agents there are, the address and port at which they meet, and a name for their meeting that all
+    of them know.
     """
     if ranks_of_agent() is None:
         return 1, "127.0.0.1:0", f"steerlm-{os.getpid()}"

@@ -191,8 +191,8 @@ def draw(
     """Draw responses and return them in the order of ``requests``, on every rank. Collective over the world.
 
     Each replica writes its responses into the run's journal ``name`` every two seconds, and the next attempt resumes
-    from there. A job of an array draws its part of them, and returns what is drawn so far. The servers of ``server.urls`` are assumed to serve the model ``loaded`` in both attempts. ``label`` is
-    for the progress bar.
+    from there. A job of an array draws its part of them, and returns what is drawn so far. The servers are assumed to
+    serve the model ``loaded`` in both attempts. ``label`` is for the progress bar.
     """
     at = here.layout
     asked = [(request.id, request.prompt_ids, asdict(request.params)) for request in requests]
