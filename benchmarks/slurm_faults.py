@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,7 @@ def comes_back(bench: Bench, name: str, reference: dict[str, Any]) -> str:
 
 def input_error(bench: Bench) -> list[str]:
     """A job whose ranks end with exit code 2."""
-    bench.launch("input_error", "init_from=data/train")  # shards, and no checkpoint
+    bench.launch("input_error", "data.train=nowhere")
     events = bench.until_end("input_error")
     assert [event["event"] for event in events] == ["start", "end"] and events[-1]["code"] == 2, events
     return [f"| input error (exit 2) | {events_in_words(events)} |"]
@@ -255,8 +256,56 @@ def cancelled(bench: Bench) -> list[str]:
     return [f"| steerlm cancel | {events_in_words(events)} |"]
 
 
+def chain(bench: Bench) -> list[str]:
+    """All steps as a chain of jobs, with arrays and servers, against one process: records and report."""
+    run = (
+        "run", *(one for one in MODEL if not one.startswith(("train.save", "train.steps", "data.output_dir"))),
+        "train.steps=3", "sampling.max_tokens=24", "bootstrap.prompts=24", "evaluate.max_prompts=4",
+        "evaluate.levels=[0,4]", "evaluate.examples=1",
+    )  # fmt: skip
+    start = time.monotonic()
+    said = bench.steerlm("launch", *run, "cluster=local_slurm", "cluster.nodes=2", "cluster.array=2",
+                         "cluster.servers=2", "cluster.steps.sft.nodes=1", "run_dir=chain")  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    alone = bench.steerlm(*run, "run_dir=chain_alone")
+    assert alone.returncode == 0, alone.stderr
+    jobs = record.submitted(bench.folder / "chain")
+    ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+    bench.slurm.wait(
+        lambda: all(set(bench.slurm.state(job.job).split()) <= set(ended) for job in jobs), 1800, "the chain does not end"
+    )
+    print(bench.steerlm("status", "chain").stdout, flush=True)
+    rows = []
+    for name in ("04-annotate/train.jsonl", "04-annotate/valid.jsonl", "08-bootstrap/bootstrap.jsonl"):
+        one, other = ((bench.folder / run_dir / name).read_bytes() for run_dir in ("chain", "chain_alone"))
+        rows.append(f"| {name} | {len(one.splitlines())} records | {'same bytes' if one == other else 'OTHER bytes'} |")
+    reports = [json.loads((bench.folder / d / "12-report/report.json").read_text()) for d in ("chain", "chain_alone")]
+    for keys in numbers(reports[0]):
+        one, other = (at(report, keys) for report in reports)
+        if not math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-3) and "timings" not in keys:
+            rows.append(f"| report.json {'.'.join(map(str, keys))} | {one:.6g} | {other:.6g} |")
+    rows.append(f"| chain of {len(jobs)} jobs | {time.monotonic() - start:.0f} s | |")
+    return rows
+
+
+def numbers(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield where the numbers of nested data are."""
+    if isinstance(value, dict | list):
+        for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from numbers(one, (*keys, key))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield keys
+
+
+def at(value: Any, keys: tuple[Any, ...]) -> float:
+    for key in keys:
+        value = value[key]
+    return float(value)
+
+
 ENDS: dict[str, Callable[[Bench], list[str]]] = {
     "input_error": input_error, "too_often": too_often, "same_fault": same_fault, "cancelled": cancelled,
+    "chain": chain,
 }  # fmt: skip
 ALONE = ("kill_slurmd", "kill_slurmd_of_the_batch_script", "preempted")  # these disturb whatever else runs
 

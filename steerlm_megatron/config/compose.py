@@ -233,6 +233,7 @@ def take_cluster_file(overrides: list[str]) -> list[str]:
     """
     from hydra.core.config_store import ConfigStore
     from omegaconf import DictConfig, OmegaConf
+    from yaml import YAMLError
 
     found = []
     for override in overrides:
@@ -242,7 +243,7 @@ def take_cluster_file(overrides: list[str]) -> list[str]:
             continue
         try:
             content = OmegaConf.load(Path(path).expanduser())
-        except (OSError, ValueError, *_yaml_errors()) as error:
+        except (OSError, ValueError, YAMLError) as error:
             raise UserError(f"cluster={path} cannot be read: {' '.join(str(error).split())}") from None
         if not isinstance(content, DictConfig):
             raise UserError(f"cluster={path} has no keys; write nodes: 2 and the like, one a line")
@@ -250,13 +251,6 @@ def take_cluster_file(overrides: list[str]) -> list[str]:
         ConfigStore.instance().store(group="cluster", name=name, node=content)
         found.append(f"cluster={name}")
     return found
-
-
-def _yaml_errors() -> tuple[type[Exception], ...]:
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    return (YAMLError, OmegaConfBaseException)
 
 
 def sweep(arguments: list[str]) -> list[list[str]]:

@@ -96,7 +96,8 @@ def _jobs(here: Place, config: Config, overrides: tuple[str, ...], name: str, na
     after = tuple(one for one in step.after if one in names)
     own = tuple(o for o in overrides if o.partition("=")[0].lstrip("+") != "steps")
     arguments = ("run", *own, f"run_dir={here.run_dir}", f"steps=[{name}]")
-    where, planned, begins = run.folder(name), [], ()
+    where, planned = run.folder(name), []
+    begins: tuple[str, ...] = ()
     served = here.folder / _SERVERS if name == "bootstrap" and cluster.servers else None
     if served is not None:
         servers = _servers(here, config, checked, str(run.folder("acsft")), served, cluster.servers)

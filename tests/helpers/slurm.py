@@ -27,8 +27,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 CredType=cred/munge
-# A requeued job waits for cred_expire seconds before it starts again (120 by default).
-AuthInfo=socket={folder}/munge.sock,cred_expire=2
+# A requeued job waits for cred_expire seconds before it starts again: 120 by default, as for values below 5.
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
 SlurmctldPort={port}
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool/%n
