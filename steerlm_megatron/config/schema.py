@@ -50,6 +50,7 @@ class Config:
     command: str = option("", "the command; set by its own configuration file")
     run_dir: str | None = option(None, "the run's folder; null: runs/<command>/<time>")
     overwrite: bool = option(False, "replace a complete run, shards or an export that stand there")
+    steps: list[str] = option([], "run: only these steps, after those that they need; empty: all")
     init_from: str | None = option(None, "run folder or checkpoint that training starts from; null: from scratch")
     checkpoint: str | None = option(None, "run folder or checkpoint of the model that is used")
     ap_checkpoint: str | None = option(None, "run folder or checkpoint of the attribute-prediction model")
@@ -76,7 +77,6 @@ class Config:
     profile: ProfileConfig = option(ProfileConfig, "a profile of some steps")
     array: ArrayConfig = option(ArrayConfig, "the part of the records of one job of several")
     cluster: ClusterConfig = option(ClusterConfig, "how jobs run on a cluster")
-    steps: list[str] = option([], "run: only these steps, after those that they need; empty: all")
     pipeline: dict[str, Any] = option({}, "run: step name to overrides of that step alone")
 
 
