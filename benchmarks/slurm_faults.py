@@ -272,7 +272,9 @@ def chain(bench: Bench) -> list[str]:
     jobs = record.submitted(bench.folder / "chain")
     ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
     bench.slurm.wait(
-        lambda: all(set(bench.slurm.state(job.job).split()) <= set(ended) for job in jobs), 1800, "the chain does not end"
+        lambda: all(set(bench.slurm.state(job.job).split()) <= set(ended) for job in jobs),
+        1800,
+        "the chain does not end",
     )
     print(bench.steerlm("status", "chain").stdout, flush=True)
     rows = []

@@ -117,7 +117,14 @@ settle_code() {
   fi
 }
 
-job_state() { scontrol show job "$job" 2>/dev/null | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' | head -n 1; }
+# The state of this attempt. Where SLURM took its node for lost, the job may run elsewhere by now: AGAIN.
+job_state() {
+  local shown restarts; shown=$(scontrol show job "$job" 2>/dev/null)
+  restarts=$(sed -n 's/.*Restarts=\([0-9]*\).*/\1/p' <<<"$shown" | head -n 1)
+  if [ "${restarts:-${SLURM_RESTART_COUNT:-0}}" != "${SLURM_RESTART_COUNT:-0}" ]; then echo AGAIN
+  else sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' <<<"$shown" | head -n 1
+  fi
+}
 
 # come_back [SBATCH OPTIONS…]: requeue this job; a new one takes its place where that is not allowed, or with options.
 come_back() {
@@ -132,7 +139,10 @@ come_back() {
     scontrol requeue "$job" && return
     say "scontrol requeue is refused here: a new job takes this job's place"
   fi
-  case $(job_state) in CANCELLED) reason="the job was cancelled"; decision=stop; return 0 ;; esac
+  case $(job_state) in
+    CANCELLED) reason="the job was cancelled"; decision=stop; return 0 ;;
+    AGAIN) reason="$reason; SLURM requeued it"; return 0 ;;
+  esac
   local new other dependency array=()
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || array=("--array=$SLURM_ARRAY_TASK_ID")
   new=$(LAUNCH_ID=$LAUNCH_ID sbatch --parsable --dependency="afterany:$job" "${array[@]}" "$@" "$SCRIPT" "${by_hand[@]}") || {

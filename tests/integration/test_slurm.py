@@ -1,4 +1,6 @@
-"""Jobs on a real SLURM that is started on this machine: ``srun steerlm …`` by itself, and what ``steerlm launch`` submits."""
+"""Jobs on a real SLURM that is started on this machine: ``srun steerlm …`` by itself, and what ``steerlm launch``
+submits.
+"""
 
 from __future__ import annotations
 

@@ -258,6 +258,7 @@ def job(
         ([75], {"requeue": "off"}, ["75 stop: saved and stopped; cluster.requeue=off"]),
         ([75], {"state": "CANCELLED"}, ["75 requeue", "75 stop: the job was cancelled"]),
         ([75], {"state": "PENDING"}, ["75 requeue: saved and stopped"]),
+        ([75], {"state": "RUNNING Restarts=4"}, ["75 requeue: saved and stopped"]),
     ],
 )
 def test_what_follows_an_exit_code(
