@@ -112,6 +112,8 @@ supervise() {
 settle_code() {
   local codes; codes=$(cat "$exits"/* 2>/dev/null | sort -u)
   [ "$code" != 0 ] || return 0
+  # Ranks that a signal ended before they listened to it had nothing to save: 138 is SIGUSR1, 143 SIGTERM.
+  [ -z "$stopped" ] || case $code in 138 | 143) code=75 ;; esac
   if grep -qx 2 <<<"$codes"; then code=2
   elif grep -qxvE '0|75|' <<<"$codes"; then code=$(grep -xvE '0|75|' <<<"$codes" | head -n 1)
   fi
@@ -193,6 +195,7 @@ preflight() {
   local bad=$launch/preflight/$unit.bad names
   mkdir -p "$launch/preflight" && rm -f "$bad"
   supervise ranks "$PYTHON" -u -m steerlm_megatron.launch.preflight "$bad" "${PREFLIGHT[@]}"
+  [ -z "$stopped" ] || code=75
   [ "$code" != 0 ] || return 0
   names=$([ -f "$bad" ] && paste -sd, "$bad")
   if [ "$code" = 75 ]; then decide; return 1; fi

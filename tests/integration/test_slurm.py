@@ -103,7 +103,7 @@ def test_a_launched_job_comes_back_after_a_signal_and_trains_as_one_process_does
 
 
 def test_two_jobs_on_a_node_do_not_collide_and_what_cannot_run_does_not_come_back(slurm: Slurm, work: Path) -> None:
-    node = ("cluster.tasks_per_node=2", "cluster.sbatch_lines=[--nodelist=node1]", "train.steps=1")
+    node = ("cluster.tasks_per_node=2", 'cluster.sbatch_lines=["--nodelist=node1"]', "train.steps=1")
     pair = [launched(slurm, work, name, *TRAIN, "data.output_dir=data", *node) for name in ("a", "b")]
     wrong = launched(slurm, work, "wrong", "report", "input=nowhere")
     for job, name in zip(pair, "ab", strict=True):
