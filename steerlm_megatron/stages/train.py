@@ -126,6 +126,7 @@ def train(here: Session) -> TrainResult:
             data.tokenizer.save, metrics, steps, Throughput(flops_of=flops, peak_flops=_peak(config, here)), profiler,
             Watch(config.engine.timeout_sec),
         )  # fmt: skip
+        here.run.update(plan={"steps": steps})
         try:
             result = trainer.fit()
         finally:
