@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from steerlm_megatron.stages.base import chat_template_of
 from steerlm_megatron.steer.records import read_records
 from steerlm_megatron.train.meta import read_meta
 from tests.helpers.cli import run_here as run
+from tests.helpers.commands import ENVIRONMENT
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.integration
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -168,6 +172,13 @@ def test_a_trained_model_leaves_with_its_chat_template(folder: Path, template: s
         if template == "steerlm" and drawn[-1] == model.generation_config.eos_token_id:
             text = text.removesuffix("\n")  # the template's, and not the response's
         assert answer.messages[-1].content == text
+    if template == "auto":
+        asked = ("model", "--attribute", "helpfulness", "--levels", "3", "--max-tokens", "10", "--prompt", WORDS[0])
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / "steer_with_transformers.py"), *asked],
+            env=ENVIRONMENT, text=True, capture_output=True, check=True,
+        )  # fmt: skip
+        assert done.stdout == f"helpfulness=3: {next(iter(read_records('answers.jsonl'))).messages[-1].content}\n"
 
 
 def test_a_shape_that_a_user_states_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
