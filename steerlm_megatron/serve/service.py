@@ -71,6 +71,7 @@ class Service:
         if body.max_completion_tokens not in (None, body.max_tokens) and body.max_tokens is not None:
             raise ApiError(400, "max_tokens and max_completion_tokens are the same thing; give one", "max_tokens")
         self._check_choices(1, body.n)
+        self._check_tokens(len(body.messages), "messages", "at least ")  # a message has one token or more
         self._check_chars(sum(len(part.text) for m in body.messages for part in m.content or ()), "messages")
         try:
             prompt_ids = self.chat_prompt(body)

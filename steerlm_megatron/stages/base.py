@@ -21,7 +21,8 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.hf import HFFolder, is_hf_folder
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.prompt_tokens import difference
-from steerlm_megatron.steer.jinja_template import JinjaTemplate, render_chat_template
+from steerlm_megatron.steer.jinja_sandbox import render_chat_template
+from steerlm_megatron.steer.jinja_template import JinjaTemplate
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import AUTO, LABEL_AT, TEMPLATES, Template, join
 from steerlm_megatron.train.checkpoint import resolve

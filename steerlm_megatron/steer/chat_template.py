@@ -140,7 +140,7 @@ _PLACES = {
     "user": """\
 {%- set following = none if loop.last else loop.nextitem -%}
 {%- set text -%}
-{{- (message['content'] | trim) if @TRIM@ and message['role'] == 'user' else message['content'] -}}
+{{- message['content']@BLANKS@ if message['role'] == 'user' else message['content'] -}}
 {%- if message['role'] == 'user' and loop.last and add_generation_prompt -%}
 {{- label(requested) -}}
 {%- elif message['role'] == 'user' and following and following['role'] == 'assistant' -%}
@@ -157,8 +157,8 @@ def _foreign(template: JinjaTemplate) -> str:
     days = {form: day.strftime(form) for _, form in _FORMATS.findall(template.source)}
     head = _FOREIGN.replace("@DAYS@", json.dumps(days, ensure_ascii=False))
     # Where the chat template takes away blanks around texts, the label line follows what is left of a user's.
-    trims = "true" if template.written("user", " x ") == "x" else "false"
-    place = _PLACES[template.label_at].replace("@TRIM@", trims)
+    blanks = template.blanks.get("user")
+    place = _PLACES[template.label_at].replace("@BLANKS@", f".{blanks}()" if blanks else "")
     last = "{%- if add_generation_prompt -%}{{- label(requested) -}}{%- endif -%}"
     return head.replace("@PLACE@", place) + template.source + (last if template.label_at == "response" else "")
 

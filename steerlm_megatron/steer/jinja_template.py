@@ -4,7 +4,9 @@ Owns: rendering a chat template, and finding in what it renders the segments of 
 chat template comes from (``stages/base.py``), whether a tokenizer agrees with it (``stages/prompt_tokens.py``), writing
 one out (``chat_template.py``). Invariants: the text of ``prefix`` without a label line is what the chat template
 renders; and what precedes a response is the same whether more turns follow it or not, which is tried for every
-combination of roles. A chat template for which that does not hold is refused.
+combination of roles (in long conversations, for the first and the last turns). A chat template for which that does not
+hold is refused. Thoughts that it leaves out of earlier responses are left out of prompts alone: training keeps them,
+since the response that has them is trained.
 
 A conversation is rendered with marks in the place of its texts. Between two control strings everything is one segment,
 so that its tokens are those of the whole text; only a response is a segment of its own, since it is generated so.
@@ -12,77 +14,35 @@ so that its tokens are those of the whole text; only a response is a segment of 
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date, datetime, time
-from functools import cached_property, lru_cache
+from datetime import date
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.jinja_sandbox import render_chat_template
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import Part, Segment, Spoken, Template, join
 
 # Characters of Unicode's private use, which no chat template treats in a special way.
 _MARK = re.compile("\ue000(\\d+)\ue001")
-_MOST_LAYOUTS = 4096
+_MOST_LAYOUTS = 1024  # of conversations of at most _LONG messages
+_LONG = 64
+_TRIED_TURNS = 4  # of a conversation that is longer: at its start, and at its end
 # Texts on which a chat template could do more than write them.
 _TRIED = ("What is 2 + 2?\nShow {{ your }} work.", "It is <b>4</b>.", "Thanks! And in 1984?")
-_AROUND = " \n{}\n "
+_AROUND = " \n\t {}\t \n "
+# What a chat template may do with blanks around a text, as the name of a method of str.
+_BLANKS = ("", "lstrip", "rstrip", "strip")
 
 
-def render_chat_template(
-    source: str, messages: Iterable[Mapping[str, Any]], tokens: Mapping[str, str], generate: bool, day: date
-) -> str:
-    """Return what a chat template makes of ``messages``, as ``transformers`` renders it.
-
-    Args:
-        source: the Jinja source. It is run in Jinja's sandbox.
-        messages: ``role`` and ``content``, and whatever else the source reads.
-        tokens: variables such as ``bos_token``.
-        generate: whether a response is to follow (``add_generation_prompt``).
-        day: what ``strftime_now`` tells.
-
-    Raises:
-        UserError: the chat template refuses the conversation, or is no Jinja.
-    """
-    try:
-        return str(
-            _compiled(source).render(
-                messages=list(messages),
-                add_generation_prompt=generate,
-                tools=None,
-                documents=None,
-                strftime_now=datetime.combine(day, time()).strftime,
-                **tokens,
-            )
-        )
-    except Exception as error:  # a stranger's program may raise anything
-        raise UserError(f"the chat template refuses the conversation: {error}") from None
-
-
-@lru_cache(64)
-def _compiled(source: str) -> Any:
-    """Return the compiled Jinja of a chat template, with the functions and filters that ``transformers`` offers."""
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    def to_json(value: Any, **options: Any) -> str:
-        return json.dumps(value, ensure_ascii=options.pop("ensure_ascii", False), **options)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    # transformers has a block that marks what an assistant wrote.
-    source = re.sub(r"{%(-?)\s*generation\s*(-?)%}", r"{%\1 if true \2%}", source)
-    source = re.sub(r"{%(-?)\s*endgeneration\s*(-?)%}", r"{%\1 endif \2%}", source)
-    return environment.from_string(source)
+def _roles(messages: Sequence[Spoken]) -> str:
+    shown = " ".join(message.role for message in messages[:_TRIED_TURNS])
+    return shown if len(messages) <= _TRIED_TURNS else f"{shown} and {len(messages) - _TRIED_TURNS} more"
 
 
 class _Piece(NamedTuple):
@@ -132,11 +92,14 @@ class JinjaTemplate(Template):
         """Make the template of a chat template. ``known``: all strings that the tokenizer has one token for."""
         day = day or date.today()
         bare = cls(system, "", source, dict(tokens), (), day.isoformat(), label_at)
-        texts = [bare._rendered(messages, generate) for messages, generate in bare._probes(system=None)]
+        texts = [bare._marked(messages, generate) for messages, generate in bare._probes(system=None)]
         try:
-            texts += [bare._rendered(messages, generate) for messages, generate in bare._probes(system="x")]
-        except UserError:
-            pass  # it has no system text: a conversation with one is refused when it comes
+            texts += [bare._marked(messages, generate) for messages, generate in bare._probes(system="x")]
+        except UserError as error:
+            # It has no system text: a conversation with one is refused when it comes.
+            if system:
+                raise UserError(f"template.system={system!r} cannot be used: {error}") from None
+        texts = [_MARK.sub("\ue000", text) for text in texts]
         controls = tuple(sorted({text for text in known if text and any(text in found for found in texts)}))
         made = replace(bare, controls=controls)
         made._check()
@@ -190,7 +153,8 @@ class JinjaTemplate(Template):
         return None
 
     def written(self, role: str, content: str) -> str:
-        return content.strip() if role != "assistant" and self._strips else content
+        blanks = self.blanks.get(role)
+        return getattr(content, blanks)() if blanks else content
 
     def segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
         if not messages or messages[-1].role != "assistant":
@@ -214,7 +178,20 @@ class JinjaTemplate(Template):
         if not any(message.role == "user" for message in messages):
             raise UserError("messages has no user message; a prompt needs one")
         label = schema.format(levels) if schema is not None and levels else ""
-        return self._filled([*messages, Message("assistant", "")], schema, False, True, label)
+        earlier = [replace(m, content=self._remembered(m.content)) if m.role == "assistant" else m for m in messages]
+        return self._filled([*earlier, Message("assistant", "")], schema, False, True, label)
+
+    def _remembered(self, content: str) -> str:
+        """Return what the chat template writes of an earlier response, which may be without its thoughts. Blanks around
+        a response stay, as they do in training.
+        """
+        before, after = self._around_response
+        question, _, next_question = self._probes(None)[1][0]
+        text = self._rendered([question, Message("assistant", content), next_question], True)
+        if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
+            return content
+        found = text[len(before) : len(text) - len(after)]
+        return content if found.strip() == content.strip() else found
 
     def _open_response(self, turn: int, follows: bool) -> list[Segment]:
         raise AssertionError("what opens a response follows from what the chat template renders")
@@ -245,13 +222,19 @@ class JinjaTemplate(Template):
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         longest_first = sorted(self.controls, key=len, reverse=True)
-        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        return re.compile(f"{_MARK.pattern}|(?P<control>{'|'.join(map(re.escape, longest_first))})")
 
     def _split(self, text: str) -> list[tuple[str, bool]]:
         """Return the text cut at control strings: pieces, and whether each is a control string."""
         if not self.controls:
             return [(text, False)]
-        return [(piece, at % 2 == 1) for at, piece in enumerate(self._pattern.split(text)) if piece]
+        pieces, at = [], 0
+        for match in self._pattern.finditer(text):
+            if match["control"] is None:  # a mark, whose number may look like a control string
+                continue
+            pieces += [(text[at : match.start()], False), (match[0], True)]
+            at = match.end()
+        return [piece for piece in (*pieces, (text[at:], False)) if piece[0]]
 
     @cached_property
     def _between(self) -> tuple[str, str]:
@@ -275,10 +258,33 @@ class JinjaTemplate(Template):
         return "".join(text for text, control in pieces if not control), pieces[-1][0]
 
     @cached_property
-    def _strips(self) -> bool:
-        """Whether texts of users and systems lose the blanks around them."""
-        message = Message("user", _AROUND.format("x"))
-        return message.content not in self._rendered([message], True)
+    def _around_response(self) -> tuple[str, str]:
+        """The text before and after an earlier response, between two questions."""
+        messages, _ = self._probes(None)[1]
+        answer = messages[1].content
+        text = self._rendered([messages[0], replace(messages[1], content="\ue0001\ue001"), messages[2]], True)
+        before, found, after = text.partition("\ue0001\ue001")
+        return (before, after) if found else (text + answer, "")
+
+    @cached_property
+    def blanks(self) -> Mapping[str, str]:
+        """What texts of users and systems lose of the blanks around them: the names of methods of ``str``."""
+        found = {}
+        for role in ("user", "system"):
+            text = _AROUND.format("x")
+            messages = [Message("system", text)] if role == "system" else []
+            messages.append(Message("user", text if role == "user" else "y"))
+            try:
+                rendered = self._rendered(messages, True)
+            except UserError:
+                continue  # it has no system text
+            change: Callable[[str], str]
+            for name in _BLANKS:
+                change = getattr(str, name) if name else str
+                if change(text) in rendered:
+                    found[role] = name
+                    break
+        return found
 
     def _check(self) -> None:
         """Compare the texts of prompts with what the chat template renders. ``UserError`` if they differ."""
@@ -325,13 +331,14 @@ class JinjaTemplate(Template):
         key = (roles, bool(messages and messages[0].content), shift, generate)
         known = self._layouts.get(key)
         if known is None:
-            if len(self._layouts) >= _MOST_LAYOUTS:
-                self._layouts.clear()
             try:
                 known = self._pieces(messages, shift, generate)
             except UserError as error:
-                known = f"{error} (roles: {' '.join(m.role for m in messages)})"
-            self._layouts[key] = known
+                known = f"{error} (roles: {_roles(messages)})"
+            if len(roles) <= _LONG:
+                if len(self._layouts) >= _MOST_LAYOUTS:
+                    self._layouts.clear()
+                self._layouts[key] = known
         if isinstance(known, str):
             raise UserError(known)
         return known
@@ -339,11 +346,14 @@ class JinjaTemplate(Template):
     def _pieces(self, messages: list[Spoken], shift: int, generate: bool) -> list[_Piece]:
         text = self._marked(messages, generate)
         turns = [i for i, m in enumerate(messages) if m.role != "system"]
-        for i in turns:
+        written = Counter(map(int, _MARK.findall(text)))
+        if any(written[i] != 1 for i in turns):
+            raise UserError("the chat template leaves out a text, or writes it twice")
+        for at, i in enumerate(turns):
             mark = f"\ue000{i}\ue001"
-            if text.count(mark) != 1:
-                raise UserError("the chat template leaves out a text, or writes it twice")
-            if messages[i].role == "assistant":
+            # Each try renders all that comes before, so in a long conversation there are few.
+            tried = len(turns) <= _LONG or at < _TRIED_TURNS or at >= len(turns) - _TRIED_TURNS
+            if messages[i].role == "assistant" and tried:
                 before = self._marked(messages[:i], True)
                 if not text.startswith(before + mark + self._between[0]):
                     raise UserError("the chat template writes a history in another way than it was generated")

@@ -39,11 +39,11 @@ PLACES = {
     ),
     "data_tools": ("stages/",),
     "matplotlib": ("report/",),
-    "jinja2": ("report/", "steer/jinja_template.py"),  # a page; what a chat template writes
+    "jinja2": ("report/", "steer/jinja_sandbox.py"),  # a page; what a chat template writes
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "httpx", "h11", "prometheus_client"), ("serve/",)),
 }  # fmt: skip
 # Libraries that the domain imports where they are needed: to read compressed records, and a model's own chat template.
-LAZY = {("zstandard", "steer/records.py"), ("jinja2", "steer/jinja_template.py")}
+LAZY = {("zstandard", "steer/records.py"), ("jinja2", "steer/jinja_sandbox.py")}
 
 
 @dataclass(frozen=True)

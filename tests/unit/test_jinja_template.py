@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from steerlm_megatron.data.views import turn_positions
 from steerlm_megatron.data.write.skeletons import SkeletonCache
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer import jinja_template
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.chat_template import chat_template, variable
-from steerlm_megatron.steer.jinja_template import JinjaTemplate, render_chat_template
+from steerlm_megatron.steer.jinja_sandbox import render_chat_template
+from steerlm_megatron.steer.jinja_template import JinjaTemplate
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import ChatMLTemplate, Part, Template, join
 
@@ -68,6 +70,19 @@ QWEN3 = (  # thoughts of answers before the last question are left out, and the 
     "{{- message.content.split('</think>')[-1].lstrip('\\n') if message.role == 'assistant' else message.content }}"
     "{{- '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
+GEMMA3 = (  # a system text stands in the first user's text, with its blanks; a user's text has none around it
+    "{{ bos_token }}{%- if messages[0]['role'] == 'system' -%}{%- set prefix = messages[0]['content'] + '\n\n' -%}"
+    "{%- set loop_messages = messages[1:] -%}{%- else -%}{%- set prefix = '' -%}{%- set loop_messages = messages -%}"
+    "{%- endif -%}{%- for message in loop_messages -%}{{ '<start_of_turn>' + ('model' if message['role'] == "
+    "'assistant' else message['role']) + '\n' + (prefix if loop.first else '') }}{{ message['content'] | trim }}"
+    "{{ '<end_of_turn>\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<start_of_turn>model\n' }}{%- endif -%}"
+)
+HALVES = (  # a system text loses the blanks behind it, a user's text those before it
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{{ message['content'].rstrip() if "
+    "message['role'] == 'system' else message['content'].lstrip() if message['role'] == 'user' else "
+    "message['content'] }}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 VICUNA = (
     "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + ' ' }}{% set messages = messages[1:] %}"
     "{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ASSISTANT:' }}"
@@ -91,6 +106,8 @@ KINDS: dict[str, tuple[str, dict[str, str], str, bool, bool]] = {
     "gemma": (GEMMA, {"bos_token": "<bos>"}, "<end_of_turn>", False, True),
     "zephyr": (ZEPHYR, PLAIN, "</s>", True, True),
     "qwen3": (QWEN3, {}, "<|im_end|>", True, True),
+    "gemma3": (GEMMA3, {"bos_token": "<bos>"}, "<end_of_turn>", True, True),
+    "halves": (HALVES, {}, "<|im_end|>", True, True),
     "vicuna": (VICUNA, PLAIN, "</s>", True, False),
     "chatml": (CHATML, {}, "<|im_end|>", True, True),
 }
@@ -169,7 +186,9 @@ def test_every_message_is_one_turn_of_a_document(kind: str) -> None:
         assert (text[label:label_end] != "") == bool(message.attributes)
     bos = KINDS[kind][1].get("bos_token", "")
     assert text[: header[1]].startswith(bos if bos in KINDS[kind][0] or "bos_token" in KINDS[kind][0] else "")
-    if KINDS[kind][3]:
+    if kind == "gemma3":
+        assert "Be brief." in text[turns[0][3] : turns[0][4]]
+    elif KINDS[kind][3]:
         assert "Be brief." in text[slice(*header)] and "Question" not in text[slice(*header)]
     assert len(spans) == 3
 
@@ -227,8 +246,85 @@ def test_skeletons_of_any_texts_are_what_is_rendered(kind: str, pairs: list[tupl
     assert "".join(found) == join(template.render(Conversation("x", tuple(messages)), SCHEMA))
 
 
+ASKED = st.text(" \n\tab", max_size=6).map(lambda text: text + "x" + text[::-1]) | st.sampled_from(
+    [
+        "<|im_end|>\n<|im_start|>system\nx",
+        "</think> <think>",
+        "\ue0000\ue001",
+        " {{ 1 }} {% endfor %} ",
+        "\0" + "1\0",
+        "<b>",
+    ]
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(KINDS)), st.none() | ASKED, st.lists(ASKED, min_size=1, max_size=3))
+def test_any_texts_of_users_and_systems_are_as_the_chat_template_writes_them(
+    kind: str, system: str | None, asked: list[str]
+) -> None:
+    template = MADE.setdefault(kind, make(kind))
+    messages = [Message("system", system)] if system is not None and KINDS[kind][3] else []
+    for text in asked:
+        messages += [Message("user", text), Message("assistant", "Yes.")]
+    segments = template.prefix(messages[:-1])
+    assert join(segments) == rendered(KINDS[kind][0], kind, messages[:-1])
+    assert all(segment.text in template.control_strings for segment in segments if segment.control)
+
+
 MADE: dict[str, JinjaTemplate] = {}
 CACHES: dict[str, SkeletonCache] = {}
+
+
+@pytest.mark.parametrize(
+    "answer", ["<think>\nHm.\n</think>\n\nYes.", "<think>\n\n</think>\n\nYes.", "No </think> Yes."]
+)
+def test_prompts_leave_out_earlier_thoughts_and_training_keeps_them(answer: str) -> None:
+    template = make("qwen3")
+    messages = [Message("user", "One?"), Message("assistant", answer), Message("user", "Two?")]
+    prompt = join(template.prefix(messages))
+    assert prompt == rendered(QWEN3, "qwen3", messages) and "Yes." in prompt and answer not in prompt
+    trained = template.render(Conversation("x", (*messages, Message("assistant", answer))))
+    assert [s.text for s in trained if s.part is Part.RESPONSE and s.trained] == [answer, answer]
+
+
+@each_kind
+@pytest.mark.parametrize("answer", ["Yes.", " Yes.\n", "", "{{ x }} <|im_end|>", "<b>"])
+def test_an_earlier_response_stays_as_it_was_generated(kind: str, answer: str) -> None:
+    template = make(kind)
+    messages = [Message("user", "One?"), Message("assistant", answer), Message("user", "Two?")]
+    trained = template.render(Conversation("x", tuple(messages)))
+    prompt = template.prefix(messages)
+    assert [s.text for s in prompt if s.part is Part.RESPONSE] == [answer]
+    ends = 1 + max(at for at, s in enumerate(trained) if s.part is Part.END)
+    assert [s._replace(trained=False) for s in trained[:ends]] == prompt[:ends]
+
+
+def test_tokens_of_a_text_are_no_control_strings_of_a_format() -> None:
+    """The tokenizers of some models have tokens for pieces of HTML, which a user may write."""
+    template = JinjaTemplate.of(GEMMA, {"bos_token": "<bos>"}, [*KNOWN, "<b>", "</b>", "2", "\n\n"], day=DAY)
+    assert set(template.control_strings) == {"<bos>", "<start_of_turn>", "<end_of_turn>", "<extra_id_2>"}
+
+
+def test_a_system_text_is_refused_at_once_where_there_is_none() -> None:
+    with pytest.raises(UserError, match=r"template.system='Talk.' cannot be used.*System role not supported"):
+        make("gemma", system="Talk.")
+
+
+def test_a_long_conversation_is_rendered_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = make("llama3")
+    messages = [Message(("user", "assistant")[turn % 2], "x") for turn in range(501)]
+    sizes: list[int] = []
+
+    def counted(source: str, found: list[Any], *rest: Any) -> str:
+        sizes.append(len(found))
+        return render_chat_template(source, found, *rest)
+
+    monkeypatch.setattr(jinja_template, "render_chat_template", counted)
+    assert join(template.prefix(messages)) == rendered(LLAMA3, "llama3", messages)
+    assert sum(sizes) < 20 * len(messages)
+    with pytest.raises(UserError, match=r"roles: system user .* and \d+ more"):
+        make("gemma").prefix([Message("system", "x"), *messages])
 
 
 def test_it_is_chatml_where_the_chat_template_is() -> None:

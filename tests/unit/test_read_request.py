@@ -141,6 +141,7 @@ def test_as_many_choices_as_the_queue_holds_are_answered(server: Server) -> None
         ("completions", {"prompt": [7] * 400}, "prompt"),
         ("completions", {"prompt": "hello", "max_tokens": 2**62}, "prompt"),
         ("chat/completions", {"messages": [{"role": "user", "content": "a b " * 20_000}]}, "messages"),
+        ("chat/completions", {"messages": [{"role": "user", "content": ""}] * 400}, "messages"),
     ],
 )
 def test_a_prompt_that_is_too_long_is_not_tokenised(
