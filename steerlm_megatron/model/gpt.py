@@ -292,7 +292,7 @@ def build_model(
             vp_stage=vp_stage,
         )
         if last and attributes is not None:
-            gpt.output_layer = RegressionHead(config, attributes)
+            gpt.output_layer = RegressionHead(config, attributes, model.head_bias)
     if last and attributes is None:
         gpt.output_layer.sequence_parallel = False  # PackedGPTModel gathers the sequence itself
         gpt.output_layer.allreduce_dgrad = parallel.tensor > 1

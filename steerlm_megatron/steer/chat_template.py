@@ -97,6 +97,58 @@ _BODIES = {
 """,
 }
 
+# What an attribute-prediction model reads (the view ``ap``): no label lines, a label marker after each response and
+# what closes it, and nothing after the last marker, at which the values are read.
+_SCORED_BODIES = {
+    "steerlm": """\
+{{- '<extra_id_0>System\\n' + state.system + @SUFFIX@ -}}
+{%- for message in state.turns -%}
+{%- if message['role'] == 'user' -%}
+{{- '<extra_id_1>User\\n' + message['content'] + '\\n' -}}
+{%- elif message['role'] != 'assistant' -%}
+{{- raise_exception('a message is of user or assistant; system stands first') -}}
+{%- else -%}
+{{- '<extra_id_1>Assistant\\n' + message['content'] + '\\n' + @MARKER@ -}}
+{%- endif -%}
+{%- endfor -%}
+""",
+    "llama2": """\
+{%- for message in state.turns -%}
+{%- if message['role'] == 'user' -%}
+{{- '<s>[INST]' -}}
+{%- if state.system -%}
+{{- ' <<SYS>>\\n' + state.system + '\\n<</SYS>>\\n\\n' + message['content'] + ' ' -}}
+{%- else -%}
+{{- ' ' + message['content'] + ' ' -}}
+{%- endif -%}
+{%- set state.system = '' -%}
+{{- '[/INST]' -}}
+{%- elif message['role'] != 'assistant' -%}
+{{- raise_exception('a message is of user or assistant; system stands first') -}}
+{%- else -%}
+{{- ' ' + message['content'] + ' ' + @MARKER@ + ('' if loop.last else '</s>') -}}
+{%- endif -%}
+{%- endfor -%}
+""",
+    "chatml": """\
+{%- if state.system -%}{{- '<|im_start|>system\\n' + state.system + '<|im_end|>\\n' -}}{%- endif -%}
+{%- for message in state.turns -%}
+{%- if message['role'] == 'user' -%}
+{{- '<|im_start|>user\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- elif message['role'] != 'assistant' -%}
+{{- raise_exception('a message is of user or assistant; system stands first') -}}
+{%- else -%}
+{{- '<|im_start|>assistant\\n' + message['content'] + @MARKER@ + ('' if loop.last else '<|im_end|>\\n') -}}
+{%- endif -%}
+{%- endfor -%}
+""",
+}
+_SCORED_LAST = """\
+{%- if not state.turns or state.turns[-1]['role'] != 'assistant' -%}
+{{- raise_exception('the last message is the one that is scored, and must be of the assistant') -}}
+{%- endif -%}
+"""
+
 # What these names mean in Jinja, in our template, or as parameters of ``apply_chat_template``.
 _TAKEN = frozenset(
     "and as block break call continue do elif else endfor endif false False filter for from if import in include "
@@ -147,6 +199,25 @@ def chat_template(template: Template, schema: AttributeSchema | None, defaults: 
         )
     body = _BODIES[template.name].replace("@SUFFIX@", _quoted(template.system_suffix))
     return (_HEAD.replace("@SYSTEM@", _quoted(template.system)) + label + body).strip()
+
+
+def scored_template(template: Template) -> str:
+    """Return the Jinja source of what an attribute-prediction model reads of a conversation that ends with a response.
+
+    The last token is the one at which the values of the last response are read, so that a classifier of
+    ``transformers`` reads them where our model does. ``add_generation_prompt`` has no meaning in it.
+
+    Raises:
+        UserError: the template is not one of ours.
+    """
+    if template.name not in _SCORED_BODIES:
+        raise UserError(
+            f"template.name={template.name}: there is no chat template that marks where values are read; there is for "
+            f"{' '.join(_SCORED_BODIES)}"
+        )
+    body = _SCORED_BODIES[template.name].replace("@SUFFIX@", _quoted(template.system_suffix))
+    head = _HEAD.replace("@SYSTEM@", _quoted(template.system))
+    return (head + _SCORED_LAST + body.replace("@MARKER@", _quoted(template.label_marker))).strip()
 
 
 def _quoted(text: str) -> str:
