@@ -139,7 +139,7 @@ def model_card(opened: OpenedCheckpoint, name: str, family: Family, labels: Labe
         "header": _header(meta.base.get("licence", {}), base, scores),
         "name": name,
         "summary": (
-            f"A {kind} for SteerLM (arXiv 2310.05344): it predicts {len(shown.names) if shown else 0} attributes of an "
+            f"An {kind} for SteerLM (arXiv 2310.05344): it predicts {len(shown.names) if shown else 0} attributes of an "
             "assistant's response."
             if scores
             else f"A {kind}, {trained}, made with steerlm_megatron."
@@ -147,7 +147,7 @@ def model_card(opened: OpenedCheckpoint, name: str, family: Family, labels: Labe
         "facts": [
             ("class in transformers", f"`{family.classifier if scores else family.architecture}`"),
             ("base", f"{base} ({family.name})" if base else f"none: trained from scratch ({family.name})"),
-            ("training", f"{meta.step} steps on {_VIEWS[meta.task]}"),
+            ("training", f"{_steps(meta.step)} on {_VIEWS[meta.task]}"),
             ("longest sequence", f"{opened.model_config.max_position} tokens"),
             ("prompt format", f"{opened.template.name}, in the tokenizer's chat template"),
         ],
@@ -163,6 +163,10 @@ def model_card(opened: OpenedCheckpoint, name: str, family: Family, labels: Labe
         "limits": list(_limits(opened, scores)),
     }
     return render_card(card)
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count:,} steps"
 
 
 def _header(licence: Mapping[str, str], base: str | None, scores: bool) -> str:
@@ -188,7 +192,8 @@ def _attributes(opened: OpenedCheckpoint, schema: AttributeSchema, scores: bool)
         if not scores:
             level = str(asked[name]) if name in asked else "left out"
         count = opened.meta.label_counts.get(name)
-        labels = "none: its value means nothing" if name in schema.unseen else f"{count:,}" if count else "unknown"
+        nothing = "none: its value means nothing" if scores else "none: it cannot be asked for"
+        labels = nothing if name in schema.unseen else f"{count:,}" if count else "unknown"
         meaning = _MEANINGS.get(name.lower().replace("-", "_"), "as in the training data")
         out.append({"name": name, "level": level, "labels": labels, "meaning": meaning})
     return out
@@ -328,7 +333,7 @@ def _training(opened: OpenedCheckpoint, run: RunFacts) -> Iterable[str]:
     if meta.label_counts:
         yield f"{sum(meta.label_counts.values()):,} labels."
     size = [
-        f"{meta.step} steps",
+        _steps(meta.step),
         f"of {train['global_batch_samples']} conversations" if train.get("global_batch_samples") else "",
         f"learning rate {optim['lr']:g}" if _known(optim.get("lr")) else "",
         f"trained: {train['trainable']}" if train.get("trainable") else "",
