@@ -36,6 +36,7 @@ def run(config: Config) -> None:
         loaded = load_model(
             cast(str, config.checkpoint), config, "checkpoint", head="regression", attributes=config.attributes
         )
+        records = reader.writable("input", records, loaded.template)
         found = annotate(here, loaded, records, cast(str, config.input), Path(cast(str, config.output)))
         here.run.update(counts=reader.counts() | found)
         loaded.free()

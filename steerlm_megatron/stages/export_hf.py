@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +37,20 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.device import dtype_of
 from steerlm_megatron.stages.model_card import RunFacts, model_card
 from steerlm_megatron.stages.prompt_tokens import (
-    PROMPTS,
     difference,
     exported_tokenizer,
     first_difference,
     levels_to_try,
     prompt_ids,
+    prompts_for,
 )
 from steerlm_megatron.stages.published import section_of
-from steerlm_megatron.stages.scored_tokens import SCORED, scored_difference, scored_ids
+from steerlm_megatron.stages.scored_tokens import scored_difference, scored_for, scored_ids, scored_segments
 from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint
 from steerlm_megatron.steer.chat_template import chat_template, scored_template, variable
+from steerlm_megatron.steer.jinja_template import JinjaTemplate, render_chat_template
 from steerlm_megatron.steer.records import Message
+from steerlm_megatron.steer.templates import join
 
 # What a folder of Hugging Face has beside its weights and config.json; one that came as such keeps its own.
 _FILES = (
@@ -108,6 +111,7 @@ def check(config: Config, opened: OpenedCheckpoint) -> None:
     theirs = exported_tokenizer(opened.tokenizer)
     if opened.meta.head == "regression":
         said = scored_difference(opened.tokenizer, opened.template, theirs)
+        _check_scored_text(opened, told)
     else:
         said = difference(opened.tokenizer, opened.template, opened.conditioned_on, theirs)
     if said is not None:
@@ -115,6 +119,21 @@ def check(config: Config, opened: OpenedCheckpoint) -> None:
             f"{told}: a chat template of template.name={opened.template.name} gives other tokens with this tokenizer "
             f"than the model was trained on ({said}); another template may do"
         )
+
+
+def _check_scored_text(opened: OpenedCheckpoint, told: str) -> None:
+    """Compare what the chat template of an attribute-prediction model writes with what the model was trained on."""
+    source = scored_template(opened.template)
+    tokens = opened.template.tokens if isinstance(opened.template, JinjaTemplate) else {}
+    for messages in scored_for(opened.template):
+        plain = [{"role": message.role, "content": message.content} for message in messages]
+        if render_chat_template(source, plain, tokens, False, date.today()) != join(
+            scored_segments(opened.template, messages)
+        ):
+            raise UserError(
+                f"{told}: its chat template has no form that marks where values are read; train it with "
+                "template=chatml or template=steerlm"
+            )
 
 
 def write(loaded: LoadedModel, target: Path, precision: str, run: RunFacts) -> None:
@@ -204,11 +223,14 @@ def _tokenizer_config(loaded: LoadedModel) -> dict[str, Any]:
     stop = loaded.template.stop_strings[0]
     pad = kept.get("pad_token")
     text = pad.get("content") if isinstance(pad, Mapping) else pad
+    # A model's own chat template reads its special tokens from here.
+    named = dict(loaded.template.tokens) if isinstance(loaded.template, JinjaTemplate) else {}
     return {
         **kept,
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": stop,
         "pad_token": pad if text not in (None, loaded.template.label_marker) else stop,
+        **named,
         "clean_up_tokenization_spaces": False,
         "model_max_length": kept.get("model_max_length", loaded.model_config.max_position),
         "chat_template": _chat_template(loaded),
@@ -240,13 +262,15 @@ def _try_tokens(loaded: LoadedModel, folder: Path) -> None:
             )
 
     if loaded.meta.head == "regression":
-        for messages in SCORED:
+        tried = scored_for(loaded.template)
+        for messages in tried:
             compare(messages, scored_ids(loaded.tokenizer, loaded.template, messages))
     else:
         schema = loaded.conditioned_on
-        for messages in PROMPTS:
+        tried = prompts_for(loaded.template)
+        for messages in tried:
             for levels in levels_to_try(schema):
                 named = {variable(name): level for name, level in levels.items()}
                 expected = prompt_ids(loaded.tokenizer, loaded.template, messages, schema, levels)
                 compare(messages, expected, add_generation_prompt=True, **named)
-    get_logger(__name__).info("transformers makes the model's own tokens of %d prompts", len(PROMPTS))
+    get_logger(__name__).info("transformers makes the model's own tokens of %d prompts", len(tried))

@@ -139,8 +139,8 @@ def model_card(opened: OpenedCheckpoint, name: str, family: Family, labels: Labe
         "header": _header(meta.base.get("licence", {}), base, scores),
         "name": name,
         "summary": (
-            f"An {kind} for SteerLM (arXiv 2310.05344): it predicts {len(shown.names) if shown else 0} attributes of an "
-            "assistant's response."
+            f"An {kind} for SteerLM (arXiv 2310.05344): it predicts {len(shown.names) if shown else 0} attributes of "
+            "an assistant's response."
             if scores
             else f"A {kind}, {trained}, made with steerlm_megatron."
         ),

@@ -19,6 +19,11 @@ _ANSWER = Message("assistant", "You're welcome!\n\n1. In 1984, it was 4.")
 SCORED: tuple[tuple[Message, ...], ...] = tuple((*messages, _ANSWER) for messages in PROMPTS)
 
 
+def scored_for(template: Template) -> list[tuple[Message, ...]]:
+    """Return the tried conversations that the template can write."""
+    return [messages for messages in SCORED if template.refusal(messages) is None]
+
+
 def scored_segments(template: Template, messages: Sequence[Message]) -> list[Segment]:
     """Return the segments that an attribute-prediction model reads of a conversation that ends with a response: a label
     marker after each response and the text that closes it, and nothing after the last.
@@ -54,7 +59,7 @@ def scored_difference(tokenizer: Tokenizer, template: Template, theirs: Mapping[
     other = tokenizers.Tokenizer.from_str(json.dumps(theirs))
     other.no_truncation()
     other.no_padding()
-    for messages in SCORED:
+    for messages in scored_for(template):
         found = other.encode(join(scored_segments(template, messages)), add_special_tokens=False).ids
         if said := first_difference(found, scored_ids(tokenizer, template, messages), tokenizer):
             return said

@@ -135,15 +135,22 @@ class Scorer:
             )
             for i, at in turns
         ]
+        after = np.array(self.loaded.tokenizer.encode(self.loaded.after), np.int32)
         pieces = []
         documents = build_documents(cut, self.loaded.tokenizer, self.loaded.template, None)
         for owner, document in zip(turns, documents, strict=True):
-            sample = make_sample(document, "lm", self.max_tokens, "truncate_left_turns")
+            sample = make_sample(document, "lm", self.max_tokens - len(after), "truncate_left_turns")
             assert sample is not None, "a conversation of a response always has tokens"
             self.truncated_turns += sample.cut_tokens > 0
-            last = np.array([len(sample.tokens_T) - 1], np.int32)
-            unknown = np.full((1, len(self.schema.names)), np.nan, np.float32)
-            pieces.append(_ScoredDocument(replace(sample, pool_P=last, values_PA=unknown), [owner]))
+            tokens = np.concatenate((sample.tokens_T, after))
+            whole = replace(
+                sample,
+                tokens_T=tokens,
+                loss_mask_T=np.zeros(len(tokens), np.bool_),
+                pool_P=np.array([len(tokens) - 1], np.int32),
+                values_PA=np.full((1, len(self.schema.names)), np.nan, np.float32),
+            )
+            pieces.append(_ScoredDocument(whole, [owner]))
         return pieces
 
     def _samples(self, conversations: Sequence[Conversation]) -> list[Sample | None]:

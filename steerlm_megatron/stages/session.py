@@ -95,6 +95,7 @@ class OpenedCheckpoint:
     schema: AttributeSchema | None
     template: Template
     hf: HFFolder | None = field(default=None, kw_only=True)
+    after: str = field(default="", kw_only=True)  # what follows a closed conversation, if values are read at its end
 
     @property
     def scored_at_end(self) -> bool:
@@ -182,10 +183,10 @@ def _open_classifier(
         tokenizer, template = Tokenizer.from_path(base.folder), Template.from_config({"name": "steerlm"})
         return OpenedCheckpoint(base.folder, meta, tokenizer, meta.attributes(), template, hf=hf)
     schema = meta.attributes() or schema_of_labels(hf.labels.names, attributes, told)
-    template, tokenizer = scored_by(base.folder, key)
+    template, tokenizer, after = scored_by(base.folder, key)
     if hf.custom is not None:
         get_logger(__name__).warning("%s: the values of its head are taken, and not %s", told, hf.custom.made)
-    return OpenedCheckpoint(base.folder, meta, tokenizer, schema, template, hf=hf)
+    return OpenedCheckpoint(base.folder, meta, tokenizer, schema, template, hf=hf, after=after)
 
 
 def load_model(
@@ -220,7 +221,9 @@ def load_model(
         model.load_state_dict(state["model"])
     model.to(dtype_of(config.engine.precision)).eval().requires_grad_(False)
     get_logger(__name__).info("loaded %s (step %d)", folder, meta.step)
-    return LoadedModel(folder, meta, opened.tokenizer, schema, opened.template, model, layout, hf=opened.hf)
+    return LoadedModel(
+        folder, meta, opened.tokenizer, schema, opened.template, model, layout, hf=opened.hf, after=opened.after
+    )
 
 
 def _values_of(opened: OpenedCheckpoint) -> int | None:
