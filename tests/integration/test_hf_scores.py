@@ -204,8 +204,7 @@ def test_a_trained_language_model_keeps_it_too(trained: Path) -> None:
     assert run("preprocess", *shards, "data.output_dir=shards", f"tokenizer.path={base}") == 0
     train = (*data, f"init_from={base}", "train.row_tokens=512", "train.steps=1", "run_dir=sft")
     assert run("train_sft", *train, *TINY) == 0
-    assert run("train_sft", *train, "init_from=sft", "run_dir=sft2", *TINY) == 0
-    assert run("export", "checkpoint=sft2", "output=model", "export.format=hf", "run_dir=export") == 0
+    assert run("export", "checkpoint=sft", "output=model", "export.format=hf", "run_dir=export") == 0
     generation = json.loads(Path("model/generation_config.json").read_text())
     assert generation == {"do_sample": True, "top_k": 7, "eos_token_id": 2}
     config = json.loads(Path("model/config.json").read_text())
@@ -255,6 +254,13 @@ def test_somebody_elses_classifier_scores(tmp_path: Path, capsys: pytest.Capture
     again = annotated(folder)
     assert list(again[0]) == ["humor", "helpfulness"]
     same(again, [dict(zip(("humor", "helpfulness"), row.values(), strict=True)) for row in theirs(folder)])
+    # Its own format need not be one of ours, and may write something after what closes a response.
+    (folder / "chat_template.jinja").write_text(
+        CHATML.replace("+ '\n' + m", "+ ': ' + m").replace("'\n' }}{% e", "' #\n' }}{% e")
+    )
+    other = annotated(folder)
+    assert other != again
+    same(other, [dict(zip(("humor", "helpfulness"), row.values(), strict=True)) for row in theirs(folder)])
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     assert run(*asked, "run_dir=d") == 2
     assert f"checkpoint={folder}: " in capsys.readouterr().err
