@@ -255,9 +255,8 @@ def test_somebody_elses_classifier_scores(tmp_path: Path, capsys: pytest.Capture
     assert list(again[0]) == ["humor", "helpfulness"]
     same(again, [dict(zip(("humor", "helpfulness"), row.values(), strict=True)) for row in theirs(folder)])
     # Its own format need not be one of ours, and may write something after what closes a response.
-    (folder / "chat_template.jinja").write_text(
-        CHATML.replace("+ '\n' + m", "+ ': ' + m").replace("'\n' }}{% e", "' #\n' }}{% e")
-    )
+    own = CHATML.replace("+ '\n' + m", "+ ': ' + m").replace("assistant\n", "assistant: ")
+    (folder / "chat_template.jinja").write_text(own.replace("'\n' }}{% end", "' #\n' }}{% end"))
     other = annotated(folder)
     assert other != again
     same(other, [dict(zip(("humor", "helpfulness"), row.values(), strict=True)) for row in theirs(folder)])
