@@ -37,7 +37,7 @@ from steerlm_megatron.model.weights import fill, global_names
 from steerlm_megatron.runtime import parallel
 from tests.helpers import hf
 
-CASES = ("llama3.1", "mistral", "qwen2_tied", "qwen3", "nemotron", "gpt_neox")
+CASES = ("llama3.1", "qwen2_tied", "qwen3", "nemotron", "gpt_neox", "gemma2_tied", "gemma3_tied")
 BASED = [(case, True) for case in ("llama_biases", "qwen3", "nemotron", "gpt_neox")] + [("mistral", False)]
 NAMES = ("helpful", "correct", "humor")
 
