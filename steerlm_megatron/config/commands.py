@@ -66,7 +66,7 @@ _ALL = (
     Command("train_ap", "train the attribute-prediction model (step 1)", "train", True, _TRAINING, trains=True),
     Command(
         "annotate", "score every response of a record file (step 2)", "annotate", True,
-        (*_RECORDS, "checkpoint", "annotate", "array", "scoring", *_RANKS),
+        (*_RECORDS, "checkpoint", "attributes", "annotate", "array", "scoring", *_RANKS),
         {"input": "record files", "output": "the record file to write", "checkpoint": _AP},
     ),
     Command(

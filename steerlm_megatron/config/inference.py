@@ -98,3 +98,4 @@ class ExportConfig:
         "steerlm", one_of("steerlm", "hf"), "hf: a folder that transformers and vLLM load, with a chat template"
     )
     precision: str = option("stored", one_of("stored", "fp32", "bf16"), "precision of the written weights")
+    evaluation: str | None = option(None, "hf: run folder of evaluate, whose table the model card shows")

@@ -60,6 +60,7 @@ class ModelConfig:
     qk_norm: bool = option(False, "every head's queries and keys pass through a norm before RoPE")
     post_norms: bool = option(False, "what attention and MLP give passes through a norm before it is added")
     parallel_residual: bool = option(False, "a layer's MLP reads what its attention reads; both are added to that")
+    head_bias: bool = option(True, "train_ap: the head has a bias; classifiers of transformers mostly have none")
     dropout: float = option(0.0, between(0, 0.99), "dropout of attention and of the residual stream, in training")
     init_std: float = option(0.02, at_least(0), "standard deviation of initial weights")
     vocab_multiple: int = option(128, at_least(1), "embedding rows are a multiple of it and of parallel.tensor")

@@ -311,7 +311,7 @@ def build_model(
         )
         gpt.words = vocab_size
         if last and attributes is not None:
-            gpt.output_layer = RegressionHead(config, attributes)
+            gpt.output_layer = RegressionHead(config, attributes, model.head_bias)
     gpt.logit_softcap = model.logit_softcap
     if first and model.scale_embeddings:
         gpt.embedding.register_forward_hook(partial(_scaled, scale=_rounded(math.sqrt(model.hidden_size), config)))

@@ -20,19 +20,21 @@ class _Float32Linear(torch.nn.Linear):
     """
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+        bias = None if self.bias is None else self.bias.float()
+        return torch.nn.functional.linear(hidden.float(), self.weight.float(), bias)
 
 
 class RegressionHead(MegatronModule):
     """Linear(D, A), computed in float32, the same on every tensor-parallel rank.
 
     Training starts from zero weights and a bias at the labels' mean, the best constant (``weights.initial_weights``),
-    and only has to find what the text adds.
+    and only has to find what the text adds. Without a bias (``model.head_bias=false``), as the classifiers of
+    ``transformers`` are, the weights have to find the mean as well.
     """
 
-    def __init__(self, config: TransformerConfig, attributes: int) -> None:
+    def __init__(self, config: TransformerConfig, attributes: int, bias: bool = True) -> None:
         super().__init__(config=config)
-        self.regression = _Float32Linear(config.hidden_size, attributes, bias=True)
+        self.regression = _Float32Linear(config.hidden_size, attributes, bias=bias)
 
     def forward(
         self, hidden_SBD: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None

@@ -17,7 +17,7 @@ from steerlm_megatron.errors import Interrupted
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL
-from steerlm_megatron.runtime.collectives import any_rank, barrier, on_main
+from steerlm_megatron.runtime.collectives import any_rank, barrier, gather_objects, on_main
 from steerlm_megatron.runtime.signals import StopRequest
 from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.record_reader import Record, RecordReader
@@ -34,7 +34,9 @@ def run(config: Config) -> None:
     with session(config) as here:
         reader = RecordReader(here)
         records = reader.read("input", cast(str, config.input), "input")
-        loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="regression")
+        loaded = load_model(
+            cast(str, config.checkpoint), config, "checkpoint", head="regression", attributes=config.attributes
+        )
         records = reader.writable("input", records, loaded.template)
         found = annotate(here, loaded, records, cast(str, config.input), Path(cast(str, config.output)))
         here.run.update(counts=reader.counts() | found)
@@ -80,6 +82,13 @@ def annotate(
     empty = sum(_is_empty(message) for record in records for message in record.messages)
     replies = sum(message.role == "assistant" for record in records for message in record.messages)
     counts = {"turns": replies - empty, "truncated_turns": scorer.truncated_turns, "empty_replies": empty}
+
+    outside = sum(gather_objects(scorer.outside if layout.is_model_head else 0))
+    if loaded.scored_at_end and outside:
+        get_logger(__name__).warning(
+            "%d values lie outside 0-%d, the scale of attributes=%s, and were set to its ends",
+            outside, scorer.schema.max_level, scorer.schema.name,
+        )  # fmt: skip
 
     def write() -> None:
         scored = journal.read()

@@ -21,15 +21,17 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.hf import HFFolder, is_hf_folder
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.prompt_tokens import difference
+from steerlm_megatron.stages.published import kept_of, told_of_classifier
 from steerlm_megatron.steer.jinja_sandbox import render_chat_template
 from steerlm_megatron.steer.jinja_template import JinjaTemplate
-from steerlm_megatron.steer.records import Message
+from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import AUTO, LABEL_AT, TEMPLATES, Template, join
 from steerlm_megatron.train.checkpoint import resolve
 from steerlm_megatron.train.meta import CheckpointMeta, read_meta
 
 # A run chooses these for itself, whatever it starts from.
 _OF_THE_RUN = ("dropout", "init_std", "vocab_multiple")
+_OF_A_NEW_HEAD = ("head_bias",)  # of a run, unless it goes on with a head that is there
 _MARK = "\x01system\x01"
 
 
@@ -64,15 +66,19 @@ def open_base(path: str, key: str) -> Base:
             f"{key}={path}: its tokenizer has {tokenizer.base_size} ids, and config.json says vocab_size="
             f"{hf.vocab_size}: they are not of one model"
         )
+    told = {} if hf.head == "lm" else told_of_classifier(hf)
     meta = CheckpointMeta(
         step=0,
-        task="lm",
+        task="lm" if hf.head == "lm" else "ap_regression",
         model=dataclasses.asdict(hf.model),
         vocab_size=max(hf.vocab_size, tokenizer.vocab_size),
-        schema=None,
-        template={},
+        schema=told.get("attributes"),
+        template=told.get("template", {}),
         tokenizer_hash=tokenizer.model_hash,
         training_state=False,
+        label_mean=told.get("label_mean", []),
+        label_counts=told.get("label_counts", {}),
+        base=kept_of(hf.folder, hf),
     )
     return Base(hf.folder, meta, hf)
 
@@ -85,15 +91,17 @@ def adopt_shape(config: Config, overrides: Iterable[str]) -> None:
     if config.init_from is None or "model" in keys:
         return
     meta = open_base(config.init_from, "init_from").meta
-    stated = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
-    adopted = {k: v for k, v in meta.model.items() if k not in stated and k not in _OF_THE_RUN}
+    stated = {key.removeprefix("model.") for key in keys if key.startswith("model.")} | {*_OF_THE_RUN}
+    if meta.head == "lm":
+        stated |= {*_OF_A_NEW_HEAD}
+    adopted = {k: v for k, v in meta.model.items() if k not in stated}
     config.model = dataclasses.replace(config.model, **adopted)
 
 
 def model_differences(config: Config, meta: CheckpointMeta, more_free: Iterable[str] = ()) -> list[str]:
     """Return ``model.key=value (checkpoint: value)`` for each key that makes another model; ``more_free`` do not."""
     ours, theirs = dataclasses.asdict(config.model), dataclasses.asdict(ModelConfig(**meta.model))
-    free = {"name", "max_position", "dropout", "init_std", *more_free}
+    free = {"name", "max_position", "dropout", "init_std", *more_free, *(_OF_A_NEW_HEAD if meta.head == "lm" else ())}
     return [f"model.{k}={ours[k]} (checkpoint: {theirs[k]})" for k in ours if k not in free and ours[k] != theirs[k]]
 
 
@@ -197,6 +205,34 @@ def prompts_of(folder: Path, key: str) -> tuple[Template | None, Tokenizer]:
     return template, tokenizer
 
 
+def scored_by(folder: Path, key: str) -> tuple[Template, Tokenizer, str]:
+    """Return the template and the tokenizer of a classifier, whose values are read at the last token of a conversation
+    that its chat template closes; and what that chat template writes there after the template's end.
+
+    Raises:
+        UserError: as :func:`prompts_of`; or the folder has no chat template, or it closes a conversation otherwise than
+            the template that renders its prompts.
+    """
+    template, tokenizer = prompts_of(folder, key)
+    source = _chat_template(folder)
+    if template is None or source is None:
+        raise UserError(f"{key}={folder} has no chat template: nothing says how a conversation is written for it")
+    turns = (Message("user", "Hi."), Message("assistant", "Hello!"))
+    after = set()
+    for messages in (turns, (*turns, *turns), (Message("system", "Be brief."), *turns)):
+        if template.refusal(messages) is None:
+            found = _rendered(source, _special_tokens(folder), messages, ask=False) or ""
+            ours = join(template.render(Conversation("", messages)))
+            after.add(found.removeprefix(ours) if found.startswith(ours) else None)
+    (end,) = after if len(after) == 1 else (None,)
+    if end is None or any(text in end for text in tokenizer.controls):
+        raise UserError(
+            f"{key}={folder}: its chat template writes a conversation that ends with a response in another way than "
+            "one that goes on: where its values are read is not known"
+        )
+    return template, tokenizer, end
+
+
 def _chat_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     try:
@@ -231,11 +267,11 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _rendered(source: str, tokens: Mapping[str, str], messages: Iterable[Message]) -> str | None:
+def _rendered(source: str, tokens: Mapping[str, str], messages: Iterable[Message], ask: bool = True) -> str | None:
     """Return what a chat template makes of a conversation; None where it refuses it."""
     plain = [{"role": m.role, "content": m.content} for m in messages]
     try:
-        return render_chat_template(source, plain, tokens, True, date.today())
+        return render_chat_template(source, plain, tokens, ask, date.today())
     except UserError as error:
         get_logger(__name__).debug("%s", error)
         return None

@@ -20,6 +20,7 @@ from steerlm_megatron.observe.runfolder import versions
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages import export_hf
 from steerlm_megatron.stages.base import Base, open_base
+from steerlm_megatron.stages.model_card import RunFacts
 from steerlm_megatron.stages.session import load_model, open_checkpoint, session
 from steerlm_megatron.train.checkpoint import write_checkpoint
 from steerlm_megatron.train.meta import read_meta
@@ -73,13 +74,14 @@ def _to_hf(config: Config, base: Base, target: Path) -> None:
     """Write a Hugging Face folder. Collective over the world."""
     opened = open_checkpoint(str(base.folder), "checkpoint", asked=False)
     export_hf.check(config, opened)
+    facts = RunFacts.of(base.folder, opened.meta.step, config.export.evaluation)
     with session(config) as here:
         on_main(lambda: check_target(target, base.folder, config.overwrite, "config.json"))
         stored = base.hf.precision if base.hf is not None else _PRECISIONS[stored_dtype(base.folder, "decoder.")]
         precision = stored if config.export.precision == "stored" else config.export.precision
         config.engine.precision = precision
         loaded = load_model(str(base.folder), config, "checkpoint", asked=False)
-        on_main(lambda: export_hf.write(loaded, target, precision))
+        on_main(lambda: export_hf.write(loaded, target, precision, facts))
         here.run.update(outputs={"checkpoint": str(target)})
         get_logger(__name__).info("%s: a Hugging Face folder in %s", target, precision)
 

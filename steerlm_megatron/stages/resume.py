@@ -17,6 +17,7 @@ from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import padded_vocab_size
 from steerlm_megatron.stages.base import Base, model_differences, open_base
+from steerlm_megatron.stages.published import schema_of_labels
 from steerlm_megatron.train.meta import CheckpointMeta
 
 
@@ -53,17 +54,21 @@ def check_init(config: Config, data: Corpora, view: View) -> Base | None:
     if wrong:
         raise UserError(f"init_from={config.init_from} holds another model: {', '.join(wrong)}")
     if meta.head == "regression":
-        _check_head(config, meta, view)
+        _check_head(config, base, view)
     return base
 
 
-def _check_head(config: Config, meta: CheckpointMeta, view: View) -> None:
+def _check_head(config: Config, base: Base, view: View) -> None:
     """Refuse an attribute-prediction model as a language model, or one whose head has other attributes."""
+    meta = base.meta
     if view != "ap":
         raise UserError(
             f"init_from={config.init_from} holds an attribute-prediction model, which has no output layer for tokens; "
             f"start {config.command} from a language model (what that model was trained from, or a run of train_sft)"
         )
+    if meta.schema is None and base.hf is not None and base.hf.labels is not None:
+        schema_of_labels(base.hf.labels.names, config.attributes, f"init_from={config.init_from}")
+        return
     names, level = (meta.schema or {}).get("names"), (meta.schema or {}).get("max_level")
     if names != config.attributes.names or level != config.attributes.max_level:
         raise UserError(

@@ -67,8 +67,8 @@ class Scorer:
         self.loaded, self.schema = loaded, loaded.schema
         self.max_tokens = loaded.model_config.max_position
         self.batch_tokens = max(batch_tokens or default_batch_tokens(), 8)
-        self.marker_id = loaded.tokenizer.control_id(loaded.template.label_marker)
         self.truncated_turns = 0
+        self.outside = 0  # values that were set to an end of the scale
 
     def score(
         self, conversations: Sequence[Conversation], progress: Callable[[int], None] | None = None
@@ -94,6 +94,7 @@ class Scorer:
 
     def _clamped(self, values_A: np.ndarray) -> Values:
         top = float(self.schema.max_level)
+        self.outside += int(np.count_nonzero((values_A < 0) | (values_A > top)))
         return {
             name: round(min(max(float(v), 0.0), top), 4)
             for name, v in zip(self.schema.names, values_A, strict=True)
@@ -104,6 +105,8 @@ class Scorer:
         """Return one document per conversation that fits. An over-long one is scored turn by turn, without its oldest
         turns.
         """
+        if self.loaded.scored_at_end:
+            return self._documents_by_turn(conversations)
         # Weights concern training; every assistant turn is scored.
         all_turns = [replace(c, messages=tuple(replace(m, weight=1) for m in c.messages)) for c in conversations]
         pieces: list[_ScoredDocument] = []
@@ -120,12 +123,43 @@ class Scorer:
                 pieces.append(_ScoredDocument(last, [(index, turn)]))
         return pieces
 
+    def _documents_by_turn(self, conversations: Sequence[Conversation]) -> list[_ScoredDocument]:
+        """Return one document per response, which ends with it: values are read at a conversation's last token."""
+        turns = [
+            (i, at) for i, c in enumerate(conversations) for at, m in enumerate(c.messages) if m.role == "assistant"
+        ]
+        cut = [
+            replace(
+                conversations[i],
+                messages=tuple(replace(m, attributes=None, weight=1) for m in conversations[i].messages[: at + 1]),
+            )
+            for i, at in turns
+        ]
+        after = np.array(self.loaded.tokenizer.encode(self.loaded.after), np.int32)
+        pieces = []
+        documents = build_documents(cut, self.loaded.tokenizer, self.loaded.template, None)
+        for owner, document in zip(turns, documents, strict=True):
+            sample = make_sample(document, "lm", self.max_tokens - len(after), "truncate_left_turns")
+            assert sample is not None, "a conversation of a response always has tokens"
+            self.truncated_turns += sample.cut_tokens > 0
+            tokens = np.concatenate((sample.tokens_T, after))
+            whole = replace(
+                sample,
+                tokens_T=tokens,
+                loss_mask_T=np.zeros(len(tokens), np.bool_),
+                pool_P=np.array([len(tokens) - 1], np.int32),
+                values_PA=np.full((1, len(self.schema.names)), np.nan, np.float32),
+            )
+            pieces.append(_ScoredDocument(whole, [owner]))
+        return pieces
+
     def _samples(self, conversations: Sequence[Conversation]) -> list[Sample | None]:
         loaded = self.loaded
+        marker = loaded.tokenizer.control_id(loaded.template.label_marker)
         bare = [replace(c, messages=tuple(replace(m, attributes=None) for m in c.messages)) for c in conversations]
         documents = build_documents(bare, loaded.tokenizer, loaded.template, self.schema)
         return [
-            make_sample(d, "ap", self.max_tokens, "truncate_left_turns", marker_id=self.marker_id, scored="all")
+            make_sample(d, "ap", self.max_tokens, "truncate_left_turns", marker_id=marker, scored="all")
             for d in documents
         ]
 

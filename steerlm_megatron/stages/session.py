@@ -17,7 +17,7 @@ import torch
 
 from steerlm_megatron.config.commands import COMMANDS
 from steerlm_megatron.config.load import job_of_array, lays_out_training, to_yaml
-from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
+from steerlm_megatron.config.schema import AttributesConfig, Config, ModelConfig, ParallelConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
@@ -29,7 +29,8 @@ from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import broadcast_object, on_main
 from steerlm_megatron.runtime.device import dtype_of
 from steerlm_megatron.runtime.parallel import Layout
-from steerlm_megatron.stages.base import open_base, prompts_of
+from steerlm_megatron.stages.base import Base, open_base, prompts_of, scored_by
+from steerlm_megatron.stages.published import schema_of_labels
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
 from steerlm_megatron.train.checkpoint import verify
@@ -103,6 +104,14 @@ class OpenedCheckpoint:
     schema: AttributeSchema | None
     template: Template
     hf: HFFolder | None = field(default=None, kw_only=True)
+    after: str = field(default="", kw_only=True)  # what follows a closed conversation, if values are read at its end
+
+    @property
+    def scored_at_end(self) -> bool:
+        """Whether a response's values are read at the last token of a conversation that ends with it, as in a
+        classifier that somebody else made; ours reads them at a label marker that follows each response.
+        """
+        return self.hf is not None and self.hf.head == "regression" and not self.meta.template
 
     @property
     def model_config(self) -> ModelConfig:
@@ -137,17 +146,22 @@ def inference_parallel(config: ParallelConfig) -> ParallelConfig:
     return ParallelConfig(tensor=config.tensor, pipeline=config.pipeline, data=data)
 
 
-def open_checkpoint(path: str, key: str, head: str | None = None, asked: bool = True) -> OpenedCheckpoint:
+def open_checkpoint(
+    path: str, key: str, head: str | None = None, asked: bool = True, attributes: AttributesConfig | None = None
+) -> OpenedCheckpoint:
     """Read everything of a checkpoint but its weights.
 
     ``head``: ``lm`` or ``regression``; another kind is a UserError naming ``key``. None: either. ``asked``: whether the
-    model will be sent prompts; a Hugging Face folder without a chat template is then a UserError.
+    model will be sent prompts; a Hugging Face folder without a chat template is then a UserError. ``attributes``: what
+    gives the values of somebody else's classifier names and a scale; one that has neither is a UserError if ``asked``.
     """
     base = open_base(path, key)
     folder, meta = base.folder, base.meta
     if head is not None and meta.head != head:
         wanted = "an attribute-prediction model (train_ap)" if head == "regression" else "a language model (train_sft)"
         raise UserError(f"{key}={path} holds a model with head '{meta.head}', needed is {wanted}")
+    if base.hf is not None and base.hf.head == "regression":
+        return _open_classifier(base, base.hf, key, asked, attributes)
     if base.hf is not None:
         found, tokenizer = prompts_of(folder, key)
         if found is None and asked:
@@ -162,13 +176,41 @@ def open_checkpoint(path: str, key: str, head: str | None = None, asked: bool = 
     return OpenedCheckpoint(folder, meta, tokenizer, meta.attributes(), Template.from_dict(meta.template))
 
 
+def _open_classifier(
+    base: Base, hf: HFFolder, key: str, asked: bool, attributes: AttributesConfig | None
+) -> OpenedCheckpoint:
+    """Read a Hugging Face folder with a regression head: one that we exported, or one of somebody else."""
+    told, meta = f"{key}={base.folder}", base.meta
+    assert hf.labels is not None
+    if meta.template:  # of ours
+        template = Template.from_dict(meta.template)
+        tokenizer = Tokenizer.from_path(base.folder, template.control_strings)
+        if lacking := [text for text in template.control_strings if text in tokenizer.added]:
+            raise UserError(f"{told}: its tokenizer lacks {' '.join(lacking)}, which the model was trained with")
+        return OpenedCheckpoint(base.folder, meta, tokenizer, meta.attributes(), template, hf=hf)
+    if not asked:
+        tokenizer, template = Tokenizer.from_path(base.folder), Template.from_config({"name": "steerlm"})
+        return OpenedCheckpoint(base.folder, meta, tokenizer, meta.attributes(), template, hf=hf)
+    schema = meta.attributes() or schema_of_labels(hf.labels.names, attributes, told)
+    template, tokenizer, after = scored_by(base.folder, key)
+    if hf.custom is not None:
+        get_logger(__name__).warning("%s: the values of its head are taken, and not %s", told, hf.custom.made)
+    return OpenedCheckpoint(base.folder, meta, tokenizer, schema, template, hf=hf, after=after)
+
+
 def load_model(
-    path: str, config: Config, key: str, head: str | None = None, gather_logits: bool = False, asked: bool = True
+    path: str,
+    config: Config,
+    key: str,
+    head: str | None = None,
+    gather_logits: bool = False,
+    asked: bool = True,
+    attributes: AttributesConfig | None = None,
 ) -> LoadedModel:
-    """Build and fill the model of a checkpoint at ``config.parallel``; ``head`` as in :func:`open_checkpoint`.
-    Collective over the world.
+    """Build and fill the model of a checkpoint at ``config.parallel``; ``head`` and ``attributes`` as in
+    :func:`open_checkpoint`. Collective over the world.
     """
-    opened = open_checkpoint(path, key, head, asked)
+    opened = open_checkpoint(path, key, head, asked, attributes)
     folder, meta, schema = opened.folder, opened.meta, opened.schema
     layout = inference_parallel(config.parallel)
     check_layout(meta.model_config(), layout, key)
@@ -177,7 +219,7 @@ def load_model(
         layout,
         config.engine,
         meta.vocab_size,
-        attributes=len(schema.names) if meta.head == "regression" and schema else None,
+        attributes=_values_of(opened),
         gather_logits=gather_logits,
     )
     if opened.hf is not None:
@@ -188,7 +230,19 @@ def load_model(
         model.load_state_dict(state["model"])
     model.to(dtype_of(config.engine.precision)).eval().requires_grad_(False)
     get_logger(__name__).info("loaded %s (step %d)", folder, meta.step)
-    return LoadedModel(folder, meta, opened.tokenizer, schema, opened.template, model, layout, hf=opened.hf)
+    return LoadedModel(
+        folder, meta, opened.tokenizer, schema, opened.template, model, layout, hf=opened.hf, after=opened.after
+    )
+
+
+def _values_of(opened: OpenedCheckpoint) -> int | None:
+    """Return how many values the model's head gives; None for a language model."""
+    if opened.meta.head == "lm":
+        return None
+    if opened.hf is not None and opened.hf.labels is not None:
+        return len(opened.hf.labels.names)
+    assert opened.schema is not None
+    return len(opened.schema.names)
 
 
 def requested_best(config: Config, schema: AttributeSchema) -> dict[str, int]:

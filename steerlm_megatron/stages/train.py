@@ -266,6 +266,7 @@ def _new_meta(
         tokenizer_hash=data.tokenizer.hash,
         label_mean=[None if math.isnan(v) else float(v) for v in data.label_mean()] if view == "ap" else [],
         label_counts=label_counts,
+        base={} if base is None else base.meta.base,
         config=to_container(config),
         data=data_order(config, data, view),
         parallel=dataclasses.asdict(config.parallel),

@@ -99,6 +99,58 @@ _BODIES = {
 """,
 }
 
+# What an attribute-prediction model reads (the view ``ap``): no label lines, a label marker after each response and
+# what closes it, and nothing after the last marker, at which the values are read.
+_SCORED_BODIES = {
+    "steerlm": """\
+{{- '<extra_id_0>System\\n' + state.system + @SUFFIX@ -}}
+{%- for message in state.turns -%}
+{%- if message['role'] == 'user' -%}
+{{- '<extra_id_1>User\\n' + message['content'] + '\\n' -}}
+{%- elif message['role'] != 'assistant' -%}
+{{- raise_exception('a message is of user or assistant; system stands first') -}}
+{%- else -%}
+{{- '<extra_id_1>Assistant\\n' + message['content'] + '\\n' + @MARKER@ -}}
+{%- endif -%}
+{%- endfor -%}
+""",
+    "llama2": """\
+{%- for message in state.turns -%}
+{%- if message['role'] == 'user' -%}
+{{- '<s>[INST]' -}}
+{%- if state.system -%}
+{{- ' <<SYS>>\\n' + state.system + '\\n<</SYS>>\\n\\n' + message['content'] + ' ' -}}
+{%- else -%}
+{{- ' ' + message['content'] + ' ' -}}
+{%- endif -%}
+{%- set state.system = '' -%}
+{{- '[/INST]' -}}
+{%- elif message['role'] != 'assistant' -%}
+{{- raise_exception('a message is of user or assistant; system stands first') -}}
+{%- else -%}
+{{- ' ' + message['content'] + ' ' + @MARKER@ + ('' if loop.last else '</s>') -}}
+{%- endif -%}
+{%- endfor -%}
+""",
+    "chatml": """\
+{%- if state.system -%}{{- '<|im_start|>system\\n' + state.system + '<|im_end|>\\n' -}}{%- endif -%}
+{%- for message in state.turns -%}
+{%- if message['role'] == 'user' -%}
+{{- '<|im_start|>user\\n' + message['content'] + '<|im_end|>\\n' -}}
+{%- elif message['role'] != 'assistant' -%}
+{{- raise_exception('a message is of user or assistant; system stands first') -}}
+{%- else -%}
+{{- '<|im_start|>assistant\\n' + message['content'] + @MARKER@ + ('' if loop.last else '<|im_end|>\\n') -}}
+{%- endif -%}
+{%- endfor -%}
+""",
+}
+_SCORED_LAST = """\
+{%- if not state.turns or state.turns[-1]['role'] != 'assistant' -%}
+{{- raise_exception('the last message is the one that is scored, and must be of the assistant') -}}
+{%- endif -%}
+"""
+
 # What these names mean in Jinja, in our template, or as parameters of ``apply_chat_template``.
 _TAKEN = frozenset(
     "and as block break call continue do elif else endfor endif false False filter for from if import in include "
@@ -153,14 +205,38 @@ _FORMATS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 def _foreign(template: JinjaTemplate) -> str:
     """Return a chat template of a model's own between the Jinja that puts label lines into its texts."""
-    day = date.fromisoformat(template.day)
-    days = {form: day.strftime(form) for _, form in _FORMATS.findall(template.source)}
-    head = _FOREIGN.replace("@DAYS@", json.dumps(days, ensure_ascii=False))
     # Where the chat template takes away blanks around texts, the label line follows what is left of a user's.
     blanks = template.blanks.get("user")
     place = _PLACES[template.label_at].replace("@BLANKS@", f".{blanks}()" if blanks else "")
     last = "{%- if add_generation_prompt -%}{{- label(requested) -}}{%- endif -%}"
-    return head.replace("@PLACE@", place) + template.source + (last if template.label_at == "response" else "")
+    return _foreign_head(template, place) + template.source + (last if template.label_at == "response" else "")
+
+
+def _foreign_head(template: JinjaTemplate, place: str) -> str:
+    """Return what stands before a chat template of a model's own: ``place`` makes the ``text`` of a ``message``."""
+    day = date.fromisoformat(template.day)
+    days = {form: day.strftime(form) for _, form in _FORMATS.findall(template.source)}
+    return _FOREIGN.replace("@DAYS@", json.dumps(days, ensure_ascii=False)).replace("@PLACE@", place)
+
+
+_SCORED_PLACE = """\
+{%- set text -%}
+{{- message['content'] -}}{%- if message['role'] == 'assistant' -%}{{- @MARKER@ -}}{%- endif -%}
+{%- endset -%}"""
+
+
+def _scored_foreign(template: JinjaTemplate) -> str:
+    """Return a chat template of a model's own with a label marker after each response, cut off after the last one."""
+    if template.response_suffix:
+        raise UserError(
+            f"template=auto: the chat template puts {template.response_suffix!r} between a response and what closes "
+            "it, and has no form that marks where values are read; take template=chatml or template=steerlm"
+        )
+    marker = _quoted(template.label_marker)
+    place = _SCORED_PLACE.replace("@MARKER@", marker)
+    written = f"{{%- set written -%}}{template.source}{{%- endset -%}}"
+    cut = f"{{{{- written.split({marker})[:-1] | join({marker}) + {marker} -}}}}"
+    return _foreign_head(template, place) + written + cut
 
 
 def chat_template(template: Template, schema: AttributeSchema | None, defaults: Mapping[str, int]) -> str:
@@ -200,6 +276,23 @@ def chat_template(template: Template, schema: AttributeSchema | None, defaults: 
         return _HEAD.replace("@SYSTEM@", _quoted(template.system)).strip() + label.strip() + _foreign(template)
     body = _BODIES[template.name].replace("@SUFFIX@", _quoted(template.system_suffix))
     return (_HEAD.replace("@SYSTEM@", _quoted(template.system)) + label + body).strip()
+
+
+def scored_template(template: Template) -> str:
+    """Return the Jinja source of what an attribute-prediction model reads of a conversation that ends with a response.
+
+    The last token is the one at which the values of the last response are read, so that a classifier of
+    ``transformers`` reads them where our model does. ``add_generation_prompt`` has no meaning in it.
+
+    Raises:
+        UserError: a chat template of the model's own puts text between a response and what closes it.
+    """
+    if isinstance(template, JinjaTemplate):
+        head = _HEAD.replace("@SYSTEM@", _quoted(template.system)).strip() + _SCORED_LAST.strip()
+        return head + _scored_foreign(template)
+    body = _SCORED_BODIES[template.name].replace("@SUFFIX@", _quoted(template.system_suffix))
+    head = _HEAD.replace("@SYSTEM@", _quoted(template.system))
+    return (head + _SCORED_LAST + body.replace("@MARKER@", _quoted(template.label_marker))).strip()
 
 
 def _quoted(text: str) -> str:

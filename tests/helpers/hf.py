@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 from transformers.utils import logging
 
 from steerlm_megatron.data.batch import RowBatch
@@ -60,9 +60,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(case: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", **more: Any) -> Any:
+def make(
+    case: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str = "5GB", values: int = 0, **more: Any
+) -> Any:
     """The model of a case, saved to ``folder``. Weights are large, norms and biases far from their usual start: a
     tensor in a wrong place changes the logits by far more than rounding.
+
+    ``values``: a classifier with so many labels, in the place of a language model.
     """
     logging.disable_progress_bar()
     kind, special = CASES[case]
@@ -78,7 +82,10 @@ def make(case: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str
     }
     config = AutoConfig.for_model(kind, **{**shape, **special, **more})
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    if values:
+        config.num_labels = values
+    auto = AutoModelForSequenceClassification if values else AutoModelForCausalLM
+    model = auto.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("bias"):

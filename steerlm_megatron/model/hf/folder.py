@@ -8,8 +8,10 @@ tensor is read; and a rank reads the bytes of its own part, one parameter after 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,22 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.hf.config_json import model_of
 from steerlm_megatron.model.hf.files import Damaged, Stored, tensors_of
-from steerlm_megatron.model.hf.tables import EMBEDDING, FAMILIES, OUTPUT, Family, parameters, pieces, their_tensors
+from steerlm_megatron.model.hf.labels import Labels, labels_of
+from steerlm_megatron.model.hf.tables import (
+    CUSTOM_CLASSIFIERS,
+    EMBEDDING,
+    FAMILIES,
+    HEAD_BIAS,
+    HEAD_WEIGHT,
+    OUTPUT,
+    CustomClassifier,
+    Family,
+    parameters,
+    pieces,
+    their_tensors,
+)
 from steerlm_megatron.model.weights import global_names
 
-_REGRESSION = "output_layer.regression."
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCK_BYTES = 64 << 20
 
@@ -63,7 +77,9 @@ class HFFolder:
         family: the table of its names.
         vocab_size: rows of its embedding, which may be more than its tokenizer has.
         precision: "bf16", or "fp32" where any matrix is in float32 or float16 (which bf16 would round).
-        head: what its output layer is: "lm", a language model's.
+        head: what its output layer is: "lm", a language model's, or "regression", a classifier's.
+        labels: a classifier's values; None for a language model.
+        custom: the class of a classifier that is none of ``transformers``.
     """
 
     key: str
@@ -75,6 +91,8 @@ class HFFolder:
     precision: str
     head: str
     tensors: dict[str, Stored] = field(repr=False)
+    labels: Labels | None = None
+    custom: CustomClassifier | None = None
     _means: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -86,8 +104,11 @@ class HFFolder:
         """
         path = Path(path)
         told = f"{key}={path}"
-        config, family = _family_of(path, told)
+        config, family, head = _family_of(path, told)
+        custom = head if isinstance(head, CustomClassifier) else None
         model, problems = model_of(config, family)
+        if head != "lm" and custom is None:
+            problems += labels_of(config)[1]
         if problems:
             raise UserError(f"{told}: config.json: {'; '.join(problems)}")
         try:
@@ -97,12 +118,16 @@ class HFFolder:
         rows = config.get("vocab_size")
         if not isinstance(rows, int) or rows < 1:
             raise UserError(f"{told}: config.json: vocab_size={rows!r} is not a whole number above 0")
-        tensors = _checked(tensors, family, model, rows, told)
-        matrices = {stored.dtype for stored in tensors.values() if len(stored.shape) > 1}
+        labels = None if head == "lm" else _labels(config, custom, tensors)
+        tensors = _checked(tensors, family, model, rows, told, labels, custom)
+        matrices = {stored.dtype for name, stored in tensors.items() if len(stored.shape) > 1}
         precision = "bf16" if matrices == {"BF16"} else "fp32"
-        out = cls(key, path, config, model, family, rows, precision, "lm", tensors)
-        out._check_tie()
-        return out
+        if labels is None:
+            out = cls(key, path, config, model, family, rows, precision, "lm", tensors)
+            out._check_tie()
+            return out
+        model = replace(model, head_bias=labels.bias is not None)
+        return cls(key, path, config, model, family, rows, precision, "regression", tensors, labels, custom)
 
     def _check_tie(self) -> None:
         """An output layer beside a tie is fine if it is the embedding once more, and then not read."""
@@ -127,17 +152,18 @@ class HFFolder:
         Rows of the embedding and of the output layer that the file lacks, those of added control tokens, start as the
         mean of all its rows, and rows beyond ``vocab_size`` are zero. A file with more rows than ``vocab_size`` (tables
         are often padded) keeps them, but for the ids from ``added[0]`` up to ``added[1]``, those of control tokens that
-        the tokenizer had not: they start as the mean as well. Parameters of a regression head are left out.
+        the tokenizer had not: they start as the mean as well. Parameters of a regression head are left out where the
+        folder holds a language model.
 
         Shapes are read at the call: make it before an engine cuts parameters into partitions.
 
         Raises:
             UserError: where ``gpt`` is not the model of this folder, or its table is too small for the file's rows.
         """
-        parts, problems = [], []
-        known = parameters(self.model, self.vocab_size)
+        parts, problems, constants = [], [], []
+        known = self._parameters()
         for name, parameter in global_names(gpt):
-            if name.startswith(_REGRESSION):
+            if name in (HEAD_WEIGHT, HEAD_BIAS) and self.labels is None:
                 continue
             name = EMBEDDING if name == OUTPUT and self.model.tie_embeddings else name
             axis, ranges, whole = _split(parameter)
@@ -154,10 +180,23 @@ class HFFolder:
                 words = "is not in it" if expected is None else f"is {_shape(expected)} in it"
                 problems.append(f"{name} {_shape(whole)} {words}")
                 continue
+            if name == HEAD_BIAS:
+                assert self.labels is not None
+                constants.append((parameter, torch.tensor(self.labels.bias, dtype=torch.float32)))
+                continue
             parts.append(self._part(name, parameter, axis, ranges, whole))
         if problems:
             raise UserError(f"{self.key}={self.folder} is not of the model to be filled: {'; '.join(problems)}")
-        return self._values(parts, vocab_size, added)
+        return chain(self._values(parts, vocab_size, added), constants)
+
+    def _parameters(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of our unsplit model's parameters that the folder has values for."""
+        if self.labels is None:
+            return parameters(self.model, self.vocab_size)
+        head = {HEAD_WEIGHT: (len(self.labels.names), self.model.hidden_size), HEAD_BIAS: (len(self.labels.names),)}
+        if self.labels.bias is None:
+            del head[HEAD_BIAS]
+        return parameters(replace(self.model, tie_embeddings=True), self.vocab_size) | head
 
     def _part(
         self,
@@ -172,6 +211,8 @@ class HFFolder:
         columns, wanted = (ranges[0], [(0, whole[0])]) if axis else (None, ranges)
         rows, at, tensor = [], 0, ""
         for tensor, start, stop in pieces(self.family, self.model, name, self.vocab_size if is_table else whole[0]):
+            if name == HEAD_WEIGHT and self.custom is not None:
+                tensor = f"{self.custom.head}.weight"
             for low, high in wanted:
                 first, last = max(low, at), min(high, at + stop - start)
                 if first < last:
@@ -246,8 +287,10 @@ def _split(parameter: torch.nn.Parameter) -> tuple[int, list[tuple[int, int]], t
     return axis, ranges, tuple(shape)
 
 
-def _family_of(path: Path, told: str) -> tuple[dict[str, Any], Family]:
-    """``config.json`` and the family that it names, unless it is of a kind that we do not read."""
+def _family_of(path: Path, told: str) -> tuple[dict[str, Any], Family, CustomClassifier | str]:
+    """``config.json``, the family that it names, and the kind of its output layer (as ``HFFolder.head`` says it, or a
+    class that is not one of ``transformers``); unless it is of a kind that we do not read.
+    """
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except OSError as error:
@@ -257,7 +300,12 @@ def _family_of(path: Path, told: str) -> tuple[dict[str, Any], Family]:
     if not isinstance(config, dict):
         raise UserError(f"{told}: config.json is not an object")
     supported = " ".join(family.architecture for family in FAMILIES.values())
-    if "auto_map" in config:
+    supported += f" (and …ForSequenceClassification of each), {' '.join(CUSTOM_CLASSIFIERS)}"
+    names = config.get("architectures")
+    custom = CUSTOM_CLASSIFIERS.get(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
+    if custom is not None and config.get("model_type") != custom.family:
+        custom = None
+    if "auto_map" in config and custom is None:
         raise UserError(
             f"{told}: config.json has auto_map: the model is code of its own, which is not run; supported: {supported}"
         )
@@ -269,16 +317,42 @@ def _family_of(path: Path, told: str) -> tuple[dict[str, Any], Family]:
                 "were made from"
             )
     family = FAMILIES.get(str(config.get("model_type")))
-    names = config.get("architectures") or [family.architecture if family else f"model_type={config.get('model_type')}"]
-    if family is None or names != [family.architecture]:
+    if family is not None and custom is not None:
+        return config, family, custom
+    names = names or [family.architecture if family else f"model_type={config.get('model_type')}"]
+    if family is None or names not in ([family.architecture], [family.classifier]):
         said = " ".join(map(str, names)) if isinstance(names, list) else str(names)
         raise UserError(f"{told}: {said} is not supported; supported: {supported}")
-    return config, family
+    return config, family, "lm" if names == [family.architecture] else "regression"
 
 
-def _checked(tensors: dict[str, Stored], family: Family, model: ModelConfig, rows: int, told: str) -> dict[str, Stored]:
+def _labels(config: dict[str, Any], custom: CustomClassifier | None, tensors: dict[str, Stored]) -> Labels:
+    """The values of a classifier. Of a class that is not one of ``transformers`` the head's rows say how many."""
+    if custom is None:
+        return labels_of(config)[0]
+    head = tensors.get(f"{custom.head}.weight")
+    return labels_of({**config, "problem_type": None}, head.shape[0] if head and head.shape else 1)[0]
+
+
+def _checked(
+    tensors: dict[str, Stored],
+    family: Family,
+    model: ModelConfig,
+    rows: int,
+    told: str,
+    labels: Labels | None,
+    custom: CustomClassifier | None,
+) -> dict[str, Stored]:
     """The tensors that the model is made of. ``UserError`` if they are not those that ``config.json`` implies."""
+    if labels is not None:  # whatever was an output layer for tokens is not read
+        model = replace(model, tie_embeddings=True)
     expected = their_tensors(family, model, rows)
+    unread = () if custom is None else custom.beside
+    if labels is not None:
+        (head,) = {piece.tensor for piece in pieces(family, model, HEAD_WEIGHT, 1)}
+        head = head if custom is None else f"{custom.head}.weight"
+        expected[head] = (len(labels.names), model.hidden_size)
+    tensors = {name: s for name, s in tensors.items() if not any(re.search(pattern, name) for pattern in unread)}
     output = (
         set() if OUTPUT in parameters(model, rows) else {piece.tensor for piece in pieces(family, model, OUTPUT, 1)}
     )

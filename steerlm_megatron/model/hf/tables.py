@@ -89,6 +89,8 @@ class Family:
         full_every: "by type", without ``layer_types``: its key for the number of layers of which the last one sees all
             ("": it has none), and that number without the key.
         without_values: tensors (as regular expressions) that old files hold and nothing needs, such as RoPE's tables.
+        sequence_classifier: the class with one value per label in the place of the output layer; None: it is called as
+            ``architecture`` is.
     """
 
     name: str
@@ -106,9 +108,17 @@ class Family:
     sliding_window: str = "no"
     full_every: tuple[str, int] = ("", 1)
     without_values: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
+    sequence_classifier: str | None = None
+
+    @property
+    def classifier(self) -> str:
+        """The class of ``transformers`` for a model with a regression head."""
+        return self.sequence_classifier or self.architecture.replace("ForCausalLM", "ForSequenceClassification")
 
     def rule(self, module: str) -> tuple[Rule, str]:
         """The rule of a module of ours, and its layer's number ("" outside layers)."""
+        if module == SCORE.ours:
+            return SCORE, ""
         found = re.match(r"decoder\.layers\.(\d+)\.", module)
         number = found[1] if found else ""
         general = module.replace(f".{number}.", ".{}.", 1) if found else module
@@ -117,6 +127,35 @@ class Family:
     def unused(self, tensor: str) -> bool:
         """Whether a tensor of a file is one that nothing needs."""
         return any(re.search(pattern, tensor) for pattern in self.without_values)
+
+
+# The head of every class for sequence classification: a linear layer without a bias, at the end of the file.
+SCORE = Rule("output_layer.regression", ("score",))
+
+
+@dataclass(frozen=True)
+class CustomClassifier:
+    """A reward model whose class is not one of ``transformers``, but whose values are a linear layer's.
+
+    Args:
+        family: what it is beside its head.
+        head: its linear layer, without a bias, from the last token's hidden state to one value per label.
+        beside: tensors (as regular expressions) of what it makes of these values, which is not read.
+        made: what that is, in words.
+    """
+
+    family: str
+    head: str
+    beside: tuple[str, ...]
+    made: str
+
+
+# By the name of the class. ArmoRM (arXiv 2406.12845): 19 values, of which a gate makes one score.
+CUSTOM_CLASSIFIERS = {
+    "LlamaForRewardModelWithGating": CustomClassifier(
+        "llama", "regression_layer", (r"^gating\.", r"^reward_transform_matrix$"), "the score that its gate mixes"
+    )
+}
 
 
 class Piece(NamedTuple):
@@ -136,6 +175,7 @@ def pieces(family: Family, model: ModelConfig, name: str, rows: int) -> list[Pie
 
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+HEAD_WEIGHT, HEAD_BIAS = f"{SCORE.ours}.weight", f"{SCORE.ours}.bias"
 
 
 def parameters(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -184,7 +224,7 @@ def their_tensors(family: Family, model: ModelConfig, vocab_size: int) -> dict[s
 
 def in_their_order(family: Family, ours: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Items of a mapping from our parameters' names, in the order of the rules, layer by layer."""
-    place = {rule.ours: number for number, rule in enumerate(family.rules)}
+    place = {rule.ours: number for number, rule in enumerate((*family.rules, SCORE))}
     first_layer = min(at for module, at in place.items() if "{}" in module)
 
     def key(name: str) -> tuple[int, int, int]:
@@ -396,6 +436,7 @@ GEMMA3 = Family(
     rotary_local=("rope_local_base_freq", 10000.0),
     sliding_window="by type",
     full_every=("sliding_window_pattern", 6),
+    sequence_classifier="Gemma3TextForSequenceClassification",
 )
 
 # In the order in which a model of ours looks for the family that it leaves as.

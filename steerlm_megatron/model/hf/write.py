@@ -21,7 +21,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import move_into_place, write_json_atomic
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.hf.files import INDEX, SINGLE
-from steerlm_megatron.model.hf.tables import EMBEDDING, OUTPUT, Family, in_their_order, pieces
+from steerlm_megatron.model.hf.tables import EMBEDDING, HEAD_BIAS, OUTPUT, Family, in_their_order, pieces
 from steerlm_megatron.model.weights import global_names
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -29,14 +29,22 @@ _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.floa
 
 
 def hf_tensors(
-    gpt: PackedGPTModel, model: ModelConfig, family: Family, vocab_size: int
+    gpt: PackedGPTModel,
+    model: ModelConfig,
+    family: Family,
+    vocab_size: int,
+    instead: Mapping[str, torch.Tensor] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and values of a model that is whole on this rank, as and in the order in which ``transformers`` has them.
 
-    Tables are cut to ``vocab_size`` rows. A tied output layer is left out, and so is a regression head, which has no
-    place in a language model. What is a tensor of ours as it is comes as that tensor, not as a copy.
+    Tables are cut to ``vocab_size`` rows. A tied output layer is left out, and so is the bias of a regression head,
+    which no class for sequence classification has (``classifier.place_bias``). What is a tensor of ours as it is comes
+    as that tensor, not as a copy.
+
+    Args:
+        instead: values that are written in the place of parameters', by our names.
     """
-    ours = {name: p.detach() for name, p in global_names(gpt) if not name.startswith("output_layer.regression.")}
+    ours = {name: p.detach() for name, p in global_names(gpt) if name != HEAD_BIAS} | dict(instead or {})
     if model.tie_embeddings:
         ours.pop(OUTPUT, None)
     for name, value in in_their_order(family, ours):

@@ -1,0 +1,144 @@
+"""What a Hugging Face folder says beside its weights: what of it a trained model keeps, and what one of ours says.
+
+Owns: the files of a base that survive training, our section of ``config.json``, the names of a classifier's values.
+Does not own: the model's shape and the labels' names (``model/hf``), writing a folder (``export_hf.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from steerlm_megatron.config.schema import AttributesConfig
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.hf import SECTION, HFFolder, unnamed
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.templates import Template
+from steerlm_megatron.train.meta import CheckpointMeta
+
+# Of the tokenizer's settings: a model that was trained has its own chat template and its own list of tokens.
+_NOT_KEPT = ("chat_template", "added_tokens_decoder")
+_CACHED = re.compile(r"models--([^/]+)--([^/]+)")  # a folder in the hub's cache
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
+_LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+def kept_of(folder: Path, hf: HFFolder) -> dict[str, Any]:
+    """Return what a model that is trained from a folder keeps of it, as plain data: ``name``, ``family``, the content
+    of ``config.json``, ``generation_config.json`` and ``tokenizer_config.json``, and the licence that its model card
+    names.
+    """
+    section = hf.config.get(SECTION)
+    out: dict[str, Any] = {
+        "name": _name(folder),
+        "family": hf.family.name,
+        "config": {key: value for key, value in hf.config.items() if key != SECTION},
+        "generation_config": _read(folder / "generation_config.json"),
+        "tokenizer_config": {k: v for k, v in _read(folder / "tokenizer_config.json").items() if k not in _NOT_KEPT},
+        "licence": _licence(folder),
+    }
+    if isinstance(section, Mapping) and section.get("base"):
+        out["trained_from"] = str(section["base"])
+    return out
+
+
+def _name(folder: Path) -> str:
+    """Return a name that does not tell where the folder stood: that of the hub for a folder in its cache."""
+    path = str(folder.resolve())
+    found = _CACHED.search(path)
+    return f"{found[1]}/{found[2]}" if found else Path(path).name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _licence(folder: Path) -> dict[str, str]:
+    """Return what the folder's model card says of its licence, by the keys of a model card's header."""
+    import yaml
+
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    found = _FRONT_MATTER.match(text)
+    try:
+        header = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError:
+        return {}
+    if not isinstance(header, dict):
+        return {}
+    return {key: str(header[key]) for key in _LICENCE_KEYS if isinstance(header.get(key), str)}
+
+
+def section_of(meta: CheckpointMeta) -> dict[str, Any]:
+    """Return our section of the ``config.json`` of an attribute-prediction model: what it needs to come back."""
+    out = {
+        "attributes": meta.schema,
+        "template": meta.template,
+        "label_counts": meta.label_counts,
+        "label_mean": meta.label_mean,
+    }
+    name = meta.base.get("trained_from") or meta.base.get("name")
+    return out | ({"base": name} if name else {})
+
+
+def told_of_classifier(hf: HFFolder) -> dict[str, Any]:
+    """Return what our section of a classifier's ``config.json`` says, by :func:`section_of`'s keys; nothing of one
+    that somebody else made. ``attributes`` alone give somebody else's model names and a scale.
+
+    Raises:
+        UserError: the section is not what we write.
+    """
+    section, told = hf.config.get(SECTION), f"{hf.key}={hf.folder}: config.json: {SECTION}"
+    if not isinstance(section, Mapping) or "attributes" not in section:
+        return {}
+    assert hf.labels is not None
+    attributes, template = section["attributes"], section.get("template", {})
+    if not isinstance(attributes, Mapping) or not isinstance(template, Mapping):
+        raise UserError(f"{told}: attributes and template must be objects")
+    try:
+        schema = AttributeSchema.from_dict(attributes)
+        kept = Template.from_dict(template).to_dict() if template else {}
+    except UserError as error:
+        raise UserError(f"{told}: {error}") from None
+    if len(schema.names) != len(hf.labels.names):
+        raise UserError(f"{told}: attributes names {len(schema.names)} of {len(hf.labels.names)} values")
+    counts, mean = section.get("label_counts") or {}, section.get("label_mean") or []
+    if not isinstance(counts, Mapping) or not all(isinstance(count, int) for count in counts.values()):
+        raise UserError(f"{told}.label_counts is not an object of whole numbers")
+    if not isinstance(mean, list) or not all(isinstance(value, int | float | None) for value in mean):
+        raise UserError(f"{told}.label_mean is not a list of numbers")
+    return {"attributes": schema.to_dict(), "template": kept, "label_counts": dict(counts), "label_mean": mean}
+
+
+def schema_of_labels(names: Sequence[str], chosen: AttributesConfig | None, told: str) -> AttributeSchema:
+    """Return the schema that gives the values of somebody else's classifier their names and their scale.
+
+    Args:
+        names: what the classifier calls its values.
+        chosen: the section ``attributes`` of the configuration; None for a command that does not read it for this.
+        told: ``key=path``, for messages.
+
+    Raises:
+        UserError: no schema is chosen, or it is one of other attributes.
+    """
+    said = f"{told} is a classifier of {len(names)} values ({' '.join(names)}), and says nothing of their scale"
+    if chosen is None or not chosen.names:
+        written = f'"{SECTION}": {{"attributes": {{"names": [...], "max_level": ...}}}}'
+        either = "" if chosen is None else "choose a schema with attributes=..., or "
+        raise UserError(f"{said}; {either}write {written} into its config.json")
+    if len(chosen.names) != len(names) or (len(names) > 1 and list(names) not in (chosen.names, unnamed(len(names)))):
+        raise UserError(
+            f"{said}; attributes={chosen.name} has {' '.join(chosen.names)}: choose a schema with its names, in order"
+        )
+    return AttributeSchema.from_config(chosen)
