@@ -94,3 +94,7 @@ class ExportConfig:
         "steerlm", one_of("steerlm", "hf"), "hf: a folder that transformers and vLLM load, with a chat template"
     )
     precision: str = option("stored", one_of("stored", "fp32", "bf16"), "precision of the written weights")
+    adapter: bool = option(False, "format=hf: what train.trainable=lora trained alone, as the peft package has it")
+    base: str | None = option(
+        None, "adapter=true: folder or hub name of the model that it is of; null: the one that training started from"
+    )

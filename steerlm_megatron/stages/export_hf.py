@@ -9,14 +9,17 @@ the model was trained on, which is tried before the folder is put there.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_bytes_atomic, write_json_atomic
 from steerlm_megatron.model.hf import config_for, family_for, hf_tensors, write_hf
+from steerlm_megatron.model.hf.peft import write_adapter
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.device import dtype_of
 from steerlm_megatron.stages.prompt_tokens import (
@@ -79,12 +82,30 @@ def check(config: Config, opened: OpenedCheckpoint) -> None:
 
 def write(loaded: LoadedModel, target: Path, precision: str) -> None:
     """Write the folder ``target``, whole or not at all; one that stands there is replaced (``export.check_target``)."""
+    _replace(loaded, target, lambda work: _write(loaded, work, precision))
+
+
+def write_adapter_folder(
+    opened: OpenedCheckpoint, target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> None:
+    """Write an adapter with the tokenizer and chat template that it was trained with, whole or not at all."""
+
+    def fill(work: Path) -> None:
+        work.mkdir(parents=True)
+        stops = [opened.tokenizer.control_id(text) for text in opened.template.stop_strings]
+        _write_tokenizer(opened, work, stops[0] if len(stops) == 1 else stops)
+        write_adapter(work, tensors, config)
+
+    _replace(opened, target, fill)
+
+
+def _replace(opened: OpenedCheckpoint, target: Path, fill: Callable[[Path], None]) -> None:
     work = target.with_name(f".{target.name}.steerlm")
     shutil.rmtree(work, ignore_errors=True)
     try:
-        _write(loaded, work / "new", precision)
-        if loaded.hf is None:
-            _try_prompts(loaded, work / "new")
+        fill(work / "new")
+        if opened.hf is None:
+            _try_prompts(opened, work / "new")
         if target.exists():
             target.rename(work / "old")
         (work / "new").rename(target)
@@ -105,12 +126,16 @@ def _write(loaded: LoadedModel, work: Path, precision: str) -> None:
             if (loaded.hf.folder / name).is_file():
                 write_bytes_atomic(work / name, (loaded.hf.folder / name).read_bytes())
         return
-    write_json_atomic(work / "tokenizer.json", exported_tokenizer(loaded.tokenizer))
-    write_json_atomic(work / "tokenizer_config.json", _tokenizer_config(loaded))
-    write_json_atomic(work / "generation_config.json", {"eos_token_id": config["eos_token_id"]})
+    _write_tokenizer(loaded, work, config["eos_token_id"])
 
 
-def _tokenizer_config(loaded: LoadedModel) -> dict[str, Any]:
+def _write_tokenizer(opened: OpenedCheckpoint, work: Path, stops: int | list[int]) -> None:
+    write_json_atomic(work / "tokenizer.json", exported_tokenizer(opened.tokenizer))
+    write_json_atomic(work / "tokenizer_config.json", _tokenizer_config(opened))
+    write_json_atomic(work / "generation_config.json", {"eos_token_id": stops})
+
+
+def _tokenizer_config(loaded: OpenedCheckpoint) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": loaded.template.stop_strings[0],
@@ -126,7 +151,7 @@ def _chat_template(opened: OpenedCheckpoint) -> str:
     return chat_template(opened.template, schema, {} if schema is None else schema.complete({}))
 
 
-def _try_prompts(loaded: LoadedModel, folder: Path) -> None:
+def _try_prompts(loaded: OpenedCheckpoint, folder: Path) -> None:
     """Compare the tokens that ``transformers`` makes with the folder's chat template with ours. ``UserError`` if they
     differ: a model that reads other tokens than it was trained on answers worse, and nobody sees why.
     """

@@ -22,6 +22,7 @@ from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.model.hf import HFFolder
+from steerlm_megatron.model.lora import Lora, merge
 from steerlm_megatron.model.weights import fill
 from steerlm_megatron.observe.log import get_logger, setup_logging
 from steerlm_megatron.observe.runfolder import RunFolder, default_run_dir
@@ -156,8 +157,8 @@ def open_checkpoint(path: str, key: str, head: str | None = None, asked: bool = 
 def load_model(
     path: str, config: Config, key: str, head: str | None = None, gather_logits: bool = False, asked: bool = True
 ) -> LoadedModel:
-    """Build and fill the model of a checkpoint at ``config.parallel``; ``head`` as in :func:`open_checkpoint`.
-    Collective over the world.
+    """Build and fill the model of a checkpoint at ``config.parallel``, adapters merged; ``head`` as in
+    :func:`open_checkpoint`. Collective over the world.
     """
     opened = open_checkpoint(path, key, head, asked)
     folder, meta, schema = opened.folder, opened.meta, opened.schema
@@ -170,6 +171,7 @@ def load_model(
         meta.vocab_size,
         attributes=len(schema.names) if meta.head == "regression" and schema else None,
         gather_logits=gather_logits,
+        lora=None if meta.lora is None else Lora.from_dict(meta.lora),
     )
     if opened.hf is not None:
         fill(opened.hf.weights(model, meta.vocab_size))
@@ -177,6 +179,8 @@ def load_model(
         verify(folder)
         state = load_sharded({"model": model.sharded_state_dict()}, folder)
         model.load_state_dict(state["model"])
+        merge(model)
+        meta = dataclasses.replace(meta, lora=None)
     model.to(dtype_of(config.engine.precision)).eval().requires_grad_(False)
     get_logger(__name__).info("loaded %s (step %d)", folder, meta.step)
     return LoadedModel(folder, meta, opened.tokenizer, schema, opened.template, model, layout, hf=opened.hf)

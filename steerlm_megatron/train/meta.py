@@ -60,7 +60,8 @@ class CheckpointMeta:
     ``loader``: where the data stood. ``metric``: validation loss. ``label_mean``: regression only, the training labels'
     mean per attribute (the constant predictor), None where there were none. ``label_counts``: labels per attribute that
     this model and those it started from were trained on; empty where they do not enter (plain SFT), and in checkpoints
-    of earlier versions.
+    of earlier versions. ``lora``: the adapters beside the weights (``model/lora.py``), and as ``base`` the Hugging Face
+    model whose weights these are; None for a model without.
     """
 
     step: int
@@ -75,6 +76,7 @@ class CheckpointMeta:
     metric: float | None = None
     label_mean: list[float | None] = field(default_factory=list)
     label_counts: dict[str, int] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
     # of the run that saved it: its resolved configuration, and what decides the order of its data (stages/train.py)
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)

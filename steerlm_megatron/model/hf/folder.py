@@ -23,6 +23,7 @@ from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.hf.config_json import model_of
 from steerlm_megatron.model.hf.files import Damaged, Stored, tensors_of
 from steerlm_megatron.model.hf.tables import EMBEDDING, FAMILIES, OUTPUT, Family, parameters, pieces, their_tensors
+from steerlm_megatron.model.lora import is_adapter
 from steerlm_megatron.model.weights import global_names
 
 _REGRESSION = "output_layer.regression."
@@ -137,7 +138,7 @@ class HFFolder:
         parts, problems = [], []
         known = parameters(self.model, self.vocab_size)
         for name, parameter in global_names(gpt):
-            if name.startswith(_REGRESSION):
+            if name.startswith(_REGRESSION) or is_adapter(name):
                 continue
             name = EMBEDDING if name == OUTPUT and self.model.tie_embeddings else name
             axis, ranges, whole = _split(parameter)

@@ -83,6 +83,7 @@ class Family:
         rotary_keys: its keys for RoPE's base and share outside ``rope_parameters``.
         sliding_window: "no" such key, "always" obeyed, or obeyed "if used" (``use_sliding_window``).
         without_values: tensors (as regular expressions) that old files hold and nothing needs, such as RoPE's tables.
+        in_memory: modules that ``transformers`` 5 calls otherwise than files do; adapters have the names in memory.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Family:
     rotary_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
     sliding_window: str = "no"
     without_values: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
+    in_memory: Mapping[str, str] = field(default_factory=dict)
 
     def rule(self, module: str) -> tuple[Rule, str]:
         """The rule of a module of ours, and its layer's number ("" outside layers)."""
@@ -312,6 +314,7 @@ GPT_NEOX = Family(
     rotary_percent=0.25,
     rotary_keys=("rotary_emb_base", "rotary_pct"),
     without_values=(r"\.rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$"),
+    in_memory={"embed_out": "lm_head"},
 )
 
 # In the order in which a model of ours looks for the family that it leaves as.
