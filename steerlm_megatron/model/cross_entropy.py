@@ -27,7 +27,12 @@ def _parts(logits_KV: torch.Tensor) -> Iterator[slice]:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_KV: torch.Tensor, labels_K: torch.Tensor, first: int, group: dist.ProcessGroup | None
+        ctx: Any,
+        logits_KV: torch.Tensor,
+        labels_K: torch.Tensor,
+        first: int,
+        words: int,
+        group: dist.ProcessGroup | None,
     ) -> torch.Tensor:
         width = logits_KV.shape[1]
         local_K = labels_K - first  # of labels in this rank's part of the vocabulary
@@ -35,7 +40,7 @@ class _CrossEntropy(torch.autograd.Function):
         local_K1 = local_K.clamp(0, width - 1).unsqueeze(1)
         log_sum_K = torch.empty(len(labels_K), dtype=torch.float32, device=logits_KV.device)
         for part in _parts(logits_KV):
-            log_sum_K[part] = torch.logsumexp(logits_KV[part].float(), 1)
+            log_sum_K[part] = torch.logsumexp(logits_KV[part, :words].float(), 1)  # of no column it is -inf
         wanted_K = logits_KV.gather(1, local_K1).squeeze(1).float()
         if group is not None:
             # log Σ over ranks of exp(log-sum of a rank), with the largest taken out
@@ -45,12 +50,14 @@ class _CrossEntropy(torch.autograd.Function):
             dist.all_reduce(both_2K, dist.ReduceOp.SUM, group)
             log_sum_K, wanted_K = both_2K[0].log_().add_(peak_K), both_2K[1]
         ctx.save_for_backward(logits_KV, local_K1, own_K, log_sum_K)
+        ctx.words = words
         return log_sum_K - wanted_K
 
     @staticmethod
-    def backward(ctx: Any, grad_K: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """∂/∂logit_v = grad · (softmax_v − [v = label]), written over the logits."""
+    def backward(ctx: Any, grad_K: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        """∂/∂logit_v = grad · (softmax_v − [v = label]), written over the logits; 0 for padding."""
         logits_KV, local_K1, own_K, log_sum_K = ctx.saved_tensors
+        logits_KV[:, ctx.words :] = -torch.inf
         minus_K1 = -own_K.float().unsqueeze(1)
         for part in _parts(logits_KV):
             # In float32, as log_sum_K is; in place where the logits are as well.
@@ -60,20 +67,23 @@ class _CrossEntropy(torch.autograd.Function):
             soft_KV.mul_(grad_K[part].float().unsqueeze(1))
             if out is None:
                 logits_KV[part] = soft_KV
-        return logits_KV, None, None, None
+        return logits_KV, None, None, None, None
 
 
-def vocab_parallel_cross_entropy(logits_KV: torch.Tensor, labels_K: torch.Tensor) -> torch.Tensor:
-    """-log softmax(logits)[label] in float32 [K].
+def vocab_parallel_cross_entropy(logits_KV: torch.Tensor, labels_K: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """-log softmax(logits)[label] in float32 [K], over the first ``vocab_size`` columns of all ranks together: columns
+    behind these belong to rows that only pad the output layer.
 
     Collective over the tensor-parallel group. Its backward pass overwrites ``logits_KV``: it can be run once, and the
     logits are of no use after it.
 
     Args:
         logits_KV: [K, V / tensor-parallel ranks], this rank's part of the vocabulary; any floating dtype.
-        labels_K: int64 [K], ids of the whole vocabulary, the same on every rank of the group.
+        labels_K: int64 [K], ids below ``vocab_size``, the same on every rank of the group.
     """
     ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     group = parallel_state.get_tensor_model_parallel_group() if ranks > 1 else None
-    losses_K: torch.Tensor = _CrossEntropy.apply(logits_KV, labels_K, rank * logits_KV.shape[1], group)
+    width = logits_KV.shape[1]
+    words = min(max(vocab_size - rank * width, 0), width)
+    losses_K: torch.Tensor = _CrossEntropy.apply(logits_KV, labels_K, rank * width, words, group)
     return losses_K

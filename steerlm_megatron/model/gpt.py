@@ -44,10 +44,11 @@ class PackedGPTModel(HookedGPTModel):
     """``GPTModel`` that applies its output layer only where an output is wanted (``PackedTokens.output_index_K``).
 
     With labels of the same K positions it returns their losses [1, K]; without, logits [1, K, V] (or attribute values
-    [1, K, A]).
+    [1, K, A]). ``words`` of its V columns are of the vocabulary, the others pad it.
     """
 
     post_process: bool
+    words: int
 
     def before_output(self, hidden_states: torch.Tensor, packed_seq_params: PackedTokens) -> torch.Tensor:
         if self.post_process and self.config.sequence_parallel:
@@ -61,7 +62,7 @@ class PackedGPTModel(HookedGPTModel):
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels [1, K] and this rank's logits [K, 1, V / tensor] → losses [1, K] in float32."""
-        return vocab_parallel_cross_entropy(logits.squeeze(1), labels.squeeze(0)).unsqueeze(0)
+        return vocab_parallel_cross_entropy(logits.squeeze(1), labels.squeeze(0), self.words).unsqueeze(0)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -302,6 +303,7 @@ def build_model(
             position_embedding_type="none",
             vp_stage=vp_stage,
         )
+        gpt.words = vocab_size
         if last and attributes is not None:
             gpt.output_layer = RegressionHead(config, attributes)
         if lora is not None:

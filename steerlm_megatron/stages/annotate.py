@@ -34,6 +34,7 @@ def run(config: Config) -> None:
         reader = RecordReader(here)
         records = reader.read("input", cast(str, config.input), "input")
         loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="regression")
+        records = reader.writable("input", records, loaded.template)
         found = annotate(here, loaded, records, cast(str, config.input), Path(cast(str, config.output)))
         here.run.update(counts=reader.counts() | found)
         loaded.free()

@@ -98,8 +98,10 @@ def bootstrap(here: Session, source: str, output: Path) -> dict[str, Any]:
     reader.leave_out("input", "empty", sum(r.finish_reason == "stop" and not r.text.strip() for r in responses))
     counts = reader.counts()
     if not kept:
+        unfinished = sum(r.finish_reason != "stop" for r in responses)
         raise UserError(
-            f"none of {len(prompts)} responses ended within sampling.max_tokens={config.sampling.max_tokens}; raise it"
+            f"none of {len(prompts)} responses is of use: {unfinished} did not end within sampling.max_tokens="
+            f"{config.sampling.max_tokens} (raise it), {len(prompts) - unfinished} are empty"
         )
     ap = load_model(cast(str, config.ap_checkpoint), config, "ap_checkpoint", head="regression")
     if ap.schema is None or ap.schema.names != schema.names or ap.schema.max_level != schema.max_level:

@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import Interrupted, UserError
@@ -67,7 +67,7 @@ def _all_steps(state: Run) -> None:
     steps = list(STEPS.values())
     if state.config.init_from is not None:
         steps.remove(STEPS["base"])
-        state.keys["base"] = fingerprint({"init_from": state.config.init_from}, [state.config.init_from])
+        state.keys["base"] = fingerprint({}, [Path(state.config.init_from).resolve()])
     if not state.config.attributes.names:
         raise UserError("attributes=none: steerlm run conditions on attributes; choose a schema")
     for step in steps:
@@ -106,10 +106,22 @@ def _one_step(state: Run, number: int, count: int, step: Step) -> None:
 
 def _fingerprint(state: Run, step: Step, config: Config) -> str:
     """Return a hash of all that the step's result depends on: the keys it reads, the steps before it, the corpus."""
-    read = step.depends_on(config)
+    read = what_is_read(step, config, state.config.init_from, str(state.here.folder))
     before = [state.keys[name] for name in step.after if name in state.keys]
-    values = {"step": step.name, "config": relative_to_run(read, str(state.here.folder)), "after": before}
+    values = {"step": step.name, "config": read, "after": before}
     return fingerprint(values, _input_files(config) if step.name == "data" else [])
+
+
+def what_is_read(step: Step, config: Config, base: str | None, root: str) -> dict[str, Any]:
+    """Return the keys that a step reads with their values, paths below the run folder ``root`` relative to it.
+
+    A model that the run starts from (``base``) is left out: its content is the key of the step "base", and its path may
+    be spelt in several ways.
+    """
+    read = step.depends_on(config)
+    if base is not None and read.get("init_from") == base:
+        del read["init_from"]
+    return cast(dict[str, Any], relative_to_run(read, root))
 
 
 def _input_files(config: Config) -> list[str]:

@@ -75,8 +75,16 @@ def open_generator(config: Config, loaded: LoadedModel, max_queue: int | None = 
     return Generator(loaded.model, loaded.tokenizer, loaded.template, limits, model_group(config.engine.timeout_sec))
 
 
-class PromptTooLong(UserError):
+class PromptRefused(UserError):
+    """The model cannot be asked this prompt; ``reason`` is what the accounting calls that."""
+
+    reason = "prompt_refused"
+
+
+class PromptTooLong(PromptRefused):
     """A prompt does not fit, not even without its earlier turns; the message says which key to change."""
+
+    reason = "prompt_too_long"
 
 
 def request_for(
@@ -86,8 +94,11 @@ def request_for(
     is too long for the model loses its oldest turns.
 
     Raises:
+        PromptRefused: the model's chat template cannot write it.
         PromptTooLong: its last turn alone is too long.
     """
+    if (refusal := opened.template.refusal(prompt.messages)) is not None:
+        raise PromptRefused(f"{prompt.where}: {refusal}; data.on_error=skip leaves such prompts out")
     most, longest = limits.max_sequence_tokens, opened.model_config.max_position
     room = min(most, longest) - sampling.max_tokens
     ids, messages = _encode(prompt, prompt.messages, opened), prompt.messages
@@ -120,7 +131,7 @@ def requests_for(
     for index, prompt in enumerate(prompts):
         try:
             requests.append(request_for(index, prompt, opened, config.sampling, config.generation))
-        except PromptTooLong as error:
+        except PromptRefused as error:
             skip_prompt(prompt, error, reader, part)
         else:
             kept.append(prompt)
@@ -139,12 +150,12 @@ def check_room(opened: OpenedCheckpoint, config: Config) -> None:
         )
 
 
-def skip_prompt(prompt: Prompt, error: PromptTooLong, reader: RecordReader, part: str) -> None:
+def skip_prompt(prompt: Prompt, error: PromptRefused, reader: RecordReader, part: str) -> None:
     """Skip a prompt under ``data.on_error=skip``; otherwise raise ``error``."""
     if reader.on_error != "skip":
         raise error
     record = Conversation(prompt.id, prompt.messages)
-    reader.skip(part, "prompt_too_long", prompt.where, str(error).removeprefix(f"{prompt.where}: "), record)
+    reader.skip(part, error.reason, prompt.where, str(error).removeprefix(f"{prompt.where}: "), record)
 
 
 def _encode(prompt: Prompt, messages: tuple[Message, ...], opened: OpenedCheckpoint) -> list[int]:

@@ -163,9 +163,7 @@ def test_the_layout_is_compared_with_the_model_that_is_split() -> None:
 
 
 def test_rows_of_padding_stay_what_they_were() -> None:
-    """400 ids have 512 rows at parallel.tensor=1 and 768 at 3, which would be another model, as rows are in the
-    softmax.
-    """
+    """400 ids have 512 rows at parallel.tensor=1 and 768 at 3, which the checkpoint's optimizer has no state for."""
     model = ModelConfig(num_heads=6)
     saved = CheckpointMeta(9, "sft", asdict(model), 400, None, {}, "hash", parallel={"tensor": 1})
 

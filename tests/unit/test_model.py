@@ -326,25 +326,27 @@ def test_rope_scaling_of_llama_3_is_told_by_turns() -> None:
 def test_cross_entropy_is_torchs_without_a_float32_copy(
     dtype: torch.dtype, cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "_CPU_BYTES", 4 * 50 * 3)  # three rows at a time, and the last ones two
+    monkeypatch.setattr(cross_entropy, "_CPU_BYTES", 4 * 53 * 3)  # three rows at a time, and the last ones two
     g = torch.Generator().manual_seed(0)
     weight_KV = (torch.randn(17, 50, generator=g) * 5).to(dtype)
     weight_KV[3] = torch.tensor([-1e4] * 49 + [1e4])  # exp of neither is finite without taking out the largest
     labels_K, scale_K = torch.randint(0, 50, (17,), generator=g), torch.rand(17, generator=g)
     wide = weight_KV.clone().float().requires_grad_()
-    expected_K = F.cross_entropy(wide, labels_K, reduction="none")
+    expected_K = F.cross_entropy(wide[:, :50], labels_K, reduction="none")
     (expected_K * scale_K).sum().backward()
-    leaf = weight_KV.clone().requires_grad_()
+    padding_K3 = torch.full((17, 3), 1e4, dtype=dtype)  # three columns that only pad have no part in it
+    leaf = torch.cat([weight_KV, padding_K3], 1).requires_grad_()
     with _Largest() as largest:
-        losses_K = vocab_parallel_cross_entropy(leaf * 1, labels_K)
+        losses_K = vocab_parallel_cross_entropy(leaf * 1, labels_K, 50)
         (losses_K * scale_K).sum().backward()
     assert losses_K.dtype is torch.float32
     torch.testing.assert_close(losses_K, expected_K, rtol=1e-6, atol=1e-5)
     assert wide.grad is not None and leaf.grad is not None
     close = {"rtol": 1e-5, "atol": 1e-7} if dtype is torch.float32 else {"rtol": 2**-8, "atol": 1e-7}
-    torch.testing.assert_close(leaf.grad.float(), wide.grad, **close)
+    torch.testing.assert_close(leaf.grad[:, :50].float(), wide.grad, **close)
+    assert not leaf.grad[:, 50:].any()
     if dtype is torch.bfloat16:
-        assert largest.float32 <= 3 * 50
+        assert largest.float32 <= 3 * 53
 
 
 class _Largest(TorchDispatchMode):
