@@ -13,7 +13,7 @@ from megatron.core import dist_checkpointing
 from steerlm_megatron.config.schema import ParallelConfig as P
 from steerlm_megatron.model.lora import is_adapter, merge
 from tests.helpers.dist import once, run_ranks
-from tests.helpers.engines import LORA, Case, bare, build, make, saved, shards, shards_of, step_batches, unsplit
+from tests.helpers.engines import LORA, Case, build, make, saved, shards, shards_of, step_batches, unsplit
 from tests.helpers.reference import with_adapters
 
 SAVED, TOTAL = 2, 4
@@ -69,7 +69,17 @@ def two_ranks(root: Path) -> Found:
         engine.load_model(folder)
         found["started", name] = {"before": before, "after": shards_of(engine)}
 
-    make(case(layout=P(tensor=2), tied=False))
+    engine = make(case(layout=P(tensor=2), tied=False, precision="bf16"))
+    before = shards_of(engine)
+    losses = steps(engine, 0, 2)
+    mains = [group["params"] for inner in engine._inner_optimizers() for group in inner.param_groups]
+    found["bf16"] = {
+        "before": before,
+        "after": shards_of(engine),
+        "losses": losses,
+        "trained": sum(p.numel() for group in mains for p in group),
+        "types": {p.dtype for group in mains for p in group},
+    }
     (chunk,) = build(case(layout=P(tensor=2), tied=False))
     found["apart"] = shards([chunk])
     merge(chunk)
@@ -118,6 +128,17 @@ def test_adapters_that_a_checkpoint_lacks_are_left_alone(name: str, measured: li
     found = [rank["started", name] for rank in measured]
     before, after = (unsplit([rank[when] for rank in found]) for when in ("before", "after"))
     assert all(torch.equal(before[key], after[key]) == is_adapter(key) for key in before if "norm" not in key)
+
+
+@pytest.mark.distributed
+def test_a_bf16_model_has_float32_weights_of_adapters_alone(measured: list[Found]) -> None:
+    found = [rank["bf16"] for rank in measured]
+    before, after = (unsplit([rank[when] for rank in found]) for when in ("before", "after"))
+    assert all(torch.equal(before[key], after[key]) != is_adapter(key) for key in before)
+    assert all(value.dtype is torch.bfloat16 for value in after.values())
+    ours = {key: shard.tensor.numel() for key, shard in found[0]["after"].items() if is_adapter(key)}
+    assert (found[0]["trained"], found[0]["types"]) == (sum(ours.values()), {torch.float32})
+    assert all(2 < loss < 9 for loss in found[0]["losses"])
 
 
 @pytest.mark.distributed
