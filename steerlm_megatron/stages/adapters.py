@@ -21,6 +21,7 @@ from steerlm_megatron.model.hf.peft import adapter_config, adapter_tensors
 from steerlm_megatron.model.hf.tables import EMBEDDING, OUTPUT
 from steerlm_megatron.model.lora import Lora, is_adapter, merge
 from steerlm_megatron.model.weights import global_names
+from steerlm_megatron.runtime.device import dtype_of
 from steerlm_megatron.stages.base import Base
 from steerlm_megatron.train.sharded import load_sharded
 
@@ -160,4 +161,7 @@ def adapter_of(config: Config, base: Base, of: str) -> tuple[dict[str, torch.Ten
     for name in tables:
         other = name.removesuffix("weight") + "rows"
         rows[name] = (loaded[name][first:last].float() + loaded[other].float()).to(loaded[name].dtype)
-    return adapter_tensors(family, model, adapters, rows), adapter_config(family, lora, of, tables, lora.rows)
+    tensors = adapter_tensors(family, model, adapters, rows)
+    if config.export.precision != "stored":
+        tensors = {name: value.to(dtype_of(config.export.precision)) for name, value in tensors.items()}
+    return tensors, adapter_config(family, lora, of, tables, lora.rows)
