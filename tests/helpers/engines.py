@@ -24,9 +24,9 @@ from steerlm_megatron.stages.train import engine_of
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
 from steerlm_megatron.train.sharded import ShardedWriter
-from tests.helpers.reference import Document, Params
+from tests.helpers.reference import VOCAB, Document, Params
 
-VOCAB, ROW_TOKENS, MICRO_BATCHES, NAMES = 300, 192, 4, ("a", "b", "c")
+ROW_TOKENS, MICRO_BATCHES, NAMES = 192, 4, ("a", "b", "c")
 LABEL_WEIGHTS = {"b": 2.0}
 # Weights large enough that attention is not uniform: else queries and keys have next to no gradient to compare.
 MODEL = ModelConfig(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from steerlm_megatron.config.schema import ModelConfig, OptimConfig
 
 Params = dict[str, torch.Tensor]
+VOCAB = 300  # tokens of the models in engines.py, whose tables have more rows; these have no part in the softmax
 
 
 @dataclass
@@ -85,7 +86,7 @@ def loss_sum(p: Params, document: Document, model: ModelConfig, weights_A: torch
         present = ~document.values_PA.isnan()
         error = torch.where(present, output[document.pool_P] - document.values_PA.nan_to_num(), 0.0)
         return (error.square() * weights_A).sum(), float(present.sum())
-    loss_T = -output.log_softmax(-1).gather(-1, document.labels_T[:, None])[:, 0]
+    loss_T = -output[:, :VOCAB].log_softmax(-1).gather(-1, document.labels_T[:, None])[:, 0]
     return (loss_T * document.mask_T).sum(), float(document.mask_T.sum())
 
 

@@ -28,7 +28,7 @@ from steerlm_megatron.runtime import parallel
 from steerlm_megatron.train.adam import head_rates, is_head, parameter_groups
 from steerlm_megatron.train.schedule import build_schedule, rates_now
 from tests.helpers import hf
-from tests.helpers.engines import LORA, Case, adapter_weights, build, head_weights
+from tests.helpers.engines import LORA, Case, adapter_weights, build, head_weights, make, step_batches
 
 ADDED = 3
 ROWS = (hf.VOCAB, hf.VOCAB + ADDED)
@@ -111,6 +111,15 @@ def test_adapters_start_as_nothing_with_a_random_a(cpu: None) -> None:
             assert value.std() == pytest.approx(initial_std(value.shape), rel=0.1)
         else:
             assert not value.any()
+
+
+def test_recomputation_without_trained_rows_trains_all_layers(cpu: None) -> None:
+    """Nothing below the first adapter has a gradient, which recomputation takes for a reason to have none above."""
+    losses = {}
+    for kind in ("none", "full"):
+        engine = make(Case("sft", lora=replace(LORA, rows=(0, 0)), recompute=kind))
+        losses[kind] = [engine.train_step(step_batches(step)).loss for step in range(3)]
+    assert losses["full"] == losses["none"] and len(set(losses["none"])) == 3
 
 
 # ---- peft
