@@ -99,8 +99,8 @@ class _Adapted(torch.nn.Module):
         """The class whose layers have these adapters: Megatron-Core's specs take classes."""
         return type(cls.__name__, (cls,), {"lora": lora})
 
-    def _add_adapter(self, inputs: int, outputs: int, config: Any) -> None:
-        lora = self.lora
+    def _add_adapter(self, config: Any) -> None:
+        lora, (outputs, inputs) = self.lora, self.weight.shape
         self.scale, self.lora_dropout = lora.scale, lora.dropout
         self.lora_a = torch.nn.Parameter(torch.empty(lora.rank, inputs, dtype=config.params_dtype))
         self.lora_b = torch.nn.Parameter(torch.empty(outputs, lora.rank, dtype=config.params_dtype))
@@ -149,7 +149,7 @@ class LoraColumn(_Adapted, ColumnParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
         ColumnParallelLinear.__init__(self, input_size, output_size, **kwargs)
-        self._add_adapter(input_size, int(self.output_size_per_partition), kwargs["config"])
+        self._add_adapter(kwargs["config"])
         assert self.lora_a is not None and self.lora_b is not None
         self.lora_a.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
         set_tensor_model_parallel_attributes(self.lora_b, True, 0, kwargs.get("stride", 1))
@@ -179,7 +179,7 @@ class LoraRow(_Adapted, RowParallelLinear):
 
     def __init__(self, input_size: int, output_size: int, **kwargs: Any) -> None:
         RowParallelLinear.__init__(self, input_size, output_size, **kwargs)
-        self._add_adapter(int(self.input_size_per_partition), output_size, kwargs["config"])
+        self._add_adapter(kwargs["config"])
         assert self.lora_a is not None and self.lora_b is not None
         set_tensor_model_parallel_attributes(self.lora_a, True, 1, 1)
         self.lora_b.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
