@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from steerlm_megatron import __version__
-from steerlm_megatron.config.commands import COMMANDS
+from steerlm_megatron.config.commands import COMMANDS, TOOLS
 from steerlm_megatron.config.help import show
 from steerlm_megatron.errors import Interrupted, ReportedElsewhere, UserError
 from steerlm_megatron.runtime import launcher
@@ -28,10 +28,20 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 def main(argv: list[str] | None = None) -> None:
     """Run the ``steerlm`` script, or ``python -m steerlm_megatron``. It ends by raising ``SystemExit``."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _main(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as end:
+        launcher.note_exit(end.code)
+        raise
+
+
+def _main(arguments: list[str]) -> None:
     try:
         if not show(arguments, __version__):
-            _command(arguments[0], arguments[1:])
+            if arguments[0] in TOOLS:
+                _tool(arguments[0], arguments[1:])
+            else:
+                _command(arguments[0], arguments[1:])
     except UserError as error:
         _print_error(error)
         raise SystemExit(error.code) from None
@@ -49,6 +59,12 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     raise SystemExit(0)
+
+
+def _tool(tool: str, arguments: list[str]) -> None:
+    """Run a tool about jobs; it prints, and its exit code is 0 unless it raises."""
+    module = importlib.import_module(f"steerlm_megatron.launch.{TOOLS[tool].module}")
+    getattr(module, tool)(arguments)
 
 
 def _command(command: str, arguments: list[str]) -> None:
@@ -78,8 +94,10 @@ def _job(command: str, cfg: Any) -> None:
         from steerlm_megatron.stages.base import adopt_shape
 
         adopt_shape(config, compose.job_overrides())
-    world = launcher.world_size() if launcher.is_rank() else None
-    load.finalize(config, world, alone=True)
+    agent = launcher.ranks_of_agent()
+    world = launcher.world_size() if launcher.is_rank() or agent is not None else None
+    # The ranks of a job of some steps are for the layouts of these steps, which the pipeline checks.
+    load.finalize(config, None if config.steps else world, alone=True)
     ranks = load.world_of(config)
     if world is None and ranks > 1 and COMMANDS[command].ranks:
         if config.run_dir is None:
@@ -88,6 +106,11 @@ def _job(command: str, cfg: Any) -> None:
             config.run_dir = str(default_run_dir(command))
         arguments = [command, *compose.job_overrides(), f"run_dir={config.run_dir}"]
         code = local.run_ranks(ranks, arguments, config.train.max_restarts if COMMANDS[command].trains else 0)
+        if code:
+            raise SystemExit(code)
+        return
+    if agent is not None:
+        code = local.run_ranks(agent, [command, *compose.job_overrides()], 0)
         if code:
             raise SystemExit(code)
         return

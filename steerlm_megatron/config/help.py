@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from steerlm_megatron.config.commands import COMMANDS
+from steerlm_megatron.config.commands import COMMANDS, TOOLS
 from steerlm_megatron.errors import UserError
 
 WIDTH = 100
@@ -35,10 +35,13 @@ def show(arguments: Sequence[str], version: str) -> bool:
         print(version)
     elif first == "--completion":
         print(_completion(rest))
+    elif first in TOOLS:
+        return False
     elif first not in COMMANDS:
         from steerlm_megatron.config.compose import nearest
 
-        raise UserError(f"{first}: no such command{nearest(first, COMMANDS)}\nlegal: {' '.join(COMMANDS)}")
+        known = [*COMMANDS, *TOOLS]
+        raise UserError(f"{first}: no such command{nearest(first, known)}\nlegal: {' '.join(known)}")
     elif "-h" in rest or "--help" in rest:
         from steerlm_megatron.config import compose
 
@@ -69,6 +72,9 @@ def usage(version: str) -> str:
         "",
         "commands:",
         *(f"  {command.name:<11} {command.help}" for command in COMMANDS.values()),
+        "",
+        "on a cluster:",
+        *(f"  {tool.name:<11} {tool.help}" for tool in TOOLS.values()),
         "",
         "steerlm <command> --help     the command's keys, what they mean and their values",
         "steerlm <command> --cfg job  the configuration that would run",
@@ -106,6 +112,23 @@ def command_help(command: str, values: Mapping[str, Any], groups: Callable[[str]
             lines += ["", "The run:"]
         lines += _wrapped((f"{k.name}={shown(_at(values, k.name))}", _meaning(k)) for k in keys)
     lines += ["", "--cfg job prints the whole configuration, --multirun runs all combinations of listed values."]
+    return "\n".join(lines)
+
+
+def launch_help(groups: Callable[[str], list[str]]) -> str:
+    """Return the text of ``steerlm launch --help``; ``groups`` gives the options of a configuration group."""
+    from steerlm_megatron.config.schema import KEYS
+
+    lines = textwrap.wrap("steerlm launch COMMAND cluster=NAME [key=value ...] [--multirun] [--dry-run]", WIDTH)
+    lines += ["", *textwrap.wrap(
+        f"Submits {TOOLS['launch'].help}, after all checks of the configuration. cluster=NAME is one of "
+        f"{' '.join(groups('cluster'))}, or the path of a file of your own with keys of cluster.", WIDTH
+    )]  # fmt: skip
+    lines += ["", *textwrap.wrap(
+        "--multirun makes one job array of all combinations of listed values, --dry-run prints the script.", WIDTH
+    ), ""]  # fmt: skip
+    keys = [key for key in KEYS.values() if key.name.startswith("cluster.")]
+    lines += _wrapped((f"{key.name}={shown(key.default)}", _meaning(key)) for key in keys)
     return "\n".join(lines)
 
 
@@ -166,7 +189,7 @@ def completion(shell: str, groups: Callable[[str], list[str]]) -> str | None:
     script = f"""_steerlm() {{
   local words line="${{COMP_LINE:0:COMP_POINT}}"
   local word="${{line##* }}"
-  if [ "$COMP_CWORD" -le 1 ]; then words='{" ".join(COMMANDS)} --help --version --completion'
+  if [ "$COMP_CWORD" -le 1 ]; then words='{" ".join([*COMMANDS, *TOOLS])} --help --version --completion'
   else case "${{COMP_WORDS[1]}}" in
 {chr(10).join(cases)}
   esac; fi

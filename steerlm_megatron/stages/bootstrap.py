@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
@@ -93,6 +94,8 @@ def bootstrap(here: Session, source: str, output: Path) -> dict[str, Any]:
     """
     config, reader = here.config, RecordReader(here)
     schema, prompts, responses = _draw(here, reader, source, output)
+    if job_of_array(config)[0] is not None:  # the job that puts all parts together scores them
+        return reader.counts()
     kept = [(p, r) for p, r in zip(prompts, responses, strict=True) if r.finish_reason == "stop" and r.text.strip()]
     reader.leave_out("input", "unfinished", sum(r.finish_reason != "stop" for r in responses))
     reader.leave_out("input", "empty", sum(r.finish_reason == "stop" and not r.text.strip() for r in responses))
