@@ -150,7 +150,12 @@ def open_checkpoint(path: str, key: str, head: str | None = None, asked: bool = 
         wanted = "an attribute-prediction model (train_ap)" if head == "regression" else "a language model (train_sft)"
         raise UserError(f"{key}={path} holds a model with head '{meta.head}', needed is {wanted}")
     if base.hf is not None:
-        found, tokenizer = prompts_of(folder, key)
+        try:
+            found, tokenizer = prompts_of(folder, key)
+        except UserError:
+            if asked:
+                raise
+            found, tokenizer = None, Tokenizer.from_path(folder)  # a model that is not asked may have any format
         if found is None and asked:
             raise UserError(
                 f"{key}={path} has no chat template: its model continues text, and has no format for requests; "

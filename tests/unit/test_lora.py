@@ -34,8 +34,7 @@ ADDED = 3
 ROWS = (hf.VOCAB, hf.VOCAB + ADDED)
 ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 OURS = Lora(4, 6.0, ALL, rows=ROWS)
-# With a GPU too: these models are small, and sums on a CPU have a fixed order.
-CASES = ("llama_linear_tied", "llama_biases", "nemotron", "gpt_neox")
+CASES = ("llama_linear_tied", "llama_biases", "nemotron", "gpt_neox", "gemma2_tied")
 
 
 @pytest.fixture
