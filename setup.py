@@ -60,6 +60,7 @@ DEV = [
     "hypothesis>=6.100",
     "scipy>=1.11",  # tests compare observe/stats.py with it
     "openai>=1.40",  # tests talk to the server with the official client
+    "peft>=0.17",  # tests load the adapters that are exported, and make some that come in
     "ruff>=0.6",
     "mypy>=1.11",
     "codespell>=2.3",

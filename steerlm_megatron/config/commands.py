@@ -45,7 +45,7 @@ class Command:
 _EVERY = ("command", "run_dir", "overwrite")
 _RANKS = ("parallel", "engine")
 _CORPUS = ("data", "tokenizer", "template", "attributes", "train.seed")
-_TRAINING = ("init_from", "model", *_RANKS, "optim", "train", *_CORPUS, "tracking", "profile")
+_TRAINING = ("init_from", "model", *_RANKS, "optim", "lora", "train", *_CORPUS, "tracking", "profile")
 _LIMITS = ("generation.max_batch", "generation.max_sequence_tokens", "generation.max_cache_tokens")
 _DRAWING = ("sampling", *_LIMITS, *_RANKS)
 _SERVERS = ("server.urls", "server.folder", "server.count", "generation.concurrency")

@@ -99,3 +99,7 @@ class ExportConfig:
     )
     precision: str = option("stored", one_of("stored", "fp32", "bf16"), "precision of the written weights")
     evaluation: str | None = option(None, "hf: run folder of evaluate, whose table the model card shows")
+    adapter: bool = option(False, "format=hf: what train.trainable=lora trained alone, as the peft package has it")
+    base: str | None = option(
+        None, "adapter=true: folder or hub name of the model that it is of; null: the one that training started from"
+    )

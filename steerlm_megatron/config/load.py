@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from steerlm_megatron.config.commands import COMMANDS, unset
 from steerlm_megatron.config.fields import broken_rules
-from steerlm_megatron.config.schema import KEYS, RENAMED, Config, EngineConfig
+from steerlm_megatron.config.schema import KEYS, RENAMED, Config, EngineConfig, LoraConfig
 from steerlm_megatron.errors import UserError
 
 
@@ -119,6 +119,7 @@ def finalize(config: Config, world: int | None = None, alone: bool = False) -> C
         *_check_blend(config),
         *check_profile(config),
         *_check_trainable(config),
+        *_check_lora(config, alone),
         *_check_objective(config),
         *_check_array(config),
     ]
@@ -316,6 +317,33 @@ def _check_trainable(config: Config) -> list[str]:
             f"train.trainable=head with parallel.pipeline={config.parallel.pipeline}: stages without a head have "
             "nothing to train; set parallel.pipeline=1, with parallel.tensor or engine.zero_stage=3 (engine=deepspeed)"
         )
+    return problems
+
+
+def _check_lora(config: Config, alone: bool) -> list[str]:
+    """Return errors of adapters, and of a rate of the regression head where there is none."""
+    problems, training = [], config.command in ("train_ap", "train_sft")
+    adapts = config.train.trainable == "lora"
+    if config.command == "train_sft" and config.optim.head_lr is not None:
+        problems.append(
+            f"optim.head_lr={config.optim.head_lr:g} is of train_ap; train_sft has no regression head: leave it out"
+        )
+    if training and alone and adapts and config.init_from is None:
+        problems.append("train.trainable=lora adapts a model that is there: name it with init_from=")
+    if training and alone and not adapts:
+        given = [name for name, value in vars(LoraConfig()).items() if getattr(config.lora, name) != value]
+        free = ("base",)  # says where a PEFT adapter's base is, which is merged then
+        problems += [
+            f"lora.{name}={getattr(config.lora, name)} does nothing without train.trainable=lora; leave it out"
+            for name in given
+            if name not in free
+        ]
+    if config.command == "export":
+        e = config.export
+        if e.adapter and e.format != "hf":
+            problems.append(f"export.adapter=true with export.format={e.format}: an adapter alone has format=hf")
+        if e.base is not None and not e.adapter:
+            problems.append(f"export.base={e.base} is of export.adapter=true; leave it out")
     return problems
 
 

@@ -26,6 +26,7 @@ from steerlm_megatron.config.inference import (
 )
 from steerlm_megatron.config.training import (
     EngineConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -37,7 +38,7 @@ from steerlm_megatron.config.training import (
 __all__ = [
     "KEYS", "RENAMED", "SOURCES", "AnnotateConfig", "ArrayConfig", "AttributesConfig", "BootstrapConfig",
     "ClusterConfig", "Config", "DataConfig", "EngineConfig", "EvaluateConfig", "EvaluateModels",
-    "ExportConfig", "GenerationConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "ProfileConfig",
+    "ExportConfig", "GenerationConfig", "LoraConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "ProfileConfig",
     "SamplingConfig", "ScoringConfig", "ServerConfig", "TemplateConfig", "TokenizerConfig", "TrackingConfig",
     "TrainConfig",
 ]  # fmt: skip
@@ -60,6 +61,7 @@ class Config:
     parallel: ParallelConfig = option(ParallelConfig, "the layout of ranks")
     engine: EngineConfig = option(EngineConfig, "the engine")
     optim: OptimConfig = option(OptimConfig, "the optimizer")
+    lora: LoraConfig = option(LoraConfig, "low-rank adapters")
     attributes: AttributesConfig = option(AttributesConfig, "the attribute schema")
     template: TemplateConfig = option(TemplateConfig, "the prompt template")
     tokenizer: TokenizerConfig = option(TokenizerConfig, "the tokenizer")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from steerlm_megatron.config.fields import above, at_least, between, one_of, option
+from steerlm_megatron.config.fields import Rule, above, at_least, between, one_of, option
 
 
 @dataclass
@@ -123,6 +124,9 @@ class OptimConfig:
 
     lr: float = option(5e-6, at_least(0), "highest learning rate")
     min_lr: float = option(5e-6, at_least(0), "learning rate at the end of the schedule")
+    head_lr: float | None = option(
+        None, at_least(0), "train_ap: highest learning rate of the regression head, on the same schedule; null: lr"
+    )
     schedule: str = option("cosine", one_of("constant", "linear", "cosine"), "the way from lr to min_lr")
     warmup_steps: int = option(10, at_least(0), "steps from 0 up to lr")
     weight_decay: float = option(0.01, at_least(0), "decay of all weights but biases and norms")
@@ -130,6 +134,40 @@ class OptimConfig:
     beta2: float = option(0.98, between(0, 0.999999), "decay of the mean of their squares")
     eps: float = option(1e-8, at_least(0), "added to the root of the mean square")
     clip_grad: float = option(1.0, at_least(0), "largest norm of a step's gradient; 0: no clipping")
+
+
+# Megatron-Core's names of the linear layers that can have an adapter.
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+def _targets() -> Rule:
+    def broken(value: Any) -> str | None:
+        if not value or len(set(value)) < len(value) or not set(value) <= set(LORA_TARGETS):
+            return f"must name some of: {' '.join(LORA_TARGETS)}"
+        return None
+
+    return Rule("some of " + " ".join(LORA_TARGETS), broken)
+
+
+@dataclass
+class LoraConfig:
+    """train.trainable=lora: low-rank adapters (arXiv 2106.09685) of a frozen model."""
+
+    rank: int = option(16, at_least(1), "rank of an adapter")
+    alpha: float = option(32.0, above(0), "an adapter's output is multiplied by alpha / rank")
+    targets: list[str] = option(
+        list(LORA_TARGETS), _targets(), "linear layers with an adapter, by Megatron-Core's names"
+    )
+    dropout: float = option(0.0, between(0, 0.99), "dropout of an adapter's input, in training")
+    train_rows: str = option(
+        "auto", one_of("auto", "none"), "rows of embedding and output layer; auto: those added to the base's vocabulary"
+    )
+    base: str | None = option(
+        None, "folder of the model that a PEFT adapter in init_from is of; null: as it says itself"
+    )
+    merge: bool = option(
+        False, "an adapter that init_from has is merged, and a new one starts; false: it is trained on"
+    )
 
 
 @dataclass
@@ -153,7 +191,9 @@ class TrainConfig:
     nonfinite: str = option("raise", one_of("raise", "skip"), "a step whose loss or gradient is NaN or infinite")
     nonfinite_in_a_row: int = option(10, at_least(1), "skip: so many skipped steps one after the other end the run")
     max_restarts: int = option(0, at_least(0), "after a fault, start the local ranks again from the last checkpoint")
-    trainable: str = option("all", one_of("all", "head"), "train_ap: head trains the regression head alone")
+    trainable: str = option(
+        "all", one_of("all", "head", "lora"), "lora: adapters (section lora); head: train_ap's regression head alone"
+    )
     max_minutes: float | None = option(None, at_least(0), "minutes of wall time; then it saves and exits with 75")
     label_weights: dict[str, float] = option({}, "train_ap: loss weight per attribute; 1 where none is named")
 

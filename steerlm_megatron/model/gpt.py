@@ -31,6 +31,7 @@ from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelCo
 from steerlm_megatron.model.attention import PackedAttention, PackedTokens, Rotary
 from steerlm_megatron.model.cross_entropy import soft_capped, vocab_parallel_cross_entropy
 from steerlm_megatron.model.fused import CompiledGeGLU, CompiledSwiGLU, GeGLU, SwiGLU
+from steerlm_megatron.model.lora import Lora, LoraColumn, LoraRow, add_rows
 from steerlm_megatron.model.norm import CompiledHeadNorm, CompiledNorm, HeadNorm, NormedResidual, PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
@@ -205,17 +206,31 @@ def transformer_config(
     )
 
 
-def layer_spec(model: ModelConfig, engine: EngineConfig, config: TransformerConfig, last: bool = False) -> ModuleSpec:
+def layer_spec(
+    model: ModelConfig,
+    engine: EngineConfig,
+    config: TransformerConfig,
+    last: bool = False,
+    lora: Lora | None = None,
+) -> ModuleSpec:
     """One transformer layer: Megatron-Core's modules with our core attention (and RoPE in it), norms and gated MLPs.
 
     Args:
         config: what :func:`transformer_config` makes of ``model``.
         last: compute what follows attention for the positions alone whose output is wanted.
+        lora: the adapters of its linear layers; None for none.
     """
+
+    def linear(name: str, plain: Any, adapted: Any) -> Any:
+        return adapted.of(lora) if lora is not None and name in lora.targets else plain
+
     usual, ending = (ParallelLayer, LastParallelLayer) if model.parallel_residual else (TransformerLayer, LastLayer)
     norm, compiled = _norm(engine), _compiles(engine)
     head_norm = (CompiledHeadNorm if compiled else HeadNorm) if model.qk_norm else None
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    mlp = MLPSubmodules(
+        linear_fc1=linear("linear_fc1", ColumnParallelLinear, LoraColumn),
+        linear_fc2=linear("linear_fc2", RowParallelLinear, LoraRow),
+    )
     if model.gated:
         mlp.activation_func = _GATED[model.activation][compiled]
     add = get_bias_dropout_add
@@ -229,7 +244,7 @@ def layer_spec(model: ModelConfig, engine: EngineConfig, config: TransformerConf
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=linear("linear_qkv", ColumnParallelLinear, LoraColumn),
                     core_attention=partial(
                         PackedAttention,
                         backend=engine.attention,
@@ -238,7 +253,7 @@ def layer_spec(model: ModelConfig, engine: EngineConfig, config: TransformerConf
                         softcap=model.attention_softcap,
                         compiled=compiled,
                     ),
-                    linear_proj=RowParallelLinear,
+                    linear_proj=linear("linear_proj", RowParallelLinear, LoraRow),
                     q_layernorm=head_norm,
                     k_layernorm=head_norm,
                 ),
@@ -272,6 +287,7 @@ def build_model(
     vp_stage: int | None = None,
     gather_logits: bool = False,
     where: torch.device | str | None = None,
+    lora: Lora | None = None,
 ) -> PackedGPTModel:
     """This rank's part of the model, whose parameters have no values yet.
 
@@ -285,6 +301,7 @@ def build_model(
         gather_logits: full-vocabulary logits on every tensor-parallel rank (generation).
         where: the device of the parameters; this process's without it. On ``meta`` they take no memory, which is enough
             for names, shapes and sharding.
+        lora: the adapters that the model has beside its weights; None for none.
     """
     config = transformer_config(model, parallel, engine)
     stage = parallel_state.get_pipeline_model_parallel_rank()
@@ -292,9 +309,9 @@ def build_model(
     first = stage == 0 and (vp_stage or 0) == 0
     last = stage == parallel.pipeline - 1 and (vp_stage or 0) == chunks - 1
     layers = get_num_layers_to_build(config, vp_stage)
-    layer_specs = [layer_spec(model, engine, config)] * layers
+    layer_specs = [layer_spec(model, engine, config, lora=lora)] * layers
     if last and not config.sequence_parallel:  # under it a rank has a part of the sequence only
-        layer_specs[-1] = layer_spec(model, engine, config, last=True)
+        layer_specs[-1] = layer_spec(model, engine, config, last=True, lora=lora)
     spec = TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=_norm(engine))
     with torch.device("meta"):
         gpt = PackedGPTModel(
@@ -312,6 +329,8 @@ def build_model(
         gpt.words = vocab_size
         if last and attributes is not None:
             gpt.output_layer = RegressionHead(config, attributes, model.head_bias)
+        if lora is not None:
+            add_rows(gpt, lora)
     gpt.logit_softcap = model.logit_softcap
     if first and model.scale_embeddings:
         gpt.embedding.register_forward_hook(partial(_scaled, scale=_rounded(math.sqrt(model.hidden_size), config)))

@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 
 from steerlm_megatron.config.schema import ModelConfig
 from steerlm_megatron.model.gpt import PackedGPTModel
+from steerlm_megatron.model.lora import initial_std, is_adapter
 
 HEAD = "output_layer."
 REGRESSION_HEAD = "output_layer.regression."
@@ -57,14 +58,16 @@ def initial_weights(
     Matrices are N(0, init_std²), the projections into the residual stream N(0, init_std² / 2L) (GPT-2's rule, as in
     Megatron-LM). Norms start as the identity, biases at zero, and so do the embedding rows beyond ``vocab_size`` and
     the weights of a regression head: before training it predicts its bias, ``head_bias_A`` (float32 [A]; zero without
-    it). Each whole parameter is drawn from a generator seeded by (seed, name), and a rank keeps its slice.
+    it). An adapter starts with B = 0, trained rows as differences of zero (``model/lora.py``). Each whole parameter is
+    drawn from a generator seeded by (seed, name), and a rank keeps its slice.
 
     Shapes are read at the call: make it before an engine cuts parameters into partitions.
 
     Args:
-        within: only parameters whose name starts so.
+        within: only parameters whose name starts so, and adapters.
     """
-    found = [(name, p, list(p.shape)) for name, p in global_names(gpt) if name.startswith(within)]
+    wanted = ((name, p) for name, p in global_names(gpt) if name.startswith(within) or is_adapter(name))
+    found = [(name, p, list(p.shape)) for name, p in wanted]
     return _drawn(found, model, vocab_size, seed, head_bias_A)
 
 
@@ -87,6 +90,8 @@ def _drawn(
             name = "embedding.word_embeddings.weight"  # the tied copy on the last stage is the same tensor
         residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
         std = model.init_std / math.sqrt(2 * model.num_layers) if residual else model.init_std
+        if is_adapter(name):
+            std = initial_std(shape)
         digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         full = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
@@ -99,7 +104,7 @@ def _constant(name: str, model: ModelConfig, head_bias_A: torch.Tensor | None) -
     """What a parameter that is not drawn starts from; None for one that is."""
     if name == "output_layer.regression.bias" and head_bias_A is not None:
         return head_bias_A.float()
-    if name.endswith("bias") or name == "output_layer.regression.weight":
+    if name.endswith(("bias", ".lora_b", ".rows")) or name == "output_layer.regression.weight":
         return 0.0
     if "norm" in name:
         return 0.0 if model.one_plus_norms else 1.0

@@ -18,7 +18,8 @@ from typing import Any
 from steerlm_megatron.config.schema import Config, ModelConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.model.hf import HFFolder, is_hf_folder
+from steerlm_megatron.model.hf import HFFolder, PeftFolder, base_of, is_hf_folder, is_peft_folder
+from steerlm_megatron.model.lora import Lora
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.prompt_tokens import difference
 from steerlm_megatron.stages.published import kept_of, told_of_classifier
@@ -49,17 +50,37 @@ class Base:
     meta: CheckpointMeta
     hf: HFFolder | None = None
 
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that the model has beside its weights; None for none."""
+        if isinstance(self.hf, PeftFolder):
+            return self.hf.lora
+        return None if self.meta.lora is None else Lora.from_dict(self.meta.lora)
 
-def open_base(path: str, key: str) -> Base:
+    @property
+    def adapted(self) -> str | None:
+        """The Hugging Face model that the adapters are of, where there is one."""
+        if isinstance(self.hf, PeftFolder):
+            return str(self.hf.base.folder)
+        return None if self.meta.lora is None else self.meta.lora.get("base")
+
+
+def open_base(path: str, key: str, under: str | None = None) -> Base:
     """Open the model that ``key=path`` names, without its weights.
+
+    Args:
+        under: of an adapter of ``peft`` the base's folder; None for the one that its ``adapter_config.json`` says.
 
     Raises:
         UserError: it is neither a checkpoint nor a Hugging Face folder that can be read.
     """
-    if not is_hf_folder(path):
+    if is_peft_folder(path):
+        hf: HFFolder = PeftFolder.open_adapter(path, key, _base_of_adapter(Path(path), key, under))
+    elif not is_hf_folder(path):
         folder = resolve(path, key)
         return Base(folder, read_meta(folder))
-    hf = HFFolder.open(path, key)
+    else:
+        hf = HFFolder.open(path, key)
     tokenizer = Tokenizer.from_path(hf.folder)
     if tokenizer.base_size > hf.vocab_size:
         raise UserError(
@@ -83,14 +104,34 @@ def open_base(path: str, key: str) -> Base:
     return Base(hf.folder, meta, hf)
 
 
+def _base_of_adapter(path: Path, key: str, under: str | None) -> HFFolder:
+    """The model that an adapter is of: a folder, also relative to the adapter's."""
+    said = under or base_of(path)
+    if said is None:
+        raise UserError(f"{key}={path}: adapter_config.json does not say base_model_name_or_path; put it there")
+    for folder in (Path(said), path / said):
+        if is_hf_folder(folder):
+            return HFFolder.open(folder, key)
+    remedy = "" if under else "; put the folder's place there, or, in training, set lora.base"
+    raise UserError(f"{key}={path} is an adapter of {said}, which is no folder of a Hugging Face model here{remedy}")
+
+
 def adopt_shape(config: Config, overrides: Iterable[str]) -> None:
-    """Give ``config.model`` the shape of ``init_from``, unless the user states one on the command line, which is then
-    compared with it (``stages/resume.py``).
+    """Give ``config.model`` the shape of ``init_from``, and ``config.lora`` that of its adapters if these are trained
+    on, unless the user states one on the command line, which is then compared with it (``stages/resume.py``).
     """
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
-    if config.init_from is None or "model" in keys:
+    if config.init_from is None:
         return
-    meta = open_base(config.init_from, "init_from").meta
+    base = open_base(config.init_from, "init_from", config.lora.base)
+    if config.train.trainable == "lora" and base.lora is not None and not config.lora.merge:
+        for name in ("rank", "alpha", "targets", "dropout"):
+            if f"lora.{name}" not in keys:
+                value = getattr(base.lora, name)
+                setattr(config.lora, name, list(value) if name == "targets" else value)
+    if "model" in keys:
+        return
+    meta = base.meta
     stated = {key.removeprefix("model.") for key in keys if key.startswith("model.")} | {*_OF_THE_RUN}
     if meta.head == "lm":
         stated |= {*_OF_A_NEW_HEAD}

@@ -18,11 +18,11 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import versions
 from steerlm_megatron.runtime.collectives import on_main
-from steerlm_megatron.stages import export_hf
+from steerlm_megatron.stages import adapters, export_hf
 from steerlm_megatron.stages.base import Base, open_base
 from steerlm_megatron.stages.model_card import RunFacts
 from steerlm_megatron.stages.session import load_model, open_checkpoint, session
-from steerlm_megatron.train.checkpoint import write_checkpoint
+from steerlm_megatron.train.checkpoint import verify, write_checkpoint
 from steerlm_megatron.train.meta import read_meta
 from steerlm_megatron.train.sharded import ShardedWriter, stored_dtype
 
@@ -72,18 +72,34 @@ def run(config: Config) -> None:
 
 def _to_hf(config: Config, base: Base, target: Path) -> None:
     """Write a Hugging Face folder. Collective over the world."""
-    opened = open_checkpoint(str(base.folder), "checkpoint", asked=False)
+    of = adapters.check_export(config, base) if config.export.adapter else None
+    opened = open_checkpoint(
+        str(config.checkpoint) if base.hf is not None else str(base.folder), "checkpoint", asked=False
+    )
     export_hf.check(config, opened)
     facts = RunFacts.of(base.folder, opened.meta.step, config.export.evaluation)
     with session(config) as here:
-        on_main(lambda: check_target(target, base.folder, config.overwrite, "config.json"))
+        if of is not None:
+            on_main(lambda: _check_folder(target, base.folder, config.overwrite, "adapter_config.json"))
+            verify(base.folder)
+            tensors, about = adapters.adapter_of(config, base, of)
+            on_main(lambda: export_hf.write_adapter_folder(opened, target, tensors, about))
+            here.run.update(outputs={"checkpoint": str(target)})
+            get_logger(__name__).info("%s: an adapter of %s, for the peft package", target, of)
+            return
+        on_main(lambda: _check_folder(target, base.folder, config.overwrite, "config.json"))
         stored = base.hf.precision if base.hf is not None else _PRECISIONS[stored_dtype(base.folder, "decoder.")]
         precision = stored if config.export.precision == "stored" else config.export.precision
         config.engine.precision = precision
-        loaded = load_model(str(base.folder), config, "checkpoint", asked=False)
+        loaded = load_model(str(config.checkpoint), config, "checkpoint", asked=False)
         on_main(lambda: export_hf.write(loaded, target, precision, facts))
         here.run.update(outputs={"checkpoint": str(target)})
         get_logger(__name__).info("%s: a Hugging Face folder in %s", target, precision)
+
+
+def _check_folder(target: Path, source: Path, overwrite: bool, sign: str) -> None:
+    export_hf.take_back_unfinished(target)
+    check_target(target, source, overwrite, sign)
 
 
 def check_target(target: Path, source: Path, overwrite: bool, sign: str = "meta.json") -> None:

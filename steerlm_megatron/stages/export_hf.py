@@ -12,14 +12,16 @@ A model that began as a Hugging Face folder keeps what that folder said (``stage
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.files import write_bytes_atomic, write_json_atomic
+from steerlm_megatron.files import put_folder, take_back, write_bytes_atomic, write_json_atomic
 from steerlm_megatron.model.hf import (
     FAMILIES,
     Family,
@@ -33,6 +35,7 @@ from steerlm_megatron.model.hf import (
     without_code,
     write_hf,
 )
+from steerlm_megatron.model.hf.peft import write_adapter
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.device import dtype_of
 from steerlm_megatron.stages.model_card import RunFacts, model_card
@@ -140,19 +143,45 @@ def write(loaded: LoadedModel, target: Path, precision: str, run: RunFacts) -> N
     """Write the folder ``target``, whole or not at all; one that stands there is replaced (``export.check_target``).
     ``run`` is for the model card.
     """
-    work = target.with_name(f".{target.name}.steerlm")
+    if loaded.hf is not None:
+        _replace(loaded, target, lambda work: _write_untouched(loaded, work, precision))
+    else:
+        _replace(loaded, target, lambda work: _write(loaded, work, precision, target.name, run))
+
+
+def write_adapter_folder(
+    opened: OpenedCheckpoint, target: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> None:
+    """Write an adapter with the tokenizer and chat template that it was trained with, whole or not at all."""
+
+    def fill(work: Path) -> None:
+        work.mkdir(parents=True)
+        _write_tokenizer(opened, work, _stops(opened))
+        write_adapter(work, tensors, config)
+
+    _replace(opened, target, fill)
+
+
+def _replace(opened: OpenedCheckpoint, target: Path, fill: Callable[[Path], None]) -> None:
+    """Put what ``fill`` writes in the place of ``target``; a model that was trained here is tried before."""
+    work = _work_beside(target)
     shutil.rmtree(work, ignore_errors=True)
     try:
-        if loaded.hf is not None:
-            _write_untouched(loaded, work / "new", precision)
-        else:
-            _write(loaded, work / "new", precision, target.name, run)
-            _try_tokens(loaded, work / "new")
-        if target.exists():
-            target.rename(work / "old")
-        (work / "new").rename(target)
+        fill(work / "new")
+        if opened.hf is None:
+            _try_tokens(opened, work / "new")
+        put_folder(work / "new", target, work / "old")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def take_back_unfinished(target: Path) -> None:
+    """Put back an earlier export that a killed command had moved aside to replace it."""
+    take_back(target, _work_beside(target) / "old")
+
+
+def _work_beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.steerlm")
 
 
 def _family(opened: OpenedCheckpoint) -> Family:
@@ -184,8 +213,7 @@ def _write(loaded: LoadedModel, work: Path, precision: str, name: str, run: RunF
     model, rows, kept = loaded.model_config, loaded.meta.vocab_size, loaded.meta.base
     family, dtype = _family(loaded), dtype_of(precision)
     base = kept["config"] if kept.get("family") == family.name else None
-    stops = [loaded.tokenizer.control_id(text) for text in loaded.template.stop_strings]
-    labels = None
+    stops, labels = _stops(loaded), None
     if loaded.meta.head == "regression":
         assert loaded.schema is not None
         instead, bias = place_bias(loaded.model, dtype)
@@ -200,15 +228,13 @@ def _write(loaded: LoadedModel, work: Path, precision: str, name: str, run: RunF
     else:
         instead = {}
         config = config_for(model, family, rows, base) | {"architectures": [family.architecture]}
-    config |= {"eos_token_id": stops[0] if len(stops) == 1 else stops}
+    config |= {"eos_token_id": stops}
     if labels is not None and config.get("pad_token_id") in (None, _marker(loaded)):
-        config["pad_token_id"] = stops[0]  # the values are read at the last token that is none of padding
+        config["pad_token_id"] = (
+            stops if isinstance(stops, int) else stops[0]
+        )  # the values are read at the last token that is none of padding
     write_hf(work, hf_tensors(loaded.model, model, family, rows, instead), config, dtype)
-    write_json_atomic(work / "tokenizer.json", exported_tokenizer(loaded.tokenizer))
-    write_json_atomic(work / "tokenizer_config.json", _tokenizer_config(loaded))
-    if labels is None:
-        generation = {**kept.get("generation_config", {}), "eos_token_id": config["eos_token_id"]}
-        write_json_atomic(work / "generation_config.json", generation)
+    _write_tokenizer(loaded, work, stops)
     card = model_card(loaded, name, family, labels, run)
     write_bytes_atomic(work / "README.md", card.encode())
 
@@ -217,7 +243,22 @@ def _marker(opened: OpenedCheckpoint) -> int:
     return opened.tokenizer.control_id(opened.template.label_marker)
 
 
-def _tokenizer_config(loaded: LoadedModel) -> dict[str, Any]:
+def _stops(opened: OpenedCheckpoint) -> int | list[int]:
+    """Return the id of the token that ends a response, or a list of several."""
+    stops = [opened.tokenizer.control_id(text) for text in opened.template.stop_strings]
+    return stops[0] if len(stops) == 1 else stops
+
+
+def _write_tokenizer(opened: OpenedCheckpoint, work: Path, stops: int | list[int]) -> None:
+    """Write the tokenizer's files and, of a language model, how responses are drawn."""
+    write_json_atomic(work / "tokenizer.json", exported_tokenizer(opened.tokenizer))
+    write_json_atomic(work / "tokenizer_config.json", _tokenizer_config(opened))
+    if opened.meta.head == "lm":
+        generation = {**opened.meta.base.get("generation_config", {}), "eos_token_id": stops}
+        write_json_atomic(work / "generation_config.json", generation)
+
+
+def _tokenizer_config(loaded: OpenedCheckpoint) -> dict[str, Any]:
     before = loaded.meta.base.get("tokenizer_config", {})
     kept = {key: value for key, value in before.items() if key not in _SAID_BY_TOKENIZER}
     stop = loaded.template.stop_strings[0]
@@ -244,7 +285,7 @@ def _chat_template(opened: OpenedCheckpoint) -> str:
     return chat_template(opened.template, schema, {} if schema is None else schema.complete({}))
 
 
-def _try_tokens(loaded: LoadedModel, folder: Path) -> None:
+def _try_tokens(loaded: OpenedCheckpoint, folder: Path) -> None:
     """Compare the tokens that ``transformers`` makes with the folder's chat template with ours. ``UserError`` if they
     differ: a model that reads other tokens than it was trained on answers worse, and nobody sees why.
     """

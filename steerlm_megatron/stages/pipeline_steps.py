@@ -102,6 +102,7 @@ class Step:
 
 
 _NO_LABEL_WEIGHTS: dict[str, Any] = {"label_weights": {}}  # only train_ap uses the label weights of a run
+_NO_HEAD: dict[str, Any] = {"head_lr": None}  # nor has another model a regression head
 
 
 def _shards(run: Run, step: str) -> dict[str, str | None]:
@@ -117,7 +118,8 @@ def _base_wiring(run: Run) -> dict[str, Any]:
     return {
         "init_from": None,
         "attributes": {"names": []},
-        "train": {"objective": "lm", **_NO_LABEL_WEIGHTS},
+        "train": {"objective": "lm", "trainable": "all", **_NO_LABEL_WEIGHTS},  # there is nothing to adapt yet
+        "optim": _NO_HEAD,
         "data": _shards(run, "data"),
     }
 
@@ -131,7 +133,12 @@ def _annotate_wiring(run: Run) -> dict[str, Any]:
 
 
 def _acsft_wiring(run: Run) -> dict[str, Any]:
-    return {"init_from": _from_base(run), "train": _NO_LABEL_WEIGHTS, "data": _shards(run, "annotated_data")}
+    return {
+        "init_from": _from_base(run),
+        "train": _NO_LABEL_WEIGHTS,
+        "optim": _NO_HEAD,
+        "data": _shards(run, "annotated_data"),
+    }
 
 
 def _sft_wiring(run: Run) -> dict[str, Any]:
@@ -151,6 +158,7 @@ def _bootstrapped_wiring(run: Run) -> dict[str, Any]:
     return {
         "init_from": str(run.folder("acsft")),
         "train": _NO_LABEL_WEIGHTS,
+        "optim": _NO_HEAD,
         "data": {
             "train": run.path("bootstrapped_data", "shards/train"),
             "valid": _shards(run, "annotated_data")["valid"],

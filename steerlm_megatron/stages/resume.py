@@ -16,9 +16,18 @@ from steerlm_megatron.data.feed.blend import Corpora
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import padded_vocab_size
+from steerlm_megatron.model.lora import Lora
 from steerlm_megatron.stages.base import Base, model_differences, open_base
 from steerlm_megatron.stages.published import schema_of_labels
 from steerlm_megatron.train.meta import CheckpointMeta
+
+# Names in a checkpoint's metadata and in errors.
+_OF_ADAPTERS = {
+    "rank": "lora.rank",
+    "alpha": "lora.alpha",
+    "targets": "lora.targets",
+    "rows": "trained rows of lora.train_rows",
+}
 
 
 def data_order(config: Config, data: Corpora, view: View) -> dict[str, Any]:
@@ -37,7 +46,7 @@ def check_init(config: Config, data: Corpora, view: View) -> Base | None:
     """Return the model to start from, after checking that its vocabulary, shape and head fit this run."""
     if config.init_from is None:
         return None
-    base = open_base(config.init_from, "init_from")
+    base = open_base(config.init_from, "init_from", config.lora.base)
     meta = base.meta
     ours, remedy = data.tokenizer.hash, base.folder / "tokenizer"
     if base.hf is not None:  # control strings are added to what the folder has
@@ -102,9 +111,11 @@ def padding_differences(config: Config, meta: CheckpointMeta, view: View) -> lis
     ]
 
 
-def check_resume(config: Config, data: Corpora, view: View, folder: Path, meta: CheckpointMeta) -> None:
-    """Refuse to resume from ``folder`` with settings that would make it another run. All differences are reported at
-    once.
+def check_resume(
+    config: Config, data: Corpora, view: View, folder: Path, meta: CheckpointMeta, lora: Lora | None = None
+) -> None:
+    """Refuse to resume from ``folder`` with settings that would make it another run, ``lora`` with other adapters. All
+    differences are reported at once.
     """
     if not meta.training_state:
         raise UserError(f"{folder} is an export, which no run can resume from; start a new run with init_from={folder}")
@@ -123,6 +134,9 @@ def check_resume(config: Config, data: Corpora, view: View, folder: Path, meta: 
         ]
     before = {"train.trainable": meta.config.get("train", {}).get("trainable"), **meta.data}
     now = {"train.trainable": config.train.trainable, **data_order(config, data, view)}
+    if lora is not None and meta.lora is not None:
+        before |= {key: meta.lora[name] for name, key in _OF_ADAPTERS.items()}
+        now |= {key: lora.to_dict()[name] for name, key in _OF_ADAPTERS.items()}
     for key, value in now.items():
         if before.get(key) is None or before[key] == value:  # checkpoints of earlier versions do not have the key
             continue

@@ -22,6 +22,7 @@ from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.model.hf import HFFolder
+from steerlm_megatron.model.lora import Lora, merge
 from steerlm_megatron.model.weights import fill
 from steerlm_megatron.observe.log import get_logger, setup_logging
 from steerlm_megatron.observe.runfolder import RunFolder, default_run_dir
@@ -163,7 +164,12 @@ def open_checkpoint(
     if base.hf is not None and base.hf.head == "regression":
         return _open_classifier(base, base.hf, key, asked, attributes)
     if base.hf is not None:
-        found, tokenizer = prompts_of(folder, key)
+        try:
+            found, tokenizer = prompts_of(folder, key)
+        except UserError:
+            if asked:
+                raise
+            found, tokenizer = None, Tokenizer.from_path(folder)  # a model that is not asked may have any format
         if found is None and asked:
             raise UserError(
                 f"{key}={path} has no chat template: its model continues text, and has no format for requests; "
@@ -207,8 +213,9 @@ def load_model(
     asked: bool = True,
     attributes: AttributesConfig | None = None,
 ) -> LoadedModel:
-    """Build and fill the model of a checkpoint at ``config.parallel``; ``head`` and ``attributes`` as in
-    :func:`open_checkpoint`. Collective over the world.
+    """Build and fill the model of a checkpoint at ``config.parallel``, adapters merged.
+
+    ``head`` and ``attributes`` are as in :func:`open_checkpoint`. Collective over the world.
     """
     opened = open_checkpoint(path, key, head, asked, attributes)
     folder, meta, schema = opened.folder, opened.meta, opened.schema
@@ -221,6 +228,7 @@ def load_model(
         meta.vocab_size,
         attributes=_values_of(opened),
         gather_logits=gather_logits,
+        lora=None if meta.lora is None else Lora.from_dict(meta.lora),
     )
     if opened.hf is not None:
         fill(opened.hf.weights(model, meta.vocab_size))
@@ -228,6 +236,8 @@ def load_model(
         verify(folder)
         state = load_sharded({"model": model.sharded_state_dict()}, folder)
         model.load_state_dict(state["model"])
+        merge(model)
+        meta = dataclasses.replace(meta, lora=None)
     model.to(dtype_of(config.engine.precision)).eval().requires_grad_(False)
     get_logger(__name__).info("loaded %s (step %d)", folder, meta.step)
     return LoadedModel(

@@ -26,6 +26,8 @@ from steerlm_megatron.data.views import View
 from steerlm_megatron.data.write.preprocess import is_complete
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.gpt import build_model, freeze_trunk
+from steerlm_megatron.model.hf import PeftFolder
+from steerlm_megatron.model.lora import Lora, freeze
 from steerlm_megatron.model.weights import HEAD, REGRESSION_HEAD, initial_weights
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops
@@ -35,6 +37,7 @@ from steerlm_megatron.observe.sinks import sinks_of
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.runtime.device import device_name
 from steerlm_megatron.runtime.watch import Watch
+from steerlm_megatron.stages.adapters import described, lora_of, merged_weights, merges
 from steerlm_megatron.stages.base import Base
 from steerlm_megatron.stages.demo_corpus import ensure_shards
 from steerlm_megatron.stages.resume import check_init, check_resume, check_steps, data_order
@@ -89,14 +92,15 @@ def train(here: Session) -> TrainResult:
     data, valid = open_data(config, verify=config.data.verify and here.layout.is_main)
     _check_data(config, data, view)
     base = check_init(config, data, view)
+    lora = lora_of(config, data.tokenizer, base)
     counts = _label_counts(config, data, view, base)
     rows = _pack(config, data, view, config.data.weights)
     store = CheckpointStore(here.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
     latest = store.latest()
-    meta = _new_meta(config, data, view, counts, base)
+    meta = _new_meta(config, data, view, counts, base, lora)
     if latest:
         earlier = read_meta(latest)
-        on_main(partial(check_resume, config, data, view, latest, earlier))
+        on_main(partial(check_resume, config, data, view, latest, earlier, lora))
         meta = dataclasses.replace(meta, step=earlier.step, loader=earlier.loader)
     end = None if config.train.steps else end_row(rows, config.train.epochs)
     loaders = [_loader(here, rows, meta.loader.get("consumed_rows", 0), end)]
@@ -105,14 +109,15 @@ def train(here: Session) -> TrainResult:
     steps = config.train.steps or meta.step + loaders[0].steps_to(end or 0)
     if latest:
         on_main(partial(check_steps, config, steps, latest, meta))
-    engine, initial, flops = _build_engine(config, data, view, steps, base)
+    engine, initial, flops = _build_engine(config, data, view, steps, base, lora)
     if latest is not None:
         engine.load(latest)
         get_logger(__name__).info("resuming from %s at step %d of %d", latest, meta.step, steps)
     else:
-        engine.fill(initial)
         if base is not None and base.hf is None:
             verify(base.folder)
+        engine.fill(initial)
+        if base is not None and base.hf is None and not merges(config, lora, base):
             engine.load_model(base.folder)
     _announce(config, view, rows, loaders[0], steps)
     check_profile(config, here.layout.world_size, meta.step, steps)
@@ -253,7 +258,7 @@ def _label_counts(config: Config, data: Corpora, view: View, base: Base | None) 
 
 
 def _new_meta(
-    config: Config, data: Corpora, view: View, label_counts: dict[str, int], base: Base | None
+    config: Config, data: Corpora, view: View, label_counts: dict[str, int], base: Base | None, lora: Lora | None
 ) -> CheckpointMeta:
     schema = data.schema if view in ("ap", "acsft") else None
     return CheckpointMeta(
@@ -267,6 +272,7 @@ def _new_meta(
         label_mean=[None if math.isnan(v) else float(v) for v in data.label_mean()] if view == "ap" else [],
         label_counts=label_counts,
         base={} if base is None else base.meta.base,
+        lora=described(config, lora, base),
         config=to_container(config),
         data=data_order(config, data, view),
         parallel=dataclasses.asdict(config.parallel),
@@ -282,7 +288,7 @@ def _objective(config: Config, data: Corpora, view: View) -> Objective:
 
 
 def _build_engine(
-    config: Config, data: Corpora, view: View, steps: int, base: Base | None
+    config: Config, data: Corpora, view: View, steps: int, base: Base | None, lora: Lora | None
 ) -> tuple[Engine, Iterable[tuple[torch.nn.Parameter, torch.Tensor]], Callable[[int, float], float]]:
     """Return the engine, the weights to fill it with (not yet drawn or read), and the function that counts FLOPs
     (docs/numerics.md). Of a model that starts from a checkpoint, only a head that this may lack is drawn.
@@ -299,13 +305,20 @@ def _build_engine(
             vocab_size,
             attributes=len(config.attributes.names) if view == "ap" else None,
             vp_stage=stage if chunk_count > 1 else None,
+            lora=lora,
         )
         if config.train.trainable == "head":
             freeze_trunk(chunk)
+        if lora is not None:
+            freeze(chunk)
         initial.append(initial_weights(chunk, config.model, vocab_size, config.train.seed, mean_A, within))
         if base is not None and base.hf is not None:
-            tokenizer = data.tokenizer
-            initial.append(base.hf.weights(chunk, vocab_size, (tokenizer.base_size, tokenizer.vocab_size)))
+            tokenizer, weights = data.tokenizer, base.hf.weights
+            if isinstance(base.hf, PeftFolder) and lora is not None and not config.lora.merge:
+                weights = base.hf.apart
+            initial.append(weights(chunk, vocab_size, (tokenizer.base_size, tokenizer.vocab_size)))
+        elif base is not None and merges(config, lora, base):
+            initial.append(merged_weights(config, base, chunk, stage if chunk_count > 1 else None))
         chunks.append(chunk)
     engine = engine_of(config.engine)(chunks, _objective(config, data, view), config.optim, config.engine, steps)
     return engine, itertools.chain(*initial), flops_of(config, vocab_size, view)
@@ -318,14 +331,16 @@ def _vocab_size(data: Corpora, base: Base | None) -> int:
 
 def flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, float], float]:
     """Return a function from useful tokens and Σ s² to model FLOPs (docs/numerics.md). A frozen trunk has no backward
-    pass and takes a third of them.
+    pass and takes a third of them; below adapters there are gradients of activations, and none of the weights.
     """
     model, multiplied = config.model, _multiplied_parameters(config.model, vocab_size, view)
     width = (model.head_dim or model.hidden_size // model.num_heads) * model.num_heads
-    backward = config.train.trainable == "all"
+    backward = config.train.trainable != "head"
+    spared = 2.0 * multiplied if config.train.trainable == "lora" else 0.0
 
     def flops(tokens: int, squares: float) -> float:
-        return model_flops(multiplied, model.num_layers, width, tokens, squares, training=backward)
+        total = model_flops(multiplied, model.num_layers, width, tokens, squares, training=backward)
+        return total - spared * tokens
 
     return flops
 

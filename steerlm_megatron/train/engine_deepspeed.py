@@ -31,6 +31,7 @@ from steerlm_megatron.config.schema import EngineConfig, OptimConfig
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.inputs import on_device
+from steerlm_megatron.model.lora import adapters
 from steerlm_megatron.runtime.collectives import sum_from_last_stage, sum_over_data_parallel
 from steerlm_megatron.runtime.device import Stopwatch, device, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
@@ -38,8 +39,8 @@ from steerlm_megatron.train.adam import ADAM_STEP, adam_step, allocate_adam, par
 from steerlm_megatron.train.engine import Engine, StepGivenUp, StepResult, pieces
 from steerlm_megatron.train.objective import Objective
 from steerlm_megatron.train.rng import rng_state, take_rng_state
-from steerlm_megatron.train.schedule import build_schedule
-from steerlm_megatron.train.sharded import common_state, load_sharded
+from steerlm_megatron.train.schedule import build_schedule, rates_now
+from steerlm_megatron.train.sharded import common_state, load_sharded, stored_keys
 
 # What ZeRO keeps in fp32 of each parameter, by the name it has in a checkpoint: the Megatron-Core engine's.
 _MASTER = "param"
@@ -91,7 +92,7 @@ class DeepSpeedEngine(Engine):
         self.shapes = {name: p.shape for name, p in self.parameters.items()}
         self.dtypes = dict.fromkeys(self.parameters, torch.bfloat16 if engine.precision == "bf16" else torch.float32)
         adam = torch.optim.AdamW(
-            parameter_groups(model, optim.weight_decay), lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps,
+            parameter_groups(model, optim), lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps,
             weight_decay=optim.weight_decay, fused=True,
         )  # fmt: skip
         self.ds, self.optimizer, _, _ = deepspeed.initialize(
@@ -163,7 +164,8 @@ class DeepSpeedEngine(Engine):
         loss = means.pop("loss")
         middle = time.perf_counter()
         self.schedule.step(increment=1)
-        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        lr, rates = rates_now(self.schedule)
+        means |= rates
         self._finite = math.isfinite(loss)
         self.ds.step()
         grad_norm = float(self.ds.get_global_grad_norm() or 0.0)
@@ -226,7 +228,10 @@ class DeepSpeedEngine(Engine):
             take_rng_state(load_sharded({"rng": rng_state(self.layout)}, folder)["rng"])
 
     def load_model(self, folder: Path) -> None:
-        loaded = load_sharded({"model": self._empty(None)}, folder, missing_ok=("output_layer.",))["model"]
+        state, there = self._empty(None), stored_keys(folder)
+        for name in [name for name, entry in adapters(state) if entry.key not in there]:
+            del state[name]  # adapters that the checkpoint lacks keep what they were filled with
+        loaded = load_sharded({"model": state}, folder, missing_ok=("output_layer.",))["model"]
         self._take(_MASTER, {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)})
 
     def _template(self, name: str, kind: str | None, data: torch.Tensor) -> Template:

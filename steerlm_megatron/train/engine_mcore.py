@@ -19,8 +19,14 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
@@ -28,17 +34,25 @@ from steerlm_megatron.config.schema import EngineConfig, OptimConfig
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.inputs import on_device
+from steerlm_megatron.model.lora import adapters, sum_tied_rows
 from steerlm_megatron.runtime import mcore_private
 from steerlm_megatron.runtime.collectives import sum_from_last_stage
 from steerlm_megatron.runtime.device import HostCopy, Stopwatch, device, dtype_of, has_cuda
 from steerlm_megatron.runtime.parallel import Layout, layout
-from steerlm_megatron.train.adam import ADAM_STEP, adam_step, allocate_adam, set_adam_step
+from steerlm_megatron.train.adam import (
+    ADAM_STEP,
+    adam_step,
+    allocate_adam,
+    head_rates,
+    is_head,
+    set_adam_step,
+)
 from steerlm_megatron.train.engine import Engine, StepGivenUp, StepResult, pieces
 from steerlm_megatron.train.objective import Objective
 from steerlm_megatron.train.ranges import sharded_range
 from steerlm_megatron.train.rng import rng_state, take_rng_state
-from steerlm_megatron.train.schedule import build_schedule
-from steerlm_megatron.train.sharded import common_state, load_sharded
+from steerlm_megatron.train.schedule import build_schedule, rates_now
+from steerlm_megatron.train.sharded import common_state, load_sharded, stored_keys
 
 
 class MegatronEngine(Engine):
@@ -74,9 +88,12 @@ class MegatronEngine(Engine):
             self.config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
         if mcore_private.can_fuse_gradient_accumulation():
             self._fuse_gradient_accumulation()
-        self.optimizer = get_megatron_optimizer(
-            self._optimizer_config(optim, engine, ddp.overlap_param_gather), self.chunks
-        )
+        config = self._optimizer_config(optim, engine, ddp.overlap_param_gather)
+        overrides = get_standard_config_overrides(config)
+        if rates := head_rates(optim):
+            named = ParamWithNamePredicate(name="head", fn=lambda parameter, name: is_head(name))
+            overrides[ParamKey(with_name_predicate=named)] = rates
+        self.optimizer = get_megatron_optimizer(config, self.chunks, overrides)
         for inner in self._inner_optimizers():
             for group in inner.param_groups:
                 for parameter in group["params"]:
@@ -229,6 +246,8 @@ class MegatronEngine(Engine):
         """
         self._own.stop()  # until here a replica works alone
         finalize_model_grads(chunks, None, **kwargs)
+        for chunk in self.chunks:
+            sum_tied_rows(chunk)
         terms, self._terms = terms if self._terms is None else self._terms + terms, None
         factor = 1.0 / sum_from_last_stage(terms).clamp(min=1)
         for chunk in self.chunks:
@@ -260,7 +279,8 @@ class MegatronEngine(Engine):
         loss = means.pop("loss")
         seconds = {"forward_backward": computing.seconds(), "own": self._own.seconds()}
         seconds["optimizer"] = time.perf_counter() - start - seconds["forward_backward"]
-        lr = max(group["lr"] for group in self.optimizer.param_groups) if self.optimizer.param_groups else 0.0
+        lr, rates = rates_now(self.schedule)
+        means |= rates
         if self._finite:
             return StepResult(loss, grad_norm, lr, metrics=means, seconds=seconds)
         self.schedule.step(increment=-1)
@@ -363,7 +383,11 @@ class MegatronEngine(Engine):
             _bare(chunk).load_state_dict(loaded["model" if len(self.chunks) == 1 else f"model{i}"], strict=strict)
 
     def load_model(self, folder: Path) -> None:
-        self._take_model(load_sharded(self._model_state(), folder, missing_ok=("output_layer.",)), strict=False)
+        state, there = self._model_state(), stored_keys(folder)
+        for part in state.values():  # adapters that the checkpoint lacks keep what they were filled with
+            for name in [name for name, entry in adapters(part) if entry.key not in there]:
+                del part[name]
+        self._take_model(load_sharded(state, folder, missing_ok=("output_layer.",)), strict=False)
         self.optimizer.reload_model_params()
 
 

@@ -61,7 +61,8 @@ class CheckpointMeta:
     mean per attribute (the constant predictor), None where there were none. ``label_counts``: labels per attribute that
     this model and those it started from were trained on; empty where they do not enter (plain SFT), and in checkpoints
     of earlier versions. ``base``: of a model that began as a Hugging Face folder, what of that folder an export gives
-    back (``stages/published.py``).
+    back (``stages/published.py``). ``lora``: the adapters beside the weights (``model/lora.py``), and as ``base`` the
+    Hugging Face model whose weights these are; None for a model without.
     """
 
     step: int
@@ -77,6 +78,7 @@ class CheckpointMeta:
     label_mean: list[float | None] = field(default_factory=list)
     label_counts: dict[str, int] = field(default_factory=dict)
     base: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] | None = None
     # of the run that saved it: its resolved configuration, and what decides the order of its data (stages/train.py)
     config: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)

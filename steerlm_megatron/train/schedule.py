@@ -7,6 +7,7 @@ from typing import Any
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from steerlm_megatron.config.schema import OptimConfig
+from steerlm_megatron.train.adam import head_rates
 
 
 def build_schedule(optimizer: Any, optim: OptimConfig, steps: int) -> OptimizerParamScheduler:
@@ -15,7 +16,7 @@ def build_schedule(optimizer: Any, optim: OptimConfig, steps: int) -> OptimizerP
     Step :meth:`OptimizerParamScheduler.step` by one *before* each optimizer step: the first step then trains.
     """
     steps = max(1, steps)
-    return OptimizerParamScheduler(
+    schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=optim.lr,
@@ -30,3 +31,11 @@ def build_schedule(optimizer: Any, optim: OptimConfig, steps: int) -> OptimizerP
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+    schedule.head_rates = head_rates(optim)
+    return schedule
+
+
+def rates_now(schedule: OptimizerParamScheduler) -> tuple[float, dict[str, float]]:
+    """The learning rate in force, and as a metric that of the regression head, where it has one of its own."""
+    head = schedule.head_rates
+    return schedule.get_lr({}), {"head_lr": schedule.get_lr(head)} if head else {}

@@ -133,6 +133,12 @@ def stored_dtype(folder: Path, prefix: str) -> torch.dtype:
     return max(dtypes, key=lambda dtype: dtype.itemsize)
 
 
+def stored_keys(folder: Path) -> set[str]:
+    """Names of the tensors that a checkpoint holds."""
+    with reading(folder):
+        return set(dist_checkpointing.load_tensors_metadata(str(folder)))
+
+
 def common_state(folder: Path) -> dict[str, Any]:
     """What a checkpoint holds besides tensors, the same on every rank."""
     with reading(folder):

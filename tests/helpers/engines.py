@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk
-from steerlm_megatron.model.weights import fill, global_names, initial_weights
+from steerlm_megatron.model.lora import Lora, freeze
+from steerlm_megatron.model.weights import fill, global_names, initial_weights, tensor_parallel_part
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.stages.train import engine_of
@@ -43,6 +45,8 @@ OPTIM = {
     name: OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip_grad=clip, eps=1e-5)
     for name, clip in (("sft", 3.2), ("ap", 23.0))
 }
+# Trained rows on both sides of the border between two tensor-parallel ranks (of 304 padded rows).
+LORA = Lora(3, 6.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), rows=(149, 155))
 
 
 _ENGINES: list[tuple[ParallelConfig, Any]] = []
@@ -63,6 +67,8 @@ class Case:
     zero: int = 0  # stage of the DeepSpeed engine; 0: the Megatron-Core engine
     offload: str = "none"
     precision: str = "fp32"
+    lora: Lora | None = None  # nothing but adapters (and a regression head) is trained
+    head_lr: float | None = None
     overlap: bool = False  # gradients are reduced and weights gathered beside computing, in buckets of a layer or so
 
     @property
@@ -71,9 +77,14 @@ class Case:
             kind = {"name": "deepspeed", "zero_stage": self.zero, "offload": self.offload}
             return EngineConfig(**kind, recompute=self.recompute, precision=self.precision)
         if self.overlap:
-            beside = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_parameters": 5_000}
+            bucket = 1_000 if self.lora is not None else 5_000
+            beside = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_parameters": bucket}
             return EngineConfig(recompute=self.recompute, precision=self.precision, **beside)
         return EngineConfig(recompute=self.recompute, precision=self.precision)
+
+    @property
+    def optim(self) -> OptimConfig:
+        return replace(OPTIM[self.objective], head_lr=self.head_lr)
 
     @property
     def model(self) -> ModelConfig:
@@ -179,12 +190,16 @@ def _build(case: Case) -> list[PackedGPTModel]:
     attributes = len(NAMES) if case.objective == "ap" else None
     virtual = case.layout.virtual_pipeline
     chunks = [
-        build_model(case.model, case.layout, case.engine, VOCAB, attributes, vp_stage=i if virtual else None)
+        build_model(
+            case.model, case.layout, case.engine, VOCAB, attributes, vp_stage=i if virtual else None, lora=case.lora
+        )
         for i in range(virtual or 1)
     ]
     for chunk in chunks:
         if case.head_only:
             freeze_trunk(chunk)
+        if case.lora is not None:
+            freeze(chunk)
     return chunks
 
 
@@ -195,6 +210,23 @@ def _weights(case: Case, chunks: Sequence[PackedGPTModel], seed: int) -> list[tu
         out += list(initial_weights(chunk, case.model, VOCAB, seed))
         if case.objective == "ap" and chunk.post_process:
             out += head_weights(chunk)
+        if case.lora is not None:
+            out += adapter_weights(chunk)
+    return out
+
+
+def adapter_weights(chunk: PackedGPTModel) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+    """Weights of adapters that change what a model computes (they start with B = 0), the same at every layout."""
+    out = []
+    for name, p in global_names(chunk):
+        if name.endswith((".lora_b", ".rows")):
+            shape = list(p.shape)
+            if getattr(p, "tensor_model_parallel", False):
+                shape[p.partition_dim] *= parallel.layout().tp_size
+            if name == "output_layer.rows" and chunk.share_embeddings_and_output_weights:
+                name = "embedding.word_embeddings.rows"
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            out.append((p, tensor_parallel_part(torch.empty(shape).normal_(0.0, 0.1, generator=generator), p)))
     return out
 
 
@@ -214,7 +246,7 @@ def make(case: Case, seed: int = 5, steps: int = 8) -> Any:
     parallel.initialize(case.layout, seed)
     chunks = _build(case)
     weights = _weights(case, chunks, seed)
-    engine = engine_of(case.engine)(chunks, objective(case), OPTIM[case.objective], case.engine, steps)
+    engine = engine_of(case.engine)(chunks, objective(case), case.optim, case.engine, steps)
     engine.fill(weights)
     _ENGINES.append((case.layout, engine))
     return engine

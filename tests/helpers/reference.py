@@ -84,6 +84,19 @@ def forward(p: Params, tokens_T: torch.Tensor, model: ModelConfig) -> torch.Tens
     return capped(x @ p.get("output_layer.weight", p["embedding.word_embeddings.weight"]).T, model.logit_softcap)
 
 
+def with_adapters(p: Params, scale: float, first_row: int) -> Params:
+    """Return the weights that a model with adapters computes with: W + scale · B A, and tables with trained rows."""
+    out = {name: value for name, value in p.items() if not name.endswith((".lora_a", ".lora_b", ".rows"))}
+    for name, value in p.items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "lora_b":
+            out[f"{module}.weight"] = out[f"{module}.weight"] + scale * (value @ p[f"{module}.lora_a"])
+        if leaf == "rows":
+            index = torch.arange(first_row, first_row + len(value))
+            out[f"{module}.weight"] = out[f"{module}.weight"].index_add(0, index, value)
+    return out
+
+
 def loss_sum(p: Params, document: Document, model: ModelConfig, weights_A: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Return a document's summed loss, and the number of terms in it."""
     output = forward(p, document.tokens_T, model)
@@ -112,13 +125,15 @@ class Trainer:
     optim: OptimConfig
     steps: int
     weights_A: torch.Tensor
+    lora: tuple[float, int] | None = None  # scale and first trained row: nothing but adapters and a head is trained
     step: int = 0
     moments: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def train_step(self, documents: Sequence[Document]) -> tuple[float, float]:
         """Train one step and return (loss, gradient norm before clipping)."""
-        leaves = {name: p.detach().clone().requires_grad_() for name, p in self.params.items()}
-        sums = [loss_sum(leaves, document, self.model, self.weights_A) for document in documents]
+        leaves = {name: p.detach().clone().requires_grad_(self._trained(name)) for name, p in self.params.items()}
+        weights = self.weights(leaves)
+        sums = [loss_sum(weights, document, self.model, self.weights_A) for document in documents]
         loss = torch.stack([total for total, _ in sums]).sum() / sum(count for _, count in sums)
         loss.backward()
         grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
@@ -127,8 +142,16 @@ class Trainer:
         self.step += 1
         lr = learning_rate(self.optim, self.step, self.steps)
         for name, grad in grads.items():
-            self._adamw(name, grad * scale, lr)
+            own = self.optim.head_lr if self.optim.head_lr and "regression" in name else self.optim.lr
+            self._adamw(name, grad * scale, lr * own / self.optim.lr)
         return float(loss.detach()), norm
+
+    def weights(self, params: Params) -> Params:
+        """Return what the model computes with."""
+        return params if self.lora is None else with_adapters(params, *self.lora)
+
+    def _trained(self, name: str) -> bool:
+        return self.lora is None or name.endswith((".lora_a", ".lora_b", ".rows")) or "regression" in name
 
     def _adamw(self, name: str, grad: torch.Tensor, lr: float) -> None:
         o, p = self.optim, self.params[name]

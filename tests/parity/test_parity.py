@@ -18,6 +18,7 @@ from steerlm_megatron.runtime import parallel
 from tests.helpers.dist import once, run_ranks
 from tests.helpers.engines import (
     LABEL_WEIGHTS,
+    LORA,
     MODEL,
     NAMES,
     OPTIM,
@@ -101,6 +102,21 @@ TIED = (
     "PP2xDP2",
     "PP2xCP2",
 )
+# Layouts at which adapters are trained, and as what: with the loss of SFT, of AP (the head at a rate of its own), or of
+# SFT with tied tables.
+ADAPTED = {
+    "1 rank": ("sft lora", "ap lora", "sft lora tied"),
+    "TP2": ("ap lora",),
+    "TP2+SP recompute": ("sft lora tied",),
+    "PP2": ("sft lora",),
+    "VPP2": ("sft lora tied",),
+    "CP2": ("sft lora",),
+    "DP2 ZeRO 3 recompute": ("sft lora tied",),
+    "TP2xPP2+SP": ("sft lora tied", "ap lora"),
+    "TP2xDP2+SP ZeRO 1": ("sft lora",),
+    "PP2xDP2 overlap": ("sft lora tied",),
+}
+HEAD_LR = 4e-4
 
 GEMMA = ("1 rank", "TP2+SP", "PP2", "CP2", "DP2 ZeRO 3", "TP2xPP2")
 
@@ -120,7 +136,16 @@ def cases(ranks: int) -> dict[str, Case]:
             found[key("sft", name, "tied")] = Case("sft", tied=True, **options)
         if name in GEMMA:
             found[key("sft", name, "gemma")] = Case("sft", gemma=True, **options)
+        for kind in ADAPTED.get(name, ()):
+            found[f"{kind} {name}"] = adapted(kind, **options)
     return found
+
+
+def adapted(kind: str, **options: Any) -> Case:
+    """A case in which nothing but adapters (and a regression head) is trained."""
+    objective = kind.split()[0]
+    head_lr = HEAD_LR if objective == "ap" else None
+    return Case(objective, tied=kind.endswith("tied"), lora=LORA, head_lr=head_lr, **options)
 
 
 # ---- inside the ranks
@@ -149,10 +174,14 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     """Train the reference, in float64, so that the differences are those of the engines."""
     start = {name: p.to(dtype) for name, p in unsplit([shards(build(case))]).items()}
     weights_A = torch.tensor([LABEL_WEIGHTS.get(name, 1.0) for name in NAMES])
-    trainer = Trainer(dict(start), case.model, OPTIM[case.objective], TOTAL_STEPS, weights_A)
+    lora = None if case.lora is None else (case.lora.scale, case.lora.rows[0])
+    if case.lora is not None and case.tied:
+        start.pop("output_layer.rows", None)
+    trainer = Trainer(dict(start), case.model, case.optim, TOTAL_STEPS, weights_A, lora)
     results = [trainer.train_step(documents([row(step, i) for i in range(4)])) for step in range(STEPS)]
     held_out = documents([row(step, i) for step in (100, 101) for i in range(4)])
-    sums = [loss_sum(trainer.params, document, case.model, weights_A) for document in held_out]
+    weights = trainer.weights(trainer.params)
+    sums = [loss_sum(weights, document, case.model, weights_A) for document in held_out]
     losses, norms = zip(*results, strict=True)
     return {
         "loss": losses,
@@ -172,6 +201,7 @@ def references() -> dict[str, Any]:
         "sft tied": Case("sft", tied=True),
         "sft gemma": Case("sft", gemma=True),
     }
+    wanted |= {kind: adapted(kind) for kind in ADAPTED["1 rank"]}
     found = {name: reference(case) for name, case in wanted.items()}
     return found | {f"{name} float32": reference(Case(name), torch.float32) for name in ("sft", "ap")}
 
@@ -300,12 +330,14 @@ def _all_cases() -> list[tuple[int, str]]:
 def test_every_layout_trains_the_references_model(
     ranks: int, name: str, measured: Callable[[int], list[dict[str, Any]]], record_property: Any
 ) -> None:
-    kinds = [kind for kind in ("tied", "gemma") if f" {kind} " in name]
+    kinds = [kind for kind in ("lora", "tied", "gemma") if f" {kind} " in name]
     expected = measured(1)[0]["references"][" ".join([name.split()[0], *kinds])]
     by_rank = [found["trained"][name] for found in measured(ranks)]
     params = unsplit([found["params"] for found in by_rank])
-    if "output_layer.weight" in params and kinds:  # the last stage has a tied copy
+    if "output_layer.weight" in params and {"tied", "gemma"} & {*kinds}:  # the last stage has a tied copy
         assert torch.equal(params.pop("output_layer.weight"), params["embedding.word_embeddings.weight"])
+        if "output_layer.rows" in params:
+            assert torch.equal(params.pop("output_layer.rows"), params["embedding.word_embeddings.rows"])
     assert params.keys() == expected["params"].keys()
     for other in by_rank[1:]:  # every rank gets the same numbers
         assert all(other[kind] == by_rank[0][kind] for kind in ("loss", "norm", "valid"))

@@ -46,6 +46,8 @@ def test_flops_of_a_model_counted_by_hand(activation: str) -> None:
     model.tie_embeddings = True  # the product is the same if the matrix is shared
     assert flops_of(config, 100, "sft")(100, 5200) == 6 * (3 * layer + 20 * 100) * 100 + attention
     assert flops_of(config, 100, "ap")(100, 5200) == 6 * 3 * layer * 100 + attention
+    config.train.trainable = "lora"
+    assert flops_of(config, 100, "ap")(100, 5200) == 4 * 3 * layer * 100 + attention
     config.train.trainable = "head"
     assert flops_of(config, 100, "ap")(100, 5200) == 2 * 3 * layer * 100 + attention / 3
     config.engine.recompute = "full"

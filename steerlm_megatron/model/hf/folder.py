@@ -38,6 +38,7 @@ from steerlm_megatron.model.hf.tables import (
     pieces,
     their_tensors,
 )
+from steerlm_megatron.model.lora import is_adapter
 from steerlm_megatron.model.weights import global_names
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -163,7 +164,7 @@ class HFFolder:
         parts, problems, constants = [], [], []
         known = self._parameters()
         for name, parameter in global_names(gpt):
-            if name in (HEAD_WEIGHT, HEAD_BIAS) and self.labels is None:
+            if (name in (HEAD_WEIGHT, HEAD_BIAS) and self.labels is None) or is_adapter(name):
                 continue
             name = EMBEDDING if name == OUTPUT and self.model.tie_embeddings else name
             axis, ranges, whole = _split(parameter)

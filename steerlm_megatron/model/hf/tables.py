@@ -91,6 +91,7 @@ class Family:
         without_values: tensors (as regular expressions) that old files hold and nothing needs, such as RoPE's tables.
         sequence_classifier: the class with one value per label in the place of the output layer; None: it is called as
             ``architecture`` is.
+        in_memory: modules that ``transformers`` 5 calls otherwise than files do; adapters have the names in memory.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Family:
     full_every: tuple[str, int] = ("", 1)
     without_values: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
     sequence_classifier: str | None = None
+    in_memory: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def classifier(self) -> str:
@@ -384,6 +386,7 @@ GPT_NEOX = Family(
     rotary_percent=0.25,
     rotary_keys=("rotary_emb_base", "rotary_pct"),
     without_values=(r"\.rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$"),
+    in_memory={"embed_out": "lm_head"},
 )
 
 _GEMMA = {
