@@ -133,12 +133,8 @@ def test_out_again_it_is_bit_equal(folder: Path) -> None:
     old, new = (json.loads((path / "config.json").read_text()) for path in (folder, Path("again")))
     assert old == new
     assert run("export", f"checkpoint={folder}", "output=again", "export.format=hf", "run_dir=second") == 2
-    Path("again").rename(made := Path(".again.steerlm"))  # as a kill between the last two renames of an overwrite
-    (made / "x").mkdir()
-    for file in made.glob("*"):
-        if file.is_file():
-            file.rename(made / "x" / file.name)
-    (made / "x").rename(made / "old")
+    Path(".again.steerlm").mkdir()  # as a kill between the last two renames of an overwrite leaves it
+    Path("again").rename(".again.steerlm/old")
     assert run("export", f"checkpoint={folder}", "output=again", "export.format=hf", "run_dir=second") == 2
     assert Path("again/config.json").is_file()
     more = ("export.format=hf", "run_dir=third", "overwrite=true")
