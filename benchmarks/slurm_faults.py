@@ -68,12 +68,15 @@ class Bench:
 
     def until_end(self, name: str, timeout: float = 900.0) -> list[dict[str, Any]]:
         """Wait until no job of the run is left, and return its history."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
         def over() -> bool:
             jobs = {event["job"] for event in self.history(name)}
             jobs |= {job.job for job in record.submitted(self.folder / name)}
-            return all(self.slurm.state(job) in ended for job in jobs) and self.last(name).get("decision") != "requeue"
+            return all(self.slurm.state(job) in ended for job in jobs) and self.last(name).get("decision") in (
+                "done",
+                "stop",
+            )
 
         self.slurm.wait(over, timeout, f"{name} does not end: {self.history(name)}")
         return self.history(name)
