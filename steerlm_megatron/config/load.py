@@ -178,6 +178,15 @@ def _check_model(config: Config) -> list[str]:
             f"model.rotary_low_frequency={m.rotary_low_frequency:g} must be below model.rotary_high_frequency="
             f"{m.rotary_high_frequency:g} with model.rotary_scaling=llama3"
         )
+    if m.full_attention_layers:
+        if m.sliding_window is None:
+            problems.append("model.full_attention_layers needs model.sliding_window: without it all layers are such")
+        if wrong := [layer for layer in m.full_attention_layers if not 0 <= layer < m.num_layers]:
+            problems.append(
+                f"model.full_attention_layers has {' '.join(map(str, wrong))}; layers are 0 to {m.num_layers - 1}"
+            )
+    if m.rotary_local_base is not None and m.sliding_window is None:
+        problems.append("model.rotary_local_base needs model.sliding_window: it is for layers that have one")
     stages = p.pipeline * (p.virtual_pipeline or 1)
     if m.num_layers % stages:
         key = "parallel.pipeline" if not p.virtual_pipeline else "parallel.pipeline x parallel.virtual_pipeline"

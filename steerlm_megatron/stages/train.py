@@ -350,7 +350,7 @@ def _multiplied_parameters(model: ModelConfig, vocab_size: int, view: View) -> i
     head = model.head_dim or model.hidden_size // model.num_heads
     groups = model.num_query_groups or model.num_heads
     attention = model.hidden_size * head * (2 * model.num_heads + 2 * groups)
-    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
+    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.gated else 2)
     return model.num_layers * (attention + mlp) + (0 if view == "ap" else model.hidden_size * vocab_size)
 
 

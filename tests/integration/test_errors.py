@@ -106,6 +106,13 @@ COMMAND_LINES = {
     "half a pair of dimensions": (
         ["train_sft", "model.rotary_percent=0.3"], ["model.rotary_percent=0.3", "9 dimensions"],
     ),
+    "layers of no window": (
+        ["train_sft", "model.full_attention_layers=[4]", "model.rotary_local_base=9"],
+        [
+            "model.full_attention_layers needs model.sliding_window", "has 4; layers are 0 to 3",
+            "model.rotary_local_base needs model.sliding_window",
+        ],
+    ),
     "keys of the other training command": (
         ["train_sft", "train.label_weights={quality: 2}"], ["train.label_weights=", "is of train_ap"],
     ),
