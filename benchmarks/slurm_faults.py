@@ -286,9 +286,9 @@ def chain(bench: Bench) -> list[str]:
         rows.append(f"| {name} | {len(one.splitlines())} records | {'same bytes' if one == other else 'OTHER bytes'} |")
     reports = [json.loads((bench.folder / d / "12-report/report.json").read_text()) for d in ("chain", "chain_alone")]
     for keys in numbers(reports[0]):
-        one, other = (at(report, keys) for report in reports)
-        if not math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-3) and "timings" not in keys:
-            rows.append(f"| report.json {'.'.join(map(str, keys))} | {one:.6g} | {other:.6g} |")
+        here, there = (at(report, keys) for report in reports)
+        if not math.isclose(here, there, rel_tol=1e-3, abs_tol=1e-3) and "timings" not in keys:
+            rows.append(f"| report.json {'.'.join(map(str, keys))} | {here:.6g} | {there:.6g} |")
     rows.append(f"| chain of {len(jobs)} jobs | {time.monotonic() - start:.0f} s | |")
     return rows
 
