@@ -186,8 +186,8 @@ def test_the_steps_are_a_chain(cluster: object, tmp_path: Path, capsys: pytest.C
     assert run("launch", "run", "experiment=quickstart", *HERE, *two) == 2
     said = capsys.readouterr().err
     assert "nodse" in said and "pipeline.train_ap: 2 ranks were started" in said, "all problems are said at once"
-    assert run("launch", "run", "experiment=quickstart", *HERE, "cluster.steps.anotate.nodes=1") == 2
-    assert "cluster.steps: anotate unknown; legal: data base" in capsys.readouterr().err
+    assert run("launch", "run", "experiment=quickstart", *HERE, "cluster.steps.other.nodes=1") == 2
+    assert "cluster.steps: other unknown; legal: data base" in capsys.readouterr().err
 
 
 def a_job(**more: object) -> Job:
