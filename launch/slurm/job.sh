@@ -42,7 +42,8 @@ find_run_dir() {
     case $argument in run_dir=*) run_dir=${argument#run_dir=} ;; esac
   done
   if [ -z "${run_dir:-}" ]; then
-    run_dir=runs/${arguments[0]}/job-${LAUNCH_ID}
+    # Tasks of an array, such as servers, must not share a folder.
+    run_dir=${SERVED:-runs/${arguments[0]}}/job-${LAUNCH_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
     arguments+=("run_dir=$run_dir")
   fi
 }

@@ -322,6 +322,32 @@ def test_a_bad_node_is_left_out(
     assert any("sbatch --parsable --dependency=afterany:5 --exclude=n2 " in call for call in calls(tmp_path))
 
 
+def test_servers_of_an_array_have_a_folder_each_and_end_with_their_job(
+    programs: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    programs("srun", "trap 'echo ended >> ends; exit 0' TERM; for i in {1..100}; do sleep 0.1; done")
+    served = tmp_path / "servers"
+    served.mkdir()
+    here = a_job(
+        name="servers", arguments=("serve",), launch_dir=tmp_path / "r" / "launch", serves=served, tasks=2,
+        cluster=ClusterConfig(gpus_per_node=0),
+    )  # fmt: skip
+    (tmp_path / "script").write_text(render(here))
+    for task in ("0", "1"):
+        environment = {**os.environ, "SLURM_JOB_ID": task, "SLURM_JOB_NAME": "steerlm-servers"}
+        environment["SLURM_ARRAY_TASK_ID"] = task
+        job = subprocess.Popen(["bash", "script"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+        end = time.monotonic() + 60
+        while not any(f"job-1-{task}" in call for call in (calls(tmp_path) if (tmp_path / "calls").exists() else [])):
+            assert time.monotonic() < end, "no server"
+            time.sleep(0.05)
+        (served / "done").touch()
+        assert job.wait(60) == 0
+        (served / "done").unlink()
+    assert (tmp_path / "ends").read_text().split() == ["ended", "ended"]
+    assert all("server.host=0.0.0.0 server.port=0" in call for call in calls(tmp_path) if "serve" in call)
+
+
 def test_signals_reach_the_ranks(
     job: Callable[..., list[str]], programs: Callable[[str, str], None], tmp_path: Path
 ) -> None:
