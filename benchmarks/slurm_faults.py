@@ -68,12 +68,15 @@ class Bench:
 
     def until_end(self, name: str, timeout: float = 900.0) -> list[dict[str, Any]]:
         """Wait until no job of the run is left, and return its history."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "")
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
         def over() -> bool:
             jobs = {event["job"] for event in self.history(name)}
             jobs |= {job.job for job in record.submitted(self.folder / name)}
-            return all(self.slurm.state(job) in ended for job in jobs) and self.last(name).get("decision") != "requeue"
+            return all(self.slurm.state(job) in ended for job in jobs) and self.last(name).get("decision") in (
+                "done",
+                "stop",
+            )
 
         self.slurm.wait(over, timeout, f"{name} does not end: {self.history(name)}")
         return self.history(name)
@@ -283,9 +286,9 @@ def chain(bench: Bench) -> list[str]:
         rows.append(f"| {name} | {len(one.splitlines())} records | {'same bytes' if one == other else 'OTHER bytes'} |")
     reports = [json.loads((bench.folder / d / "12-report/report.json").read_text()) for d in ("chain", "chain_alone")]
     for keys in numbers(reports[0]):
-        one, other = (at(report, keys) for report in reports)
-        if not math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-3) and "timings" not in keys:
-            rows.append(f"| report.json {'.'.join(map(str, keys))} | {one:.6g} | {other:.6g} |")
+        here, there = (at(report, keys) for report in reports)
+        if not math.isclose(here, there, rel_tol=1e-3, abs_tol=1e-3) and "timings" not in keys:
+            rows.append(f"| report.json {'.'.join(map(str, keys))} | {here:.6g} | {there:.6g} |")
     rows.append(f"| chain of {len(jobs)} jobs | {time.monotonic() - start:.0f} s | |")
     return rows
 

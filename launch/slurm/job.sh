@@ -42,7 +42,8 @@ find_run_dir() {
     case $argument in run_dir=*) run_dir=${argument#run_dir=} ;; esac
   done
   if [ -z "${run_dir:-}" ]; then
-    run_dir=runs/${arguments[0]}/job-${LAUNCH_ID}
+    # Tasks of an array, such as servers, must not share a folder.
+    run_dir=${SERVED:-runs/${arguments[0]}}/job-${LAUNCH_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
     arguments+=("run_dir=$run_dir")
   fi
 }
@@ -119,32 +120,32 @@ settle_code() {
   fi
 }
 
-# The state of this attempt. Where SLURM took its node for lost, the job may run elsewhere by now: AGAIN.
+# What SLURM has decided about this attempt: nothing yet (RUNNING, or its controller does not answer); AGAIN: it starts the job
+# again by itself, or has already, where it took the node for lost; LIMIT: the time is up; ENDING: somebody cancelled the job. A
+# job that ends is COMPLETING for every reason, and the number of restarts, which a requeue raises at once, tells which.
 job_state() {
   local shown restarts; shown=$(scontrol show job "$job" 2>/dev/null)
   restarts=$(sed -n 's/.*Restarts=\([0-9]*\).*/\1/p' <<<"$shown" | head -n 1)
-  if [ "${restarts:-${SLURM_RESTART_COUNT:-0}}" != "${SLURM_RESTART_COUNT:-0}" ]; then echo AGAIN
-  else sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' <<<"$shown" | head -n 1
-  fi
+  if [ "${restarts:-${SLURM_RESTART_COUNT:-0}}" != "${SLURM_RESTART_COUNT:-0}" ]; then echo AGAIN; return; fi
+  case $shown in
+    *JobState=RUNNING* | '') echo RUNNING ;;
+    *JobState=PENDING* | *JobState=REQUEUE*) echo AGAIN ;;
+    *Reason=TimeLimit* | *JobState=TIMEOUT*) echo LIMIT ;;
+    *) echo ENDING ;;
+  esac
 }
 
 # come_back [SBATCH OPTIONS…]: requeue this job; a new one takes its place where that is not allowed, or with options.
 come_back() {
   [ -n "${SLURM_JOB_ID:-}" ] || return 0 # local.sh starts the next attempt
+  case $(job_state) in
+    ENDING) reason="the job was cancelled"; decision=stop; return 0 ;;
+    AGAIN) reason="$reason; SLURM requeues it"; return 0 ;;
+  esac
   if [ "$REQUEUE" = scontrol ] && [ $# = 0 ]; then
-    # The state is asked for last: whoever cancelled or requeued this job meanwhile has decided.
-    case $(job_state) in
-      RUNNING | '') ;;
-      CANCELLED) reason="the job was cancelled"; decision=stop; return 0 ;;
-      *) reason="$reason; SLURM requeues it"; return 0 ;;
-    esac
     scontrol requeue "$job" && return
     say "scontrol requeue is refused here: a new job takes this job's place"
   fi
-  case $(job_state) in
-    CANCELLED) reason="the job was cancelled"; decision=stop; return 0 ;;
-    AGAIN) reason="$reason; SLURM requeued it"; return 0 ;;
-  esac
   local new other dependency array=()
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || array=("--array=$SLURM_ARRAY_TASK_ID")
   new=$(LAUNCH_ID=$LAUNCH_ID sbatch --parsable --dependency="afterany:$job" "${array[@]}" "$@" "$SCRIPT" "${by_hand[@]}") || {

@@ -182,10 +182,12 @@ def test_the_steps_are_a_chain(cluster: object, tmp_path: Path, capsys: pytest.C
     assert (folder / "servers" / "clients").read_text().split() == [jobs["bootstrap"].job, jobs["bootstrap-array"].job]
     server = (folder / "servers.sbatch").read_text()
     assert "checkpoint=" + str(tmp_path / "r" / "07-acsft") in server and "--signal" not in server.partition("# ---")[0]
-    wrong = ("cluster.steps.acsft.nodse=4", "cluster.steps.anotate.nodes=1", "pipeline.train_ap.parallel.data=3")
-    for one, said in zip(wrong, ("nodse", "anotate unknown; legal: data", "pipeline.train_ap: 2 ranks"), strict=True):
-        assert run("launch", "run", "experiment=quickstart", *HERE, one, "overwrite=true") == 2
-        assert said in capsys.readouterr().err
+    two = ("steps=[train_ap,acsft]", "cluster.steps.acsft.nodse=4", "pipeline.train_ap.parallel.data=3")
+    assert run("launch", "run", "experiment=quickstart", *HERE, *two) == 2
+    said = capsys.readouterr().err
+    assert "nodse" in said and "pipeline.train_ap: 2 ranks were started" in said, "all problems are said at once"
+    assert run("launch", "run", "experiment=quickstart", *HERE, "cluster.steps.other.nodes=1") == 2
+    assert "cluster.steps: other unknown; legal: data base" in capsys.readouterr().err
 
 
 def a_job(**more: object) -> Job:
@@ -257,6 +259,9 @@ def job(
         ([75], {"max_requeues": 0}, ["75 stop: saved and stopped; cluster.max_requeues=0 is reached"]),
         ([75], {"requeue": "off"}, ["75 stop: saved and stopped; cluster.requeue=off"]),
         ([75], {"state": "CANCELLED"}, ["75 requeue", "75 stop: the job was cancelled"]),
+        ([75], {"state": "COMPLETING Restarts=0"}, ["75 requeue", "75 stop: the job was cancelled"]),
+        ([75], {"state": "COMPLETING Restarts=1"}, ["75 requeue: saved and stopped"]),
+        ([75, 0], {"state": "COMPLETING Reason=TimeLimit"}, ["75 requeue: saved and stopped", "0 done: "]),
         ([75], {"state": "PENDING"}, ["75 requeue: saved and stopped"]),
         ([75], {"state": "RUNNING Restarts=4"}, ["75 requeue: saved and stopped"]),
     ],
@@ -315,6 +320,32 @@ def test_a_bad_node_is_left_out(
         "0 done: ",
     ]
     assert any("sbatch --parsable --dependency=afterany:5 --exclude=n2 " in call for call in calls(tmp_path))
+
+
+def test_servers_of_an_array_have_a_folder_each_and_end_with_their_job(
+    programs: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    programs("srun", "trap 'echo ended >> ends; exit 0' TERM; for i in {1..100}; do sleep 0.1; done")
+    served = tmp_path / "servers"
+    served.mkdir()
+    here = a_job(
+        name="servers", arguments=("serve",), launch_dir=tmp_path / "r" / "launch", serves=served, tasks=2,
+        cluster=ClusterConfig(gpus_per_node=0),
+    )  # fmt: skip
+    (tmp_path / "script").write_text(render(here))
+    for task in ("0", "1"):
+        environment = {**os.environ, "SLURM_JOB_ID": task, "SLURM_JOB_NAME": "steerlm-servers"}
+        environment["SLURM_ARRAY_TASK_ID"] = task
+        job = subprocess.Popen(["bash", "script"], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
+        end = time.monotonic() + 60
+        while not any(f"job-1-{task}" in call for call in (calls(tmp_path) if (tmp_path / "calls").exists() else [])):
+            assert time.monotonic() < end, "no server"
+            time.sleep(0.05)
+        (served / "done").touch()
+        assert job.wait(60) == 0
+        (served / "done").unlink()
+    assert (tmp_path / "ends").read_text().split() == ["ended", "ended"]
+    assert all("server.host=0.0.0.0 server.port=0" in call for call in calls(tmp_path) if "serve" in call)
 
 
 def test_signals_reach_the_ranks(
