@@ -7,7 +7,6 @@ Owns: the mapping from ``ModelConfig`` to Megatron-Core, the layer spec. Does no
 from __future__ import annotations
 
 import importlib.util
-import math
 import os
 import shutil
 from functools import partial
@@ -28,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from steerlm_megatron.model.arithmetic import padded_vocab_size
 from steerlm_megatron.model.attention import PackedAttention, PackedTokens, Rotary
 from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
 from steerlm_megatron.model.fused import CompiledSwiGLU, SwiGLU
@@ -121,16 +121,6 @@ class LastParallelLayer(ParallelLayer):
     ) -> torch.Tensor:
         super().after_attention(hidden_states, _wanted(before, packed_seq_params), packed_seq_params)
         return _wanted(hidden_states, packed_seq_params)
-
-
-def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
-    """Rows of the embedding: ``vocab_size`` rounded up so that tensor parallelism divides it.
-
-    ``multiple`` is 128 by default, as in Megatron: the result is then the same for every power-of-two ``tensor``, which
-    is what lets a checkpoint move between layouts.
-    """
-    unit = math.lcm(multiple, tensor)
-    return -(-vocab_size // unit) * unit
 
 
 def transformer_config(

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from steerlm_megatron.model.fused import rms_norm
+from steerlm_megatron.runtime.device import on_gpu
 
 
 class PackedNorm(torch.nn.Module):
@@ -37,7 +38,7 @@ class PackedNorm(torch.nn.Module):
         weight = self.weight + 1 if self.one_plus else self.weight
         if self.rms:
             return rms_norm(x, weight, self.eps, self.compiled)
-        if x.is_cuda:  # its kernel accumulates in float32
+        if on_gpu(x):  # its kernel accumulates in float32
             return F.layer_norm(x, self.shape, weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return F.layer_norm(x.float(), self.shape, weight.float(), self.bias.float(), self.eps).to(x.dtype)
 

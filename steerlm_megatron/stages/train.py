@@ -18,17 +18,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from steerlm_megatron.config.load import paths_of, to_container
-from steerlm_megatron.config.schema import Config, EngineConfig, ModelConfig
+from steerlm_megatron.config.schema import Config, EngineConfig
 from steerlm_megatron.data.feed.blend import Corpora, Rows
 from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.feed.loader import StepLoader, end_row
 from steerlm_megatron.data.views import View
 from steerlm_megatron.data.write.preprocess import is_complete
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.arithmetic import model_flops, multiplied_parameters
 from steerlm_megatron.model.gpt import build_model, freeze_trunk
 from steerlm_megatron.model.weights import HEAD, REGRESSION_HEAD, initial_weights
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops
+from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, peak_flops
 from steerlm_megatron.observe.profiler import StepProfiler
 from steerlm_megatron.observe.runfolder import versions
 from steerlm_megatron.observe.sinks import sinks_of
@@ -317,7 +318,7 @@ def flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, floa
     """Return a function from useful tokens and Σ s² to model FLOPs (docs/numerics.md). A frozen trunk has no backward
     pass and takes a third of them.
     """
-    model, multiplied = config.model, _multiplied_parameters(config.model, vocab_size, view)
+    model, multiplied = config.model, multiplied_parameters(config.model, vocab_size, head=view == "ap")
     width = (model.head_dim or model.hidden_size // model.num_heads) * model.num_heads
     backward = config.train.trainable == "all"
 
@@ -341,15 +342,6 @@ def _peak(config: Config, here: Session) -> float | None:
     stated = config.tracking.peak_tflops
     one = 1e12 * stated if stated else peak_flops(device_name(), config.engine.precision)
     return one * here.layout.world_size if one else None
-
-
-def _multiplied_parameters(model: ModelConfig, vocab_size: int, view: View) -> int:
-    """Count the parameters that every token is multiplied with: all but the input embedding and the norms."""
-    head = model.head_dim or model.hidden_size // model.num_heads
-    groups = model.num_query_groups or model.num_heads
-    attention = model.hidden_size * head * (2 * model.num_heads + 2 * groups)
-    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.activation == "swiglu" else 2)
-    return model.num_layers * (attention + mlp) + (0 if view == "ap" else model.hidden_size * vocab_size)
 
 
 def _announce(config: Config, view: View, rows: Rows, loader: StepLoader, steps: int) -> None:
