@@ -231,25 +231,30 @@ def kv_cache_bytes(model: ModelConfig, parallel: ParallelConfig, tokens: int, pr
 
 @dataclass(frozen=True)
 class Rows:
-    """A micro-batch: its ``tokens`` of all context-parallel ranks, how many of them have an output (``targets``), and
-    the rounded-up copies that attention makes of its documents without a kernel for ragged ones (``slots``).
+    """A micro-batch: its ``tokens`` of all context-parallel ranks, and how many of them have an output (``targets``).
+
+    ``slots``: of the padded copies that attention makes of its documents without a kernel for ragged ones; 0: it has
+    one. ``keys``: that a context-parallel rank attends to; 0: as many as a row without document boundaries has.
     """
 
     tokens: int
     targets: int
     slots: int = 0
+    keys: int = 0
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes on one rank: what one micro-batch keeps of one layer, and at the ends of the model; the most that a
-    backward pass takes beside what is kept.
+    """Bytes on one rank of one micro-batch: what is kept of a ``layer``; what a stage of a pipeline keeps of its
+    output (``ends``); what the ``last`` stage keeps beside its layers; what the backward pass of a layer (``work``) and
+    of the loss, logits included, take beside what is kept.
     """
 
     layer: int
-    first: int
+    ends: int
     last: int
     work: int
+    loss: int
     logits: int
 
 
@@ -273,29 +278,40 @@ def activations(
     T = rows.tokens // parallel.context
     targets = -(-rows.targets // parallel.context)
     heads, queries, keys = w.H * (w.N + 2 * w.G) // t, w.N * w.H // t, w.G * w.H // t
-    residual, mixed = T * w.D * size, T * heads * size
-    gathered = 2 * rows.tokens * keys * size if parallel.context > 1 else 0
-    slots = rows.slots // parallel.context * (heads + queries) * size
-    attention = T * (2 * queries + keys) * size + 4 * T * w.N // t + gathered + slots
-    if rows.slots:  # the slots' copies are what is kept of q and k
-        attention -= T * (queries + keys) * size
-    mlp = T * (w.mlp_in + w.F) // t * size
-    masks = int(model.dropout > 0) * (2 * T * w.D // s)
-    norm = 2 * 2 * residual // s
-    kept = norm + mixed + attention + mlp + masks
-    # Beside what is kept, a backward pass has gradients of the widest pair of neighbours, and of one matrix.
-    widest = max(w.mlp_in * w.D // t, heads * w.D)
-    work = residual * (2 if s == 1 else 1) + mlp + T * w.mlp_in // t * size + widest * size
+    residual, mixed, mlp = T * w.D * size, T * heads * size, T * (w.mlp_in + w.F) // t * size
+    # q and k turned by RoPE, the output and its log-sums; v is a part of what was mixed
+    attention = mixed + T * (2 * queries + keys) * size + 4 * T * w.N // t
+    if parallel.context > 1:  # keys and values from all ranks of the row, in the place of this rank's own
+        attention = T * 2 * queries * size + 2 * (rows.keys or _row_keys(rows, parallel)) * keys * size
+    elif rows.slots:  # copies of q, k, v and the output with documents padded to batches
+        attention += rows.slots * (heads + queries) * size - T * (queries + keys) * size
+    norms = 4 * residual // s
+    masks = 2 * T * w.D // s if model.dropout > 0 else 0
+    kept = norms + attention + mlp + masks
+    # A backward pass has gradients of neighbours beside what is kept, whole sequences of what was split, one matrix.
+    matrix = max(w.mlp_in * w.D, w.F * w.D) // t * size
+    work = 2 * residual // s + (residual if s > 1 else 0) + T * w.mlp_in // t * size + matrix
     if engine.recompute == "full":
-        work, kept = work + kept, residual // s
+        work, kept = work + kept - norms // 4, residual // s
     elif engine.recompute == "selective":
-        work, kept = work + attention, norm + mixed + T * queries * size + mlp + masks
-    rows_V = padded_vocab_size(vocab_size, model.vocab_multiple, t) // t
-    logits = 0 if head else targets * rows_V * size
-    loss = 0 if head else logits + targets * w.D * size + min(3 * _CROSS_ENTROPY_PART, 3 * 4 * targets * rows_V)
-    output = 0 if head else rows_V * w.D * size + targets * w.D * size
-    last = 2 * residual // s + loss
-    return Activations(kept, residual // s, last, max(work, output), logits)
+        kept = norms + mixed + T * queries * size + mlp + masks
+        work = max(work, attention - mixed + 2 * residual // s)
+    rows_V = 0 if head else padded_vocab_size(vocab_size, model.vocab_multiple, t) // t
+    logits, wanted = targets * rows_V * size, targets * w.D * size
+    parts = min(2 * _CROSS_ENTROPY_PART, 4 * targets * rows_V)  # of float32, one made while the one before is there
+    loss = logits + wanted + max(parts, rows_V * w.D * size + wanted)
+    last = 2 * residual // s + wanted
+    if s == 1:  # behind the last attention, the last layer computes tokens with an output alone (model/gpt.py)
+        spared = 1 - min(1.0, targets / T)
+        last -= int(spared * (2 * residual + (0 if engine.recompute == "full" else norms // 2 + mlp)))
+    return Activations(kept, residual // s, last, work, loss, logits)
+
+
+def _row_keys(rows: Rows, parallel: ParallelConfig) -> int:
+    """Return how many keys a context-parallel rank attends to at most: its second chunk ends a row that is one
+    document, and its first chunk has keys as well.
+    """
+    return rows.tokens + rows.tokens // (2 * parallel.context)
 
 
 def in_flight(pipeline: int, chunks: int, stage: int, micro_batches: int) -> int:
@@ -333,10 +349,10 @@ def peak_activations(
     one = activations(model, parallel, engine, rows, vocab_size, head)
     layers = stage_layers(model, parallel) // chunks
     flying = in_flight(parallel.pipeline, chunks, stage, micro_batches)
-    total = flying * (layers * one.layer + one.first) + one.work
-    if stage == parallel.pipeline - 1:
-        total += one.last
-    return total
+    total = flying * (layers * one.layer + (one.ends if parallel.pipeline > 1 else 0))
+    if stage < parallel.pipeline - 1:
+        return total + one.work
+    return total + one.last + max(one.work, one.loss)
 
 
 def squares(lengths: Sequence[int]) -> float:
