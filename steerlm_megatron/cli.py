@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 from steerlm_megatron import __version__
-from steerlm_megatron.config.commands import COMMANDS
+from steerlm_megatron.config.commands import COMMANDS, TOOLS
 from steerlm_megatron.config.help import show
 from steerlm_megatron.errors import Interrupted, ReportedElsewhere, UserError
 from steerlm_megatron.runtime import launcher
@@ -31,7 +31,10 @@ def main(argv: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if not show(arguments, __version__):
-            _command(arguments[0], arguments[1:])
+            if arguments[0] in TOOLS:
+                _tool(arguments[0], arguments[1:])
+            else:
+                _command(arguments[0], arguments[1:])
     except UserError as error:
         _print_error(error)
         raise SystemExit(error.code) from None
@@ -49,6 +52,11 @@ def main(argv: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
     raise SystemExit(0)
+
+
+def _tool(tool: str, arguments: list[str]) -> None:
+    """Run a tool about a command; it prints, and its exit code is 0 unless it raises."""
+    getattr(importlib.import_module(f"steerlm_megatron.stages.{TOOLS[tool].module}"), tool)(arguments)
 
 
 def _command(command: str, arguments: list[str]) -> None:

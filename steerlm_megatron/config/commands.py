@@ -45,7 +45,7 @@ class Command:
 _EVERY = ("command", "run_dir", "overwrite")
 _RANKS = ("parallel", "engine")
 _CORPUS = ("data", "tokenizer", "template", "attributes", "train.seed")
-_TRAINING = ("init_from", "model", *_RANKS, "optim", "train", *_CORPUS, "tracking", "profile")
+_TRAINING = ("init_from", "model", *_RANKS, "optim", "train", *_CORPUS, "tracking", "profile", "plan")
 _LIMITS = ("generation.max_batch", "generation.max_sequence_tokens", "generation.max_cache_tokens")
 _DRAWING = ("sampling", *_LIMITS, *_RANKS)
 _SERVERS = ("server.urls", "generation.concurrency")
@@ -115,6 +115,11 @@ def _run() -> Command:
 
 COMMANDS: dict[str, Command] = {command.name: command for command in (*_ALL, _run())}
 
+# These take the command line of a command, and say something about the run that it would be.
+TOOLS: dict[str, Command] = {
+    "plan": Command("plan", "memory and time of a command, before it runs: steerlm plan train_sft …", "plan", False, ())
+}
+
 
 def _covers(read: str, key: str) -> bool:
     return key == read or key.startswith(f"{read}.")
@@ -134,7 +139,10 @@ def declared(command: str, key: str) -> bool:
 
 
 # These keys change how a command runs and nothing in its result.
-_WITHOUT_EFFECT = ("command", "run_dir", "overwrite", "tracking", "profile", "data.workers", "data.verify", "pipeline")
+_WITHOUT_EFFECT = (
+    "command", "run_dir", "overwrite", "tracking", "profile", "data.workers", "data.verify", "pipeline",
+    "plan",
+)  # fmt: skip
 
 
 def affects_result(command: str, key: str) -> bool:

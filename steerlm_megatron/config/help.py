@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from steerlm_megatron.config.commands import COMMANDS
+from steerlm_megatron.config.commands import COMMANDS, TOOLS
 from steerlm_megatron.errors import UserError
 
 WIDTH = 100
@@ -35,10 +35,15 @@ def show(arguments: Sequence[str], version: str) -> bool:
         print(version)
     elif first == "--completion":
         print(_completion(rest))
+    elif first in TOOLS:
+        if not {"-h", "--help"} & set(rest):
+            return False
+        print(f"steerlm {first} COMMAND [key=value ...]: {TOOLS[first].help}")
+        return True
     elif first not in COMMANDS:
         from steerlm_megatron.config.compose import nearest
 
-        raise UserError(f"{first}: no such command{nearest(first, COMMANDS)}\nlegal: {' '.join(COMMANDS)}")
+        raise UserError(f"{first}: no such command{nearest(first, {**COMMANDS, **TOOLS})}\nlegal: {' '.join((*COMMANDS, *TOOLS))}")
     elif "-h" in rest or "--help" in rest:
         from steerlm_megatron.config import compose
 
@@ -68,7 +73,7 @@ def usage(version: str) -> str:
         "usage: steerlm <command> [key=value ...]",
         "",
         "commands:",
-        *(f"  {command.name:<11} {command.help}" for command in COMMANDS.values()),
+        *(f"  {command.name:<11} {command.help}" for command in (*COMMANDS.values(), *TOOLS.values())),
         "",
         "steerlm <command> --help     the command's keys, what they mean and their values",
         "steerlm <command> --cfg job  the configuration that would run",
@@ -166,7 +171,7 @@ def completion(shell: str, groups: Callable[[str], list[str]]) -> str | None:
     script = f"""_steerlm() {{
   local words line="${{COMP_LINE:0:COMP_POINT}}"
   local word="${{line##* }}"
-  if [ "$COMP_CWORD" -le 1 ]; then words='{" ".join(COMMANDS)} --help --version --completion'
+  if [ "$COMP_CWORD" -le 1 ]; then words='{" ".join((*COMMANDS, *TOOLS))} --help --version --completion'
   else case "${{COMP_WORDS[1]}}" in
 {chr(10).join(cases)}
   esac; fi

@@ -28,6 +28,7 @@ from steerlm_megatron.config.training import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    PlanConfig,
     ProfileConfig,
     TrackingConfig,
     TrainConfig,
@@ -36,7 +37,7 @@ from steerlm_megatron.config.training import (
 __all__ = [
     "KEYS", "RENAMED", "SOURCES", "AnnotateConfig", "AttributesConfig", "BootstrapConfig", "Config", "DataConfig",
     "EngineConfig", "EvaluateConfig", "EvaluateModels", "ExportConfig", "GenerationConfig", "ModelConfig",
-    "OptimConfig", "ParallelConfig", "ProfileConfig", "SamplingConfig", "ScoringConfig", "ServerConfig",
+    "OptimConfig", "ParallelConfig", "PlanConfig", "ProfileConfig", "SamplingConfig", "ScoringConfig", "ServerConfig",
     "TemplateConfig", "TokenizerConfig", "TrackingConfig", "TrainConfig",
 ]  # fmt: skip
 
@@ -72,6 +73,7 @@ class Config:
     export: ExportConfig = option(ExportConfig, "export")
     tracking: TrackingConfig = option(TrackingConfig, "where metrics go")
     profile: ProfileConfig = option(ProfileConfig, "a profile of some steps")
+    plan: PlanConfig = option(PlanConfig, "what a run takes")
     pipeline: dict[str, Any] = option({}, "run: step name to overrides of that step alone")
 
 

@@ -113,7 +113,7 @@ def trace(
     Args:
         objective: of the training command.
         attributes: of the regression head; None: a language model.
-        batches: this replica's micro-batches on the host, of complete rows.
+        batches: this replica's micro-batches on the host, of complete rows; none: nothing is run, and activations are 0.
         kind: whose kernels run: "cuda" or "cpu".
     """
     with standing_in(kind), pretended(config.parallel, rank, world) as at:
@@ -132,6 +132,9 @@ def trace(
             _take_varlen(chunks)
         engine = MegatronEngine(chunks, objective, config.optim, settings, steps=1)
         held = held_by(engine)
+        if not batches:
+            engine.close()
+            return held
         mine = [batch.part(at.cp_rank, at.cp_size) for batch in batches]
         with FlashOnMeta(), Tracker(tensors_of(engine)) as tracker:
             for chunk in engine.chunks:
@@ -140,6 +143,40 @@ def trace(
             engine._run(mine, forward_only=False)
         engine.close()
     held.activations, held.moved = tracker.peak, tracker.moved
+    return held
+
+
+def trace_deep(
+    config: Config,
+    objective: Objective,
+    vocab_size: int,
+    attributes: int | None,
+    batch: RowBatch,
+    micro_batches: int,
+    kind: str,
+    rank: int,
+    world: int,
+) -> Held:
+    """Return :func:`trace` of a deep model in little time: the state is that of all layers, activations are those of
+    chunks of one and of two layers, from which they go on in a straight line, since every layer keeps as much.
+
+    As many micro-batches run as fill the pipeline.
+    """
+    p = config.parallel
+    stages, chunks = p.pipeline, p.virtual_pipeline or 1
+    count = min(micro_batches, stages + 1 if chunks == 1 else 2 * stages)
+    layers = config.model.num_layers // (stages * chunks)
+    if layers <= 2:
+        return trace(config, objective, vocab_size, attributes, [batch] * count, kind, rank, world)
+    held = trace(config, objective, vocab_size, attributes, [], kind, rank, world)
+    one, two = (
+        trace(
+            replace(config, model=replace(config.model, num_layers=stages * chunks * depth)),
+            objective, vocab_size, attributes, [batch] * count, kind, rank, world,
+        ).activations
+        for depth in (1, 2)
+    )  # fmt: skip
+    held.activations = one + (layers - 1) * (two - one)
     return held
 
 
