@@ -45,7 +45,7 @@ class Command:
 _EVERY = ("command", "run_dir", "overwrite")
 _RANKS = ("parallel", "engine")
 _CORPUS = ("data", "tokenizer", "template", "attributes", "train.seed")
-_TRAINING = ("init_from", "model", *_RANKS, "optim", "train", *_CORPUS, "tracking", "profile", "plan")
+_TRAINING = ("init_from", "model", *_RANKS, "optim", "train", *_CORPUS, "tracking", "profile", "plan.check")
 _LIMITS = ("generation.max_batch", "generation.max_sequence_tokens", "generation.max_cache_tokens")
 _DRAWING = ("sampling", *_LIMITS, *_RANKS)
 _SERVERS = ("server.urls", "generation.concurrency")
@@ -117,7 +117,10 @@ COMMANDS: dict[str, Command] = {command.name: command for command in (*_ALL, _ru
 
 # These take the command line of a command, and say something about the run that it would be.
 TOOLS: dict[str, Command] = {
-    "plan": Command("plan", "memory and time of a command, before it runs: steerlm plan train_sft …", "plan", False, ())
+    tool.name: tool
+    for tool in (
+        Command("plan", "memory and time of a command before it runs: plan train_sft …", "plan", False, ("plan",)),
+    )
 }
 
 
@@ -127,7 +130,8 @@ def _covers(read: str, key: str) -> bool:
 
 def readers(key: str) -> list[str]:
     """Return the commands that read ``key``."""
-    return [name for name, command in COMMANDS.items() if command.reads_key(key)]
+    tools = [name for name, tool in TOOLS.items() if any(_covers(read, key) for read in tool.reads)]
+    return [name for name, command in COMMANDS.items() if command.reads_key(key)] + tools
 
 
 def declared(command: str, key: str) -> bool:

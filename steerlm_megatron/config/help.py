@@ -43,7 +43,9 @@ def show(arguments: Sequence[str], version: str) -> bool:
     elif first not in COMMANDS:
         from steerlm_megatron.config.compose import nearest
 
-        raise UserError(f"{first}: no such command{nearest(first, {**COMMANDS, **TOOLS})}\nlegal: {' '.join((*COMMANDS, *TOOLS))}")
+        raise UserError(
+            f"{first}: no such command{nearest(first, {**COMMANDS, **TOOLS})}\nlegal: {' '.join((*COMMANDS, *TOOLS))}"
+        )
     elif "-h" in rest or "--help" in rest:
         from steerlm_megatron.config import compose
 

@@ -349,10 +349,18 @@ def peak_activations(
     one = activations(model, parallel, engine, rows, vocab_size, head)
     layers = stage_layers(model, parallel) // chunks
     flying = in_flight(parallel.pipeline, chunks, stage, micro_batches)
-    total = flying * (layers * one.layer + (one.ends if parallel.pipeline > 1 else 0))
+    each = layers * one.layer + (one.ends if parallel.pipeline > 1 else 0)
+    total = flying * each
     if stage < parallel.pipeline - 1:
-        return total + one.work
+        gradient = embedding_bytes(model, parallel, engine, vocab_size) if stage == 0 else 0
+        return max(total + one.work, total - each + gradient)
     return total + one.last + max(one.work, one.loss)
+
+
+def embedding_bytes(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, vocab_size: int) -> int:
+    """Return the bytes of the embedding on one rank of the first stage, and of its gradient before that is added up."""
+    rows = padded_vocab_size(vocab_size, model.vocab_multiple, parallel.tensor) // parallel.tensor
+    return rows * model.hidden_size * BYTES[engine.precision]
 
 
 def squares(lengths: Sequence[int]) -> float:

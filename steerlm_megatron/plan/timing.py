@@ -87,12 +87,13 @@ def step_time(
     * Attention: 2·N·H·Σs² forward (causal), 2.5 times that backward.
     * Memory: norms, residuals, RoPE, the activation and the loss read and write tensors at the memory's rate.
     * Tensor parallelism: four gathers or scatters of T·D a layer and pass (arXiv 2205.05198 §4.2.2), of which
-      ``tensor_overlap`` are beside products (here, a gradient's beside that of the weights). Context parallelism: keys and values of the row, forward and back.
+      ``tensor_overlap`` are beside products (here, a gradient's beside that of the weights).
+    * Context parallelism: keys and values of the row, forward and back.
     * Pipelines: activations between stages, and (p - 1) / (v·m) of the work idle (arXiv 2104.04473 §2.2).
-    * Data parallelism: gradients of ``gradient_bytes`` scattered and weights gathered, (d - 1)/d of each (arXiv 1910.02054
-      §7), beside the last micro-batch's backward and the next forward pass; what is longer than these is waited for.
-      ZeRO 3 gathers weights in both passes of each micro-batch, and all of it is waited for. Between nodes, the
-      members of a group on a node share their network ports.
+    * Data parallelism: gradients of ``gradient_bytes`` scattered and weights gathered, (d - 1)/d of each
+      (arXiv 1910.02054 §7), beside the last micro-batch's backward and the next forward pass; what is longer than these
+      is waited for. ZeRO 3 gathers weights in both passes of each micro-batch, and all of it is waited for. Between
+      nodes, the members of a group on a node share their network ports.
     """
     w, size, t, c = Widths.of(model), BYTES[engine.precision], parallel.tensor, parallel.context
     d = ranks // (t * parallel.pipeline * c)
@@ -108,7 +109,9 @@ def step_time(
     passes = 1 + 1 + trained + again
     products = 2 * layers * per_layer * T * passes / gpu.product_rate(precision or engine.precision)
     products += 2 * output * targets * 3 / gpu.product_rate(engine.precision)
-    scores = 2 * layers * w.N * w.H / t * squares / c * (1 + _ATTENTION_BACKWARD + max(again, engine.recompute != "none"))
+    scores = (
+        2 * layers * w.N * w.H / t * squares / c * (1 + _ATTENTION_BACKWARD + max(again, engine.recompute != "none"))
+    )
     attention = scores / (gpu.peak(engine.precision) * gpu.attention_share)
     rate = 1e9 * gpu.memory_gb_per_sec * gpu.memory_share
     s = t if parallel.sequence else 1

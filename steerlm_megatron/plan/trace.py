@@ -17,6 +17,7 @@ from steerlm_megatron.config.schema import Config, EngineConfig
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
+from steerlm_megatron.model.arithmetic import Rows, activations, embedding_bytes, in_flight
 from steerlm_megatron.model.attention import PackedAttention
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk
 from steerlm_megatron.plan.tracker import FlashOnMeta, Tracker, storages, varlen_on_meta
@@ -91,11 +92,14 @@ def batch_of(lengths: Sequence[int], rows: int, row_tokens: int, attributes: int
 def planned_engine(engine: EngineConfig, kind: str) -> EngineConfig:
     """Return the engine's settings with what it would choose by itself on ``kind`` ("cuda" or "cpu")."""
     gpu = kind == "cuda"
-    beside = {
-        key: gpu if getattr(engine, key) is None else getattr(engine, key)
-        for key in ("overlap_grad_reduce", "overlap_param_gather")
-    }
-    return replace(engine, compile=False, attention="sdpa", **beside)
+    reduce, gather = engine.overlap_grad_reduce, engine.overlap_param_gather
+    return replace(
+        engine,
+        compile=False,
+        attention="sdpa",
+        overlap_grad_reduce=gpu if reduce is None else reduce,
+        overlap_param_gather=gpu if gather is None else gather,
+    )
 
 
 def trace(
@@ -113,7 +117,7 @@ def trace(
     Args:
         objective: of the training command.
         attributes: of the regression head; None: a language model.
-        batches: this replica's micro-batches on the host, of complete rows; none: nothing is run, and activations are 0.
+        batches: this replica's micro-batches on the host, of complete rows; none: nothing is run.
         kind: whose kernels run: "cuda" or "cpu".
     """
     with standing_in(kind), pretended(config.parallel, rank, world) as at:
@@ -157,26 +161,37 @@ def trace_deep(
     rank: int,
     world: int,
 ) -> Held:
-    """Return :func:`trace` of a deep model in little time: the state is that of all layers, activations are those of
-    chunks of one and of two layers, from which they go on in a straight line, since every layer keeps as much.
+    """Return :func:`trace` of a deep model and many micro-batches in little time.
 
-    As many micro-batches run as fill the pipeline.
+    The state is that of all layers. Activations are those of one micro-batch through two and through three layers, from
+    which they go on in a straight line: every layer keeps as much, of every micro-batch that is in flight
+    (``model.arithmetic.in_flight``), and each of these but the one at work keeps its output as well.
     """
     p = config.parallel
-    stages, chunks = p.pipeline, p.virtual_pipeline or 1
-    count = min(micro_batches, stages + 1 if chunks == 1 else 2 * stages)
-    layers = config.model.num_layers // (stages * chunks)
-    if layers <= 2:
-        return trace(config, objective, vocab_size, attributes, [batch] * count, kind, rank, world)
+    stage, chunks = rank // (world // p.pipeline), p.virtual_pipeline or 1
     held = trace(config, objective, vocab_size, attributes, [], kind, rank, world)
-    one, two = (
+    first = stage < p.pipeline - 1  # of its vocabulary, only the embedding's gradient takes memory in a step
+    vocabulary = min(vocab_size, config.model.vocab_multiple) if first else vocab_size
+    two, three = (
         trace(
-            replace(config, model=replace(config.model, num_layers=stages * chunks * depth)),
-            objective, vocab_size, attributes, [batch] * count, kind, rank, world,
-        ).activations
-        for depth in (1, 2)
+            replace(
+                config,
+                model=replace(config.model, num_layers=p.pipeline * depth),
+                parallel=replace(p, virtual_pipeline=None),
+            ),
+            objective, vocabulary, attributes, [batch], kind, rank, world,
+        )
+        for depth in (2, 3)
     )  # fmt: skip
-    held.activations = one + (layers - 1) * (two - one)
+    flying = in_flight(p.pipeline, chunks, stage, micro_batches)
+    layers = flying * (config.model.num_layers // (p.pipeline * chunks))
+    tokens = Rows(batch.row_tokens, 1)
+    ends = activations(config.model, p, config.engine, tokens, vocab_size, attributes is not None).ends
+    layer = three.activations - two.activations
+    held.activations = two.activations + (layers - 2) * layer + (flying - 1) * ends
+    if stage == 0 and first:
+        others = (flying - 1) * (layers // flying * layer + ends)
+        held.activations = max(held.activations, others + embedding_bytes(config.model, p, config.engine, vocab_size))
     return held
 
 

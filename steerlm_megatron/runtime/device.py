@@ -59,6 +59,11 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if has_cuda() else "cpu"
 
 
+def total_memory() -> int:
+    """Return the bytes of this process's GPU that torch can allocate at most."""
+    return torch.cuda.get_device_properties(device()).total_memory
+
+
 def peak_memory_gib() -> float:
     """Return the peak memory so far, in GiB: allocated on this rank's GPU, or resident in this process."""
     if has_cuda():

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from steerlm_megatron.config import compose, load
 from steerlm_megatron.config.commands import COMMANDS
-from steerlm_megatron.config.schema import Config
+from steerlm_megatron.config.schema import KEYS, Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_json_atomic
-from steerlm_megatron.model.arithmetic import checkpoint_bytes
+from steerlm_megatron.model.arithmetic import BYTES, checkpoint_bytes
 from steerlm_megatron.plan import memory
 from steerlm_megatron.plan.hardware import Hardware, hardware
 from steerlm_megatron.plan.report import Plan, Stage, text
@@ -47,7 +47,10 @@ def plan_of(arguments: Sequence[str]) -> Plan:
     if not arguments or arguments[0] not in known:
         raise UserError(f"steerlm plan COMMAND [key=value ...]: name the command first; legal: {' '.join(known)}")
     command, *overrides = arguments
-    compose.check(command, overrides)
+    own = [override for override in overrides if override.startswith("plan.")]
+    if wrong := [key for key in (override.partition("=")[0] for override in own) if key not in KEYS]:
+        raise UserError("\n".join(f"{key}: no such key{compose.nearest(key, KEYS)}" for key in wrong))
+    compose.check(command, [override for override in overrides if override not in own])
     config = load.from_container(compose.composed(command, overrides))
     if config.init_from is not None:
         from steerlm_megatron.stages.base import adopt_shape
@@ -143,8 +146,8 @@ def workload_of(config: Config) -> tuple[Workload, int | None]:
 
 
 def stages_of(config: Config, run: memory.Layout, work: Workload) -> list[Stage]:
-    """Return the bytes of every stage: states of the real engine, activations of the first and the last stage run on
-    ``meta``, those between by formula, put right by what the first one's differs.
+    """Return the bytes of every stage: those of the real engine on ``meta`` for the first, the second and the last
+    stage; the others are like the second one, by formula, put right by what its trace differs.
     """
     rows = [memory.stage_memory(config, run, stage) for stage in range(config.parallel.pipeline)]
     out = [
@@ -155,6 +158,9 @@ def stages_of(config: Config, run: memory.Layout, work: Workload) -> list[Stage]
         for one in rows
     ]  # fmt: skip
     if config.engine.name == "deepspeed":
+        if config.train.async_save:  # the first replica puts whole parameters and their states together
+            for stage in out:
+                stage.host += stage.parameters * (BYTES[config.engine.precision] + 12)
         return out
     from steerlm_megatron.plan import trace
     from steerlm_megatron.train.objective import RegressionObjective, TokenObjective
@@ -167,7 +173,8 @@ def stages_of(config: Config, run: memory.Layout, work: Workload) -> list[Stage]
     )
     world = run.ranks
     ranks = trace.stages(config, world)
-    for number in sorted({0, len(out) - 1}):
+    traced = sorted({0, min(1, len(out) - 1), len(out) - 1})
+    for number in traced:
         held = trace.trace_deep(
             config, objective, run.vocab_size, run.attributes, batch, run.micro_batches, "cuda", ranks[number], world
         )
@@ -175,9 +182,10 @@ def stages_of(config: Config, run: memory.Layout, work: Workload) -> list[Stage]
             out[number], parameters=held.parameters, weights=held.weights, gradients=held.gradients,
             optimizer=held.optimizer, activations=held.activations, traced=True,
         )  # fmt: skip
-    more = out[0].activations - rows[0].activations
-    for stage in out[1:-1]:
-        stage.activations += more
+    if len(out) > 3:
+        more = out[1].activations - rows[1].activations
+        for stage in out[2:-1]:
+            stage.activations += more
     if config.train.async_save:  # a rank copies what it writes: its share of the optimizer, and the weights
         for stage in out:
             stage.host += stage.optimizer + stage.weights

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from steerlm_megatron.config.load import paths_of, to_container
@@ -33,8 +35,9 @@ from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, peak_flo
 from steerlm_megatron.observe.profiler import StepProfiler
 from steerlm_megatron.observe.runfolder import versions
 from steerlm_megatron.observe.sinks import sinks_of
+from steerlm_megatron.plan.memory import layout_of, refuse_what_cannot_fit
 from steerlm_megatron.runtime.collectives import on_main
-from steerlm_megatron.runtime.device import device_name
+from steerlm_megatron.runtime.device import device_name, has_cuda, total_memory
 from steerlm_megatron.runtime.watch import Watch
 from steerlm_megatron.stages.base import Base
 from steerlm_megatron.stages.demo_corpus import ensure_shards
@@ -90,6 +93,7 @@ def train(here: Session) -> TrainResult:
     data, valid = open_data(config, verify=config.data.verify and here.layout.is_main)
     _check_data(config, data, view)
     base = check_init(config, data, view)
+    check_memory(here, _vocab_size(data, base))
     counts = _label_counts(config, data, view, base)
     rows = _pack(config, data, view, config.data.weights)
     store = CheckpointStore(here.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
@@ -173,6 +177,24 @@ def _pack(config: Config, data: Corpora, view: View, weights: Sequence[float] = 
         return data.rows(view, train.row_tokens, train.seed, config.data.overlong, weights, store)
 
     return on_main(lambda: rows(True)) or rows(True)
+
+
+def check_memory(here: Session, vocab_size: int) -> None:
+    """Refuse a layout whose weights, gradients, optimizer and activations are more than this rank's GPU has, or, on
+    CPUs, its share of the host's memory. It takes milliseconds.
+    """
+    config = here.config
+    if not config.plan.check:
+        return
+    attributes = len(config.attributes.names) if config.command == "train_ap" else None
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host = psutil.virtual_memory().total
+    where, share = f"{device_name()}", total_memory() if has_cuda() else host // ranks
+    if not has_cuda():
+        where = f"a rank's share of this host's memory ({ranks} of them)" if ranks > 1 else "this host"
+    # The fewest tokens with loss and the most samples in a row: what is refused cannot fit, whatever the data are.
+    run = layout_of(config, here.layout.world_size, vocab_size, attributes, targets=1)
+    refuse_what_cannot_fit(config, run, share, where, host, ranks)
 
 
 def _loader(here: Session, rows: Rows, start_row: int, end_row: int | None = None) -> StepLoader:
