@@ -35,7 +35,7 @@ class Case:
     ranks: int = 1
     layout: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(precision="bf16"))
-    model: ModelConfig = MODEL
+    model: ModelConfig = field(default_factory=lambda: MODEL)
 
     @property
     def config(self) -> Config:

@@ -113,7 +113,7 @@ def test_formulas_and_shallow_traces_agree_with_the_real_schedule() -> None:
     for (name, (parallel, more)), of_stages in zip(TRACED.items(), found, strict=True):
         made = config(WIDE, **parallel)
         made.engine.recompute = more.get("recompute", "none")
-        vocab, micro, ranks = more.get("vocab", 500), more.get("micro", 1), load.world_of(made)
+        vocab, micro = more.get("vocab", 500), more.get("micro", 1)
         rows = arithmetic.Rows(1024, 512)
         for stage, (whole, shallow) in enumerate(of_stages):
             parameters = arithmetic.stage_parameters(made.model, made.parallel, stage, vocab)
