@@ -76,15 +76,17 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.13",
-    # conf/ is at the top of the repository. A wheel carries it as package data of steerlm_megatron.conf; an editable
-    # install finds <repo>/conf beside the package.
+    # conf/ and launch/ are at the top of the repository. A wheel carries them as package data of steerlm_megatron.conf
+    # and steerlm_megatron.launch.scripts; an editable install finds <repo>/conf and <repo>/launch beside the package.
     packages=[
         *find_packages(include=["steerlm_megatron", "steerlm_megatron.*", "data_tools", "data_tools.*"]),
         "steerlm_megatron.conf",
+        "steerlm_megatron.launch.scripts",
     ],
-    package_dir={"steerlm_megatron.conf": "conf"},
+    package_dir={"steerlm_megatron.conf": "conf", "steerlm_megatron.launch.scripts": "launch"},
     package_data={
         "steerlm_megatron.conf": ["*.yaml", "**/*.yaml"],
+        "steerlm_megatron.launch.scripts": ["*.sh", "slurm/*", "container/*"],
         "steerlm_megatron.report": ["templates/*"],
     },
     install_requires=INSTALL_REQUIRES,

@@ -36,9 +36,7 @@ _CODES = {
     "chinese": "zh", "japanese": "ja", "korean": "ko", "russian": "ru", "dutch": "nl", "polish": "pl", "turkish": "tr",
     "vietnamese": "vi", "indonesian": "id", "arabic": "ar", "hindi": "hi",
 }  # fmt: skip
-_CONTROLS = sorted(
-    {text for template in TEMPLATES.values() for text in template.control_strings}, key=len, reverse=True
-)
+_CONTROLS = sorted({text for kind in TEMPLATES.values() for text in kind().control_strings}, key=len, reverse=True)
 CONTROL_LIKE = re.compile("|".join([r"<extra_id_\d+>", *map(re.escape, _CONTROLS)]))
 
 

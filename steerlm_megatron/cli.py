@@ -28,7 +28,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 def main(argv: list[str] | None = None) -> None:
     """Run the ``steerlm`` script, or ``python -m steerlm_megatron``. It ends by raising ``SystemExit``."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _main(list(sys.argv[1:] if argv is None else argv))
+    except SystemExit as end:
+        launcher.note_exit(end.code)
+        raise
+
+
+def _main(arguments: list[str]) -> None:
     try:
         if not show(arguments, __version__):
             if arguments[0] in TOOLS:
@@ -55,8 +62,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _tool(tool: str, arguments: list[str]) -> None:
-    """Run a tool about a command; it prints, and its exit code is 0 unless it raises."""
-    getattr(importlib.import_module(f"steerlm_megatron.stages.{TOOLS[tool].module}"), tool)(arguments)
+    """Run a tool about runs and jobs; it prints, and its exit code is 0 unless it raises."""
+    module = importlib.import_module(f"steerlm_megatron.{TOOLS[tool].module}")
+    getattr(module, tool)(arguments)
 
 
 def _command(command: str, arguments: list[str]) -> None:
@@ -86,8 +94,10 @@ def _job(command: str, cfg: Any) -> None:
         from steerlm_megatron.stages.base import adopt_shape
 
         adopt_shape(config, compose.job_overrides())
-    world = launcher.world_size() if launcher.is_rank() else None
-    load.finalize(config, world, alone=True)
+    agent = launcher.ranks_of_agent()
+    world = launcher.world_size() if launcher.is_rank() or agent is not None else None
+    # The ranks of a job of some steps are for the layouts of these steps, which the pipeline checks.
+    load.finalize(config, None if config.steps else world, alone=True)
     ranks = load.world_of(config)
     if world is None and ranks > 1 and COMMANDS[command].ranks:
         if config.run_dir is None:
@@ -96,6 +106,11 @@ def _job(command: str, cfg: Any) -> None:
             config.run_dir = str(default_run_dir(command))
         arguments = [command, *compose.job_overrides(), f"run_dir={config.run_dir}"]
         code = local.run_ranks(ranks, arguments, config.train.max_restarts if COMMANDS[command].trains else 0)
+        if code:
+            raise SystemExit(code)
+        return
+    if agent is not None:
+        code = local.run_ranks(agent, [command, *compose.job_overrides()], 0)
         if code:
             raise SystemExit(code)
         return

@@ -1,8 +1,8 @@
-"""Atomic writing of files, strict JSON, and checksums. It imports the standard library only.
+"""Atomic writing of files, replacing a folder, strict JSON, and checksums. It imports the standard library only.
 
-Owns: the one way in which this package replaces a file, strict JSON, size and SHA-256 of a file. Does not own: folders
-that are renamed as a unit (shards, checkpoints), files that are appended to (``metrics.jsonl``, logs, journals).
-Invariant: under its name there is the old file or the complete new one, also after a power cut.
+Owns: the one way in which this package replaces a file, strict JSON, size and SHA-256 of a file. Does not own: what a
+folder is called while it is written (shards, checkpoints), files that are appended to (``metrics.jsonl``, logs,
+journals). Invariant: under its name there is the old file or the complete new one, also after a power cut.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,30 @@ def move_into_place(temporary: str | os.PathLike[str], path: str | os.PathLike[s
     sync_path(temporary)
     os.replace(temporary, path)
     sync_path(Path(path).parent)
+
+
+def put_folder(new: Path, target: Path, aside: Path) -> None:
+    """Rename a finished folder to ``target``.
+
+    A folder that stands there is at ``aside`` meanwhile, and then removed. It is put back if ``new`` cannot be renamed,
+    or by :func:`take_back` after a kill between the two renames.
+    """
+    if not target.exists():
+        new.rename(target)
+        return
+    target.rename(aside)
+    try:
+        new.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    shutil.rmtree(aside)
+
+
+def take_back(target: Path, aside: Path) -> None:
+    """Put back the folder that a killed :func:`put_folder` left at ``aside``."""
+    if aside.is_dir() and not target.exists():
+        aside.rename(target)
 
 
 def sync_path(path: str | os.PathLike[str]) -> None:

@@ -48,9 +48,10 @@ _CORPUS = ("data", "tokenizer", "template", "attributes", "train.seed")
 _TRAINING = ("init_from", "model", *_RANKS, "optim", "train", *_CORPUS, "tracking", "profile", "plan.check")
 _LIMITS = ("generation.max_batch", "generation.max_sequence_tokens", "generation.max_cache_tokens")
 _DRAWING = ("sampling", *_LIMITS, *_RANKS)
-_SERVERS = ("server.urls", "generation.concurrency")
+_SERVERS = ("server.urls", "server.folder", "server.count", "generation.concurrency")
 _SERVER = tuple(
-    f"server.{key}" for key in ("host", "port", "max_queue", "model_name", "max_body_bytes", "read_timeout_sec")
+    f"server.{key}"
+    for key in ("host", "port", "folder", "max_queue", "model_name", "max_body_bytes", "read_timeout_sec")
 )
 _RECORDS = ("input", "output", "data.on_error")
 
@@ -65,7 +66,7 @@ _ALL = (
     Command("train_ap", "train the attribute-prediction model (step 1)", "train", True, _TRAINING, trains=True),
     Command(
         "annotate", "score every response of a record file (step 2)", "annotate", True,
-        (*_RECORDS, "checkpoint", "annotate", "scoring", *_RANKS),
+        (*_RECORDS, "checkpoint", "annotate", "array", "scoring", *_RANKS),
         {"input": "record files", "output": "the record file to write", "checkpoint": _AP},
     ),
     Command(
@@ -74,7 +75,7 @@ _ALL = (
     ),
     Command(
         "bootstrap", "sample at the best attribute values and score the responses (step 4)", "bootstrap", True,
-        (*_RECORDS, "checkpoint", "ap_checkpoint", "bootstrap", "scoring", *_SERVERS, *_DRAWING),
+        (*_RECORDS, "checkpoint", "ap_checkpoint", "array", "bootstrap", "scoring", *_SERVERS, *_DRAWING),
         {
             "input": "annotated record files", "output": "the record file to write", "checkpoint": _TRAINED,
             "ap_checkpoint": _AP,
@@ -86,7 +87,7 @@ _ALL = (
     ),
     Command(
         "generate", "sample responses for the prompts of a record file", "generate", True,
-        (*_RECORDS, "checkpoint", "attributes", *_SERVERS, *_DRAWING),
+        (*_RECORDS, "checkpoint", "array", "attributes", *_SERVERS, *_DRAWING),
         {"input": "record files with prompts", "output": "the record file to write", "checkpoint": _TRAINED},
     ),
     Command(
@@ -110,16 +111,24 @@ def _run() -> Command:
     sets = ("output", "checkpoint", "ap_checkpoint")
     steps = [c for c in _ALL if c.name not in ("serve", "generate", "export")]
     reads = dict.fromkeys(read for c in steps for read in c.reads if read not in sets)
-    return Command("run", "all steps from one config", "pipeline", True, ("pipeline", *reads), trains=True, sets=sets)
+    reads_all = ("pipeline", "steps", *reads)
+    return Command("run", "all steps from one config", "pipeline", True, reads_all, trains=True, sets=sets)
 
 
 COMMANDS: dict[str, Command] = {command.name: command for command in (*_ALL, _run())}
 
-# These take the command line of a command, and say something about the run that it would be.
+# These are about runs and jobs. They have no configuration file of their own: ``plan`` and ``launch`` take the command
+# line of a command, with ``plan.*`` or ``cluster.*`` beside it; ``module`` is below ``steerlm_megatron``.
 TOOLS: dict[str, Command] = {
     tool.name: tool
     for tool in (
-        Command("plan", "memory and time of a command before it runs: plan train_sft …", "plan", False, ("plan",)),
+        Command(
+            "plan", "memory and time of a command before it runs: plan train_sft …", "stages.plan", False, ("plan",)
+        ),
+        Command("launch", "a command, or all steps of run, as SLURM jobs", "launch.submit", False, ("cluster",)),
+        Command("status", "the jobs of a run, or of all runs here", "launch.status", False, ()),
+        Command("cancel", "end the jobs of a run", "launch.status", False, ()),
+        Command("logs", "the end of a run's log", "launch.status", False, ()),
     )
 }
 
@@ -144,7 +153,8 @@ def declared(command: str, key: str) -> bool:
 
 # These keys change how a command runs and nothing in its result.
 _WITHOUT_EFFECT = (
-    "command", "run_dir", "overwrite", "tracking", "profile", "data.workers", "data.verify", "pipeline",
+    "command", "run_dir", "overwrite", "tracking", "profile", "data.workers", "data.verify", "pipeline", "steps",
+    "array", "server.urls", "server.folder", "server.count",
     "plan",
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ reported at once, each with its remedy.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -31,7 +32,10 @@ _FORCED = (
 )
 # The schema cannot know the keys of these mappings. Their content is checked later: a step's overrides against its
 # configuration, names of attributes against the attribute schema in use.
-_FREE = ("pipeline.", "train.label_weights", "attributes.best", "data.map.")
+_FREE = (
+    "pipeline.", "train.label_weights", "attributes.best", "data.map.",
+    "cluster.steps.", "cluster.environment.", "cluster.nccl.",
+)  # fmt: skip
 
 
 def conf_dir() -> Path:
@@ -87,8 +91,11 @@ def flags_of(arguments: list[str]) -> Any:
     return get_args_parser().parse_intermixed_args(_marked(arguments))
 
 
-def check(command: str, arguments: list[str]) -> None:
+def check(command: str, arguments: list[str], launched: bool = False) -> None:
     """Compose the configuration once before Hydra does, so that a wrong override gives one clear line and exit code 2.
+
+    Args:
+        launched: whether ``steerlm launch`` asks, which reads ``cluster.*`` itself and takes any command.
 
     Raises:
         UserError: with one line for each override that is wrong, or that the command does not read.
@@ -98,7 +105,7 @@ def check(command: str, arguments: list[str]) -> None:
         return
     parsed = [_parsed(override, flags.multirun) for override in flags.overrides]
     keys = {override: one.key_or_group for override, one in zip(flags.overrides, parsed, strict=True)}
-    misplaced = {override: said for override, key in keys.items() if (said := misplaced_key(command, key))}
+    misplaced = {override: said for override, key in keys.items() if (said := misplaced_key(command, key, launched))}
     rest = [(o, one) for o, one in zip(flags.overrides, parsed, strict=True) if o not in misplaced]
     overrides, more = _choices([one for _, one in rest]) if flags.multirun else ([o for o, _ in rest], [])
     wrong = _wrong(command, overrides, more)
@@ -126,10 +133,14 @@ def _parsed(override: str, sweep: bool) -> Any:
     return one
 
 
-def misplaced_key(command: str, key: str) -> str | None:
-    """Return the error for a key that this command does not read, or that has another name now; None for others."""
+def misplaced_key(command: str, key: str, launched: bool = False) -> str | None:
+    """Return the error for a key that this command does not read, or that has another name now; None for others.
+    ``launched`` as in :func:`check`.
+    """
     if said := renamed(key):
         return said
+    if launched and is_of_cluster(key):
+        return None
     known = key in KEYS or any(name.startswith(f"{key}.") for name in KEYS) or key.startswith(_FREE)
     if not known:  # Hydra's own error explains a misspelt key; experiment= and hydra.* are no keys of ours
         return None
@@ -199,13 +210,60 @@ def _explain(error: Exception, command: str) -> str:
 def _nearest_key(key: str, command: str) -> str:
     """Return the key that was probably meant, by its full name or last part; keys that the command reads come first."""
     leaf = key.rsplit(".", 1)[-1]
-    for known in ([k for k in KEYS if COMMANDS[command].reads_key(k)], list(KEYS)):
+    section = [k for k in KEYS if k.startswith("cluster.")] if is_of_cluster(key) else []
+    for known in (section, [k for k in KEYS if COMMANDS[command].reads_key(k)], list(KEYS)):
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         near = near or [k for k in known if k.rsplit(".", 1)[-1] == leaf][:1]
         near = near or difflib.get_close_matches(leaf, known, n=1, cutoff=0.5)
         if near:
             return f"; did you mean {near[0]}?"
     return f"; see steerlm {command} --help"
+
+
+def is_of_cluster(override: str) -> bool:
+    """Return whether an override or key is about the cluster (``cluster=NAME``, ``cluster.nodes=2``)."""
+    return override.lstrip("+~").partition("=")[0].split(".")[0] == "cluster"
+
+
+def take_cluster_file(overrides: list[str]) -> list[str]:
+    """Return ``overrides`` with ``cluster=/path/my.yaml`` replaced by a name by which Hydra finds that file's content.
+
+    Raises:
+        UserError: the file cannot be read, or is no mapping.
+    """
+    from hydra.core.config_store import ConfigStore
+    from omegaconf import DictConfig, OmegaConf
+    from yaml import YAMLError
+
+    found = []
+    for override in overrides:
+        key, _, path = override.partition("=")
+        if key != "cluster" or not path.endswith((".yaml", ".yml")):
+            found.append(override)
+            continue
+        try:
+            content = OmegaConf.load(Path(path).expanduser())
+        except (OSError, ValueError, YAMLError) as error:
+            raise UserError(f"cluster={path} cannot be read: {' '.join(str(error).split())}") from None
+        if not isinstance(content, DictConfig):
+            raise UserError(f"cluster={path} has no keys; write nodes: 2 and the like, one a line")
+        name = f"file_{Path(path).stem}"
+        ConfigStore.instance().store(group="cluster", name=name, node=content)
+        found.append(f"cluster={name}")
+    return found
+
+
+def sweep(arguments: list[str]) -> list[list[str]]:
+    """Return the overrides of each job of a ``--multirun``: all combinations of the values that are listed. Without
+    that flag there is one job.
+    """
+    flags = flags_of(arguments)
+    choices = []
+    for override in flags.overrides:
+        one = _parsed(override.lstrip("+"), flags.multirun)
+        values = list(one.sweep_string_iterator()) if one.is_sweep_override() else []
+        choices.append([f"{one.get_key_element()}={value}" for value in values] or [override.lstrip("+")])
+    return [list(jobs) for jobs in itertools.product(*choices)]
 
 
 def job_overrides() -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from steerlm_megatron.config.fields import at_least, between, one_of, option
+from steerlm_megatron.steer.templates import LABEL_AT
 
 # `data.source` names one of these: the converters of data_tools (a test keeps the two lists equal), or `demo`.
 SOURCES = ("oasst", "helpsteer", "hh_rlhf", "msid", "nemo", "sharegpt", "messages", "hf", "demo")
@@ -26,9 +27,16 @@ class AttributesConfig:
 class TemplateConfig:
     """The prompt template (``steer.templates``)."""
 
-    name: str = option("steerlm", "the format: steerlm, llama2 or chatml")
+    name: str = option(
+        "steerlm", "the format: steerlm, llama2, chatml, or auto: the chat format of the tokenizer's folder"
+    )
     system: str = option("", "the system text of a conversation that has none")
     system_suffix: str = option("\n\n", "steerlm: what follows the system text")
+    label_at: str = option(
+        LABEL_AT[0],
+        one_of(*LABEL_AT),
+        "the label line stands before the response, or (auto alone) behind the user's text",
+    )
 
 
 @dataclass

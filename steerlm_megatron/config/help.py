@@ -36,16 +36,14 @@ def show(arguments: Sequence[str], version: str) -> bool:
     elif first == "--completion":
         print(_completion(rest))
     elif first in TOOLS:
-        if not {"-h", "--help"} & set(rest):
+        if first != "plan" or not {"-h", "--help"} & set(rest):
             return False
-        print(f"steerlm {first} COMMAND [key=value ...]: {TOOLS[first].help}")
-        return True
+        print(plan_help())
     elif first not in COMMANDS:
         from steerlm_megatron.config.compose import nearest
 
-        raise UserError(
-            f"{first}: no such command{nearest(first, {**COMMANDS, **TOOLS})}\nlegal: {' '.join((*COMMANDS, *TOOLS))}"
-        )
+        known = [*COMMANDS, *TOOLS]
+        raise UserError(f"{first}: no such command{nearest(first, known)}\nlegal: {' '.join(known)}")
     elif "-h" in rest or "--help" in rest:
         from steerlm_megatron.config import compose
 
@@ -75,7 +73,10 @@ def usage(version: str) -> str:
         "usage: steerlm <command> [key=value ...]",
         "",
         "commands:",
-        *(f"  {command.name:<11} {command.help}" for command in (*COMMANDS.values(), *TOOLS.values())),
+        *(f"  {command.name:<11} {command.help}" for command in (*COMMANDS.values(), TOOLS["plan"])),
+        "",
+        "on a cluster:",
+        *(f"  {tool.name:<11} {tool.help}" for tool in TOOLS.values() if tool.name != "plan"),
         "",
         "steerlm <command> --help     the command's keys, what they mean and their values",
         "steerlm <command> --cfg job  the configuration that would run",
@@ -113,6 +114,32 @@ def command_help(command: str, values: Mapping[str, Any], groups: Callable[[str]
             lines += ["", "The run:"]
         lines += _wrapped((f"{k.name}={shown(_at(values, k.name))}", _meaning(k)) for k in keys)
     lines += ["", "--cfg job prints the whole configuration, --multirun runs all combinations of listed values."]
+    return "\n".join(lines)
+
+
+def plan_help() -> str:
+    """Return the text of ``steerlm plan --help``."""
+    from steerlm_megatron.config.schema import KEYS
+
+    lines = ["steerlm plan COMMAND [key=value ...]", "", TOOLS["plan"].help, ""]
+    keys = [key for key in KEYS.values() if key.name.startswith("plan.")]
+    return "\n".join([*lines, *_wrapped((f"{key.name}={shown(key.default)}", _meaning(key)) for key in keys)])
+
+
+def launch_help(groups: Callable[[str], list[str]]) -> str:
+    """Return the text of ``steerlm launch --help``; ``groups`` gives the options of a configuration group."""
+    from steerlm_megatron.config.schema import KEYS
+
+    lines = textwrap.wrap("steerlm launch COMMAND cluster=NAME [key=value ...] [--multirun] [--dry-run]", WIDTH)
+    lines += ["", *textwrap.wrap(
+        f"Submits {TOOLS['launch'].help}, after all checks of the configuration. cluster=NAME is one of "
+        f"{' '.join(groups('cluster'))}, or the path of a file of your own with keys of cluster.", WIDTH
+    )]  # fmt: skip
+    lines += ["", *textwrap.wrap(
+        "--multirun makes one job array of all combinations of listed values, --dry-run prints the script.", WIDTH
+    ), ""]  # fmt: skip
+    keys = [key for key in KEYS.values() if key.name.startswith("cluster.")]
+    lines += _wrapped((f"{key.name}={shown(key.default)}", _meaning(key)) for key in keys)
     return "\n".join(lines)
 
 
@@ -173,7 +200,7 @@ def completion(shell: str, groups: Callable[[str], list[str]]) -> str | None:
     script = f"""_steerlm() {{
   local words line="${{COMP_LINE:0:COMP_POINT}}"
   local word="${{line##* }}"
-  if [ "$COMP_CWORD" -le 1 ]; then words='{" ".join((*COMMANDS, *TOOLS))} --help --version --completion'
+  if [ "$COMP_CWORD" -le 1 ]; then words='{" ".join([*COMMANDS, *TOOLS])} --help --version --completion'
   else case "${{COMP_WORDS[1]}}" in
 {chr(10).join(cases)}
   esac; fi

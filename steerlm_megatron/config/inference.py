@@ -35,6 +35,10 @@ class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, between(0, 65535), "0: one that is free")
     urls: list[str] = option([], "generate and bootstrap: draw from these servers, and not in this process")
+    folder: str | None = option(
+        None, "serve writes its address into this folder; generate and bootstrap draw from the servers in it"
+    )
+    count: int = option(1, at_least(1), "how many servers generate and bootstrap wait for in server.folder")
     max_queue: int = option(1024, at_least(1), "choices that wait for a row; more are refused with HTTP 429")
     model_name: str = option("steerlm", "the model's name in the API")
     max_body_bytes: int = option(4_194_304, at_least(1), "of one request; a larger one is refused with HTTP 413")

@@ -72,6 +72,15 @@ def world_of(config: Config) -> int:
     return p.tensor * p.pipeline * p.context * (p.data or 1)
 
 
+def job_of_array(config: Config) -> tuple[int | None, int]:
+    """Return the number of this job among those that share the records, and how many these are. The number is None
+    where this job does all that is left, as it is for commands that do not share records.
+    """
+    if config.command in COMMANDS and COMMANDS[config.command].reads_key("array"):
+        return config.array.task, config.array.tasks
+    return None, 1
+
+
 def value_at(config: Config, key: str) -> Any:
     """Return the value of a dotted key."""
     value: Any = config
@@ -111,6 +120,7 @@ def finalize(config: Config, world: int | None = None, alone: bool = False) -> C
         *check_profile(config),
         *_check_trainable(config),
         *_check_objective(config),
+        *_check_array(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -168,6 +178,15 @@ def _check_model(config: Config) -> list[str]:
             f"model.rotary_low_frequency={m.rotary_low_frequency:g} must be below model.rotary_high_frequency="
             f"{m.rotary_high_frequency:g} with model.rotary_scaling=llama3"
         )
+    if m.full_attention_layers:
+        if m.sliding_window is None:
+            problems.append("model.full_attention_layers needs model.sliding_window: without it all layers are such")
+        if wrong := [layer for layer in m.full_attention_layers if not 0 <= layer < m.num_layers]:
+            problems.append(
+                f"model.full_attention_layers has {' '.join(map(str, wrong))}; layers are 0 to {m.num_layers - 1}"
+            )
+    if m.rotary_local_base is not None and m.sliding_window is None:
+        problems.append("model.rotary_local_base needs model.sliding_window: it is for layers that have one")
     stages = p.pipeline * (p.virtual_pipeline or 1)
     if m.num_layers % stages:
         key = "parallel.pipeline" if not p.virtual_pipeline else "parallel.pipeline x parallel.virtual_pipeline"
@@ -277,6 +296,13 @@ def _check_objective(config: Config) -> list[str]:
             f"train.label_weights={train.label_weights} is of train_ap; train_sft has no labels: leave it out"
         )
     return problems
+
+
+def _check_array(config: Config) -> list[str]:
+    task, tasks = config.array.task, config.array.tasks
+    if task is not None and not task < tasks:
+        return [f"array.task={task} must be below array.tasks={tasks}: they are numbered from 0"]
+    return []
 
 
 def _check_trainable(config: Config) -> list[str]:

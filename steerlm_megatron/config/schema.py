@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from steerlm_megatron.config.cluster import ArrayConfig, ClusterConfig
 from steerlm_megatron.config.corpora import SOURCES, AttributesConfig, DataConfig, TemplateConfig, TokenizerConfig
 from steerlm_megatron.config.fields import Key, keys_of, option
 from steerlm_megatron.config.inference import (
@@ -35,10 +36,11 @@ from steerlm_megatron.config.training import (
 )
 
 __all__ = [
-    "KEYS", "RENAMED", "SOURCES", "AnnotateConfig", "AttributesConfig", "BootstrapConfig", "Config", "DataConfig",
-    "EngineConfig", "EvaluateConfig", "EvaluateModels", "ExportConfig", "GenerationConfig", "ModelConfig",
-    "OptimConfig", "ParallelConfig", "PlanConfig", "ProfileConfig", "SamplingConfig", "ScoringConfig", "ServerConfig",
-    "TemplateConfig", "TokenizerConfig", "TrackingConfig", "TrainConfig",
+    "KEYS", "RENAMED", "SOURCES", "AnnotateConfig", "ArrayConfig", "AttributesConfig", "BootstrapConfig",
+    "ClusterConfig", "Config", "DataConfig", "EngineConfig", "EvaluateConfig", "EvaluateModels",
+    "ExportConfig", "GenerationConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PlanConfig", "ProfileConfig",
+    "SamplingConfig", "ScoringConfig", "ServerConfig", "TemplateConfig", "TokenizerConfig", "TrackingConfig",
+    "TrainConfig",
 ]  # fmt: skip
 
 
@@ -49,6 +51,7 @@ class Config:
     command: str = option("", "the command; set by its own configuration file")
     run_dir: str | None = option(None, "the run's folder; null: runs/<command>/<time>")
     overwrite: bool = option(False, "replace a complete run, shards or an export that stand there")
+    steps: list[str] = option([], "run: only these steps, after those that they need; empty: all")
     init_from: str | None = option(None, "run folder or checkpoint that training starts from; null: from scratch")
     checkpoint: str | None = option(None, "run folder or checkpoint of the model that is used")
     ap_checkpoint: str | None = option(None, "run folder or checkpoint of the attribute-prediction model")
@@ -74,6 +77,8 @@ class Config:
     tracking: TrackingConfig = option(TrackingConfig, "where metrics go")
     profile: ProfileConfig = option(ProfileConfig, "a profile of some steps")
     plan: PlanConfig = option(PlanConfig, "what a run takes")
+    array: ArrayConfig = option(ArrayConfig, "the part of the records of one job of several")
+    cluster: ClusterConfig = option(ClusterConfig, "how jobs run on a cluster")
     pipeline: dict[str, Any] = option({}, "run: step name to overrides of that step alone")
 
 

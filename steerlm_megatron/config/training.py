@@ -18,9 +18,15 @@ class ModelConfig:
     num_query_groups: int | None = option(None, at_least(1), "key/value heads; null: one per query head")
     head_dim: int | None = option(None, at_least(1), "width of a head; null: hidden_size / num_heads")
     ffn_hidden_size: int = option(352, at_least(1), "width of the MLP")
-    activation: str = option("swiglu", one_of("swiglu", "gelu", "squared_relu"), "the MLP's non-linearity")
+    activation: str = option(
+        "swiglu",
+        one_of("swiglu", "geglu", "gelu", "squared_relu"),
+        "the MLP's non-linearity; swiglu and geglu (the tanh form of gelu) have a gate",
+    )
     norm: str = option(
-        "rmsnorm", one_of("rmsnorm", "layernorm", "layernorm1p"), "the norm; layernorm1p stores weight - 1"
+        "rmsnorm",
+        one_of("rmsnorm", "rmsnorm1p", "layernorm", "layernorm1p"),
+        "the norm; those with 1p store weight - 1",
     )
     norm_epsilon: float = option(1e-5, at_least(0), "added to the variance in a norm")
     rotary_base: float = option(10000.0, at_least(1), "base of the frequencies of rotary position embeddings")
@@ -32,15 +38,41 @@ class ModelConfig:
     rotary_low_frequency: float = option(1.0, above(0), "llama3: turns in rotary_original below which all is divided")
     rotary_high_frequency: float = option(4.0, above(0), "llama3: turns in rotary_original above which nothing is")
     rotary_original: int = option(8192, at_least(1), "llama3: longest sequence before the stretching, in tokens")
+    rotary_local_base: float | None = option(
+        None, at_least(1), "RoPE's base, without stretching, in layers with a sliding window; null: as in the others"
+    )
+    sliding_window: int | None = option(
+        None, at_least(1), "tokens that a token sees, itself included; null: all before it"
+    )
+    full_attention_layers: list[int] = option([], "layers, counted from 0, that see all whatever sliding_window is")
+    query_pre_attn_scalar: int | None = option(
+        None, at_least(1), "attention scores are divided by its square root; null: width of a head"
+    )
+    attention_softcap: float | None = option(
+        None, above(0), "attention scores s become cap * tanh(s / cap), which no fused kernel computes; null: no cap"
+    )
+    logit_softcap: float | None = option(None, above(0), "the same of the output layer's logits")
     max_position: int = option(4096, at_least(2), "longest sequence that the model is meant for, in tokens")
     tie_embeddings: bool = option(False, "the output layer has the weights of the input embedding")
+    scale_embeddings: bool = option(False, "embeddings are multiplied by the square root of hidden_size")
     bias: bool = option(False, "linear layers have biases")
     qkv_bias: bool = option(False, "queries, keys and values have biases, whatever the other linear layers have")
     qk_norm: bool = option(False, "every head's queries and keys pass through a norm before RoPE")
+    post_norms: bool = option(False, "what attention and MLP give passes through a norm before it is added")
     parallel_residual: bool = option(False, "a layer's MLP reads what its attention reads; both are added to that")
     dropout: float = option(0.0, between(0, 0.99), "dropout of attention and of the residual stream, in training")
     init_std: float = option(0.02, at_least(0), "standard deviation of initial weights")
     vocab_multiple: int = option(128, at_least(1), "embedding rows are a multiple of it and of parallel.tensor")
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP's first product has a gate beside it, so that it has twice as many rows."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def one_plus_norms(self) -> bool:
+        """Whether norms store weight - 1."""
+        return self.norm.endswith("1p")
 
 
 @dataclass

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from steerlm_megatron.model.attention import Masks, causal_attention
+from steerlm_megatron.model.cross_entropy import soft_capped
+
 # The decoded length is rounded up to this many tokens: aligned masks for CUDA's memory-efficient kernel, few distinct
 # shapes.
 _LENGTH_STEP = 16
@@ -29,10 +32,13 @@ class _Step:
 
     decode_rows: int
     length: int  # longest decoded sequence, this step's token included, rounded up
-    mask_BL: torch.Tensor | None  # float: 0 where a row has a token, -inf beyond it
+    shortest: int  # shortest decoded sequence, this step's token included
+    positions_B: torch.Tensor  # of the decoded tokens
     slots_TG: torch.Tensor | None  # where each token's keys and values go
     prefill: list[tuple[int, int]]  # [start, end) of each new sequence in the packed tokens
-    cached: dict[tuple[int, torch.dtype], torch.Tensor]  # the mask in the shape and dtype that attention takes
+    # Masks of decoding in the shape and dtype that attention takes, by heads, dtype and window; those of prompts.
+    cached: dict[tuple[int, torch.dtype, int | None], torch.Tensor]
+    masks: Masks
 
 
 class KVCache:
@@ -86,13 +92,10 @@ class KVCache:
             positions.extend(range(tokens))
         both_2T = torch.tensor([rows, positions], dtype=torch.int64).to(self.device, non_blocking=True)
         length = min(self.capacity, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
-        mask_BL: torch.Tensor | None = None
         n = len(decode_lengths)
-        if n:
-            beyond_BL = torch.arange(length, device=self.device) > both_2T[1, :n, None]
-            mask_BL = torch.zeros((n, length), device=self.device).masked_fill_(beyond_BL, float("-inf"))
         self._rows_T, self._positions_T = both_2T[0], both_2T[1]
-        self._step = _Step(n, length, mask_BL, None, spans, {})
+        shortest = min(decode_lengths, default=0) + 1
+        self._step = _Step(n, length, shortest, self._positions_T[:n], None, spans, {}, {})
         return self._positions_T
 
     def _layer(self, number: int, k_TGH: torch.Tensor) -> torch.Tensor:
@@ -104,12 +107,19 @@ class KVCache:
         return layer
 
     def attend(
-        self, layer_number: int, q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, scale: float
+        self,
+        layer_number: int,
+        q_TNH: torch.Tensor,
+        k_TGH: torch.Tensor,
+        v_TGH: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
         """Store this step's keys and values of one layer and attend.
 
-        q [T, N, H], k and v [T, G, H], N a multiple of G, RoPE applied; T as announced by :meth:`begin`. Returns [T, N,
-        H].
+        q [T, N, H], k and v [T, G, H], N a multiple of G, RoPE applied; T as announced by :meth:`begin`; ``window`` and
+        ``softcap`` as in :func:`steerlm_megatron.model.attention.causal_attention`. Returns [T, N, H].
         """
         step = self._step
         assert step is not None, "begin() before attend()"
@@ -122,43 +132,63 @@ class KVCache:
         layer[0].view(-1, dim).index_copy_(0, step.slots_TG, k_TGH.reshape(-1, dim))
         layer[1].view(-1, dim).index_copy_(0, step.slots_TG, v_TGH.reshape(-1, dim))
         n = step.decode_rows
-        outputs = [self._decode(step, layer, q_TNH[:n], scale)] if n else []
-        grouped = q_TNH.shape[1] != heads
+        outputs = [self._decode(step, layer, q_TNH[:n], scale, window, softcap)] if n else []
         for start, end in step.prefill:
             q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TGH, v_TGH))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=end - start > 1, scale=scale, enable_gqa=grouped)
+            out = causal_attention(q, k, v, scale, step.masks, window=window, softcap=softcap)
             outputs.append(out.squeeze(0).transpose(0, 1))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _decode(self, step: _Step, layer: torch.Tensor, q_BNH: torch.Tensor, scale: float) -> torch.Tensor:
+    def _decode(
+        self,
+        step: _Step,
+        layer: torch.Tensor,
+        q_BNH: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
         """One query per row against the row's cache. The N / G query heads of a key/value head stand as queries side by
         side: all are at the same position, so no head has to be repeated."""
-        n, length = step.decode_rows, step.length
+        n, (first, length) = step.decode_rows, _span(step, window)
         heads, dim = layer.shape[2], layer.shape[4]
         share = q_BNH.shape[1] // heads
-        assert step.mask_BL is not None
-        if q_BNH.is_cuda:
+        if q_BNH.is_cuda and softcap is None:  # SDPA has no soft cap
             q_BGMH = q_BNH.reshape(n, heads, share, dim)
-            mask_B11L = self._mask(step, 1, q_BNH.dtype).view(n, 1, 1, length).expand(n, heads, share, length)
+            mask_B11L = self._mask(step, 1, q_BNH.dtype, window)[:, None].expand(n, heads, share, length - first)
             out = F.scaled_dot_product_attention(
-                q_BGMH, layer[0, :n, :, :length], layer[1, :n, :, :length], attn_mask=mask_B11L, scale=scale
+                q_BGMH, layer[0, :n, :, first:length], layer[1, :n, :, first:length], attn_mask=mask_B11L, scale=scale
             )
             return out.reshape(n, -1, dim)
         # On CPU two batched products beat SDPA several times at one query per head (measured: 0.8 against 2.2 ms, 64 ×
         # 4 × 256).
-        slabs = layer.view(2, -1, self.capacity, dim)[:, : n * heads, :length]
-        mask_X1L = self._mask(step, heads, q_BNH.dtype)
+        slabs = layer.view(2, -1, self.capacity, dim)[:, : n * heads, first:length]
+        mask_X1L = self._mask(step, heads, q_BNH.dtype, window)
         q_XMH = q_BNH.reshape(n * heads, share, dim)
-        scores_XML = torch.baddbmm(mask_X1L, q_XMH, slabs[0].transpose(1, 2), alpha=scale)
+        if softcap is None:
+            scores_XML = torch.baddbmm(mask_X1L, q_XMH, slabs[0].transpose(1, 2), alpha=scale)
+        else:
+            scores_XML = soft_capped(torch.bmm(q_XMH, slabs[0].transpose(1, 2)) * scale, softcap) + mask_X1L
         softmax_dtype = torch.promote_types(q_BNH.dtype, torch.float32)
         weights_XML = torch.softmax(scores_XML, -1, dtype=softmax_dtype).to(q_BNH.dtype)
         return torch.bmm(weights_XML, slabs[1]).view(n, -1, dim)
 
-    @staticmethod
-    def _mask(step: _Step, heads: int, dtype: torch.dtype) -> torch.Tensor:
-        mask = step.cached.get((heads, dtype))
+    def _mask(self, step: _Step, heads: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
+        """[rows · heads, 1, tokens of the span]: 0 where a row has a token in its window, -inf elsewhere."""
+        mask = step.cached.get((heads, dtype, window))
         if mask is None:
-            assert step.mask_BL is not None
-            mask = step.mask_BL.to(dtype).repeat_interleave(heads, 0).unsqueeze(1)
-            step.cached[heads, dtype] = mask
+            first, length = _span(step, window)
+            position_B1, token_L = step.positions_B[:, None], torch.arange(first, length, device=self.device)
+            hidden_BL = token_L > position_B1
+            if window is not None:
+                hidden_BL |= token_L <= position_B1 - window
+            mask_BL = torch.zeros(hidden_BL.shape, dtype=dtype, device=self.device)
+            mask = mask_BL.masked_fill_(hidden_BL, float("-inf")).repeat_interleave(heads, 0).unsqueeze(1)
+            step.cached[heads, dtype, window] = mask
         return mask
+
+
+def _span(step: _Step, window: int | None) -> tuple[int, int]:
+    """From which slot up to which one some decoded row sees tokens; the first is rounded down as the last is up."""
+    first = 0 if window is None else max(0, step.shortest - window)
+    return first // _LENGTH_STEP * _LENGTH_STEP, step.length

@@ -1,4 +1,5 @@
-"""Run ranks on this host: start them with torchrun's agent, restart them after a fault, end them together.
+"""Run ranks on this host: start them with torchrun's agent, restart them after a fault, end them together. On a cluster
+the agents of all nodes meet, and number the ranks together.
 
 Owns: processes, their signals and exit codes, restarts. Does not own: reading ranks from the environment
 (``runtime/launcher.py``), clusters. Invariant: the exit code tells what to do next: 0 nothing, 2 correct the input, 75
@@ -15,7 +16,7 @@ import sys
 from typing import Any
 
 from steerlm_megatron.errors import Interrupted, UserError
-from steerlm_megatron.runtime import signals
+from steerlm_megatron.runtime import launcher, signals
 
 
 def run_ranks(ranks: int, arguments: list[str], max_restarts: int) -> int:
@@ -79,14 +80,18 @@ def _launch(ranks: int, arguments: list[str]) -> int:
     signal.signal(signal.SIGUSR1, pass_on)  # the agent passes on SIGTERM and SIGINT by itself
     if signals.asked():
         raise Interrupted
+    nodes, endpoint, meeting = launcher.agents()
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # the agents meet there; the ranks get another port from them
+        os.environ.pop(name, None)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=nodes,
+        max_nodes=nodes,
         nproc_per_node=ranks,
-        run_id=f"steerlm-{os.getpid()}",
+        run_id=meeting,
         rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        rdzv_endpoint=endpoint,
+        rdzv_configs={"is_host": launcher.global_rank() == 0} if nodes > 1 else {},
+        local_addr="127.0.0.1" if nodes == 1 else None,
         max_restarts=0,
         monitor_interval=0.2,
     )

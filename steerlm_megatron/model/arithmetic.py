@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 
 BYTES = {"fp32": 4, "bf16": 2}
-_GATED = ("swiglu", "geglu")
 _CROSS_ENTROPY_PART = 1 << 27  # bytes of float32 logits at a time on a GPU (model/cross_entropy.py)
 
 
@@ -38,7 +37,7 @@ class Widths:
         head = model.head_dim or model.hidden_size // model.num_heads
         groups = model.num_query_groups or model.num_heads
         ffn = model.ffn_hidden_size
-        columns = ffn * (2 if model.activation in _GATED else 1)
+        columns = ffn * (2 if model.gated else 1)
         return cls(model.num_layers, model.hidden_size, model.num_heads, groups, head, ffn, columns)
 
 
@@ -65,7 +64,7 @@ def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
     w = Widths.of(model)
     qkv = w.H * (w.N + 2 * w.G)
     split = w.D * qkv + w.N * w.H * w.D + w.D * w.mlp_in + w.F * w.D
-    whole = 2 * norm_parameters(model)
+    whole = (4 if model.post_norms else 2) * norm_parameters(model)
     if model.bias:
         split += qkv + w.mlp_in
         whole += 2 * w.D
@@ -78,7 +77,7 @@ def layer_parameters(model: ModelConfig, tensor: int = 1) -> int:
 
 def norm_parameters(model: ModelConfig, width: int | None = None) -> int:
     """Return the parameters of one norm: a weight, and a bias unless it is RMSNorm (arXiv 1910.07467 eq. 4)."""
-    return (1 if model.norm == "rmsnorm" else 2) * (width or model.hidden_size)
+    return (1 if model.norm.startswith("rmsnorm") else 2) * (width or model.hidden_size)
 
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -285,7 +284,7 @@ def activations(
         attention = T * 2 * queries * size + 2 * (rows.keys or _row_keys(rows, parallel)) * keys * size
     elif rows.slots:  # copies of q, k, v and the output with documents padded to batches
         attention += rows.slots * (heads + queries) * size - T * (queries + keys) * size
-    norms = 4 * residual // s
+    norms = (6 if model.post_norms else 4) * residual // s  # their inputs and outputs; the latter products need
     masks = 2 * T * w.D // s if model.dropout > 0 else 0
     kept = norms + attention + mlp + masks
     # A backward pass has gradients of neighbours beside what is kept, whole sequences of what was split, one matrix.

@@ -3,7 +3,8 @@
 Owns: :class:`PackedTokens` (what a forward pass knows about document boundaries), the ``core_attention`` module that
 Megatron-Core's ``SelfAttention`` calls, and its backends. Does not own: projections and RoPE arithmetic
 (Megatron-Core), the KV cache (``generate/kv_cache.py``).
-Invariant: no token attends outside its own document, on any backend; logits equal those of the documents run alone.
+Invariant: no token attends outside its own document, nor outside its layer's window, on any backend; logits equal
+those of the documents run alone.
 
 Megatron-Core refuses packed input in its own core attention. It hands ``packed_seq_params`` on unread unless
 ``qkv_format == "thd"``; so a row travels as an ordinary [T, 1, ...] sequence without position embeddings of
@@ -27,25 +28,42 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
+from torch.utils.checkpoint import checkpoint
 
 from steerlm_megatron.config.schema import ModelConfig
 from steerlm_megatron.data.batch import ContextChunk
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.context import keys_of_chunks
+from steerlm_megatron.model.cross_entropy import soft_capped
 from steerlm_megatron.model.fused import rotate
 from steerlm_megatron.runtime.device import to_device
 
 # Documents of up to this many tokens share batched attention calls; longer ones are worth a call of their own.
 _ALONE_FROM_TOKENS = 512
+# So many queries at least share a call where a window or a soft cap has calls of their own.
+_BLOCK_QUERIES = 256
+
+# Masks by (queries, keys, window).
+Masks = dict[tuple[int, int, int | None], torch.Tensor]
 
 
 class KVCacheLike(Protocol):
     """What generation puts into :class:`PackedTokens` to take attention over."""
 
     def attend(
-        self, layer_number: int, q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, scale: float
+        self,
+        layer_number: int,
+        q_TNH: torch.Tensor,
+        k_TGH: torch.Tensor,
+        v_TGH: torch.Tensor,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        """Store this step's keys and values of a layer (1-based, global); return attention over all [T, N, H]."""
+        """Store this step's keys and values of a layer (1-based, global); return attention over all, or over the last
+        ``window`` tokens, [T, N, H].
+        """
         ...
 
 
@@ -73,6 +91,12 @@ class Rotary:
             return cls(dim, model.rotary_base, "linear", model.rotary_scaling_factor)
         band = model.rotary_low_frequency, model.rotary_high_frequency
         return cls(dim, model.rotary_base, "llama3", model.rotary_scaling_factor, *band, model.rotary_original)
+
+    @classmethod
+    def local(cls, model: ModelConfig) -> Rotary:
+        """That of layers with a sliding window: never stretched where they have a base of their own (Gemma 3)."""
+        of_all = cls.of(model)
+        return of_all if model.rotary_local_base is None else cls(of_all.dim, model.rotary_local_base)
 
     def frequencies(self, where: torch.device) -> torch.Tensor:
         """float32 [dim / 2], in the order of operations of ``transformers``: at position 100,000 a last bit counts.
@@ -115,7 +139,8 @@ class PackedTokens(PackedSeqParams):
     cu_keys: torch.Tensor | None = None  # int32 [docs + 1], the same of keys; None: as cu_seqlens
     chunks: tuple[ContextChunk, ...] = ()  # of a context-parallel rank (model/context.py)
     _buckets: Buckets | None = None
-    _parts: list[tuple[torch.Tensor | None, PackedTokens | None]] | None = None
+    _parts: list[tuple[tuple[int, int] | None, PackedTokens | None]] | None = None
+    masks: Masks = field(default_factory=dict)  # what attention has made of them for an earlier layer
     _rotary: dict[tuple[Rotary, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @classmethod
@@ -147,22 +172,23 @@ class PackedTokens(PackedSeqParams):
             self._buckets = _make_buckets(self.lengths, self.positions_T.device)
         return self._buckets
 
-    def parts(self) -> list[tuple[torch.Tensor | None, PackedTokens | None]]:
-        """Of each of ``chunks``: which keys [Q, K] its first document's queries see if that one began before the chunk,
+    def parts(self) -> list[tuple[tuple[int, int] | None, PackedTokens | None]]:
+        """Of each of ``chunks``: how many queries and keys its first document has if that one began before the chunk,
         and the documents that begin in it. None where there is none. Made once, used by every layer.
         """
         if self._parts is None:
             assert self.positions_T is not None
-            self._parts, at, where = [], 0, self.positions_T.device
+            self._parts, at = [], 0
             for chunk in self.chunks:
-                first, lengths, seen = chunk.lengths[0], chunk.lengths, None
+                first, lengths, carried = chunk.lengths[0], chunk.lengths, None
                 if chunk.carried:
-                    keys, lengths = chunk.carried + first, lengths[1:]
-                    seen = torch.ones(first, keys, dtype=torch.bool, device=where).tril(chunk.carried)
+                    carried, lengths = (first, chunk.carried + first), lengths[1:]
                 at += chunk.stop - chunk.start
                 positions_T = self.positions_T[at - sum(lengths) : at]
-                rest = PackedTokens(positions_T=positions_T, lengths=list(lengths)) if lengths else None
-                self._parts.append((seen, rest))
+                rest = (
+                    PackedTokens(positions_T=positions_T, lengths=list(lengths), masks=self.masks) if lengths else None
+                )
+                self._parts.append((carried, rest))
         return self._parts
 
     def rotary(self, turned: Rotary, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,6 +275,95 @@ class _ToTokens(torch.autograd.Function):
         return grad_PNH.index_copy_(0, buckets.order_T, grad_TNH), None
 
 
+def causal_attention(
+    q_DNQH: torch.Tensor,
+    k_DGKH: torch.Tensor,
+    v_DGKH: torch.Tensor,
+    scale: float,
+    masks: Masks,
+    dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of D documents of like length, [D, N, Q, H]. The last query is at the position of the last key.
+
+    Without a window and a cap, documents that have as many queries as keys take one call of SDPA. With a window, a
+    block of queries takes the keys that it can see: the work grows with Q · window, not with Q · K. SDPA has no soft
+    cap: there scores are written to memory, a block of queries at a time, and once more in the backward pass, for which
+    none are kept (docs/models.md has the price).
+
+    Args:
+        masks: those that are known, which the call adds to.
+        window: keys that a query sees, its own included; None: all up to its own.
+        softcap: c of c · tanh(score / c); None: the scores as they are.
+    """
+    queries, keys = q_DNQH.shape[2], k_DGKH.shape[2]
+    if window is not None and window >= keys:
+        window = None
+    if window is None and softcap is None and queries == keys:
+        grouped = q_DNQH.shape[1] != k_DGKH.shape[1]
+        return F.scaled_dot_product_attention(
+            q_DNQH, k_DGKH, v_DGKH, is_causal=queries > 1, scale=scale, dropout_p=dropout, enable_gqa=grouped
+        )
+    block = queries if window is None and softcap is None else max(window or 0, _BLOCK_QUERIES)
+    outputs: list[torch.Tensor] = []
+    for start in range(0, queries, block):
+        stop = min(start + block, queries)
+        last = keys - queries + stop  # the key after the last one that the block sees
+        first = 0 if window is None else max(0, keys - queries + start - window + 1)
+        seen = _seen(stop - start, last - first, window, q_DNQH.device, masks)
+        q, k, v = q_DNQH[:, :, start:stop], k_DGKH[:, :, first:last], v_DGKH[:, :, first:last]
+        if softcap is None:
+            # Repeated, not grouped: on a GPU the only kernel that takes a mask and groups makes all scores at once.
+            per_group = q.shape[1] // k.shape[1]
+            k, v = (x.repeat_interleave(per_group, 1) if per_group > 1 else x for x in (k, v))
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, dropout_p=dropout)
+        elif torch.is_grad_enabled():
+            out = checkpoint(
+                _capped_attention, q, k, v, seen, scale, dropout, softcap,
+                use_reentrant=False, preserve_rng_state=dropout > 0.0,
+            )  # fmt: skip
+        else:
+            out = _capped_attention(q, k, v, seen, scale, dropout, softcap)
+        outputs.append(out)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+
+def _seen(queries: int, keys: int, window: int | None, where: torch.device, masks: Masks) -> torch.Tensor:
+    """Which keys queries see, bool [Q, K]: those up to their own position, which is the last key's for the last query,
+    and of them the last ``window``.
+    """
+    seen = masks.get((queries, keys, window))
+    if seen is None:
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=where).tril(keys - queries)
+        if window is not None:
+            seen = seen.triu(keys - queries - window + 1)
+        masks[queries, keys, window] = seen
+    return seen
+
+
+def _capped_attention(
+    q_DNQH: torch.Tensor,
+    k_DGKH: torch.Tensor,
+    v_DGKH: torch.Tensor,
+    seen_QK: torch.Tensor,
+    scale: float,
+    dropout: float,
+    softcap: float,
+) -> torch.Tensor:
+    """Attention by its formula, softmax(c · tanh(q · k / c)) v, [D, N, Q, H]; scores in float32 at least."""
+    groups, shape = k_DGKH.shape[1], q_DNQH.shape
+    q_DGXH = q_DNQH.unflatten(1, (groups, -1)).flatten(2, 3)  # the query heads of a group, one after the other
+    wide = torch.promote_types(q_DNQH.dtype, torch.float32)
+    score_DGXK = (q_DGXH @ k_DGKH.transpose(-1, -2)).to(wide)
+    score_DGXK = soft_capped(score_DGXK * scale, softcap)
+    score_DGMQK = score_DGXK.unflatten(2, (-1, shape[2])).masked_fill(~seen_QK, -torch.inf)
+    weight_DGXK = score_DGMQK.softmax(-1).to(q_DNQH.dtype).flatten(2, 3)
+    if dropout > 0.0:
+        weight_DGXK = F.dropout(weight_DGXK, dropout)
+    return (weight_DGXK @ v_DGKH).reshape(shape)
+
+
 def attend_sdpa(
     q_TNH: torch.Tensor,
     k_TGH: torch.Tensor,
@@ -256,20 +371,22 @@ def attend_sdpa(
     packed: PackedTokens,
     scale: float,
     dropout: float = 0.0,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
-    """Causal attention inside each document through torch's SDPA, in as few calls as lengths allow: [T, N, H]."""
+    """Causal attention inside each document through torch's SDPA, in as few calls as lengths allow: [T, N, H].
+
+    ``window`` and ``softcap`` as in :func:`causal_attention`.
+    """
     if packed.chunks:
-        return _attend_chunks(q_TNH, k_TGH, v_TGH, packed, scale, dropout)
+        return _attend_chunks(q_TNH, k_TGH, v_TGH, packed, scale, dropout, window, softcap)
     buckets = packed.buckets()
-    grouped = q_TNH.shape[1] != k_TGH.shape[1]
     sizes = [documents * length for documents, length in buckets.shapes]
     q_parts, k_parts, v_parts = (_ToSlots.apply(x, buckets).split(sizes) for x in (q_TNH, k_TGH, v_TGH))
     outputs: list[torch.Tensor] = []
     for shape, q_PNH, k_PGH, v_PGH in zip(buckets.shapes, q_parts, k_parts, v_parts, strict=True):
         q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (q_PNH, k_PGH, v_PGH))
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=shape[1] > 1, scale=scale, dropout_p=dropout, enable_gqa=grouped
-        )
+        out = causal_attention(q, k, v, scale, packed.masks, dropout, window, softcap)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return _ToTokens.apply(torch.cat(outputs), buckets)
 
@@ -281,39 +398,42 @@ def _attend_chunks(
     packed: PackedTokens,
     scale: float,
     dropout: float,
+    window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """The same for a context-parallel rank: each chunk's first document may have more keys than queries, the others'
     are as many.
     """
-    per_group = q_TNH.shape[1] // k_KGH.shape[1]
     sizes = [chunk.stop - chunk.start for chunk in packed.chunks]
     key_sizes = [chunk.stop - chunk.first_key for chunk in packed.chunks]
     outputs: list[torch.Tensor] = []
-    for (seen, rest), q, k, v in zip(
+    for (carried, rest), q, k, v in zip(
         packed.parts(), q_TNH.split(sizes), k_KGH.split(key_sizes), v_KGH.split(key_sizes), strict=True
     ):
-        if seen is not None:
-            first, keys = seen.shape
-            # Repeated, not grouped: on a GPU the only kernel that takes a mask and groups makes all scores at once.
-            k_KNH, v_KNH = (x[:keys].repeat_interleave(per_group, 1) if per_group > 1 else x[:keys] for x in (k, v))
-            q_1NQH, k_1NKH, v_1NKH = (x.transpose(0, 1)[None] for x in (q[:first], k_KNH, v_KNH))
-            out = F.scaled_dot_product_attention(q_1NQH, k_1NKH, v_1NKH, attn_mask=seen, scale=scale, dropout_p=dropout)
+        if carried is not None:
+            first, keys = carried
+            q_1NQH, k_1GKH, v_1GKH = (x.transpose(0, 1)[None] for x in (q[:first], k[:keys], v[:keys]))
+            out = causal_attention(q_1NQH, k_1GKH, v_1GKH, scale, packed.masks, dropout, window, softcap)
             outputs.append(out[0].transpose(0, 1))
             q, k, v = q[first:], k[keys:], v[keys:]
         if rest is not None:
-            outputs.append(attend_sdpa(q, k, v, rest, scale, dropout))
+            outputs.append(attend_sdpa(q, k, v, rest, scale, dropout, window, softcap))
     return torch.cat(outputs)
 
 
-def _varlen_function() -> Callable[..., torch.Tensor] | None:
-    """torch's variable-length flash attention with causality bound the way this torch spells it, or None without it."""
+def _varlen_function(windowed: bool) -> Callable[..., torch.Tensor] | None:
+    """torch's variable-length flash attention with causality bound the way this torch spells it, or None without it
+    (or without windows, where the model is ``windowed``).
+    """
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     names = inspect.signature(varlen_attn).parameters
     # 2.10 says is_causal; later versions say window_size=(-1, 0).
-    causal: dict[str, Any] = {"is_causal": True} if "is_causal" in names else {"window_size": (-1, 0)}
+    by_flag = "is_causal" in names
+    if windowed and by_flag:
+        return None
     has_gqa, has_scale = "enable_gqa" in names, "scale" in names
 
     def call(
@@ -323,9 +443,15 @@ def _varlen_function() -> Callable[..., torch.Tensor] | None:
         packed: PackedTokens,
         scale: float,
         dropout: float = 0.0,
+        window: int | None = None,
+        softcap: float | None = None,
     ) -> torch.Tensor:
-        assert dropout == 0.0, "refused by attention_backend()"
-        extra: dict[str, Any] = {"scale": scale} if has_scale else {}
+        assert dropout == 0.0 and softcap is None, "refused by attention_backend()"
+        # Tokens before a query's own and after it: -1 is all of them.
+        before = -1 if window is None else window - 1
+        extra: dict[str, Any] = {"is_causal": True} if by_flag else {"window_size": (before, 0)}
+        if has_scale:
+            extra["scale"] = scale
         if not has_scale:  # it scales by H^-1/2
             q_TNH = q_TNH * (scale * q_TNH.shape[-1] ** 0.5)
         if q_TNH.shape[1] != k_TGH.shape[1]:
@@ -338,25 +464,30 @@ def _varlen_function() -> Callable[..., torch.Tensor] | None:
         assert cu is not None and cu_keys is not None
         # Where a document has more keys than queries, flash attention lets its last query see its last key.
         longest, longest_keys = packed.max_seqlen_q, packed.max_seqlen_kv
-        out_TNH = varlen_attn(q_TNH, k_TGH, v_TGH, cu, cu_keys, longest, longest_keys, **causal, **extra)
+        out_TNH = varlen_attn(q_TNH, k_TGH, v_TGH, cu, cu_keys, longest, longest_keys, **extra)
         assert isinstance(out_TNH, torch.Tensor), "nothing but the output was asked for"
         return out_TNH
 
     return call
 
 
-def attention_backend(name: str, config: TransformerConfig) -> Callable[..., torch.Tensor]:
-    """The function behind ``engine.attention``: ``auto`` takes ``varlen`` where it can run (CUDA, bf16, no dropout)."""
+def attention_backend(
+    name: str, config: TransformerConfig, softcap: float | None = None
+) -> Callable[..., torch.Tensor]:
+    """The function behind ``engine.attention``: ``auto`` takes ``varlen`` where it can run (CUDA, bf16, no dropout, no
+    soft cap).
+    """
     usable = torch.cuda.is_available() and config.params_dtype is not torch.float32 and config.attention_dropout == 0.0
+    usable = usable and softcap is None
     if name == "sdpa" or (name == "auto" and not usable):
         return attend_sdpa
-    function = _varlen_function() if usable else None
+    function = _varlen_function(config.window_size is not None) if usable else None
     if function is None:
         if name == "auto":
             return attend_sdpa
         raise UserError(
-            f"engine.attention={name} needs CUDA, engine.precision=bf16, model.dropout=0 and torch >= 2.10; "
-            "use engine.attention=sdpa or auto"
+            f"engine.attention={name} needs CUDA, engine.precision=bf16, model.dropout=0, no model.attention_softcap "
+            "and torch >= 2.10 (2.11 with model.sliding_window); use engine.attention=sdpa or auto"
         )
     return function
 
@@ -376,8 +507,12 @@ class PackedAttention(MegatronModule):
         pg_collection: Any = None,
         backend: str = "auto",
         rotary: Rotary | None = None,
+        local_rotary: Rotary | None = None,
+        softcap: float | None = None,
         compiled: bool = False,
     ) -> None:
+        """``local_rotary`` is the RoPE of layers with a sliding window, which ``config`` names; None: as of others."""
+
         super().__init__(config=config)
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self"
         self.layer_number = layer_number
@@ -385,7 +520,12 @@ class PackedAttention(MegatronModule):
         assert config.kv_channels is not None
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.rotary = rotary or Rotary(config.kv_channels, 10000.0)
-        self.attend, self.compiled = attention_backend(backend, config), compiled
+        self.window: int | None = None
+        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+            assert config.window_size is not None
+            self.window, self.rotary = config.window_size[0] + 1, local_rotary or self.rotary
+        self.softcap = softcap
+        self.attend, self.compiled = attention_backend(backend, config, softcap), compiled
 
     def forward(
         self,
@@ -407,13 +547,20 @@ class PackedAttention(MegatronModule):
         if packed_seq_params.chunks:
             k_TGH, v_TGH = keys_of_chunks(k_TGH, v_TGH, packed_seq_params.chunks)
         if packed_seq_params.kv is not None:
-            out_TNH = packed_seq_params.kv.attend(self.layer_number, q_TNH, k_TGH, v_TGH, self.scale)
+            out_TNH = packed_seq_params.kv.attend(
+                self.layer_number, q_TNH, k_TGH, v_TGH, self.scale, self.window, self.softcap
+            )
         elif self.training and self.dropout > 0.0:
             # Under sequence parallelism the whole block runs in the tensor-parallel random stream already; entered a
             # second time, recomputation would find another state and draw other masks.
             inside = self.config.sequence_parallel
             with nullcontext() if inside else tensor_parallel.get_cuda_rng_tracker().fork():
-                out_TNH = self.attend(q_TNH, k_TGH, v_TGH, packed_seq_params, self.scale, self.dropout)
+                out_TNH = self._attend(q_TNH, k_TGH, v_TGH, packed_seq_params, self.dropout)
         else:
-            out_TNH = self.attend(q_TNH, k_TGH, v_TGH, packed_seq_params, self.scale)
+            out_TNH = self._attend(q_TNH, k_TGH, v_TGH, packed_seq_params, 0.0)
         return out_TNH.reshape(out_TNH.shape[0], 1, -1)
+
+    def _attend(
+        self, q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, packed: PackedTokens, dropout: float
+    ) -> torch.Tensor:
+        return self.attend(q_TNH, k_TGH, v_TGH, packed, self.scale, dropout, self.window, self.softcap)

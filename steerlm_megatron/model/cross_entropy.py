@@ -26,10 +26,22 @@ def _parts(logits_KV: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
+def soft_capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap · tanh(logits / cap) (Gemma 2, arXiv 2408.00118 §2), or the logits without a cap; in float32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return wide if cap is None else torch.tanh(wide / cap) * cap
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_KV: torch.Tensor, labels_K: torch.Tensor, first: int, group: dist.ProcessGroup | None
+        ctx: Any,
+        logits_KV: torch.Tensor,
+        labels_K: torch.Tensor,
+        first: int,
+        words: int,
+        group: dist.ProcessGroup | None,
+        cap: float | None,
     ) -> torch.Tensor:
         width = logits_KV.shape[1]
         local_K = labels_K - first  # of labels in this rank's part of the vocabulary
@@ -37,8 +49,9 @@ class _CrossEntropy(torch.autograd.Function):
         local_K1 = local_K.clamp(0, width - 1).unsqueeze(1)
         log_sum_K = torch.empty(len(labels_K), dtype=torch.float32, device=logits_KV.device)
         for part in _parts(logits_KV):
-            log_sum_K[part] = torch.logsumexp(logits_KV[part].float(), 1)
-        wanted_K = logits_KV.gather(1, local_K1).squeeze(1).float()
+            # of no column it is -inf
+            log_sum_K[part] = torch.logsumexp(soft_capped(logits_KV[part, :words], cap), 1)
+        wanted_K = soft_capped(logits_KV.gather(1, local_K1).squeeze(1), cap)
         if group is not None:
             # log Σ over ranks of exp(log-sum of a rank), with the largest taken out
             peak_K = log_sum_K.clone()
@@ -47,35 +60,48 @@ class _CrossEntropy(torch.autograd.Function):
             dist.all_reduce(both_2K, dist.ReduceOp.SUM, group)
             log_sum_K, wanted_K = both_2K[0].log_().add_(peak_K), both_2K[1]
         ctx.save_for_backward(logits_KV, local_K1, own_K, log_sum_K)
+        ctx.words, ctx.cap = words, cap
         return log_sum_K - wanted_K
 
     @staticmethod
-    def backward(ctx: Any, grad_K: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        """∂/∂logit_v = grad · (softmax_v − [v = label]), written over the logits."""
+    def backward(ctx: Any, grad_K: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+        """∂/∂logit_v = grad · (softmax_v − [v = label]), times 1 − tanh²(logit_v / cap) with a cap, written over the
+        logits; 0 for padding (with a cap by the second factor).
+        """
         logits_KV, local_K1, own_K, log_sum_K = ctx.saved_tensors
+        logits_KV[:, ctx.words :] = -torch.inf
         minus_K1 = -own_K.float().unsqueeze(1)
         for part in _parts(logits_KV):
             # In float32, as log_sum_K is; in place where the logits are as well.
             out = logits_KV[part] if logits_KV.dtype is torch.float32 else None
-            soft_KV = torch.sub(logits_KV[part], log_sum_K[part].unsqueeze(1), out=out).exp_()
+            capped_KV = logits_KV[part] if ctx.cap is None else soft_capped(logits_KV[part], ctx.cap)
+            soft_KV = torch.sub(capped_KV, log_sum_K[part].unsqueeze(1), out=out).exp_()
             soft_KV.scatter_add_(1, local_K1[part], minus_K1[part])
             soft_KV.mul_(grad_K[part].float().unsqueeze(1))
+            if ctx.cap is not None:
+                soft_KV.mul_(capped_KV.div_(ctx.cap).square_().neg_().add_(1.0))
             if out is None:
                 logits_KV[part] = soft_KV
-        return logits_KV, None, None, None
+        return logits_KV, None, None, None, None, None
 
 
-def vocab_parallel_cross_entropy(logits_KV: torch.Tensor, labels_K: torch.Tensor) -> torch.Tensor:
-    """-log softmax(logits)[label] in float32 [K].
+def vocab_parallel_cross_entropy(
+    logits_KV: torch.Tensor, labels_K: torch.Tensor, vocab_size: int, cap: float | None = None
+) -> torch.Tensor:
+    """-log softmax(logits)[label] in float32 [K], of logits as :func:`soft_capped` gives them, over the first
+    ``vocab_size`` columns of all ranks together: columns behind these belong to rows that only pad the output layer.
 
     Collective over the tensor-parallel group. Its backward pass overwrites ``logits_KV``: it can be run once, and the
     logits are of no use after it.
 
     Args:
         logits_KV: [K, V / tensor-parallel ranks], this rank's part of the vocabulary; any floating dtype.
-        labels_K: int64 [K], ids of the whole vocabulary, the same on every rank of the group.
+        labels_K: int64 [K], ids below ``vocab_size``, the same on every rank of the group.
+        cap: the model's ``logit_softcap``.
     """
     ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     group = parallel_state.get_tensor_model_parallel_group() if ranks > 1 else None
-    losses_K: torch.Tensor = _CrossEntropy.apply(logits_KV, labels_K, rank * logits_KV.shape[1], group)
+    width = logits_KV.shape[1]
+    words = min(max(vocab_size - rank * width, 0), width)
+    losses_K: torch.Tensor = _CrossEntropy.apply(logits_KV, labels_K, rank * width, words, group, cap)
     return losses_K

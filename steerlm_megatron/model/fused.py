@@ -1,6 +1,6 @@
-"""RMSNorm, RoPE and SwiGLU in few passes over memory, forward and backward.
+"""RMSNorm, RoPE, SwiGLU and GeGLU in few passes over memory, forward and backward.
 
-Composed of torch's elementary operations these three take more time on a CPU than half the matrix products they
+Composed of torch's elementary operations these take more time on a CPU than half the matrix products they
 surround; Megatron-Core's fused kernels need Transformer Engine or Apex. Each is one autograd function that keeps only
 its inputs (and one number per token) and recomputes the rest. With ``engine.compile``, torch.compile makes one kernel
 of the formula instead (Triton on a GPU, C++ on a CPU), at the price of compiling it once. Invariant: the same values
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from steerlm_megatron.runtime.device import on_gpu
 
 _silu_backward = torch.ops.aten.silu_backward.grad_input
+_gelu_backward = torch.ops.aten.gelu_backward.grad_input
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -128,10 +129,35 @@ def _swiglu_formula(both: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+class _GeGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, dim=-1)
+        return F.gelu(gate, approximate="tanh").mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        out = torch.empty_like(both)
+        to_gate, to_up = out.chunk(2, dim=-1)
+        torch.mul(grad, F.gelu(gate, approximate="tanh"), out=to_up)
+        _gelu_backward(grad * up, gate, approximate="tanh", grad_input=to_gate)
+        return out
+
+
+def _geglu_formula(both: torch.Tensor) -> torch.Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
 class SwiGLU(torch.nn.Module):
     """silu(gate) · up of [..., gate; up] (Shazeer 2020), as Megatron-Core's MLP builds an activation module."""
 
     compiled = False
+    function: type[torch.autograd.Function] = _SwiGLU
+    formula = staticmethod(_swiglu_formula)
 
     def __init__(self, config: object = None) -> None:
         super().__init__()
@@ -139,8 +165,8 @@ class SwiGLU(torch.nn.Module):
     def forward(self, both: torch.Tensor) -> torch.Tensor:
         """[..., 2F] → [..., F]."""
         if self.compiled:
-            return _compiled(_swiglu_formula)(both)
-        out: torch.Tensor = _SwiGLU.apply(both)
+            return _compiled(self.formula)(both)
+        out: torch.Tensor = self.function.apply(both)
         return out
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
@@ -150,5 +176,18 @@ class SwiGLU(torch.nn.Module):
 
 class CompiledSwiGLU(SwiGLU):
     """The same with ``engine.compile``: Megatron-Core's specs take classes."""
+
+    compiled = True
+
+
+class GeGLU(SwiGLU):
+    """gelu(gate) · up (Shazeer 2020) with gelu in its tanh form, as Gemma has it."""
+
+    function = _GeGLU
+    formula = staticmethod(_geglu_formula)
+
+
+class CompiledGeGLU(GeGLU):
+    """The same with ``engine.compile``."""
 
     compiled = True

@@ -29,24 +29,27 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.model.arithmetic import padded_vocab_size
 from steerlm_megatron.model.attention import PackedAttention, PackedTokens, Rotary
-from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
-from steerlm_megatron.model.fused import CompiledSwiGLU, SwiGLU
-from steerlm_megatron.model.norm import CompiledHeadNorm, CompiledNorm, HeadNorm, PackedNorm
+from steerlm_megatron.model.cross_entropy import soft_capped, vocab_parallel_cross_entropy
+from steerlm_megatron.model.fused import CompiledGeGLU, CompiledSwiGLU, GeGLU, SwiGLU
+from steerlm_megatron.model.norm import CompiledHeadNorm, CompiledNorm, HeadNorm, NormedResidual, PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
 from steerlm_megatron.runtime.mcore_private import HookedGPTModel, HookedTransformerLayer
 
-_ACTIVATIONS = {"swiglu": F.silu, "gelu": F.gelu, "squared_relu": squared_relu}
+_ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "squared_relu": squared_relu}
+_GATED = {"swiglu": (SwiGLU, CompiledSwiGLU), "geglu": (GeGLU, CompiledGeGLU)}  # plain, and with engine.compile
 
 
 class PackedGPTModel(HookedGPTModel):
     """``GPTModel`` that applies its output layer only where an output is wanted (``PackedTokens.output_index_K``).
 
     With labels of the same K positions it returns their losses [1, K]; without, logits [1, K, V] (or attribute values
-    [1, K, A]).
+    [1, K, A]). ``words`` of its V columns are of the vocabulary, the others pad it.
     """
 
     post_process: bool
+    words: int
+    logit_softcap: float | None = None  # of ModelConfig
 
     def before_output(self, hidden_states: torch.Tensor, packed_seq_params: PackedTokens) -> torch.Tensor:
         if self.post_process and self.config.sequence_parallel:
@@ -60,7 +63,13 @@ class PackedGPTModel(HookedGPTModel):
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels [1, K] and this rank's logits [K, 1, V / tensor] → losses [1, K] in float32."""
-        return vocab_parallel_cross_entropy(logits.squeeze(1), labels.squeeze(0)).unsqueeze(0)
+        losses_K = vocab_parallel_cross_entropy(logits.squeeze(1), labels.squeeze(0), self.words, self.logit_softcap)
+        return losses_K.unsqueeze(0)
+
+    def after_output(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Logits [1, K, V] as the model has them; attribute values have no cap."""
+        capped = self.logit_softcap is not None and not isinstance(self.output_layer, RegressionHead)
+        return soft_capped(outputs, self.logit_softcap) if capped else outputs
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -141,13 +150,16 @@ def transformer_config(
         kv_channels=model.head_dim or model.hidden_size // model.num_heads,
         ffn_hidden_size=model.ffn_hidden_size,
         activation_func=_ACTIVATIONS[model.activation],
-        gated_linear_unit=model.activation == "swiglu",
-        normalization="RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
-        layernorm_zero_centered_gamma=model.norm == "layernorm1p",
+        gated_linear_unit=model.gated,
+        normalization="RMSNorm" if model.norm.startswith("rmsnorm") else "LayerNorm",
+        layernorm_zero_centered_gamma=model.one_plus_norms,
         layernorm_epsilon=model.norm_epsilon,
         add_bias_linear=model.bias,
         add_qkv_bias=model.qkv_bias,
         qk_layernorm=model.qk_norm,
+        softmax_scale=None if model.query_pre_attn_scalar is None else model.query_pre_attn_scalar**-0.5,
+        window_size=None if model.sliding_window is None else (model.sliding_window - 1, 0),  # before and after itself
+        window_attn_skip_freq=[int(i not in model.full_attention_layers) for i in range(model.num_layers)],
         hidden_dropout=model.dropout,
         attention_dropout=model.dropout,
         tensor_model_parallel_size=parallel.tensor,
@@ -171,7 +183,7 @@ def transformer_config(
         init_method=_draw_nothing,
         output_layer_init_method=_draw_nothing,
         embedding_init_method=_draw_nothing,
-        use_te_activation_func=model.activation == "swiglu",  # Megatron-Core's name for "as the layer spec says"
+        use_te_activation_func=model.gated,  # Megatron-Core's name for "as the layer spec says"
         # Megatron-Core's fusions need Apex or Transformer Engine kernels; model/fused.py has ours.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
@@ -183,18 +195,22 @@ def transformer_config(
     )
 
 
-def layer_spec(model: ModelConfig, engine: EngineConfig, last: bool = False) -> ModuleSpec:
-    """One transformer layer: Megatron-Core's modules with our core attention (and RoPE in it), norms and SwiGLU.
+def layer_spec(model: ModelConfig, engine: EngineConfig, config: TransformerConfig, last: bool = False) -> ModuleSpec:
+    """One transformer layer: Megatron-Core's modules with our core attention (and RoPE in it), norms and gated MLPs.
 
     Args:
+        config: what :func:`transformer_config` makes of ``model``.
         last: compute what follows attention for the positions alone whose output is wanted.
     """
     usual, ending = (ParallelLayer, LastParallelLayer) if model.parallel_residual else (TransformerLayer, LastLayer)
     norm, compiled = _norm(engine), _compiles(engine)
     head_norm = (CompiledHeadNorm if compiled else HeadNorm) if model.qk_norm else None
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    if model.activation == "swiglu":
-        mlp.activation_func = CompiledSwiGLU if compiled else SwiGLU
+    if model.gated:
+        mlp.activation_func = _GATED[model.activation][compiled]
+    add = get_bias_dropout_add
+    if model.post_norms:
+        add = ModuleSpec(module=NormedResidual, params={"config": config, "norm": norm})
     return ModuleSpec(
         module=ending if last else usual,
         submodules=TransformerLayerSubmodules(
@@ -208,6 +224,8 @@ def layer_spec(model: ModelConfig, engine: EngineConfig, last: bool = False) -> 
                         PackedAttention,
                         backend=engine.attention,
                         rotary=Rotary.of(model),
+                        local_rotary=Rotary.local(model),
+                        softcap=model.attention_softcap,
                         compiled=compiled,
                     ),
                     linear_proj=RowParallelLinear,
@@ -215,10 +233,10 @@ def layer_spec(model: ModelConfig, engine: EngineConfig, last: bool = False) -> 
                     k_layernorm=head_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add,
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(module=MLP, submodules=mlp),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
         ),
     )
 
@@ -264,9 +282,9 @@ def build_model(
     first = stage == 0 and (vp_stage or 0) == 0
     last = stage == parallel.pipeline - 1 and (vp_stage or 0) == chunks - 1
     layers = get_num_layers_to_build(config, vp_stage)
-    layer_specs = [layer_spec(model, engine)] * layers
+    layer_specs = [layer_spec(model, engine, config)] * layers
     if last and not config.sequence_parallel:  # under it a rank has a part of the sequence only
-        layer_specs[-1] = layer_spec(model, engine, last=True)
+        layer_specs[-1] = layer_spec(model, engine, config, last=True)
     spec = TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=_norm(engine))
     with torch.device("meta"):
         gpt = PackedGPTModel(
@@ -281,13 +299,27 @@ def build_model(
             position_embedding_type="none",
             vp_stage=vp_stage,
         )
+        gpt.words = vocab_size
         if last and attributes is not None:
             gpt.output_layer = RegressionHead(config, attributes)
+    gpt.logit_softcap = model.logit_softcap
+    if first and model.scale_embeddings:
+        gpt.embedding.register_forward_hook(partial(_scaled, scale=_rounded(math.sqrt(model.hidden_size), config)))
     if last and attributes is None:
         gpt.output_layer.sequence_parallel = False  # PackedGPTModel gathers the sequence itself
         gpt.output_layer.allreduce_dgrad = parallel.tensor > 1
     _allocate(gpt, torch.device(where) if where is not None else device())
     return gpt
+
+
+def _rounded(number: float, config: TransformerConfig) -> float:
+    """In the type of the weights. Gemma was trained with its scale in bf16: 55.5 where √3072 is 55.4256."""
+    return float(torch.tensor(number, dtype=config.params_dtype))
+
+
+def _scaled(module: torch.nn.Module, args: Any, output: torch.Tensor, scale: float) -> torch.Tensor:
+    """Take the embedding's output times ``scale`` in its place."""
+    return output * scale
 
 
 def _draw_nothing(parameter: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
-"""RMSNorm, LayerNorm and LayerNorm-1p that may run under sequence parallelism without Transformer Engine or Apex.
+"""RMSNorm, LayerNorm and their forms that store weight - 1. They run under sequence parallelism without Transformer
+Engine or Apex.
 
 Invariant: statistics are computed in float32, whatever the activations' dtype. With sequence parallelism each rank sees
 its own tokens, so the weights' gradients are partial; ``weight.sequence_parallel = True`` makes Megatron-Core sum them.
@@ -6,8 +7,11 @@ its own tokens, so the weights' gradients are partial; ``weight.sequence_paralle
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from steerlm_megatron.model.fused import rms_norm
@@ -15,7 +19,7 @@ from steerlm_megatron.runtime.device import on_gpu
 
 
 class PackedNorm(torch.nn.Module):
-    """One of the three norms over the last dimension; ``config.normalization`` and ``layernorm_zero_centered_gamma``
+    """One of the four norms over the last dimension; ``config.normalization`` and ``layernorm_zero_centered_gamma``
     say which.
     """
 
@@ -37,7 +41,9 @@ class PackedNorm(torch.nn.Module):
         """[..., D] → [..., D], same dtype."""
         weight = self.weight + 1 if self.one_plus else self.weight
         if self.rms:
-            return rms_norm(x, weight, self.eps, self.compiled)
+            # A weight near 1 loses in bf16 what one that is stored near 0 has; torch's kernel takes the type of x.
+            wide = x.float() if self.one_plus and on_gpu(x) and not self.compiled else x
+            return rms_norm(wide, weight, self.eps, self.compiled).to(x.dtype)
         if on_gpu(x):  # its kernel accumulates in float32
             return F.layer_norm(x, self.shape, weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return F.layer_norm(x.float(), self.shape, weight.float(), self.bias.float(), self.eps).to(x.dtype)
@@ -67,3 +73,26 @@ class CompiledHeadNorm(HeadNorm):
     """The same with ``engine.compile``."""
 
     compiled = True
+
+
+class NormedResidual(torch.nn.Module):
+    """The bias, dropout and addition after attention or MLP, of what has passed through a norm first (sandwich norms:
+    Gemma 2, arXiv 2408.00118 §2). It stands where Megatron-Core's layer has a function for the addition.
+    """
+
+    def __init__(self, config: TransformerConfig, norm: type[PackedNorm]) -> None:
+        super().__init__()
+        self.norm = norm(config, config.hidden_size, config.layernorm_epsilon)
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., torch.Tensor]:
+        """Return what adds (output [T, 1, D], bias or None) to the residual stream with a probability of dropout."""
+        add = get_bias_dropout_add(training, fused)
+
+        def normed(
+            output_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float
+        ) -> torch.Tensor:
+            output, bias = output_with_bias
+            out: torch.Tensor = add((self.norm(output if bias is None else output + bias), None), residual, dropout)
+            return out
+
+        return normed

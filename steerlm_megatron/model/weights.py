@@ -102,7 +102,7 @@ def _constant(name: str, model: ModelConfig, head_bias_A: torch.Tensor | None) -
     if name.endswith("bias") or name == "output_layer.regression.weight":
         return 0.0
     if "norm" in name:
-        return 0.0 if model.norm == "layernorm1p" else 1.0
+        return 0.0 if model.one_plus_norms else 1.0
     return None
 
 

@@ -52,7 +52,7 @@ def fingerprint(values: Mapping[str, Any], paths: Iterable[str | Path] = ()) -> 
 
     A file counts by its content. A run folder counts by the fingerprint in its own summary. Any other folder counts by
     the names, sizes and modification times in it, since reading a checkpoint would take longer than the step that it
-    saves.
+    saves; hidden files and folders are of tools, and do not count.
 
     Raises:
         UserError: a path does not exist.
@@ -73,9 +73,10 @@ def fingerprint(values: Mapping[str, Any], paths: Iterable[str | Path] = ()) -> 
 
 def _folder_listing(path: Path) -> str:
     lines = []
-    for file in sorted(entry for entry in path.rglob("*") if entry.is_file() and entry.name != LOCK):
-        stat = file.stat()
-        lines.append(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}")
+    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()):
+        name, stat = file.relative_to(path), file.stat()
+        if not any(part.startswith(".") for part in name.parts):
+            lines.append(f"{name} {stat.st_size} {stat.st_mtime_ns}")
     return "\n".join(lines)
 
 

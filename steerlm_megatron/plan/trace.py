@@ -199,7 +199,7 @@ def _take_varlen(chunks: Sequence[PackedGPTModel]) -> None:
     """Let attention take the memory of the kernel that ``engine.attention`` has on GPUs, if it can."""
     for chunk in chunks:
         for module in chunk.modules():
-            if isinstance(module, PackedAttention) and module.dropout == 0.0:
+            if isinstance(module, PackedAttention) and module.dropout == 0.0 and module.softcap is None:
                 module.attend = varlen_on_meta
 
 

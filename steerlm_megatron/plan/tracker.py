@@ -117,7 +117,7 @@ class _Flash(torch.autograd.Function):
 
 
 def varlen_on_meta(
-    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, packed: Any, scale: float, dropout: float = 0.0
+    q_TNH: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor, packed: Any, scale: float, *_: Any
 ) -> torch.Tensor:
     """Return [T, N, H] on ``meta``, in the place of torch's kernel for ragged documents (``model/attention.py``)."""
     out: torch.Tensor = _Flash.apply(q_TNH, k_TGH, v_TGH)

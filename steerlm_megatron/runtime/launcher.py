@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import subprocess
+import sys
 
 from steerlm_megatron.errors import UserError
 
@@ -21,7 +22,41 @@ _FIRST_PORT, _PORTS = 15000, 15000
 
 def is_rank() -> bool:
     """Return whether a launcher (torchrun, srun) started this process as one of several."""
-    return "RANK" in os.environ or _in_slurm_step()
+    return "RANK" in os.environ or (_in_slurm_step() and ranks_of_agent() is None)
+
+
+def ranks_of_agent() -> int | None:
+    """Return how many ranks this process is to start as the agent of its node (``cluster.starter=torchrun``); None for
+    a process that is no agent.
+    """
+    ranks = os.environ.get("STEERLM_RANKS_PER_NODE")
+    return int(ranks) if ranks and "RANK" not in os.environ and "SLURM_STEP_ID" in os.environ else None
+
+
+def agents() -> tuple[int, str, str]:
+    """Return how many agents there are, the address and port at which they meet, and a name for their meeting that all
+    of them know.
+    """
+    if ranks_of_agent() is None:
+        return 1, "127.0.0.1:0", f"steerlm-{os.getpid()}"
+    address = os.environ.get("MASTER_ADDR") or _address_of_first_node()
+    port = os.environ.get("MASTER_PORT") or str(step_port())
+    job, step = os.environ.get("SLURM_JOB_ID", "0"), os.environ["SLURM_STEP_ID"]
+    return _slurm_tasks(), f"{address}:{port}", f"steerlm-{job}-{step}"
+
+
+def note_exit(code: object) -> None:
+    """Leave the exit code of this process for the job's script, in the folder ``STEERLM_EXITS``: srun has one code for
+    all ranks, the highest, which does not tell a fault from the stop of the others that follows it.
+    """
+    folder = os.environ.get("STEERLM_EXITS")
+    if not folder or code in (None, 0):
+        return
+    try:
+        with open(os.path.join(folder, f"{global_rank()}"), "a", encoding="ascii") as file:
+            file.write(f"{code if isinstance(code, int) else 1}\n")
+    except OSError as error:  # the folder's disk is full, or gone: srun's code has to do
+        print(f"steerlm: {folder}: {error}", file=sys.stderr)
 
 
 def _in_slurm_step() -> bool:
@@ -40,6 +75,8 @@ def world_size() -> int:
     """Return how many ranks were started."""
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
+    if (ranks := ranks_of_agent()) is not None:
+        return ranks * _slurm_tasks()
     return _slurm_tasks() if _in_slurm_step() else 1
 
 

@@ -168,8 +168,8 @@ _UPDATE = _name(_OPTIMIZER, "ChainedOptimizer.step_with_ready_grads", why="a ste
 _name(
     "models.gpt.gpt_model",
     "GPTModel._postprocess",
-    why="the output layer is applied only where an output is wanted (HookedGPTModel)",
-    takes=("hidden_states", "packed_seq_params"),
+    why="the output layer is applied only where an output is wanted, and logits are capped (HookedGPTModel)",
+    takes=("hidden_states", "packed_seq_params", "labels"),
 )
 _name(
     "transformer.transformer_layer",
@@ -217,7 +217,7 @@ def replace_update(optimizer: Any, grad_norm: Callable[[], float], update: Calla
 
 
 class HookedGPTModel(GPTModel):
-    """``GPTModel`` with a method between its last layer and its output layer, which may be built without values."""
+    """``GPTModel`` with methods before and after its output layer, which may be built without values."""
 
     def setup_embeddings_and_output_layer(self) -> None:
         """As in Megatron-Core, without the exchange of tied weights between stages: they have no values yet, and both
@@ -231,9 +231,14 @@ class HookedGPTModel(GPTModel):
         """What the rest of the model gets in the place of the last layer's ``hidden_states``, on every stage."""
         return hidden_states
 
+    def after_output(self, outputs: torch.Tensor) -> torch.Tensor:
+        """What the model returns in the place of the output layer's ``outputs`` where no losses are asked for."""
+        return outputs
+
     def _postprocess(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         hidden_states = self.before_output(hidden_states, kwargs["packed_seq_params"])
-        return super()._postprocess(hidden_states=hidden_states, **kwargs)
+        outputs = super()._postprocess(hidden_states=hidden_states, **kwargs)
+        return self.after_output(outputs) if self.post_process and kwargs["labels"] is None else outputs
 
 
 class HookedTransformerLayer(TransformerLayer):

@@ -95,6 +95,8 @@ class Service:
             messages.append(Message(message.speaker, message.text(), values))
         if messages[-1].role != "user":
             raise ApiError(400, "the last of messages must be the user's; the response follows it", "messages")
+        if (refusal := self.template.refusal(messages)) is not None:
+            raise ApiError(400, refusal, "messages")
         levels = None
         if self.schema is not None:
             try:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import Interrupted
 from steerlm_megatron.observe.log import get_logger
@@ -34,6 +35,7 @@ def run(config: Config) -> None:
         reader = RecordReader(here)
         records = reader.read("input", cast(str, config.input), "input")
         loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="regression")
+        records = reader.writable("input", records, loaded.template)
         found = annotate(here, loaded, records, cast(str, config.input), Path(cast(str, config.output)))
         here.run.update(counts=reader.counts() | found)
         loaded.free()
@@ -44,6 +46,7 @@ def annotate(
 ) -> dict[str, int]:
     """Score ``read``, the records of ``source``, and write them with values to ``output``. Collective over the world.
 
+    A job of an array scores its part of them into the journal; whoever comes without a number finds all of it there.
     Returns the numbers of scored ``turns``, of ``truncated_turns``, and of ``empty_replies``, which have no text to
     score and are written unchanged.
     """
@@ -52,16 +55,18 @@ def annotate(
     scorer = Scorer(loaded, config.scoring.batch_tokens)
     paths = expand_paths(source)
     journal, done = open_journal(here, f"{JOURNAL}{output.name}", loaded, {"records": len(records)}, paths)
-    mine = [i for i in range(len(records)) if i % layout.dp_size == layout.dp_rank and i not in done]
+    task, tasks = job_of_array(config)
+    left = [i for i in range(len(records)) if task is None or i % tasks == task]
+    mine = [i for i in left[layout.dp_rank :: layout.dp_size] if i not in done]
     # Records of similar length are scored together, so that rows fill better and chunks take equal time.
     mine.sort(key=lambda i: sum(len(m.content) for m in records[i].messages))
-    total = len(records)
-    if done:
-        get_logger(__name__).info("resuming: %d of %d records are scored", len(done), total)
+    total, started = len(left), sum(i in done for i in left)
+    if started:
+        get_logger(__name__).info("resuming: %d of %d records are scored", started, total)
     chunks = [mine[start : start + _CHUNK] for start in range(0, len(mine), _CHUNK)]
     with (
         StopRequest() as stop,
-        Progress(total, "annotate", unit="record", initial=len(done), enabled=layout.is_main) as bar,
+        Progress(total, "annotate", unit="record", initial=started, enabled=layout.is_main) as bar,
     ):
         while any_rank(bool(chunks)):
             chunk = chunks.pop(0) if chunks else []
@@ -88,7 +93,8 @@ def annotate(
         )  # fmt: skip
 
     barrier()  # wait until every journal is written
-    on_main(write)
+    if task is None:
+        on_main(write)
     return counts
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.hf import HFFolder, is_hf_folder
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.prompt_tokens import difference
+from steerlm_megatron.steer.jinja_template import JinjaTemplate, render_chat_template
 from steerlm_megatron.steer.records import Message
-from steerlm_megatron.steer.templates import TEMPLATES, Template, join
+from steerlm_megatron.steer.templates import AUTO, LABEL_AT, TEMPLATES, Template, join
 from steerlm_megatron.train.checkpoint import resolve
 from steerlm_megatron.train.meta import CheckpointMeta, read_meta
 
@@ -96,20 +96,37 @@ def model_differences(config: Config, meta: CheckpointMeta, more_free: Iterable[
     return [f"model.{k}={ours[k]} (checkpoint: {theirs[k]})" for k in ours if k not in free and ours[k] != theirs[k]]
 
 
-def chat_template_of(folder: Path, key: str) -> Template | None:
-    """Return the template that renders conversations as the folder's own chat template does. A folder without one has
-    None: its model continues text.
+def chat_template_of(
+    folder: Path, key: str, known: Iterable[str] = (), system: str = "", label_at: str = LABEL_AT[0]
+) -> Template | None:
+    """Return the template that renders conversations as the folder's own chat template does: one of ours where it is
+    alike, else the chat template itself. A folder without one has None: its model continues text.
 
     The chat template is tried on a conversation with a system text, and on one without, which tells the system text
     that it puts there by itself.
 
+    Args:
+        known: the strings that the folder's tokenizer has one token for.
+        system: the system text of conversations without one; empty: what the chat template puts there.
+        label_at: as in ``config.schema.TemplateConfig``.
+
     Raises:
-        UserError: none of ours is like it.
+        UserError: the chat template cannot be used (``JinjaTemplate``).
     """
     source = _chat_template(folder)
     if source is None:
         return None
     tokens = _special_tokens(folder)
+    if label_at == LABEL_AT[0] and (found := _like(source, tokens)) is not None:
+        return dataclasses.replace(found, system=system) if system else found
+    try:
+        return JinjaTemplate.of(source, tokens, known, system, label_at)
+    except UserError as error:
+        raise UserError(f"{key}={folder}: {error}") from None
+
+
+def _like(source: str, tokens: Mapping[str, str]) -> Template | None:
+    """Return the template of ours that writes what a chat template does; None if there is none."""
     turns = (Message("user", "Hi."), Message("assistant", "Hello!"), Message("user", "Who are you?"))
     for kind in TEMPLATES.values():
         template = kind(system="")
@@ -122,9 +139,37 @@ def chat_template_of(folder: Path, key: str) -> Template | None:
             return template
         if bare is not None and bare.startswith(before) and bare.endswith(after):
             return kind(system=bare[len(before) : len(bare) - len(after)])
-    raise UserError(
-        f"{key}={folder}: its chat template is like none of ours ({' '.join(TEMPLATES)}): its prompts cannot be written"
+    return None
+
+
+def configured_template(config: Config) -> Template:
+    """Return the template that ``template.*`` names; ``template=auto`` is the chat template of ``tokenizer.path``.
+
+    Raises:
+        UserError: an unknown template; ``template=auto`` without a folder that has a chat template.
+    """
+    if config.template.name != AUTO:
+        return Template.from_config(config.template)
+    path = config.tokenizer.path
+    if path is None or not Path(path).exists():
+        raise UserError(f"template=auto takes the chat template of tokenizer.path, which is {path}; name a folder")
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    found = chat_template_of(
+        folder, "tokenizer.path", _known_tokens(folder), config.template.system, config.template.label_at
     )
+    if found is None:
+        raise UserError(
+            f"template=auto: tokenizer.path={path} has no chat template; choose a format (template=chatml, "
+            "template=steerlm)"
+        )
+    return found
+
+
+def _known_tokens(folder: Path) -> list[str]:
+    """Return the strings that the folder's tokenizer has one token for, beyond its vocabulary of texts."""
+    added = _json(folder / "tokenizer.json").get("added_tokens") or []
+    named = [token["content"] for token in added if isinstance(token, dict) and isinstance(token.get("content"), str)]
+    return [*named, *_special_tokens(folder).values()]
 
 
 def prompts_of(folder: Path, key: str) -> tuple[Template | None, Tokenizer]:
@@ -133,7 +178,7 @@ def prompts_of(folder: Path, key: str) -> tuple[Template | None, Tokenizer]:
     Raises:
         UserError: as :func:`chat_template_of`; or the tokenizer lacks the format's tokens, or other tokens come out.
     """
-    template = chat_template_of(folder, key)
+    template = chat_template_of(folder, key, _known_tokens(folder))
     if template is None:
         return None, Tokenizer.from_path(folder)
     wanted = [text for text in template.control_strings if text != template.label_marker]
@@ -185,24 +230,11 @@ def _json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _rendered(source: str, tokens: dict[str, str], messages: Iterable[Message]) -> str | None:
-    """Return what a chat template makes of a conversation, as ``transformers`` renders it; None where it refuses it."""
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.globals["raise_exception"] = refuse
-    # transformers has a block that marks what an assistant wrote, and a clock.
-    source = re.sub(r"{%(-?)\s*(end)?generation\s*(-?)%}", r"{%\1 if true \3%}{%\1 endif \3%}", source)
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+def _rendered(source: str, tokens: Mapping[str, str], messages: Iterable[Message]) -> str | None:
+    """Return what a chat template makes of a conversation; None where it refuses it."""
+    plain = [{"role": m.role, "content": m.content} for m in messages]
     try:
-        return environment.from_string(source).render(
-            messages=[{"role": m.role, "content": m.content} for m in messages], add_generation_prompt=True, **tokens
-        )
-    except Exception as error:  # a stranger's program may raise anything
-        get_logger(__name__).debug("the chat template refuses a conversation: %s", error)
+        return render_chat_template(source, plain, tokens, True, date.today())
+    except UserError as error:
+        get_logger(__name__).debug("%s", error)
         return None

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
@@ -93,13 +94,17 @@ def bootstrap(here: Session, source: str, output: Path) -> dict[str, Any]:
     """
     config, reader = here.config, RecordReader(here)
     schema, prompts, responses = _draw(here, reader, source, output)
+    if job_of_array(config)[0] is not None:  # the job that puts all parts together scores them
+        return reader.counts()
     kept = [(p, r) for p, r in zip(prompts, responses, strict=True) if r.finish_reason == "stop" and r.text.strip()]
     reader.leave_out("input", "unfinished", sum(r.finish_reason != "stop" for r in responses))
     reader.leave_out("input", "empty", sum(r.finish_reason == "stop" and not r.text.strip() for r in responses))
     counts = reader.counts()
     if not kept:
+        unfinished = sum(r.finish_reason != "stop" for r in responses)
         raise UserError(
-            f"none of {len(prompts)} responses ended within sampling.max_tokens={config.sampling.max_tokens}; raise it"
+            f"none of {len(prompts)} responses is of use: {unfinished} did not end within sampling.max_tokens="
+            f"{config.sampling.max_tokens} (raise it), {len(prompts) - unfinished} are empty"
         )
     ap = load_model(cast(str, config.ap_checkpoint), config, "ap_checkpoint", head="regression")
     if ap.schema is None or ap.schema.names != schema.names or ap.schema.max_level != schema.max_level:

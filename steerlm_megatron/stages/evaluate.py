@@ -25,7 +25,7 @@ from steerlm_megatron.stages.generate import read_prompts
 from steerlm_megatron.stages.record_reader import RecordReader
 from steerlm_megatron.stages.sampling import (
     Prompt,
-    PromptTooLong,
+    PromptRefused,
     check_room,
     draw,
     forget,
@@ -240,7 +240,7 @@ def _prompts(here: Session, reader: RecordReader, judge: Judge) -> tuple[list[Co
                 for ask in asks[name].all:
                     prompt = Prompt(conversation.id, conversation.messages, ask, record.where)
                     request_for(0, prompt, model, config.sampling, config.generation)
-        except PromptTooLong as error:
+        except PromptRefused as error:
             skip_prompt(prompt, error, reader, "prompts")
         else:
             kept.append(conversation)

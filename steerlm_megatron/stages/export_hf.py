@@ -20,15 +20,16 @@ from steerlm_megatron.model.hf import config_for, family_for, hf_tensors, write_
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.device import dtype_of
 from steerlm_megatron.stages.prompt_tokens import (
-    PROMPTS,
     difference,
     exported_tokenizer,
     first_difference,
     levels_to_try,
     prompt_ids,
+    prompts_for,
 )
 from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint
 from steerlm_megatron.steer.chat_template import chat_template, variable
+from steerlm_megatron.steer.jinja_template import JinjaTemplate
 
 # What a tokenizer of Hugging Face consists of; a folder that came as one keeps its own.
 _TOKENIZER_FILES = (
@@ -111,10 +112,13 @@ def _write(loaded: LoadedModel, work: Path, precision: str) -> None:
 
 
 def _tokenizer_config(loaded: LoadedModel) -> dict[str, Any]:
+    # A model's own chat template reads its special tokens from here.
+    named = dict(loaded.template.tokens) if isinstance(loaded.template, JinjaTemplate) else {}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": loaded.template.stop_strings[0],
         "pad_token": loaded.template.stop_strings[0],
+        **named,
         "clean_up_tokenization_spaces": False,
         "model_max_length": loaded.meta.model_config().max_position,
         "chat_template": _chat_template(loaded),
@@ -133,7 +137,8 @@ def _try_prompts(loaded: LoadedModel, folder: Path) -> None:
     from transformers import AutoTokenizer
 
     theirs, schema = AutoTokenizer.from_pretrained(folder), loaded.conditioned_on
-    for messages in PROMPTS:
+    prompts = prompts_for(loaded.template)
+    for messages in prompts:
         for levels in levels_to_try(schema):
             plain = [{"role": message.role, "content": message.content} for message in messages]
             named = {variable(name): level for name, level in levels.items()}
@@ -144,4 +149,4 @@ def _try_prompts(loaded: LoadedModel, folder: Path) -> None:
                 raise UserError(
                     f"export.format=hf: transformers makes other tokens of a prompt than the model knows ({said})"
                 )
-    get_logger(__name__).info("transformers makes the model's own tokens of %d prompts", len(PROMPTS))
+    get_logger(__name__).info("transformers makes the model's own tokens of %d prompts", len(prompts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.record_reader import Record, RecordReader, skipped_in_words
@@ -26,6 +27,9 @@ def run(config: Config) -> None:
         prompts, requests = requests_for(asked, loaded, config, reader, "input")
         output = Path(cast(str, config.output))
         results = draw(here, loaded, open_sampler(config, loaded), requests, output.name, "generate")
+        if job_of_array(config)[0] is not None:  # the job that puts all parts together writes them
+            loaded.free()
+            return
         if here.layout.is_main:
             extra = {"requested": dict(levels)} if levels else {}
             write_records(

@@ -14,10 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import PARTS, fingerprint, remove_journal
 from steerlm_megatron.runtime.collectives import broadcast_object, on_main
 from steerlm_megatron.stages.session import LoadedModel, Session
+
+_PARTS_OF_A_JOB = 100_000  # more than the ranks of any job of an array, so that no two jobs write into one file
 
 
 class Journal:
@@ -36,7 +39,7 @@ class Journal:
             folder.mkdir(parents=True, exist_ok=True)
             for file in folder.glob(PARTS):
                 if not file.name.startswith(self._ours):
-                    file.unlink()
+                    file.unlink(missing_ok=True)  # jobs of an array may do so at once
 
     def read(self) -> dict[int, Any]:
         """Return everything that any rank has finished, as index → value."""
@@ -129,8 +132,12 @@ def open_journal(
     """
     model = {"step": loaded.meta.step, "precision": here.config.engine.precision}
     key = broadcast_object(on_main(lambda: fingerprint({"model": model, **inputs}, [loaded.folder, *paths]))) or ""
-    folder = here.folder / name
+    folder = here.shared / name
     on_main(lambda: Journal(folder, 0, key, is_main=True))
-    journal = Journal(folder, here.layout.rank, key, is_main=False)
+    part = here.layout.rank
+    task, _ = job_of_array(here.config)
+    if task is not None:
+        part += _PARTS_OF_A_JOB * (task + 1)
+    journal = Journal(folder, part, key, is_main=False)
     # All ranks go on from what rank 0 sees, since other nodes may not see the same files yet.
     return journal, broadcast_object(journal.read() if here.layout.is_main else {})

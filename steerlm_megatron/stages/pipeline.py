@@ -12,27 +12,32 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from steerlm_megatron.config.schema import Config
+from steerlm_megatron.config.load import job_of_array
+from steerlm_megatron.config.schema import Config, ParallelConfig
 from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.observe.log import console, get_logger, setup_logging
 from steerlm_megatron.observe.progress import pipeline_step
-from steerlm_megatron.observe.runfolder import fingerprint, is_complete, read_summary
+from steerlm_megatron.observe.runfolder import JOURNAL, RunFolder, fingerprint, is_complete, read_summary
 from steerlm_megatron.report.terminal import terminal_table
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import any_rank, broadcast_object, on_main
 from steerlm_megatron.runtime.signals import asked
 from steerlm_megatron.stages.pipeline_steps import STEPS, Run, Step
-from steerlm_megatron.stages.session import session
+from steerlm_megatron.stages.session import ARRAY, Session, session
 from steerlm_megatron.stages.shards import check_tokenizer
 from steerlm_megatron.steer.records import expand_paths
+
+_LAST = "report"
+_WRITES_NOTHING = 1  # RunFolder's rank: only rank 0 writes
 
 
 def run(config: Config) -> None:
     """Run all steps. Collective over the world."""
-    if unknown := sorted(set(config.pipeline) - set(STEPS)):
-        raise UserError(f"pipeline: {' '.join(unknown)} unknown; legal: {' '.join(STEPS)}")
+    for key, names in (("pipeline", list(config.pipeline)), ("steps", config.steps)):
+        if unknown := sorted(set(names) - set(STEPS)):
+            raise UserError(f"{key}: {' '.join(unknown)} unknown; legal: {' '.join(STEPS)}")
     if config.data.source != "demo":
         for path in _input_files(config):
             if not Path(path).exists():
@@ -42,9 +47,17 @@ def run(config: Config) -> None:
     check_tokenizer(config)
     # A complete run is not refused: its steps are checked again, and complete ones are skipped.
     config.overwrite = False
-    parallel.initialize(config.parallel, config.train.seed, config.engine.timeout_sec)
+    # A job of some steps has ranks for these steps, and each step's session lays them out.
+    parallel.initialize(
+        ParallelConfig() if config.steps else config.parallel, config.train.seed, config.engine.timeout_sec
+    )
     root = broadcast_object(config.run_dir or f"runs/run/{time.strftime('%Y%m%d-%H%M%S')}")
     config.run_dir = root
+    if config.steps and _LAST not in config.steps:
+        # Other jobs may do other steps now. Each has its step's folder alone, and the last one ends the whole run.
+        folder = RunFolder(root, config.command, rank=_WRITES_NOTHING)
+        _all_steps(Run(config, Session(config, parallel.layout(), folder)))
+        return
     on_main(lambda: _reopen(Path(root)))
     with session(config) as here:
         _all_steps(Run(config, here))
@@ -57,23 +70,38 @@ def _reopen(root: Path) -> None:
 
 
 def _remove_if_other(folder: Path, key: str) -> None:
-    """Remove a step's results if other inputs gave them: they are neither complete nor to be resumed."""
+    """Remove a step's results if other inputs gave them: they are neither complete nor to be resumed. Journals know
+    their inputs by themselves, and jobs of an array may have written them before this.
+    """
     earlier = read_summary(folder)
-    if earlier is not None and earlier.get("fingerprint") != key:
-        shutil.rmtree(folder)
+    if earlier is None or earlier.get("fingerprint") == key:
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            if not entry.name.startswith(JOURNAL) and entry.name != ARRAY:
+                shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _all_steps(state: Run) -> None:
     steps = list(STEPS.values())
     if state.config.init_from is not None:
         steps.remove(STEPS["base"])
-        state.keys["base"] = fingerprint({"init_from": state.config.init_from}, [state.config.init_from])
+        state.keys["base"] = fingerprint({}, [Path(state.config.init_from).resolve()])
     if not state.config.attributes.names:
         raise UserError("attributes=none: steerlm run conditions on attributes; choose a schema")
     for step in steps:
         step.config(state)  # a wrong override of the last step is an error before the first one starts
     for number, step in enumerate(steps, 1):
-        _one_step(state, number, len(steps), step)
+        if state.does(step.name):
+            _require(state, step)
+            _one_step(state, number, len(steps), step)
+        else:
+            state.keys[step.name] = _fingerprint(state, step, step.config(state))
+            state.timings[step.name] = float((read_summary(state.folder(step.name)) or {}).get("wall_sec", 0.0))
+    if not state.does(_LAST):
+        return
     html = state.folder("report") / "report.html"
     setup_logging(state.here.folder, state.here.layout.rank)
     state.here.run.update(
@@ -82,6 +110,20 @@ def _all_steps(state: Run) -> None:
     if state.here.layout.is_main:
         results = json.loads((state.folder("evaluate") / "evaluation.json").read_text(encoding="utf-8"))
         console().print(terminal_table(results, html))
+
+
+def _require(state: Run, step: Step) -> None:
+    """Refuse a step of several jobs whose inputs are not there. Collective over the world."""
+    lacking = [
+        name for name in step.after
+        if name in state.keys and not state.does(name) and (name != "base" or state.config.init_from is None)
+        and not is_complete(state.folder(name), state.keys[name])
+    ]  # fmt: skip
+    if broadcast_object(lacking):
+        raise UserError(
+            f"steps={step.name} needs {' '.join(lacking)}, not complete with this configuration in "
+            f"{state.here.folder}: add the step to steps, or run it first"
+        )
 
 
 def _one_step(state: Run, number: int, count: int, step: Step) -> None:
@@ -97,7 +139,8 @@ def _one_step(state: Run, number: int, count: int, step: Step) -> None:
         state.timings[step.name] = float(summary.get("wall_sec", 0.0))
         get_logger(__name__).info("step %d/%d %s: complete, skipped", number, count, step.name)
         return
-    on_main(lambda: _remove_if_other(folder, key))
+    if job_of_array(config)[0] is None:
+        on_main(lambda: _remove_if_other(folder, key))
     start = time.monotonic()
     with pipeline_step(number, count, f"{step.name}: {step.title}"), session(config, inputs=key) as here:
         step.body(state, here)
@@ -106,10 +149,22 @@ def _one_step(state: Run, number: int, count: int, step: Step) -> None:
 
 def _fingerprint(state: Run, step: Step, config: Config) -> str:
     """Return a hash of all that the step's result depends on: the keys it reads, the steps before it, the corpus."""
-    read = step.depends_on(config)
+    read = what_is_read(step, config, state.config.init_from, str(state.here.folder))
     before = [state.keys[name] for name in step.after if name in state.keys]
-    values = {"step": step.name, "config": relative_to_run(read, str(state.here.folder)), "after": before}
+    values = {"step": step.name, "config": read, "after": before}
     return fingerprint(values, _input_files(config) if step.name == "data" else [])
+
+
+def what_is_read(step: Step, config: Config, base: str | None, root: str) -> dict[str, Any]:
+    """Return the keys that a step reads with their values, paths below the run folder ``root`` relative to it.
+
+    A model that the run starts from (``base``) is left out: its content is the key of the step "base", and its path may
+    be spelt in several ways.
+    """
+    read = step.depends_on(config)
+    if base is not None and read.get("init_from") == base:
+        del read["init_from"]
+    return cast(dict[str, Any], relative_to_run(read, root))
 
 
 def _input_files(config: Config) -> list[str]:

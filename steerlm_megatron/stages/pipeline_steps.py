@@ -39,6 +39,10 @@ class Run:
     keys: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
+    def does(self, step: str) -> bool:
+        """Return whether this process does the step; each of several jobs does some (``steps``)."""
+        return not self.config.steps or step in self.config.steps
+
     def folder(self, step: str) -> Path:
         """Return the run folder of a step, such as ``03-train_ap``."""
         return self.here.folder / f"{list(STEPS).index(step) + 1:02d}-{step}"
@@ -85,10 +89,10 @@ class Step:
         config = with_overrides(run.config, self.wiring(run))
         try:
             config = with_overrides(config, run.config.pipeline.get(self.name) or {})
-            config.pipeline = {}
+            config.pipeline, config.steps = {}, []
             config.command = self.command
             config.run_dir, config.overwrite = str(run.folder(self.name)), False
-            return finalize(config, run.here.layout.world_size)
+            return finalize(config, run.here.layout.world_size if run.does(self.name) else None)
         except UserError as error:
             lines = str(error).splitlines()
             raise UserError("\n".join(f"pipeline.{self.name}: {line}" for line in lines)) from None

@@ -14,13 +14,13 @@ from random import Random
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.data.text.tokenizer import Tokenizer
+from steerlm_megatron.stages.base import configured_template
 from steerlm_megatron.stages.bootstrap import choose_prompts
 from steerlm_megatron.stages.generate import read_prompts
 from steerlm_megatron.stages.record_reader import Record, RecordReader
 from steerlm_megatron.stages.sampling import Prompt, check_room, request_for
 from steerlm_megatron.stages.session import OpenedCheckpoint
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.templates import Template
 from steerlm_megatron.train.meta import CheckpointMeta
 
 
@@ -58,7 +58,7 @@ def _check(records: Iterable[Record], config: Config, shards: Path) -> None:
 
 def _coming_model(config: Config, tokenizer: Tokenizer) -> OpenedCheckpoint:
     """Return the description that a checkpoint of an attribute-conditioned model of ``config`` will have."""
-    schema, template = AttributeSchema.from_config(config.attributes), Template.from_config(config.template)
+    schema, template = AttributeSchema.from_config(config.attributes), configured_template(config)
     meta = CheckpointMeta(
         step=0,
         task="acsft",

@@ -25,6 +25,11 @@ _TURNS = (
 PROMPTS: tuple[tuple[Message, ...], ...] = (_TURNS[:1], _TURNS, (_SYSTEM, *_TURNS))
 
 
+def prompts_for(template: Template) -> list[tuple[Message, ...]]:
+    """Return the tried prompts that the template can write."""
+    return [messages for messages in PROMPTS if template.refusal(messages) is None]
+
+
 def levels_to_try(schema: AttributeSchema | None) -> list[dict[str, int]]:
     """Return what the label lines of the tried prompts ask for: the best levels, and the lowest."""
     if schema is None or not schema.seen:
@@ -67,7 +72,7 @@ def difference(
     other = tokenizers.Tokenizer.from_str(json.dumps(theirs))
     other.no_truncation()
     other.no_padding()
-    for messages in PROMPTS:
+    for messages in prompts_for(template):
         for levels in levels_to_try(schema):
             found = other.encode(join(template.prefix(messages, schema, levels)), add_special_tokens=False).ids
             if said := first_difference(found, prompt_ids(tokenizer, template, messages, schema, levels), tokenizer):

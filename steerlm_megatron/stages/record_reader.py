@@ -21,6 +21,7 @@ from steerlm_megatron.stages.session import Session
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.lines import OnError, Rejected, json_line, rejected_json
 from steerlm_megatron.steer.records import Conversation, expand_paths, parse_records, raw_lines, to_json
+from steerlm_megatron.steer.templates import Template
 
 REJECTED_FILE = "rejected.jsonl"  # its name in the run folder
 _MOST_LINES_LOGGED = 100  # lines logged per reason; the file has all of them
@@ -112,6 +113,26 @@ class RecordReader:
         self._logged[reason] += 1
         if self._here.layout.is_main and self._logged[reason] <= _MOST_LINES_LOGGED:
             get_logger(__name__).warning("skipped %s: %s", where, why)
+
+    def writable(self, part: str, records: Sequence[Record], template: Template) -> list[Record]:
+        """Return the records that a model's template can write; the others are skipped. Collective over the world.
+
+        Raises:
+            UserError: there are others, with ``data.on_error=error``; or there is nothing but others.
+        """
+        kept = []
+        for record in records:
+            if (refusal := template.refusal(record.conversation.messages)) is None:
+                kept.append(record)
+            elif self.on_error == "skip":
+                self.skip(part, "refused", record.where, refusal, record.conversation)
+            else:
+                raise UserError(f"{record.where}: {refusal}; data.on_error=skip leaves such records out")
+        if len(kept) < len(records):
+            self.list_rejected()
+            if not kept:
+                raise UserError(f"the model's chat template can write none of the records; see {REJECTED_FILE}")
+        return kept
 
     def leave_out(self, part: str, reason: str, count: int) -> None:
         """Count records that are left out because the configuration does not ask for them."""

@@ -76,8 +76,8 @@ def _check_head(config: Config, meta: CheckpointMeta, view: View) -> None:
 def padding_differences(config: Config, meta: CheckpointMeta, view: View) -> list[str]:
     """Return an error if the layout changes the number of rows of the output layer.
 
-    As in Megatron, rows beyond the vocabulary are in the softmax, so with another number of them the same weights are
-    another model. A regression head has no such rows.
+    Rows beyond the vocabulary only pad the table, but a checkpoint has them, and its optimizer's state as well. A
+    regression head has no such rows.
     """
     if view == "ap":
         return []

@@ -8,11 +8,14 @@ the last bit (docs/numerics.md).
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from pathlib import Path
 
+from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config, GenerationConfig, SamplingConfig
-from steerlm_megatron.errors import UserError
+from steerlm_megatron.errors import TryLater, UserError
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.group import model_group
 from steerlm_megatron.generate.protocol import Limits, Request, Result, Sampler, SamplingParams, derive_seed
@@ -27,6 +30,7 @@ from steerlm_megatron.stages.record_reader import REJECTED_FILE, RecordReader
 from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint, Session
 from steerlm_megatron.steer.records import Conversation, Message
 
+ADDRESS = ".url"  # end of the name of a file with a server's address
 _NOTE_SEC = 2.0  # seconds between two writes of the journal
 
 
@@ -53,11 +57,31 @@ class Drawn:
 
 def open_sampler(config: Config, loaded: LoadedModel) -> Sampler:
     """Return the sampler: a client of ``server.urls``, or a generator in this process. Collective over the replica."""
-    if config.server.urls:
-        client = SamplingClient(config.server.urls, config.generation.concurrency)
+    if config.server.urls or config.server.folder:
+        urls = config.server.urls or find_servers(Path(config.server.folder or ""), config.server.count)
+        client = SamplingClient(urls, config.generation.concurrency)
         client.check()
         return client
     return open_generator(config, loaded)
+
+
+def find_servers(folder: Path, count: int, timeout_sec: float = 1800.0) -> list[str]:
+    """Wait until ``count`` servers have written their addresses into ``folder`` (``server.folder``); return these.
+
+    Raises:
+        TryLater: they have not after ``timeout_sec``.
+    """
+    end = time.monotonic() + timeout_sec
+    while True:
+        urls = sorted(path.read_text(encoding="utf-8").strip() for path in folder.glob(f"*{ADDRESS}"))
+        if len(urls) >= count:
+            return urls
+        if time.monotonic() > end:
+            raise TryLater(
+                f"server.folder={folder}: {len(urls)} of server.count={count} servers have written their addresses "
+                f"within {timeout_sec:g} s; see the logs of their jobs"
+            )
+        time.sleep(1.0)
 
 
 def open_generator(config: Config, loaded: LoadedModel, max_queue: int | None = None) -> Generator:
@@ -75,8 +99,16 @@ def open_generator(config: Config, loaded: LoadedModel, max_queue: int | None = 
     return Generator(loaded.model, loaded.tokenizer, loaded.template, limits, model_group(config.engine.timeout_sec))
 
 
-class PromptTooLong(UserError):
+class PromptRefused(UserError):
+    """The model cannot be asked this prompt; ``reason`` is what the accounting calls that."""
+
+    reason = "prompt_refused"
+
+
+class PromptTooLong(PromptRefused):
     """A prompt does not fit, not even without its earlier turns; the message says which key to change."""
+
+    reason = "prompt_too_long"
 
 
 def request_for(
@@ -86,8 +118,11 @@ def request_for(
     is too long for the model loses its oldest turns.
 
     Raises:
+        PromptRefused: the model's chat template cannot write it.
         PromptTooLong: its last turn alone is too long.
     """
+    if (refusal := opened.template.refusal(prompt.messages)) is not None:
+        raise PromptRefused(f"{prompt.where}: {refusal}; data.on_error=skip leaves such prompts out")
     most, longest = limits.max_sequence_tokens, opened.model_config.max_position
     room = min(most, longest) - sampling.max_tokens
     ids, messages = _encode(prompt, prompt.messages, opened), prompt.messages
@@ -120,7 +155,7 @@ def requests_for(
     for index, prompt in enumerate(prompts):
         try:
             requests.append(request_for(index, prompt, opened, config.sampling, config.generation))
-        except PromptTooLong as error:
+        except PromptRefused as error:
             skip_prompt(prompt, error, reader, part)
         else:
             kept.append(prompt)
@@ -139,12 +174,12 @@ def check_room(opened: OpenedCheckpoint, config: Config) -> None:
         )
 
 
-def skip_prompt(prompt: Prompt, error: PromptTooLong, reader: RecordReader, part: str) -> None:
+def skip_prompt(prompt: Prompt, error: PromptRefused, reader: RecordReader, part: str) -> None:
     """Skip a prompt under ``data.on_error=skip``; otherwise raise ``error``."""
     if reader.on_error != "skip":
         raise error
     record = Conversation(prompt.id, prompt.messages)
-    reader.skip(part, "prompt_too_long", prompt.where, str(error).removeprefix(f"{prompt.where}: "), record)
+    reader.skip(part, error.reason, prompt.where, str(error).removeprefix(f"{prompt.where}: "), record)
 
 
 def _encode(prompt: Prompt, messages: tuple[Message, ...], opened: OpenedCheckpoint) -> list[int]:
@@ -167,8 +202,8 @@ def draw(
     """Draw responses and return them in the order of ``requests``, on every rank. Collective over the world.
 
     Each replica writes its responses into the run's journal ``name`` every two seconds, and the next attempt resumes
-    from there. The servers of ``server.urls`` are assumed to serve the model ``loaded`` in both attempts. ``label`` is
-    for the progress bar.
+    from there. A job of an array draws its part of them, and returns what is drawn so far. The servers are assumed to
+    serve the model ``loaded`` in both attempts. ``label`` is for the progress bar.
     """
     at = here.layout
     asked = [(request.id, request.prompt_ids, asdict(request.params)) for request in requests]
@@ -177,7 +212,9 @@ def draw(
     if done:
         get_logger(__name__).info("resuming: %d of %d responses are drawn", len(done), len(requests))
     # Two records may have the same id, so the index makes ids unique.
-    todo = [replace(r, id=f"{index}:{r.id}") for index, r in enumerate(requests) if index not in done]
+    task, tasks = job_of_array(here.config)
+    left = [i for i in range(len(requests)) if i not in done and (task is None or i % tasks == task)]
+    todo = [replace(requests[i], id=f"{i}:{requests[i].id}") for i in left]
     remote = isinstance(sampler, SamplingClient)
     mine = todo if remote else todo[at.dp_rank :: at.dp_size]
     new: dict[int, Drawn] = {}
@@ -197,7 +234,7 @@ def draw(
             sampler.generate(mine, take)
     for part in gather_objects(new):
         done.update(part)
-    return [done[index] for index in range(len(requests))]
+    return [done[index] for index in range(len(requests)) if index in done]
 
 
 def _journal(name: str) -> str:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
-from steerlm_megatron.config.schema import Config
+from steerlm_megatron.config.schema import Config, ServerConfig
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import write_text_atomic
 from steerlm_megatron.generate.protocol import SamplingParams
 from steerlm_megatron.runtime import launcher
-from steerlm_megatron.serve.server import check_port, serve
-from steerlm_megatron.stages.sampling import open_generator
+from steerlm_megatron.serve.server import Running, check_port, serve
+from steerlm_megatron.stages.sampling import ADDRESS, open_generator
 from steerlm_megatron.stages.session import NO_ATTRIBUTES, load_model, open_checkpoint, requested_best, session
 
 
@@ -40,4 +45,28 @@ def run(config: Config) -> None:
             # A launcher signals every rank. The main rank finishes running requests and then stops the others.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
-        serve(generator, schema, config.server, config.sampling)
+        with announced(config.server) as ready:
+            serve(generator, schema, config.server, config.sampling, ready)
+
+
+@contextmanager
+def announced(server: ServerConfig) -> Iterator[Callable[[Running], None]]:
+    """Yield what is to be called when the server listens: it writes the address into ``server.folder``, if that is set,
+    from where it is removed in the end. A server that listens on all addresses is reached by the host's name.
+    """
+    written: list[Path] = []
+
+    def ready(running: Running) -> None:
+        if server.folder is None:
+            return
+        address = running.url
+        for anything in ("//0.0.0.0:", "//[::]:"):
+            address = address.replace(anything, f"//{socket.gethostname()}:")
+        written.append(Path(server.folder) / f"{address.rpartition('/')[2].replace(':', '-')}{ADDRESS}")
+        write_text_atomic(written[0], f"{address}\n")
+
+    try:
+        yield ready
+    finally:
+        for path in written:
+            path.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from steerlm_megatron.config.commands import COMMANDS
-from steerlm_megatron.config.load import lays_out_training, to_yaml
+from steerlm_megatron.config.load import job_of_array, lays_out_training, to_yaml
 from steerlm_megatron.config.schema import Config, ModelConfig, ParallelConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
@@ -36,6 +36,7 @@ from steerlm_megatron.train.checkpoint import verify
 from steerlm_megatron.train.meta import CheckpointMeta
 from steerlm_megatron.train.sharded import load_sharded
 
+ARRAY = "array"  # folder in a run folder with those of the jobs of an array
 NO_ATTRIBUTES = AttributeSchema("none", (), 1)  # of a model that takes none
 
 
@@ -51,6 +52,11 @@ class Session:
     def folder(self) -> Path:
         return self.run.path
 
+    @property
+    def shared(self) -> Path:
+        """The folder for what the jobs of an array share; without an array, the run folder."""
+        return self.folder if job_of_array(self.config)[0] is None else self.folder.parent.parent
+
 
 @contextmanager
 def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
@@ -63,6 +69,9 @@ def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
     chosen = config.run_dir or on_main(lambda: str(default_run_dir(config.command)))
     path = broadcast_object(chosen)  # None on others than the main rank until here
     assert path is not None
+    task, _ = job_of_array(config)
+    if task is not None:  # each job of an array has a run folder of its own
+        path = str(Path(path) / ARRAY / str(task))
 
     def folder() -> RunFolder:
         return RunFolder(path, config.command, overwrite=config.overwrite, rank=layout.rank)

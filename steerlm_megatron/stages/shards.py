@@ -20,6 +20,7 @@ from steerlm_megatron.errors import Interrupted, UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.runtime.signals import StopRequest
+from steerlm_megatron.stages.base import configured_template
 from steerlm_megatron.stages.collect import schema_of
 from steerlm_megatron.stages.prompt_tokens import difference, exported_tokenizer
 from steerlm_megatron.steer.templates import Template
@@ -27,7 +28,7 @@ from steerlm_megatron.steer.templates import Template
 
 def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
     """Open ``tokenizer.path``, or train a tokenizer on ``files``."""
-    template = Template.from_config(config.template)
+    template = configured_template(config)
     strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
     texts = training_texts(files, schema_of(config), template, config.data) if config.tokenizer.train else None
     tokenizer = Tokenizer.from_config(config.tokenizer, strings, texts)
@@ -55,7 +56,7 @@ def _warn_of_other_tokens(tokenizer: Tokenizer, template: Template, config: Conf
 def check_tokenizer(config: Config) -> None:
     """Refuse a tokenizer that cannot be opened or cannot write labels, before a corpus is read."""
     if not config.tokenizer.train or config.tokenizer.path:
-        template = Template.from_config(config.template)
+        template = configured_template(config)
         strings = tuple(dict.fromkeys((*template.control_strings, template.label_marker)))
         _check_labels(Tokenizer.from_config(config.tokenizer, strings), config)
 
@@ -114,7 +115,7 @@ def make_shards(
                 output_dir,
                 tokenizer,
                 schema_of(config),
-                Template.from_config(config.template),
+                configured_template(config),
                 data,
                 progress=show,
                 overwrite=overwrite,

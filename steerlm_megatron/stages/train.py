@@ -44,7 +44,7 @@ from steerlm_megatron.stages.demo_corpus import ensure_shards
 from steerlm_megatron.stages.resume import check_init, check_resume, check_steps, data_order
 from steerlm_megatron.stages.session import Session, session
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.templates import Template
+from steerlm_megatron.steer.templates import AUTO, Template
 from steerlm_megatron.train.checkpoint import CheckpointStore, verify
 from steerlm_megatron.train.engine import Engine
 from steerlm_megatron.train.engine_mcore import MegatronEngine
@@ -131,6 +131,7 @@ def train(here: Session) -> TrainResult:
             data.tokenizer.save, metrics, steps, Throughput(flops_of=flops, peak_flops=_peak(config, here)), profiler,
             Watch(config.engine.timeout_sec),
         )  # fmt: skip
+        here.run.update(plan={"steps": steps})
         try:
             result = trainer.fit()
         finally:
@@ -206,7 +207,8 @@ def _loader(here: Session, rows: Rows, start_row: int, end_row: int | None = Non
 
 def _check_data(config: Config, data: Corpora, view: View) -> None:
     """Refuse shards whose schema or template differs from the configuration."""
-    wanted = Template.from_config(config.template).to_dict()
+    # template=auto is the one that the shards were made with.
+    wanted = {} if config.template.name == AUTO else Template.from_config(config.template).to_dict()
     found = data.template.to_dict()
     for key, value in wanted.items():
         if found.get(key) != value:

@@ -14,9 +14,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from datetime import date
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.jinja_template import JinjaTemplate
 from steerlm_megatron.steer.templates import Template
 
 _HEAD = """\
@@ -114,6 +116,53 @@ def variable(name: str) -> str:
     return f"_{found}" if found[:1].isdigit() else found
 
 
+# A chat template of the model's own, around which ours is: it takes messages whose texts have the label lines in them.
+_FOREIGN = """\
+{%- macro strftime_now(form) -%}{{- @DAYS@[form] -}}{%- endmacro -%}
+{%- if state.system and not (messages and messages[0]['role'] == 'system') -%}
+{%- set state.turns = [{'role': 'system', 'content': state.system}] + messages -%}
+{%- else -%}
+{%- set state.turns = messages -%}
+{%- endif -%}
+{%- set labelled = namespace(turns=[]) -%}
+{%- for message in state.turns -%}
+@PLACE@
+{%- set labelled.turns = labelled.turns + [dict(message, content=text)] -%}
+{%- endfor -%}
+{%- set messages = labelled.turns -%}
+"""
+_PLACES = {
+    "response": """\
+{%- set text -%}
+{%- if message['role'] == 'assistant' -%}{{- label(message.get('attributes')) -}}{%- endif -%}
+{{- message['content'] -}}
+{%- endset -%}""",
+    "user": """\
+{%- set following = none if loop.last else loop.nextitem -%}
+{%- set text -%}
+{{- (message['content'] | trim) if @TRIM@ and message['role'] == 'user' else message['content'] -}}
+{%- if message['role'] == 'user' and loop.last and add_generation_prompt -%}
+{{- label(requested) -}}
+{%- elif message['role'] == 'user' and following and following['role'] == 'assistant' -%}
+{{- label(following.get('attributes')) -}}
+{%- endif -%}
+{%- endset -%}""",
+}
+_FORMATS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+def _foreign(template: JinjaTemplate) -> str:
+    """Return a chat template of a model's own between the Jinja that puts label lines into its texts."""
+    day = date.fromisoformat(template.day)
+    days = {form: day.strftime(form) for _, form in _FORMATS.findall(template.source)}
+    head = _FOREIGN.replace("@DAYS@", json.dumps(days, ensure_ascii=False))
+    # Where the chat template takes away blanks around texts, the label line follows what is left of a user's.
+    trims = "true" if template.written("user", " x ") == "x" else "false"
+    place = _PLACES[template.label_at].replace("@TRIM@", trims)
+    last = "{%- if add_generation_prompt -%}{{- label(requested) -}}{%- endif -%}"
+    return head.replace("@PLACE@", place) + template.source + (last if template.label_at == "response" else "")
+
+
 def chat_template(template: Template, schema: AttributeSchema | None, defaults: Mapping[str, int]) -> str:
     """Return the Jinja source of ``template``.
 
@@ -142,9 +191,13 @@ def chat_template(template: Template, schema: AttributeSchema | None, defaults: 
             for name, v in zip(schema.seen, variables, strict=True)
         )
         label = _LABEL.replace("@REQUESTED@", requested).replace("@MARKER@", _quoted(template.label_marker))
+        if isinstance(template, JinjaTemplate) and template.label_at == "user":
+            label = label.replace(" + '\\n'", "")
         label = label.replace("@MAX@", str(schema.max_level)).replace(
             "@NAMES@", f"[{', '.join(map(_quoted, schema.seen))}]"
         )
+    if isinstance(template, JinjaTemplate):
+        return _HEAD.replace("@SYSTEM@", _quoted(template.system)).strip() + label.strip() + _foreign(template)
     body = _BODIES[template.name].replace("@SUFFIX@", _quoted(template.system_suffix))
     return (_HEAD.replace("@SYSTEM@", _quoted(template.system)) + label + body).strip()
 

@@ -23,7 +23,9 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema, nearest
 from steerlm_megatron.steer.records import Conversation, Message
 
-_FIELDS = ("name", "system", "system_suffix")
+_FIELDS = ("name", "system", "system_suffix", "label_at")
+LABEL_AT = ("response", "user")
+AUTO = "auto"  # stands for the template that fits a tokenizer's chat template (``stages/base.py``)
 
 
 class Part(IntEnum):
@@ -56,6 +58,15 @@ class Segment(NamedTuple):
     turn: int
 
 
+class Spoken(Protocol):
+    """The attributes that a template needs of a message to say whether it can write it."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def content(self) -> str: ...
+
+
 class Scored(Protocol):
     """The attributes that a label line needs of a message."""
 
@@ -73,9 +84,6 @@ class Template(ABC):
     """
 
     name: ClassVar[str]
-    control_strings: ClassVar[tuple[str, ...]]
-    stop_strings: ClassVar[tuple[str, ...]]
-    response_suffix: ClassVar[str]  # trained text between the response and the stop string
     label_marker: ClassVar[str] = "<extra_id_2>"
 
     system: str = ""
@@ -91,18 +99,50 @@ class Template(ABC):
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Template:
         """Make a template from what ``to_dict`` gives. Raises ``UserError`` for an unknown template or key."""
+        name = data.get("name")
+        if name == "jinja":
+            from steerlm_megatron.steer.jinja_template import JinjaTemplate
+
+            return JinjaTemplate.from_options(data)
         for key in data:
             if key not in _FIELDS:
                 raise UserError(f"template.{key}: unknown key; legal keys: {' '.join(_FIELDS)}")
-        name = data.get("name")
         if name not in TEMPLATES:
-            near = nearest(str(name), tuple(TEMPLATES))
-            raise UserError(f"template.name={name!r}{near}; legal: {' '.join(TEMPLATES)}")
-        options = {key: str(data[key]) for key in _FIELDS[1:] if data.get(key) is not None}
+            near = nearest(str(name), (*TEMPLATES, AUTO))
+            raise UserError(f"template.name={name!r}{near}; legal: {' '.join((*TEMPLATES, AUTO))}")
+        if data.get("label_at") not in (None, LABEL_AT[0]):
+            raise UserError(
+                f"template.label_at={data['label_at']}: the label line of template.name={name} stands before the "
+                "response; elsewhere only with template=auto"
+            )
+        options = {key: str(data[key]) for key in ("system", "system_suffix") if data.get(key) is not None}
         return TEMPLATES[name](**options)
 
+    @property
+    @abstractmethod
+    def control_strings(self) -> tuple[str, ...]:
+        """The strings that the template writes as one token each."""
+
+    @property
+    @abstractmethod
+    def stop_strings(self) -> tuple[str, ...]:
+        """The control strings that end a response."""
+
+    @property
+    @abstractmethod
+    def response_suffix(self) -> str:
+        """The trained text between the response and the stop string."""
+
+    def refusal(self, messages: Sequence[Spoken]) -> str | None:
+        """Return why the template cannot write a conversation of such roles; None if it can."""
+        return None
+
+    def written(self, role: str, content: str) -> str:
+        """Return the text of a message as the template writes it."""
+        return content
+
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data with the keys of the config group, to be stored in shards and checkpoints."""
+        """Return plain data from which ``from_dict`` makes the template, to be stored in shards and checkpoints."""
         return {"name": self.name, "system": self.system, "system_suffix": self.system_suffix}
 
     def render(self, conversation: Conversation, schema: AttributeSchema | None = None) -> list[Segment]:

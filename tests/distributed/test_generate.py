@@ -50,8 +50,9 @@ def make(tensor: int, pipeline: int) -> Any:
     layout = ParallelConfig(tensor=tensor, pipeline=pipeline)
     parallel.initialize(layout, seed=1)
     config = ModelConfig(
-        num_layers=2, hidden_size=64, num_heads=4, num_query_groups=2, ffn_hidden_size=96, init_std=0.2
-    )
+        num_layers=2, hidden_size=64, num_heads=4, num_query_groups=2, ffn_hidden_size=96, init_std=0.2,
+        sliding_window=11, full_attention_layers=[0], logit_softcap=5.0,
+    )  # fmt: skip
     model = initialize(build_model(config, layout, EngineConfig(), VOCAB, gather_logits=True), config, VOCAB, seed=3)
     model.double()  # float64 gives the same float32 logits in every batch and layout
     from steerlm_megatron.generate.protocol import Limits

@@ -79,7 +79,7 @@ def test_every_layout_reads_the_same_model(
     for case in hf.CASES:
         whole = {name: part.tensor for name, part in alone[case][0].items()}
         together = unsplit([rank[case][0] for rank in found])
-        tied = case.endswith("tied") and where.pipeline > 1
+        tied = case.endswith("_tied") and where.pipeline > 1
         assert sorted(together) == sorted([*whole, *(["output_layer.weight"] if tied else [])])
         for name, value in whole.items():
             assert torch.equal(together[name], value), f"{case}: {name}"

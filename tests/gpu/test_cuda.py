@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("part", [None, 0, 1])
 @pytest.mark.parametrize("groups", [4, 2])
-def test_the_varlen_kernel_keeps_documents_apart(groups: int, part: int | None) -> None:
+@pytest.mark.parametrize("window", [None, 60])
+def test_the_varlen_kernel_keeps_documents_apart(groups: int, part: int | None, window: int | None) -> None:
     """Outputs and gradients of the kernel are those of SDPA over each document, up to bf16's rounding.
 
     ``part`` selects a context-parallel rank of two, whose documents may have more keys than queries.
@@ -41,7 +43,8 @@ def test_the_varlen_kernel_keeps_documents_apart(groups: int, part: int | None) 
     batch, g = full_row([5, 1, 700, 65, 9, 300]), torch.Generator().manual_seed(0)
     batch = batch if part is None else batch.part(part, 2)
     _, packed = on_device(batch)
-    varlen = attention_backend("varlen", transformer_config(MODEL, ParallelConfig(), EngineConfig(precision="bf16")))
+    model = replace(MODEL, sliding_window=window)
+    varlen = attention_backend("varlen", transformer_config(model, ParallelConfig(), EngineConfig(precision="bf16")))
     queries = len(batch.tokens_T)
     keys = sum(chunk.stop - chunk.first_key for chunk in batch.chunks) or queries
     sizes = ((queries, 4), (keys, groups), (keys, groups))
@@ -49,7 +52,7 @@ def test_the_varlen_kernel_keeps_documents_apart(groups: int, part: int | None) 
     weight, found = torch.randn(queries, 4, 64, generator=g).cuda(), []
     for attend in (varlen, attend_sdpa):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attend(*leaves, packed, 0.125)
+        out = attend(*leaves, packed, 0.125, window=window)
         (out.float() * weight).sum().backward()
         found.append([out.detach().float(), *(leaf.grad.float() for leaf in leaves if leaf.grad is not None)])
     for a, b in zip(*found, strict=True):

@@ -18,7 +18,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 TINY = (
     "experiment=quickstart", "data.demo_conversations=120", "tokenizer.vocab_size=500", "model.num_layers=2",
     "model.hidden_size=32", "model.ffn_hidden_size=64", "train.row_tokens=512", "train.steps=3",
-    "train.validate_rows=2", "train.log_every_steps=1", "sampling.max_tokens=8", "bootstrap.prompts=6",
+    "train.validate_rows=2", "train.log_every_steps=1", "sampling.max_tokens=8", "bootstrap.prompts=24",
     "evaluate.max_prompts=2", "evaluate.levels=[0,4]", "evaluate.examples=1",
 )  # fmt: skip
 

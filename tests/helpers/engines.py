@@ -22,14 +22,20 @@ from steerlm_megatron.stages.train import engine_of
 from steerlm_megatron.train.engine_mcore import MegatronEngine
 from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
 from steerlm_megatron.train.sharded import ShardedWriter
-from tests.helpers.reference import Document, Params
+from tests.helpers.reference import VOCAB, Document, Params
 
-VOCAB, ROW_TOKENS, MICRO_BATCHES, NAMES = 300, 192, 4, ("a", "b", "c")
+ROW_TOKENS, MICRO_BATCHES, NAMES = 192, 4, ("a", "b", "c")
 LABEL_WEIGHTS = {"b": 2.0}
 # Weights large enough that attention is not uniform: else queries and keys have next to no gradient to compare.
 MODEL = ModelConfig(
     hidden_size=64, num_layers=4, num_heads=4, num_query_groups=2, ffn_hidden_size=96, vocab_multiple=8, init_std=0.1
 )
+# All that Gemma 2 and 3 have, windows that documents are longer than, and caps that bite.
+GEMMA = replace(
+    MODEL, activation="geglu", norm="rmsnorm1p", post_norms=True, qk_norm=True, scale_embeddings=True,
+    tie_embeddings=True, sliding_window=9, full_attention_layers=[1], rotary_local_base=500.0, query_pre_attn_scalar=24,
+    attention_softcap=2.0, logit_softcap=5.0,
+)  # fmt: skip
 # Clips some steps and not others. Adam divides a gradient by its own size: where one is as small as its rounding error
 # (1e-8, in a few of the 200,000 here), the error's sign decides the step, and with eps=1e-8 even the plain reference in
 # float32 ends 4e-5 from itself in float64. eps=1e-5 takes that away, and is still a thousandth of a usual gradient.
@@ -49,6 +55,7 @@ class Case:
     objective: str
     layout: ParallelConfig = field(default_factory=ParallelConfig)
     tied: bool = False
+    gemma: bool = False  # a model with all that Gemma has, with tied embeddings too
     micro_batches: int = MICRO_BATCHES  # of a global step, all data-parallel ranks together
     dropout: float = 0.0
     recompute: str = "none"
@@ -70,7 +77,7 @@ class Case:
 
     @property
     def model(self) -> ModelConfig:
-        return replace(MODEL, tie_embeddings=self.tied, dropout=self.dropout)
+        return replace(GEMMA if self.gemma else MODEL, tie_embeddings=self.tied or self.gemma, dropout=self.dropout)
 
 
 def row(step: int, number: int) -> RowBatch:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.utils import logging
 
 from steerlm_megatron.data.batch import RowBatch
@@ -26,6 +26,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": ORIGINAL,
 }
+_GEMMA = {"head_dim": 16, "sliding_window": 24, "query_pre_attn_scalar": 24}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama3.1": ("llama", {"rope_parameters": _LLAMA3, "rms_norm_eps": 1e-5}),
@@ -39,6 +40,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 16}),
     "nemotron": ("nemotron", {}),
+    # Windows and caps small enough to matter: scores and logits are above 3 without the caps.
+    "mistral_window": ("mistral", {"sliding_window": 24, "head_dim": 16}),
+    "qwen2_window": ("qwen2", {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 2}),
+    "gemma2_tied": ("gemma2", {**_GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3_tied": (
+        "gemma3_text",
+        {
+            **_GEMMA,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            },
+        },
+    ),
     "gpt_neox": ("gpt_neox", {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
     "gpt_neox_in_sequence": ("gpt_neox", {"use_parallel_residual": False}),
 }
@@ -70,6 +86,16 @@ def make(case: str, folder: Path, dtype: torch.dtype = torch.float32, shard: str
             parameter.copy_(parameter.to(dtype))
     copy.deepcopy(model).to(dtype).save_pretrained(folder, max_shard_size=shard)
     return model  # in float32: a model that is turned into another type turns RoPE's frequencies too
+
+
+@torch.no_grad()
+def greedy(model: Any, prompt_T: torch.Tensor, tokens: int, stop: int, banned: int) -> list[int]:
+    """What ``generate`` continues a prompt with, up to the id ``stop``, without the id ``banned``."""
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=tokens, eos_token_id=stop, pad_token_id=stop, suppress_tokens=[banned]
+    )
+    out = model.generate(prompt_T[None], attention_mask=torch.ones_like(prompt_T[None]), generation_config=settings)
+    return out[0, len(prompt_T) :].tolist()
 
 
 def row(lengths: Sequence[int] = LENGTHS) -> RowBatch:

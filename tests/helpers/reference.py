@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from steerlm_megatron.config.schema import ModelConfig, OptimConfig
 
 Params = dict[str, torch.Tensor]
+VOCAB = 300  # rows beyond it pad the output layer and have no part in the softmax
 
 
 @dataclass
@@ -29,6 +30,11 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
     return x_TD * torch.rsqrt(x_TD.square().mean(-1, keepdim=True) + eps) * weight_D
 
 
+def norm(p: Params, name: str, x_TD: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    weight_D = p[f"{name}.weight"]
+    return rms_norm(x_TD, 1 + weight_D if model.norm == "rmsnorm1p" else weight_D, model.norm_epsilon)
+
+
 def rotate(x_TNH: torch.Tensor, base: float) -> torch.Tensor:
     half = x_TNH.shape[-1] // 2
     angle = torch.outer(torch.arange(x_TNH.shape[0]).float(), base ** (-torch.arange(half).float() / half))[:, None]
@@ -36,14 +42,25 @@ def rotate(x_TNH: torch.Tensor, base: float) -> torch.Tensor:
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
 
-def attention(p: Params, prefix: str, x_TD: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+def capped(x: torch.Tensor, cap: float | None) -> torch.Tensor:
+    return x if cap is None else cap * torch.tanh(x / cap)
+
+
+def attention(p: Params, layer: int, x_TD: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+    prefix = f"decoder.layers.{layer}.self_attention."
     heads, groups = model.num_heads, model.num_query_groups or model.num_heads
     qkv = (x_TD @ p[f"{prefix}linear_qkv.weight"].T).unflatten(-1, (groups, heads // groups + 2, -1))
-    q = rotate(qkv[:, :, :-2].flatten(1, 2), model.rotary_base)
-    k = rotate(qkv[:, :, -2], model.rotary_base).repeat_interleave(heads // groups, 1)
-    v = qkv[:, :, -1].repeat_interleave(heads // groups, 1)
-    score_NTT = torch.einsum("tnh,snh->nts", q, k) / math.sqrt(q.shape[-1])
+    q, k, v = qkv[:, :, :-2].flatten(1, 2), qkv[:, :, -2], qkv[:, :, -1].repeat_interleave(heads // groups, 1)
+    if model.qk_norm:
+        q, k = (norm(p, f"{prefix}{name}_layernorm", x, model) for name, x in (("q", q), ("k", k)))
+    window = None if layer in model.full_attention_layers else model.sliding_window
+    base = model.rotary_base if window is None else model.rotary_local_base or model.rotary_base
+    q, k = rotate(q, base), rotate(k, base).repeat_interleave(heads // groups, 1)
+    score_NTT = torch.einsum("tnh,snh->nts", q, k) / math.sqrt(model.query_pre_attn_scalar or q.shape[-1])
+    score_NTT = capped(score_NTT, model.attention_softcap)
     hidden = torch.ones(len(x_TD), len(x_TD)).triu(1).bool()
+    if window is not None:
+        hidden |= torch.ones(len(x_TD), len(x_TD)).tril(-window).bool()
     weight_NTT = score_NTT.masked_fill(hidden, -math.inf).softmax(-1)
     return torch.einsum("nts,snh->tnh", weight_NTT, v).flatten(1) @ p[f"{prefix}linear_proj.weight"].T
 
@@ -51,18 +68,20 @@ def attention(p: Params, prefix: str, x_TD: torch.Tensor, model: ModelConfig) ->
 def forward(p: Params, tokens_T: torch.Tensor, model: ModelConfig) -> torch.Tensor:
     """Return logits [T, V], or attribute values [T, A] where the parameters have a regression head."""
     x = p["embedding.word_embeddings.weight"][tokens_T]
+    if model.scale_embeddings:
+        x = x * math.sqrt(model.hidden_size)
     for layer in range(model.num_layers):
         at = f"decoder.layers.{layer}."
-        x = x + attention(
-            p, at + "self_attention.", rms_norm(x, p[at + "input_layernorm.weight"], model.norm_epsilon), model
-        )
-        h = rms_norm(x, p[at + "pre_mlp_layernorm.weight"], model.norm_epsilon)
-        gate, up = (h @ p[at + "mlp.linear_fc1.weight"].T).chunk(2, -1)
-        x = x + (F.silu(gate) * up) @ p[at + "mlp.linear_fc2.weight"].T
-    x = rms_norm(x, p["decoder.final_layernorm.weight"], model.norm_epsilon)
+        h = attention(p, layer, norm(p, at + "input_layernorm", x, model), model)
+        x = x + (norm(p, at + "self_attn_bda.norm", h, model) if model.post_norms else h)
+        gate, up = (norm(p, at + "pre_mlp_layernorm", x, model) @ p[at + "mlp.linear_fc1.weight"].T).chunk(2, -1)
+        gate = F.gelu(gate, approximate="tanh") if model.activation == "geglu" else F.silu(gate)
+        h = (gate * up) @ p[at + "mlp.linear_fc2.weight"].T
+        x = x + (norm(p, at + "mlp_bda.norm", h, model) if model.post_norms else h)
+    x = norm(p, "decoder.final_layernorm", x, model)
     if "output_layer.regression.weight" in p:
         return x @ p["output_layer.regression.weight"].T + p["output_layer.regression.bias"]
-    return x @ p.get("output_layer.weight", p["embedding.word_embeddings.weight"]).T
+    return capped(x @ p.get("output_layer.weight", p["embedding.word_embeddings.weight"]).T, model.logit_softcap)
 
 
 def loss_sum(p: Params, document: Document, model: ModelConfig, weights_A: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -72,7 +91,7 @@ def loss_sum(p: Params, document: Document, model: ModelConfig, weights_A: torch
         present = ~document.values_PA.isnan()
         error = torch.where(present, output[document.pool_P] - document.values_PA.nan_to_num(), 0.0)
         return (error.square() * weights_A).sum(), float(present.sum())
-    loss_T = -output.log_softmax(-1).gather(-1, document.labels_T[:, None])[:, 0]
+    loss_T = -output[:, :VOCAB].log_softmax(-1).gather(-1, document.labels_T[:, None])[:, 0]
     return (loss_T * document.mask_T).sum(), float(document.mask_T.sum())
 
 

@@ -106,6 +106,13 @@ COMMAND_LINES = {
     "half a pair of dimensions": (
         ["train_sft", "model.rotary_percent=0.3"], ["model.rotary_percent=0.3", "9 dimensions"],
     ),
+    "layers of no window": (
+        ["train_sft", "model.full_attention_layers=[4]", "model.rotary_local_base=9"],
+        [
+            "model.full_attention_layers needs model.sliding_window", "has 4; layers are 0 to 3",
+            "model.rotary_local_base needs model.sliding_window",
+        ],
+    ),
     "keys of the other training command": (
         ["train_sft", "train.label_weights={quality: 2}"], ["train.label_weights=", "is of train_ap"],
     ),
@@ -163,9 +170,7 @@ def test_the_layout_is_compared_with_the_model_that_is_split() -> None:
 
 
 def test_rows_of_padding_stay_what_they_were() -> None:
-    """400 ids have 512 rows at parallel.tensor=1 and 768 at 3, which would be another model, as rows are in the
-    softmax.
-    """
+    """400 ids have 512 rows at parallel.tensor=1 and 768 at 3, which the checkpoint's optimizer has no state for."""
     model = ModelConfig(num_heads=6)
     saved = CheckpointMeta(9, "sft", asdict(model), 400, None, {}, "hash", parallel={"tensor": 1})
 

@@ -27,10 +27,16 @@ def example(name: str, *arguments: str, cwd: Path, code: int = 0) -> str:
 
 def test_each_script_is_run_here_and_says_what_it_shows() -> None:
     scripts = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh"))
-    assert scripts == ["annotate_jsonl.py", "load_checkpoint.py", "serve_and_ask.py"]
+    assert scripts == [
+        "annotate_jsonl.py",
+        "load_checkpoint.py",
+        "serve_and_ask.py",
+        "steer_with_transformers.py",
+    ]
     here = Path(__file__).read_text()
+    exported = Path(__file__).with_name("test_hf_base.py").read_text()  # which has a model that leaves
     for name in scripts:
-        assert (EXAMPLES / name).read_text().startswith('"""') and here.count(f'"{name}"') > 1
+        assert (EXAMPLES / name).read_text().startswith('"""') and (here + exported).count(f'"{name}"') > 1
 
 
 def test_serve_and_ask(work: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,21 @@ from steerlm_megatron.stages.base import chat_template_of
 from steerlm_megatron.steer.records import read_records
 from steerlm_megatron.train.meta import read_meta
 from tests.helpers.cli import run_here as run
+from tests.helpers.commands import ENVIRONMENT
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 pytestmark = pytest.mark.integration
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# A format that none of ours is like: it takes blanks away from texts, and has no system text.
+OTHER = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{{ '<|endoftext|>' + m.role + ': ' + m.content | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|endoftext|>assistant: ' }}{% endif %}"
 )
 WORDS = ["Tell me about the red fox.", "The fox is red.", "Hello, who are you?", "I am a model of language."]
 SHARDS = ("data.input=records.jsonl", "data.output_dir=shards")
@@ -71,8 +81,11 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     yield
 
 
-def test_greedy_responses_are_those_of_transformers(folder: Path) -> None:
+@pytest.mark.parametrize("own_format", [False, True])
+def test_greedy_responses_are_those_of_transformers(folder: Path, own_format: bool) -> None:
     import transformers
+
+    folder = with_format(folder, OTHER) if own_format else folder
 
     sampling = ("sampling=greedy", "sampling.max_tokens=12", "data.on_error=skip")
     assert run("generate", f"checkpoint={folder}", "input=prompts.jsonl", "output=answers.jsonl", *sampling, *TINY) == 0
@@ -124,15 +137,17 @@ def test_out_again_it_is_bit_equal(folder: Path) -> None:
     assert run("export", f"checkpoint={folder}", "output=again", *more) == 0 and not list(Path().glob(".again*"))
 
 
-@pytest.mark.parametrize("template", ["chatml", "steerlm"])
+@pytest.mark.parametrize("template", ["chatml", "steerlm", "auto"])
 def test_a_trained_model_leaves_with_its_chat_template(folder: Path, template: str) -> None:
     """Without our code, ``transformers`` writes our prompts and draws our responses."""
     import transformers
 
+    place: tuple[str, ...] = ()
+    if template == "auto":
+        folder, place = with_format(folder, OTHER), ("template.label_at=user",)
     data = ("data.source=messages", "data.valid_fraction=0", f"template={template}", "attributes=demo")
-    assert (
-        run("preprocess", *data, "data.input=records.jsonl", "data.output_dir=shards", f"tokenizer.path={folder}") == 0
-    )
+    made = ("data.input=records.jsonl", "data.output_dir=shards", f"tokenizer.path={folder}", *place)
+    assert run("preprocess", *data, *made) == 0
     train = (*data[2:], "data.train=shards/train", f"init_from={folder}", "train.row_tokens=256", "train.steps=3",
              "train.global_batch_samples=8", "optim.lr=1e-2")  # fmt: skip
     assert run("train_sft", *train, *TINY) == 0
@@ -157,6 +172,13 @@ def test_a_trained_model_leaves_with_its_chat_template(folder: Path, template: s
         if template == "steerlm" and drawn[-1] == model.generation_config.eos_token_id:
             text = text.removesuffix("\n")  # the template's, and not the response's
         assert answer.messages[-1].content == text
+    if template == "auto":
+        asked = ("model", "--attribute", "helpfulness", "--levels", "3", "--max-tokens", "10", "--prompt", WORDS[0])
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLES / "steer_with_transformers.py"), *asked],
+            env=ENVIRONMENT, text=True, capture_output=True, check=True,
+        )  # fmt: skip
+        assert done.stdout == f"helpfulness=3: {next(iter(read_records('answers.jsonl'))).messages[-1].content}\n"
 
 
 def test_a_shape_that_a_user_states_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,12 +228,41 @@ def test_a_chat_template_is_known_by_what_it_writes(folder: Path, tmp_path: Path
     plain = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     ask = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     assert chat_template_of(with_template(plain + ask), "checkpoint").to_dict()["system"] == ""
-    with pytest.raises(UserError, match="is like none of ours"):
+    with pytest.raises(UserError, match="no token that ends it"):
         chat_template_of(with_template("{% for m in messages %}{{ m.content }}{% endfor %}"), "checkpoint")
     assert chat_template_of(with_template(None), "checkpoint") is None
     broken = "{{ 1 / 0 }}"
-    with pytest.raises(UserError, match="is like none of ours"):
+    with pytest.raises(UserError, match="refuses the conversation"):
         chat_template_of(with_template(broken), "checkpoint")
+
+
+def with_format(folder: Path, source: str) -> Path:
+    """A copy of the folder with another chat template."""
+    copy = Path("own")
+    shutil.copytree(folder, copy)
+    (copy / "chat_template.jinja").write_text(source)
+    return copy
+
+
+def test_a_format_of_a_folder_says_what_it_refuses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = with_format(folder, OTHER)
+    asked = {"id": "s", "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]}
+    with Path("prompts.jsonl").open("a") as file:
+        file.write(json.dumps(asked) + "\n")
+    ask = ("generate", "input=prompts.jsonl", "output=answers.jsonl", "sampling.max_tokens=2", *TINY)
+    assert run(*ask, f"checkpoint={copy}") == 2
+    assert "prompts.jsonl:5: the chat template refuses the conversation: no system" in capsys.readouterr().err
+    with Path("records.jsonl").open("a") as file:
+        reply = {"role": "assistant", "content": "z"}
+        file.write(json.dumps({**asked, "messages": [*asked["messages"], reply]}) + "\n")
+    make = ("preprocess", "data.source=messages", "template=auto", "attributes=demo", "data.valid_fraction=0", *SHARDS)
+    assert run(*make, f"tokenizer.path={copy}") == 2
+    assert "records.jsonl:25: the chat template refuses the conversation: no system" in capsys.readouterr().err
+    assert run(*make, f"tokenizer.path={copy}", "data.on_error=skip") == 0
+    listed = [json.loads(line) for line in Path("shards/rejected.jsonl").read_text().splitlines()]
+    assert [entry["where"].rpartition(":")[2] for entry in listed] == ["25"]
+    assert run(*make, "tokenizer.path=bytes") == 2
+    assert "template=auto takes the chat template of tokenizer.path" in capsys.readouterr().err
 
 
 def changed(folder: Path, name: str, change: Any) -> Path:

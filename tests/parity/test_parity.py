@@ -102,9 +102,11 @@ TIED = (
     "PP2xCP2",
 )
 
+GEMMA = ("1 rank", "TP2+SP", "PP2", "CP2", "DP2 ZeRO 3", "TP2xPP2")
 
-def key(objective: str, name: str, tied: bool = False) -> str:
-    return f"{objective}{' tied' if tied else ''} {name}"
+
+def key(objective: str, name: str, kind: str = "") -> str:
+    return f"{objective}{kind and ' '}{kind} {name}"
 
 
 def cases(ranks: int) -> dict[str, Case]:
@@ -115,7 +117,9 @@ def cases(ranks: int) -> dict[str, Case]:
         for objective in ("sft", "ap"):
             found[key(objective, name)] = Case(objective, **options)
         if name in TIED:
-            found[key("sft", name, tied=True)] = Case("sft", tied=True, **options)
+            found[key("sft", name, "tied")] = Case("sft", tied=True, **options)
+        if name in GEMMA:
+            found[key("sft", name, "gemma")] = Case("sft", gemma=True, **options)
     return found
 
 
@@ -162,7 +166,12 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
 
 def references() -> dict[str, Any]:
     parallel.initialize(P(), 1)
-    wanted = {"sft": Case("sft"), "ap": Case("ap"), "sft tied": Case("sft", tied=True)}
+    wanted = {
+        "sft": Case("sft"),
+        "ap": Case("ap"),
+        "sft tied": Case("sft", tied=True),
+        "sft gemma": Case("sft", gemma=True),
+    }
     found = {name: reference(case) for name, case in wanted.items()}
     return found | {f"{name} float32": reference(Case(name), torch.float32) for name in ("sft", "ap")}
 
@@ -291,10 +300,11 @@ def _all_cases() -> list[tuple[int, str]]:
 def test_every_layout_trains_the_references_model(
     ranks: int, name: str, measured: Callable[[int], list[dict[str, Any]]], record_property: Any
 ) -> None:
-    expected = measured(1)[0]["references"][" ".join(name.split()[: 2 if " tied " in name else 1])]
+    kinds = [kind for kind in ("tied", "gemma") if f" {kind} " in name]
+    expected = measured(1)[0]["references"][" ".join([name.split()[0], *kinds])]
     by_rank = [found["trained"][name] for found in measured(ranks)]
     params = unsplit([found["params"] for found in by_rank])
-    if "output_layer.weight" in params and " tied " in name:  # the last stage has a tied copy
+    if "output_layer.weight" in params and kinds:  # the last stage has a tied copy
         assert torch.equal(params.pop("output_layer.weight"), params["embedding.word_embeddings.weight"])
     assert params.keys() == expected["params"].keys()
     for other in by_rank[1:]:  # every rank gets the same numbers

@@ -11,7 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from steerlm_megatron.files import atomic_path, describe_file, file_sha256, write_bytes_atomic, write_json_atomic
+from steerlm_megatron.files import (
+    atomic_path,
+    describe_file,
+    file_sha256,
+    put_folder,
+    take_back,
+    write_bytes_atomic,
+    write_json_atomic,
+)
 
 
 def test_json_is_strict_and_atomic(tmp_path: Path) -> None:
@@ -59,3 +67,31 @@ def test_a_file_is_described_in_one_reading(size: int, tmp_path: Path) -> None:
     path.write_bytes(data)
     assert describe_file(path, seen.extend) == {"bytes": size, "sha256": hashlib.sha256(data).hexdigest()}
     assert seen == data and file_sha256(path) == hashlib.sha256(data).hexdigest()
+
+
+def folder(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "a").write_text(text)
+    return path
+
+
+def test_a_folder_is_replaced_or_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, aside = tmp_path / "target", tmp_path / "aside"
+    put_folder(folder(tmp_path / "first", "1"), target, aside)
+    put_folder(folder(tmp_path / "second", "2"), target, aside)
+    assert (target / "a").read_text() == "2" and list(tmp_path.iterdir()) == [target]
+    real = Path.rename
+
+    def rename(self: Path, to: Path) -> Path:
+        if self.name == "third":
+            raise OSError("full")
+        return real(self, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="full"):
+        put_folder(folder(tmp_path / "third", "3"), target, aside)
+    assert (target / "a").read_text() == "2" and not aside.exists()
+    target.rename(aside)  # as after a kill between the two renames
+    take_back(target, aside)
+    take_back(target, aside)
+    assert (target / "a").read_text() == "2" and not aside.exists()

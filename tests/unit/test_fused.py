@@ -1,4 +1,4 @@
-"""Our RMSNorm, RoPE and SwiGLU equal their formulas in float64, in values and gradients."""
+"""Our RMSNorm, RoPE, SwiGLU and GeGLU equal their formulas in float64, in values and gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from steerlm_megatron.model.attention import PackedTokens, Rotary
-from steerlm_megatron.model.fused import CompiledSwiGLU, SwiGLU, rms_norm, rotate
+from steerlm_megatron.model.fused import CompiledGeGLU, CompiledSwiGLU, GeGLU, SwiGLU, rms_norm, rotate
 
 
 def grown(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,6 +33,13 @@ def test_swiglu_is_the_formula() -> None:
     gate, up = both.chunk(2, -1)
     assert torch.allclose(SwiGLU()(both), F.silu(gate) * up, atol=1e-12)
     assert torch.autograd.gradcheck(SwiGLU(), (both,))
+
+
+def test_geglu_is_the_formula() -> None:
+    both = grown(6, 1, 10)
+    gate, up = both.chunk(2, -1)
+    assert torch.allclose(GeGLU()(both), F.gelu(gate, approximate="tanh") * up, atol=1e-12)
+    assert torch.autograd.gradcheck(GeGLU(), (both,))
 
 
 @pytest.mark.parametrize("rotary_dim", [8, 4])
@@ -65,6 +72,7 @@ def test_compiled_kernels_are_the_same_functions(dtype: torch.dtype) -> None:
         for function, argument in (
             (lambda a, compiled: rms_norm(a, torch.linspace(1, 2, 8).to(dtype), 1e-5, compiled), x),
             (lambda a, compiled: (CompiledSwiGLU() if compiled else SwiGLU())(a), both),
+            (lambda a, compiled: (CompiledGeGLU() if compiled else GeGLU())(a), both),
             (lambda a, compiled, c=cos, s=sin: rotate(a, c, s, compiled), heads),
         ):
             found = []

@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from transformers.utils import logging
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.generator import Generator
+from steerlm_megatron.generate.protocol import Request, SamplingParams
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.model.hf import (
     FAMILIES,
@@ -34,6 +36,7 @@ from steerlm_megatron.model.hf import (
     tables,
     write_hf,
 )
+from steerlm_megatron.model.hf.config_json import model_of
 from steerlm_megatron.model.hf.tables import Rows, Rule, by_group, heads, parameters
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.model.predict import predict_values
@@ -42,6 +45,7 @@ from steerlm_megatron.runtime import parallel
 from steerlm_megatron.stages.train import engine_of
 from tests.helpers import hf
 from tests.helpers.engines import OPTIM, Case, bare, objective
+from tests.helpers.fake_model import FakeTemplate, FakeTokenizer, limits
 
 INDEX = "model.safetensors.index.json"
 ADDED = 3  # control tokens
@@ -123,7 +127,7 @@ def test_a_model_of_ours_leaves_as_a_family_that_can_express_it(case: str, tmp_p
     hf.make(case, tmp_path / "in")
     came = HFFolder.open(tmp_path / "in", "init_from")
     family = family_for(came.model)
-    assert family.name == came.family.name.replace("mistral", "llama")
+    assert family.name == ("llama" if case == "mistral" else came.family.name)
     gpt = initialize(build_model(came.model, ParallelConfig(), EngineConfig(), 77), came.model, 77, seed=1)
     tensors = hf_tensors(gpt.eval(), came.model, family, 77)
     write_hf(tmp_path / "out", tensors, config_for(came.model, family, 77), torch.float32)
@@ -137,7 +141,7 @@ def test_a_model_of_ours_leaves_as_a_family_that_can_express_it(case: str, tmp_p
     torch.testing.assert_close(found[:, :77], hf.their_logits(theirs, batch), rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("case", ["llama3.1", "qwen2_tied", "nemotron"])
+@pytest.mark.parametrize("case", ["llama3.1", "qwen2_tied", "nemotron", "gemma3_tied"])
 def test_bf16_in_shards_is_bf16_in_shards(case: str, tmp_path: Path, cpu: None) -> None:
     model = hf.make(case, tmp_path / "in", torch.bfloat16, shard="20KB")
     folder = HFFolder.open(tmp_path / "in", "init_from")
@@ -232,6 +236,77 @@ def test_rope_scaling_shows_beyond_the_original_length(tmp_path: Path, cpu: None
     folder = HFFolder.open(tmp_path, "init_from")
     lost = replace(folder, model=replace(folder.model, rotary_scaling="none"))
     assert (logits(filled(lost), batch) - hf.their_logits(model, batch)).abs().max() > 1000 * TOLERANCE
+
+
+def post_norms_swapped(family: Family) -> Family:
+    """The norm after the attention in the place of the one before the MLP, as Llama has that name."""
+    before, after = (f"model.layers.{{}}.{name}_layernorm" for name in ("pre_feedforward", "post_attention"))
+    return changed(changed(family, "pre_mlp_layernorm", theirs=(after,)), "self_attn_bda.norm", theirs=(before,))
+
+
+WRONG_OF_GEMMA: dict[str, dict[str, Any]] = {
+    "embeddings": {"scale_embeddings": False},
+    "norms": {"norm": "rmsnorm"},
+    "activation": {"activation": "swiglu"},
+    "scale of scores": {"query_pre_attn_scalar": None},
+    "cap of scores": {"attention_softcap": None},
+    "cap of logits": {"logit_softcap": None},
+    "no window": {"sliding_window": None},
+    "a window too wide": {"sliding_window": 25},
+    "a window too narrow": {"sliding_window": 23},
+    "layers with windows": {"full_attention_layers": [0, 3]},
+    "RoPE of windows": {"rotary_local_base": None},
+    "RoPE of other layers": {"rotary_scaling": "none"},
+}
+
+
+@pytest.mark.parametrize("case", ["gemma2_tied", "gemma3_tied"])
+def test_all_that_gemma_has_shows_in_its_logits(case: str, tmp_path: Path, cpu: None) -> None:
+    model, batch = hf.make(case, tmp_path), hf.row()
+    folder, expected = HFFolder.open(tmp_path, "init_from"), hf.their_logits(model, batch)
+    wrong = {name: replace(folder.model, **fields) for name, fields in WRONG_OF_GEMMA.items()}
+    folders = {name: replace(folder, model=other) for name, other in wrong.items() if other != folder.model}
+    assert len(folders) == {"gemma2_tied": 10, "gemma3_tied": 10}[case]
+    for name in ("gate and up swapped", "q, k, v flat", "RoPE interleaved"):
+        folders[name] = replace(folder, family=WRONG[name](folder.family))
+    folders["norms swapped"] = replace(folder, family=post_norms_swapped(folder.family))
+    for name, wrongly in folders.items():
+        difference = (logits(filled(wrongly), batch) - expected).abs().max()
+        assert difference > 100 * TOLERANCE, name
+
+
+# Generation
+
+
+class HexTokenizer(FakeTokenizer):
+    """Ids of the models here as hexadecimal numbers; the last two are control tokens."""
+
+    vocab_size = hf.VOCAB
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(f"{i:02x}" for i in ids)
+
+    def control_id(self, text: str) -> int:
+        return {"<turn>": hf.VOCAB - 2, "<label>": hf.VOCAB - 1}[text]
+
+
+@pytest.mark.parametrize("case", ["mistral_window", "qwen2_window", "gemma2_tied", "gemma3_tied", "llama3.1"])
+def test_greedy_responses_are_those_of_transformers(case: str, tmp_path: Path, cpu: None) -> None:
+    """Prompts shorter and longer than the window, decoded in one batch far beyond it."""
+    model = hf.make(case, tmp_path)
+    folder = HFFolder.open(tmp_path, "checkpoint")
+    gpt = build_model(folder.model, ParallelConfig(), EngineConfig(), hf.VOCAB, gather_logits=True)
+    fill(folder.weights(gpt, hf.VOCAB))
+    generator = Generator(gpt, HexTokenizer(), FakeTemplate(), limits(max_sequence_tokens=200))
+    prompts = hf.row((40, 3, 70, 1)).tokens_T.split((40, 3, 70, 1))
+    greedy = SamplingParams(temperature=0.0, max_tokens=60)
+    found = generator.generate([Request(str(i), tuple(p.tolist()), greedy) for i, p in enumerate(prompts)])
+    different = set()
+    for prompt, result in zip(prompts, found, strict=True):
+        expected = hf.greedy(model, prompt, 60, stop=hf.VOCAB - 2, banned=hf.VOCAB - 1)
+        assert list(result.token_ids) == expected
+        different |= set(expected)
+    assert len(different) > 5
 
 
 # The vocabulary
@@ -345,15 +420,33 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "dynamic": ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.type=dynamic is not"),
     "no factor": ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=null is not a number, which"),
     "partial": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not one that this llama can"),
-    "window": ("mistral", {"sliding_window": 64}, "sliding_window=64 with max_position_embeddings=256: attention"),
-    "window by default": ("mistral", {"sliding_window": ..., "max_position_embeddings": 8192}, "sliding_window=4096"),
+    "window": ("mistral", {"sliding_window": 0}, "sliding_window=0 is not a whole number above 0"),
+    "no window of layers that have one": ("gemma2_tied", {"sliding_window": None}, "sliding_window=null is not"),
     "window of Qwen": (
-        "qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "layer_types": ...},
-        "sliding_window=64",
+        "qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": "2", "layer_types": ...},
+        'max_window_layers="2" is not a number',
     ),
     "layer types": (
-        "qwen3", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["sliding_attention"] * 4},
-        "sliding_window=64",
+        "qwen3", {"use_sliding_window": True, "sliding_window": 64, "layer_types": ["chunked_attention"] * 4},
+        'layer_types=["chunked_attention", "chunked_attention", "chunked_attention", "chunked_attention"] is not',
+    ),
+    "too few layer types": ("gemma3_tied", {"layer_types": ["full_attention"]}, "for each of 4 layers"),
+    "pattern": ("gemma3_tied", {"layer_types": ..., "sliding_window_pattern": 0}, "sliding_window_pattern=0 is"),
+    "both directions": ("gemma2_tied", {"use_bidirectional_attention": True}, "use_bidirectional_attention=true"),
+    "cap of scores": ("gemma3_tied", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0 is not"),
+    "cap below zero": ("gemma2_tied", {"final_logit_softcapping": -1.0}, "model.logit_softcap=-1.0 must be"),
+    "gelu": ("gemma3_tied", {"hidden_activation": "gelu"}, 'hidden_activation="gelu" is not one that this gemma3_text'),
+    "RoPE by layer": (
+        "llama", {"rope_parameters": {"full_attention": {}, "sliding_attention": {}}}, "differs between kinds of la",
+    ),
+    "stretched windows": (
+        "gemma3_tied", {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        "rope_parameters.sliding_attention.rope_type",
+    ),
+    "RoPE of one kind": ("gemma3_tied", {"rope_parameters": {"rope_theta": 1e4}}, "is not an object with full_att"),
+    "RoPE twice": ("gemma3_tied", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "are both there: one of"),
+    "local base": (
+        "gemma3_tied", {"rope_parameters": ..., "rope_local_base_freq": "x"}, 'rope_local_base_freq="x" is not a',
     ),
     "activation": ("llama", {"hidden_act": "gelu"}, 'hidden_act="gelu" is not one that this llama can have: "silu"'),
     "biases": ("llama", {"attention_bias": True}, "attention_bias=true with mlp_bias=false: either all linear layers"),
@@ -397,10 +490,54 @@ def test_what_cannot_be_represented_is_refused_by_its_key(kind: str, tmp_path: P
 def test_a_window_that_hides_nothing_is_fine(keys: dict[str, Any], tmp_path: Path) -> None:
     hf.make("qwen2" if "use_sliding_window" in keys else "mistral", tmp_path)
     edit(tmp_path, **keys)
-    HFFolder.open(tmp_path, "init_from")
+    assert HFFolder.open(tmp_path, "init_from").model.sliding_window in (None, 256)
 
 
-@pytest.mark.parametrize("case", ["llama3.1", "mistral", "qwen2", "gpt_neox"])
+def test_windows_are_read_as_every_version_says_them(tmp_path: Path) -> None:
+    """Qwen's ``max_window_layers``; Gemma's patterns; the window of the class where config.json has none."""
+    for case, keys, window, full in (
+        ("mistral", {"sliding_window": ...}, 4096, []),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3}, 64, [0, 1, 2]),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 3}, None, []),
+        ("gemma2_tied", {}, 24, [1, 3]),
+        ("gemma2_tied", {"sliding_window": ...}, 4096, [1, 3]),
+        ("gemma3_tied", {}, 24, []),
+        ("gemma3_tied", {"sliding_window_pattern": 3}, 24, [2]),
+    ):
+        hf.make(case, tmp_path)
+        edit(tmp_path, layer_types=..., **keys)
+        folder = HFFolder.open(tmp_path, "init_from")
+        assert (folder.model.sliding_window, folder.model.full_attention_layers) == (window, full), (case, keys)
+
+
+def test_gemmas_two_ropes_are_read_as_both_versions_say_them(tmp_path: Path) -> None:
+    hf.make("gemma3_tied", tmp_path)
+    new = HFFolder.open(tmp_path, "init_from")
+    assert (new.model.rotary_base, new.model.rotary_local_base, new.model.rotary_scaling_factor) == (1e6, 1000, 8)
+    edit(tmp_path, rope_parameters=..., rope_theta=1e6, rope_local_base_freq=1000)
+    edit(tmp_path, rope_scaling={"rope_type": "linear", "factor": 8.0})
+    old = HFFolder.open(tmp_path, "init_from")
+    assert old.model == new.model
+    assert config_for(old.model, old.family, hf.VOCAB, old.config) == old.config
+    changed = replace(new.model, rotary_local_base=500.0, rotary_scaling="none", sliding_window=9, num_layers=5)
+    for folder in (old, new):
+        config = config_for(changed, folder.family, hf.VOCAB, folder.config)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert model_of(config, folder.family) == (replace(changed, rotary_scaling_factor=1.0), [])
+    plain = replace(changed, rotary_local_base=None, full_attention_layers=[])
+    for model in (plain, replace(plain, sliding_window=None)):
+        assert model_of(config_for(model, new.family, hf.VOCAB), new.family) == (
+            replace(model, name=new.family.name, rotary_scaling_factor=1.0), [],
+        )  # fmt: skip
+    with pytest.raises(UserError, match=r"gemma3_text: not with model\.rotary_local_base=None"):
+        family_for(replace(new.model, rotary_local_base=None))
+    hf.make("gemma3_tied", tmp_path)
+    edit(tmp_path, rope_parameters=...)
+    absent = HFFolder.open(tmp_path, "init_from").model
+    assert (absent.rotary_base, absent.rotary_local_base) == (1e6, 1e4), "of the class in transformers"
+
+
+@pytest.mark.parametrize("case", ["llama3.1", "mistral", "qwen2", "gpt_neox", "gemma3_tied"])
 def test_no_value_of_any_key_is_a_surprise(case: str, tmp_path: Path) -> None:
     """Whatever stands in config.json, the folder is opened or refused with words."""
     hf.make(case, tmp_path)
@@ -408,6 +545,9 @@ def test_no_value_of_any_key_is_a_surprise(case: str, tmp_path: Path) -> None:
     if case == "qwen2":
         whole |= {"use_sliding_window": True, "sliding_window": 10, "layer_types": None, "max_window_layers": 4}
     paths = [[key] for key in whole] + [["rope_parameters", key] for key in whole["rope_parameters"]]
+    if case == "gemma3_tied":
+        whole |= {"sliding_window_pattern": 2}
+        paths += [["layer_types"], ["sliding_window_pattern"], ["rope_local_base_freq"]]
     paths += [["rope_scaling"], ["rope_theta"], ["quantization_config"]]
     opened = 0
     for path in paths:
@@ -648,7 +788,7 @@ def test_the_family_of_the_documentation_works(tmp_path: Path, cpu: None, monkey
 def test_every_family_has_rules_for_modules_that_are_there() -> None:
     for name, family in FAMILIES.items():
         assert name == family.name and isinstance(family.rules[0], Rule)
-        model = ModelConfig(qk_norm=True, **{key: value for key, value in family.fixed.items() if key != "qk_norm"})
+        model = replace(ModelConfig(**family.fixed), qk_norm=True)
         ours = {re.sub(r"\.\d+\.", ".{}.", key.rsplit(".", 1)[0]) for key in parameters(model, 10)}
         assert {rule.ours for rule in family.rules} <= ours
 

@@ -147,7 +147,8 @@ def test_the_hooks_run_programs_of_the_environment() -> None:
 
 
 def test_files_that_other_programs_read_name_what_is_here() -> None:
-    for name in ("Dockerfile", "README.md", "CONTRIBUTING.md", "docs/design.md", ".devcontainer/devcontainer.json"):
+    container = ("launch/container/Dockerfile", "launch/container/steerlm.def")
+    for name in (*container, "README.md", "CONTRIBUTING.md", "docs/design.md", ".devcontainer/devcontainer.json"):
         named = set(re.findall(r"constraints[\w.-]*\.txt", (ROOT / name).read_text()))
         assert named and named <= {path.name for path in ROOT.glob("constraints-*.txt")}, (name, named)
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -136,3 +137,28 @@ def test_tasks_per_node_reads_the_short_form(counts: list[int]) -> None:
             short.append([count, 1])
     text = ",".join(f"{count}(x{times})" if times > 1 else f"{count}" for count, times in short)
     assert launcher.tasks_per_node(text) == counts
+
+
+def test_an_agent_of_a_node_is_no_rank(environment: Any) -> None:
+    environment(_STEP | {"STEERLM_RANKS_PER_NODE": "8", "MASTER_ADDR": "a", "MASTER_PORT": "7"})
+    assert not launcher.is_rank() and launcher.ranks_of_agent() == 8 and launcher.world_size() == 32
+    assert launcher.agents() == (4, "a:7", "steerlm-4711-2")
+    os.environ.update(_TORCHRUN)  # a rank that an agent started
+    assert launcher.is_rank() and launcher.ranks_of_agent() is None and launcher.world_size() == 8
+    environment({"STEERLM_RANKS_PER_NODE": "8"})  # outside of a step
+    assert launcher.ranks_of_agent() is None and launcher.agents()[:2] == (1, "127.0.0.1:0")
+    del os.environ["STEERLM_RANKS_PER_NODE"]
+
+
+def test_exit_codes_are_left_for_the_jobs_script(
+    environment: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment(_STEP | {"STEERLM_EXITS": str(tmp_path)})
+    for code in (None, 0, 75, "text"):
+        launcher.note_exit(code)
+    assert (tmp_path / "3").read_text() == "75\n1\n"
+    os.environ["STEERLM_EXITS"] = str(tmp_path / "gone")
+    launcher.note_exit(2)
+    assert "No such file" in capsys.readouterr().err
+    del os.environ["STEERLM_EXITS"]
+    launcher.note_exit(2)

@@ -15,20 +15,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.model import cross_entropy
+from steerlm_megatron.model import attention, cross_entropy
 from steerlm_megatron.model.arithmetic import model_flops, multiplied_parameters, padded_vocab_size
-from steerlm_megatron.model.attention import PackedTokens, Rotary, attend_sdpa, attention_backend
+from steerlm_megatron.model.attention import PackedTokens, Rotary, attend_sdpa, attention_backend, causal_attention
 from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
 from steerlm_megatron.model.fused import rotate
 from steerlm_megatron.model.gpt import LastLayer, LastParallelLayer, build_model, transformer_config
 from steerlm_megatron.model.inputs import on_device
-from steerlm_megatron.model.norm import PackedNorm
+from steerlm_megatron.model.norm import NormedResidual, PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.model.weights import fill, global_names, initial_weights, initialize
 from steerlm_megatron.runtime import device, mcore_compat, mcore_private, parallel
 from tests.helpers.engines import full_row
 
 SMALL = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=48)
+
+
+GEMMA: dict[str, Any] = {"post_norms": True, "qk_norm": True, "norm": "rmsnorm1p", "activation": "geglu"}
 
 
 @pytest.fixture
@@ -75,6 +78,9 @@ def test_the_configuration_reaches_megatron_core(cpu: None) -> None:
         norm_epsilon=1e-6,
         init_std=0.03,
         norm="layernorm1p",
+        sliding_window=100,
+        full_attention_layers=[1],
+        query_pre_attn_scalar=25,
     )
     found = transformer_config(
         model, ParallelConfig(tensor=2, pipeline=2, sequence=True), EngineConfig(precision="bf16")
@@ -93,6 +99,9 @@ def test_the_configuration_reaches_megatron_core(cpu: None) -> None:
         "add_bias_linear": True,
         "normalization": "LayerNorm",
         "layernorm_zero_centered_gamma": True,
+        "window_size": (99, 0),
+        "window_attn_skip_freq": [1, 0],
+        "softmax_scale": 0.2,
         "tensor_model_parallel_size": 2,
         "pipeline_model_parallel_size": 2,
         "sequence_parallel": True,
@@ -113,7 +122,7 @@ def test_defaults_are_filled_in(cpu: None) -> None:
 
 @pytest.mark.parametrize(
     ("name", "function", "gated"),
-    [("swiglu", F.silu, True), ("gelu", F.gelu, False), ("squared_relu", squared_relu, False)],
+    [("swiglu", F.silu, True), ("geglu", F.gelu, True), ("gelu", F.gelu, False), ("squared_relu", squared_relu, False)],
 )
 def test_activations(name: str, function: Any, gated: bool, cpu: None) -> None:
     found = transformer_config(replace(SMALL, activation=name), ParallelConfig(), EngineConfig())
@@ -132,25 +141,25 @@ def test_recomputation(kind: str, granularity: str | None, modules: list[str], c
     assert found.recompute_method == ("uniform" if kind == "full" else None)
 
 
-@pytest.mark.parametrize("norm", ["rmsnorm", "layernorm", "layernorm1p"])
+@pytest.mark.parametrize("norm", ["rmsnorm", "rmsnorm1p", "layernorm", "layernorm1p"])
 def test_norms(norm: str, cpu: None) -> None:
     config = transformer_config(replace(SMALL, norm=norm), ParallelConfig(), EngineConfig())
     layer = PackedNorm(config, 32, eps=1e-6)
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((5, 32), (32,), (32,)))
     layer.weight.data.copy_(weight)
-    if norm == "rmsnorm":
+    scale = weight + 1 if norm.endswith("1p") else weight
+    if norm.startswith("rmsnorm"):
         assert not hasattr(layer, "bias")
-        expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+        expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale
     else:
         layer.bias.data.copy_(bias)
-        scale = weight + 1 if norm == "layernorm1p" else weight
         centred = x - x.mean(-1, keepdim=True)
         expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * scale + bias
     assert torch.allclose(layer(x), expected, atol=1e-5)
     assert layer(x.bfloat16()).dtype is torch.bfloat16
     fresh = PackedNorm(config, 32)
-    assert fresh.weight.eq(0.0 if norm == "layernorm1p" else 1.0).all(), "every norm starts as the identity's scale"
+    assert fresh.weight.eq(0.0 if norm.endswith("1p") else 1.0).all(), "every norm starts as the identity's scale"
 
 
 def test_initial_weights_depend_on_seed_and_name_alone(cpu: None) -> None:
@@ -179,9 +188,9 @@ def test_initial_weights_depend_on_seed_and_name_alone(cpu: None) -> None:
 
 
 def test_a_model_on_meta_has_names_shapes_and_sharding_and_no_memory(cpu: None) -> None:
-    for attributes in (None, 3):
-        real = build_model(SMALL, ParallelConfig(), EngineConfig(), 300, attributes)
-        meta = build_model(SMALL, ParallelConfig(), EngineConfig(), 300, attributes, where="meta")
+    for model, attributes in ((SMALL, None), (SMALL, 3), (replace(SMALL, **GEMMA), None)):
+        real = build_model(model, ParallelConfig(), EngineConfig(), 300, attributes)
+        meta = build_model(model, ParallelConfig(), EngineConfig(), 300, attributes, where="meta")
         assert all(p.is_meta for p in meta.parameters()) and not any(p.is_meta for p in real.parameters())
         assert [(n, p.shape, p.dtype) for n, p in meta.named_parameters()] == [
             (n, p.shape, p.dtype) for n, p in real.named_parameters()
@@ -189,11 +198,12 @@ def test_a_model_on_meta_has_names_shapes_and_sharding_and_no_memory(cpu: None) 
         marks = [{k: v for k, v in vars(p).items() if k != "main_grad"} for p in real.parameters()]
         assert marks == [vars(p) for p in meta.parameters()] and any(m.get("tensor_model_parallel") for m in marks)
         assert meta.sharded_state_dict().keys() == real.sharded_state_dict().keys()
+        assert {name for name, _ in real.named_parameters()} <= real.sharded_state_dict().keys()
 
 
 def test_every_parameter_has_an_initial_value(cpu: None) -> None:
     """Megatron-Core draws none, and what memory held before must not become a weight."""
-    for change in ({}, {"norm": "layernorm1p", "bias": True}, {"tie_embeddings": True}, {"activation": "gelu"}):
+    for change in ({}, {"norm": "layernorm1p", "bias": True}, {"tie_embeddings": True}, {"activation": "gelu"}, GEMMA):
         model = replace(SMALL, **change)
         gpt = build_model(model, ParallelConfig(), EngineConfig(), 300)
         fill((parameter, torch.full(parameter.shape, torch.nan)) for parameter in gpt.parameters())
@@ -213,7 +223,7 @@ def test_a_new_regression_head_predicts_its_bias(cpu: None) -> None:
     assert torch.equal(out[0], torch.tensor([[1.0, 2.5, 0.0]] * 2))
 
 
-@pytest.mark.parametrize("change", [{}, {"num_query_groups": 2}, {"activation": "gelu"}, {"head_dim": 16}])
+@pytest.mark.parametrize("change", [{}, {"num_query_groups": 2}, {"activation": "gelu"}, {"head_dim": 16}, GEMMA])
 @pytest.mark.parametrize("view", ["sft", "ap"])
 def test_flops_count_the_parameters_that_tokens_meet(change: dict[str, Any], view: str, cpu: None) -> None:
     """All matrices but the input embedding, without norms and padding rows; the head of a scoring model is left out."""
@@ -321,29 +331,33 @@ def test_rope_scaling_of_llama_3_is_told_by_turns() -> None:
     torch.testing.assert_close(Rotary(64, 5e5, "linear", 4.0).frequencies(where), plain_R / 4)
 
 
+@pytest.mark.parametrize("cap", [None, 4.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cross_entropy_is_torchs_without_a_float32_copy(
-    dtype: torch.dtype, cpu: None, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, cap: float | None, cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cross_entropy, "_CPU_BYTES", 4 * 50 * 3)  # three rows at a time, and the last ones two
+    monkeypatch.setattr(cross_entropy, "_CPU_BYTES", 4 * 53 * 3)  # three rows at a time, and the last ones two
     g = torch.Generator().manual_seed(0)
     weight_KV = (torch.randn(17, 50, generator=g) * 5).to(dtype)
     weight_KV[3] = torch.tensor([-1e4] * 49 + [1e4])  # exp of neither is finite without taking out the largest
     labels_K, scale_K = torch.randint(0, 50, (17,), generator=g), torch.rand(17, generator=g)
     wide = weight_KV.clone().float().requires_grad_()
-    expected_K = F.cross_entropy(wide, labels_K, reduction="none")
+    capped = wide if cap is None else cap * torch.tanh(wide / cap)
+    expected_K = F.cross_entropy(capped, labels_K, reduction="none")
     (expected_K * scale_K).sum().backward()
-    leaf = weight_KV.clone().requires_grad_()
+    padding_K3 = torch.full((17, 3), 1e4, dtype=dtype)  # three columns that only pad have no part in it
+    leaf = torch.cat([weight_KV, padding_K3], 1).requires_grad_()
     with _Largest() as largest:
-        losses_K = vocab_parallel_cross_entropy(leaf * 1, labels_K)
+        losses_K = vocab_parallel_cross_entropy(leaf * 1, labels_K, 50, cap)
         (losses_K * scale_K).sum().backward()
     assert losses_K.dtype is torch.float32
     torch.testing.assert_close(losses_K, expected_K, rtol=1e-6, atol=1e-5)
     assert wide.grad is not None and leaf.grad is not None
     close = {"rtol": 1e-5, "atol": 1e-7} if dtype is torch.float32 else {"rtol": 2**-8, "atol": 1e-7}
-    torch.testing.assert_close(leaf.grad.float(), wide.grad, **close)
+    torch.testing.assert_close(leaf.grad[:, :50].float(), wide.grad, **close)
+    assert not leaf.grad[:, 50:].any()
     if dtype is torch.bfloat16:
-        assert largest.float32 <= 3 * 50
+        assert largest.float32 <= 3 * 53
 
 
 class _Largest(TorchDispatchMode):
@@ -365,6 +379,15 @@ def test_the_attention_backend_is_chosen_or_refused(cpu: None, monkeypatch: pyte
     assert attention_backend("sdpa", config) is attend_sdpa
     with pytest.raises(UserError, match="engine.attention=varlen.*use engine.attention=sdpa"):
         attention_backend("varlen", config)
+    # On a GPU, what lacks caps or windows is passed over, and refused when it is asked for.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    windowed = replace(SMALL, sliding_window=9)
+    for model, cap, version in ((SMALL, 2.0, _varlen_2_13), (windowed, None, _varlen_2_10)):
+        monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", version)
+        config = transformer_config(model, ParallelConfig(), EngineConfig(precision="bf16"))
+        assert attention_backend("auto", config, cap) is attend_sdpa
+        with pytest.raises(UserError, match="no model.attention_softcap and torch >= 2.10 .2.11 with model.sliding_wi"):
+            attention_backend("varlen", config, cap)
 
 
 def _varlen(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, **kwargs: Any) -> Any:
@@ -376,7 +399,8 @@ def _varlen(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, ma
     if kwargs.pop("enable_gqa", False):
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     assert q.shape[1:] == k.shape[1:] == v.shape[1:], "heads of keys that differ need enable_gqa"
-    causal = kwargs.pop("is_causal", False) or kwargs.pop("window_size", (-1, -1)) == (-1, 0)
+    before, after = kwargs.pop("window_size", (-1, -1))
+    causal = kwargs.pop("is_causal", False) or after == 0
     scale = kwargs.pop("scale", None) or q.shape[-1] ** -0.5
     assert not kwargs
     document_q, document_k = (torch.arange(len(x)).repeat_interleave(x) for x in (lengths_q, lengths_k))
@@ -385,6 +409,7 @@ def _varlen(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, ma
     from_end_q = cu_seq_q[1:][document_q] - torch.arange(len(q))
     from_end_k = cu_seq_k[1:][document_k] - torch.arange(len(k))
     seen = seen & (from_end_q[:, None] <= from_end_k) if causal else seen
+    seen = seen & (from_end_k - from_end_q[:, None] <= before) if before >= 0 else seen
     scores = torch.einsum("qnh,knh->nqk", q.float(), k.float()) * scale
     return torch.einsum("nqk,knh->qnh", scores.masked_fill(~seen, -torch.inf).softmax(-1), v.float()).to(q.dtype)
 
@@ -414,15 +439,19 @@ def _varlen_2_13(
 @pytest.mark.parametrize("version", [_varlen_2_10, _varlen_2_11, _varlen_2_13])
 @pytest.mark.parametrize("groups", [4, 2])
 @pytest.mark.parametrize("part", [None, 0, 1])
+@pytest.mark.parametrize("window", [None, 60])
 def test_the_varlen_backend_asks_for_what_sdpa_computes(
-    version: Any, groups: int, part: int | None, cpu: None, monkeypatch: pytest.MonkeyPatch
+    version: Any, groups: int, part: int | None, window: int | None, cpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's kernel has no CPU form; its documented interface, in the three forms it had, stands in for it here.
 
     ``part``: for the tokens of that context-parallel rank of two, whose documents may have more keys than queries.
     """
+    if window is not None and version is _varlen_2_10:
+        return  # it has none, see above
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", version)
-    config = transformer_config(SMALL, ParallelConfig(), EngineConfig(precision="bf16"))
+    model = replace(SMALL, sliding_window=window)
+    config = transformer_config(model, ParallelConfig(), EngineConfig(precision="bf16"))
     with monkeypatch.context() as on_a_gpu:
         on_a_gpu.setattr(torch.cuda, "is_available", lambda: True)
         varlen = attention_backend("auto", config)
@@ -438,12 +467,104 @@ def test_the_varlen_backend_asks_for_what_sdpa_computes(
     weight, found = torch.randn(queries, 4, 8, generator=g), []
     for attend in (varlen, attend_sdpa):
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attend(*leaves, packed, 0.3)
+        out = attend(*leaves, packed, 0.3, window=window)
         (out.float() * weight).sum().backward()
         found.append([out.detach().float(), *(leaf.grad.float() for leaf in leaves if leaf.grad is not None)])
     assert varlen is not attend_sdpa and len(found[0]) == len(found[1]) == 4
     for a, b in zip(*found, strict=True):
         assert float((a - b).norm() / b.norm()) < 0.02  # bf16
+
+
+def _dense(
+    q_DNQH: torch.Tensor, k_DGKH: torch.Tensor, v_DGKH: torch.Tensor, window: int | None, cap: float | None
+) -> torch.Tensor:
+    """Attention by its definition, scores divided by 2."""
+    k, v = (x.repeat_interleave(q_DNQH.shape[1] // x.shape[1], 1) for x in (k_DGKH, v_DGKH))
+    score = q_DNQH @ k.transpose(-1, -2) / 2
+    score = score if cap is None else cap * torch.tanh(score / cap)
+    before = torch.arange(score.shape[-2])[:, None] + score.shape[-1] - score.shape[-2] - torch.arange(score.shape[-1])
+    seen = (before >= 0) & (before < (window or score.shape[-1]))
+    return score.masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 3, 20, 40])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (17, 17), (7, 23), (40, 40)])
+def test_windows_and_caps_are_what_they_say(
+    queries: int, keys: int, window: int | None, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients in blocks of queries, also where documents have more keys than queries."""
+    monkeypatch.setattr(attention, "_BLOCK_QUERIES", 6)
+    g = torch.Generator().manual_seed(0)
+    shapes = ((2, 4, queries, 8), (2, 2, keys, 8), (2, 2, keys, 8))
+    leaves = [torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    masks: attention.Masks = {}
+    out = causal_attention(*leaves, 0.5, masks, window=window, softcap=cap)
+    expected = _dense(*leaves, window, cap)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    weight = torch.randn(out.shape, generator=g, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad((out * weight).sum(), leaves), torch.autograd.grad((expected * weight).sum(), leaves),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(causal_attention(*leaves, 0.5, masks, window=window, softcap=cap), expected)
+
+
+def test_a_window_takes_time_by_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2,000 keys a call gets those that a block of queries sees, and blocks share their masks."""
+    calls: list[tuple[int, int]] = []
+
+    def counted(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        calls.append((q.shape[2], k.shape[2]))
+        return q
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", counted)
+    q, masks = torch.zeros(1, 2, 2000, 4), {}
+    assert causal_attention(q, q, q, 1.0, masks, window=300).shape == q.shape
+    assert calls == [(300, 300), *[(300, 599)] * 5, (200, 499)] and len(masks) == 3
+
+
+def test_capped_attention_draws_the_same_dropout_in_the_backward_pass() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v, weight = (torch.randn(1, 2, 9, 9, generator=g, dtype=torch.float64) for _ in range(4))
+
+    def attend(values: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(3)
+        return causal_attention(q, k, values, 1.0, {}, dropout=0.5, softcap=2.0)
+
+    drawn = attend(torch.eye(9, dtype=torch.float64).expand(1, 2, 9, 9))  # the weights of values themselves
+    assert 10 < (drawn == 0).sum() - 2 * 36 < 80, "some are dropped"
+    leaf = v.clone().requires_grad_()
+    out = attend(leaf)
+    torch.manual_seed(4)
+    (out * weight).sum().backward()
+    torch.testing.assert_close(out, drawn @ v)
+    torch.testing.assert_close(leaf.grad, drawn.transpose(-1, -2) @ weight)
+
+
+def test_a_norm_before_the_residual_stream_takes_the_bias_too(cpu: None) -> None:
+    config = transformer_config(replace(SMALL, norm="rmsnorm1p"), ParallelConfig(), EngineConfig())
+    add = NormedResidual(config, PackedNorm)
+    torch.nn.init.normal_(add.norm.weight)
+    output, bias, residual = torch.randn(5, 1, 32), torch.randn(32), torch.randn(5, 1, 32)
+    expected = residual + add.norm(output + bias)
+    torch.testing.assert_close(add(False, False)((output, bias), residual, 0.5), expected)
+    torch.testing.assert_close(add(False, False)((output + bias, None), residual, 0.5), expected)
+    dropped = add(True, False)((output, bias), residual, 0.5) - residual
+    assert 30 < (dropped == 0).sum() < 130
+
+
+def test_the_embedding_has_its_scale_in_the_weights_type(cpu: None) -> None:
+    """As Gemma was trained: √3072 is 55.5 in bf16."""
+    tokens, found = torch.arange(4)[None], {}
+    for precision in ("fp32", "bf16"):
+        model = replace(SMALL, hidden_size=3072, ffn_hidden_size=8, head_dim=2, num_layers=1, scale_embeddings=True)
+        gpt = build_model(model, ParallelConfig(), EngineConfig(precision=precision), 128)
+        torch.nn.init.ones_(gpt.embedding.word_embeddings.weight)
+        found[precision] = float(gpt.embedding(tokens, tokens)[0, 0, 0].detach())
+    assert found == {"fp32": pytest.approx(3072**0.5), "bf16": 55.5}
 
 
 def test_megatron_core_is_patched_once(cpu: None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from steerlm_megatron.config.commands import COMMANDS
 from steerlm_megatron.config.schema import KEYS, Config, DataConfig
-from steerlm_megatron.stages.pipeline import relative_to_run
+from steerlm_megatron.stages.pipeline import relative_to_run, what_is_read
 from steerlm_megatron.stages.pipeline_steps import STEPS
 
 
@@ -42,3 +42,12 @@ def test_a_run_folder_has_no_part_in_its_steps_and_nothing_else_is_cut() -> None
         "runs/other.jsonl",
     ]
     assert all(other == first for other in others)
+
+
+def test_a_base_counts_by_its_content_and_not_by_its_path() -> None:
+    spelt = [
+        what_is_read(STEPS["sft"], Config(command="train_sft", init_from=base), base, "run") for base in ("m", "./m/")
+    ]
+    assert spelt[0] == spelt[1] and "init_from" not in spelt[0]
+    own = what_is_read(STEPS["bootstrapped"], Config(command="train_sft", init_from="run/07-acsft"), "m", "run")
+    assert own["init_from"] == "/07-acsft"

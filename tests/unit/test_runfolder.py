@@ -35,7 +35,9 @@ def test_a_folder_belongs_to_one_process_until_its_run_ends(tmp_path: Path) -> N
         assert f"TryLater: run_dir={tmp_path} is in use by pid {os.getpid()} on " in refused
     before = fingerprint({}, [tmp_path])
     assert "holds a complete run" in other().stderr
-    assert fingerprint({}, [tmp_path]) == before, "to what depends on it, a refused start is nothing"
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "tool").write_text("x")
+    assert fingerprint({}, [tmp_path]) == before, "to what depends on it, a refused start or a tool's file is nothing"
     (tmp_path / "summary.json").unlink()
     assert other().returncode == 0, "which ended without a word, and holds nothing"
     assert RunFolder(tmp_path, "train_sft").resumed

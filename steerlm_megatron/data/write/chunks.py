@@ -257,7 +257,18 @@ class _Tokenizing:
         )
 
     def _records(self, rejected: Rejected) -> Iterator[tuple[int, ConversationLike]]:
-        """Yield line and conversation of every record; ``rejected`` is as in ``read_records``."""
+        """Yield line and conversation of every record that the template can write; ``rejected`` is as in
+        ``read_records``.
+        """
+        chunk = self.chunk
+        for number, conversation in self._parsed(rejected):
+            if (reason := self.job.template.refusal(conversation.messages)) is None:
+                yield number, conversation
+            else:
+                reject(UserError(f"{chunk.path}:{number}: {reason}"), cast(OnError, self.job.on_error), rejected)
+
+    def _parsed(self, rejected: Rejected) -> Iterator[tuple[int, ConversationLike]]:
+        """Yield line and conversation of every record."""
         job, chunk = self.job, self.chunk
         parse = FastRecords(chunk.path, job.schema).parse
         for number, line in enumerate(chunk.lines, chunk.first_line):

@@ -68,7 +68,8 @@ class SkeletonCache:
         """Return the skeleton of a conversation, and the texts that fill its gaps. ``UserError`` as of
         ``Template.render``.
         """
-        contents = [message.content for message in messages]
+        written = self._template.written
+        contents = [written(message.role, message.content) for message in messages]
         attributes = [message.attributes for message in messages]
         labels: list[str] = []
         if any(attributes):
@@ -107,7 +108,8 @@ class SkeletonCache:
                 return None
             filled.append(bool(found or label))
         skeleton = self._skeleton(messages, marked, gaps, filled)
-        texts = iter(skeleton.texts([message.content for message in messages] + labels))
+        written = self._template.written
+        texts = iter(skeleton.texts([written(message.role, message.content) for message in messages] + labels))
         again = [s._replace(text=next(texts)) if gap else s for s, gap in zip(marked, filled, strict=True)]
         return skeleton if again == self._render(messages, [message.content for message in messages]) else None
 

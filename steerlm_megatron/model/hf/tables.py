@@ -81,7 +81,13 @@ class Family:
         biases: keys that say whether groups of linear layers have biases; ``ModelConfig`` has one for all.
         rotary_percent: the share of a head that RoPE turns where ``config.json`` does not say it; None: always all.
         rotary_keys: its keys for RoPE's base and share outside ``rope_parameters``.
-        sliding_window: "no" such key, "always" obeyed, or obeyed "if used" (``use_sliding_window``).
+        rotary_base: RoPE's base where ``config.json`` does not say it.
+        rotary_local: its key for the base in layers with a sliding window, and what it is without the key; None: all
+            layers have one RoPE.
+        sliding_window: "no" such key; of "all" layers; of the layers that ``layer_types`` names, and then "by type", or
+            only "if used" (``use_sliding_window``).
+        full_every: "by type", without ``layer_types``: its key for the number of layers of which the last one sees all
+            ("": it has none), and that number without the key.
         without_values: tensors (as regular expressions) that old files hold and nothing needs, such as RoPE's tables.
     """
 
@@ -95,7 +101,10 @@ class Family:
     biases: tuple[str, ...] = ()
     rotary_percent: float | None = None
     rotary_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+    rotary_base: float = 10000.0
+    rotary_local: tuple[str, float] | None = None
     sliding_window: str = "no"
+    full_every: tuple[str, int] = ("", 1)
     without_values: tuple[str, ...] = (r"\.rotary_emb\.inv_freq$",)
 
     def rule(self, module: str) -> tuple[Rule, str]:
@@ -133,8 +142,8 @@ def parameters(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]
     """Names and shapes of all parameters of our unsplit language model with so many rows of the embedding."""
     num_heads, groups, head, _ = heads(model)
     hidden, queries = model.hidden_size, num_heads * head
-    norm_bias, qkv_bias = model.norm != "rmsnorm", model.bias or model.qkv_bias
-    fc1_rows = model.ffn_hidden_size * (2 if model.activation == "swiglu" else 1)
+    norm_bias, qkv_bias = not model.norm.startswith("rmsnorm"), model.bias or model.qkv_bias
+    fc1_rows = model.ffn_hidden_size * (2 if model.gated else 1)
     out: dict[str, tuple[int, ...]] = {EMBEDDING: (vocab_size, hidden)}
 
     def add(module: str, shape: tuple[int, ...], bias: bool) -> None:
@@ -150,9 +159,13 @@ def parameters(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]
             add(f"{layer}.self_attention.q_layernorm", (head,), norm_bias)
             add(f"{layer}.self_attention.k_layernorm", (head,), norm_bias)
         add(f"{layer}.self_attention.linear_proj", (hidden, queries), model.bias)
+        if model.post_norms:
+            add(f"{layer}.self_attn_bda.norm", (hidden,), norm_bias)
         add(f"{layer}.pre_mlp_layernorm", (hidden,), norm_bias)
         add(f"{layer}.mlp.linear_fc1", (fc1_rows, hidden), model.bias)
         add(f"{layer}.mlp.linear_fc2", (hidden, model.ffn_hidden_size), model.bias)
+        if model.post_norms:
+            add(f"{layer}.mlp_bda.norm", (hidden,), norm_bias)
     add("decoder.final_layernorm", (hidden,), norm_bias)
     if not model.tie_embeddings:
         out[OUTPUT] = (vocab_size, hidden)
@@ -184,11 +197,25 @@ def in_their_order(family: Family, ours: Mapping[str, Any]) -> Iterator[tuple[st
     yield from sorted(ours.items(), key=lambda item: key(item[0]))
 
 
-def _llama_rules(*more: Rule, gated: bool = True) -> tuple[Rule, ...]:
-    """The modules of the Llama kind; ``more`` are of attention, after its projections."""
+_QK_NORMS = tuple(
+    Rule(f"decoder.layers.{{}}.self_attention.{x}_layernorm", (f"model.layers.{{}}.self_attn.{x}_norm",)) for x in "qk"
+)
+
+
+def _llama_rules(*more: Rule, gated: bool = True, post_norms: bool = False) -> tuple[Rule, ...]:
+    """The modules of the Llama kind; ``more`` are of attention, after its projections. ``post_norms``: sandwich norms
+    as Gemma names them, where ``post_attention_layernorm`` is one of them.
+    """
     ours, theirs = "decoder.layers.{}", "model.layers.{}"
     projections = tuple(f"{theirs}.self_attn.{name}_proj" for name in "qkv")
     mlp = (f"{theirs}.mlp.gate_proj", f"{theirs}.mlp.up_proj") if gated else (f"{theirs}.mlp.up_proj",)
+    norms: tuple[Rule, ...] = (Rule(f"{ours}.pre_mlp_layernorm", (f"{theirs}.post_attention_layernorm",)),)
+    if post_norms:
+        norms = (
+            Rule(f"{ours}.self_attn_bda.norm", (f"{theirs}.post_attention_layernorm",)),
+            Rule(f"{ours}.pre_mlp_layernorm", (f"{theirs}.pre_feedforward_layernorm",)),
+            Rule(f"{ours}.mlp_bda.norm", (f"{theirs}.post_feedforward_layernorm",)),
+        )
     return (
         Rule("embedding.word_embeddings", ("model.embed_tokens",)),
         Rule(f"{ours}.self_attention.linear_qkv", projections, by_group),
@@ -197,7 +224,7 @@ def _llama_rules(*more: Rule, gated: bool = True) -> tuple[Rule, ...]:
         Rule(f"{ours}.mlp.linear_fc1", mlp, stacked if gated else whole),
         Rule(f"{ours}.mlp.linear_fc2", (f"{theirs}.mlp.down_proj",)),
         Rule(f"{ours}.input_layernorm", (f"{theirs}.input_layernorm",)),
-        Rule(f"{ours}.pre_mlp_layernorm", (f"{theirs}.post_attention_layernorm",)),
+        *norms,
         Rule("decoder.final_layernorm", ("model.norm",)),
         Rule("output_layer", ("lm_head",)),
     )
@@ -218,7 +245,16 @@ _RMS = {**SHAPE, "rms_norm_eps": "norm_epsilon"}
 _ABSENT = {"num_key_value_heads": None, "head_dim": None, "tie_word_embeddings": False, "initializer_range": 0.02}
 _RMS_ABSENT = {**_ABSENT, "rms_norm_eps": 1e-6}
 # What no family of the Llama kind has unless it says so.
-_NONE = {"qkv_bias": False, "qk_norm": False, "parallel_residual": False}
+_NONE = {
+    "qkv_bias": False,
+    "qk_norm": False,
+    "parallel_residual": False,
+    "post_norms": False,
+    "scale_embeddings": False,
+    "query_pre_attn_scalar": None,
+    "attention_softcap": None,
+    "logit_softcap": None,
+}
 _PLAIN = {"activation": "swiglu", "norm": "rmsnorm", "bias": False, **_NONE}
 _LLAMA = {key: value for key, value in _PLAIN.items() if key != "bias"}
 _SILU = {"hidden_act": ("silu", "swish")}
@@ -241,7 +277,7 @@ MISTRAL = Family(
     fixed=_PLAIN,
     needs=_SILU,
     defaults={**_RMS_ABSENT, "num_key_value_heads": 8, "sliding_window": 4096},
-    sliding_window="always",
+    sliding_window="all",
 )
 QWEN2 = Family(
     "qwen2",
@@ -256,10 +292,7 @@ QWEN2 = Family(
 QWEN3 = Family(
     "qwen3",
     "Qwen3ForCausalLM",
-    _llama_rules(
-        Rule("decoder.layers.{}.self_attention.q_layernorm", ("model.layers.{}.self_attn.q_norm",)),
-        Rule("decoder.layers.{}.self_attention.k_layernorm", ("model.layers.{}.self_attn.k_norm",)),
-    ),
+    _llama_rules(*_QK_NORMS),
     _RMS,
     fixed={**_PLAIN, "qk_norm": True},
     needs={**_SILU, "attention_bias": (False,)},
@@ -299,11 +332,10 @@ GPT_NEOX = Family(
         "use_parallel_residual": "parallel_residual",
     },
     fixed={
+        **{key: value for key, value in _NONE.items() if key != "parallel_residual"},
         "activation": "gelu",
         "norm": "layernorm",
         "bias": True,
-        "qkv_bias": False,
-        "qk_norm": False,
         "num_query_groups": None,
         "head_dim": None,
     },
@@ -314,5 +346,57 @@ GPT_NEOX = Family(
     without_values=(r"\.rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$"),
 )
 
+_GEMMA = {
+    **_PLAIN,
+    "activation": "geglu",
+    "norm": "rmsnorm1p",
+    "post_norms": True,
+    "scale_embeddings": True,
+}
+_GEMMA_NEEDS: dict[str, tuple[Any, ...]] = {
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,),
+    "use_bidirectional_attention": (False, None),
+}
+_GEMMA_ABSENT = {
+    **_RMS_ABSENT,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+GEMMA2 = Family(
+    "gemma2",
+    "Gemma2ForCausalLM",
+    _llama_rules(post_norms=True),
+    {
+        **_RMS,
+        "query_pre_attn_scalar": "query_pre_attn_scalar",
+        "attn_logit_softcapping": "attention_softcap",
+        "final_logit_softcapping": "logit_softcap",
+    },
+    fixed={key: value for key, value in _GEMMA.items() if not key.endswith(("softcap", "scalar"))},
+    needs=_GEMMA_NEEDS,
+    defaults={**_GEMMA_ABSENT, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    sliding_window="by type",
+    full_every=("", 2),
+)
+GEMMA3 = Family(
+    "gemma3_text",
+    "Gemma3ForCausalLM",
+    _llama_rules(*_QK_NORMS, post_norms=True),
+    {**_RMS, "query_pre_attn_scalar": "query_pre_attn_scalar", "final_logit_softcapping": "logit_softcap"},
+    fixed={key: value for key, value in _GEMMA.items() if key not in ("logit_softcap", "query_pre_attn_scalar")}
+    | {"qk_norm": True},
+    # transformers has a key for the cap of scores, and does not obey it.
+    needs={**_GEMMA_NEEDS, "attn_logit_softcapping": (None,)},
+    defaults={**_GEMMA_ABSENT, "final_logit_softcapping": None},
+    rotary_base=1e6,
+    rotary_local=("rope_local_base_freq", 10000.0),
+    sliding_window="by type",
+    full_every=("sliding_window_pattern", 6),
+)
+
 # In the order in which a model of ours looks for the family that it leaves as.
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, GPT_NEOX)}
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, NEMOTRON, GPT_NEOX, GEMMA2, GEMMA3)}

@@ -1,0 +1,451 @@
+"""A model's own Jinja chat template as a prompt template, into which label lines are put.
+
+Owns: rendering a chat template, and finding in what it renders the segments of a conversation. Does not own: where a
+chat template comes from (``stages/base.py``), whether a tokenizer agrees with it (``stages/prompt_tokens.py``), writing
+one out (``chat_template.py``). Invariants: the text of ``prefix`` without a label line is what the chat template
+renders; and what precedes a response is the same whether more turns follow it or not, which is tried for every
+combination of roles. A chat template for which that does not hold is refused.
+
+A conversation is rendered with marks in the place of its texts. Between two control strings everything is one segment,
+so that its tokens are those of the whole text; only a response is a segment of its own, since it is generated so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date, datetime, time
+from functools import cached_property, lru_cache
+from typing import Any, ClassVar, NamedTuple
+
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.records import Message
+from steerlm_megatron.steer.templates import Part, Segment, Spoken, Template, join
+
+# Characters of Unicode's private use, which no chat template treats in a special way.
+_MARK = re.compile("\ue000(\\d+)\ue001")
+_MOST_LAYOUTS = 4096
+# Texts on which a chat template could do more than write them.
+_TRIED = ("What is 2 + 2?\nShow {{ your }} work.", "It is <b>4</b>.", "Thanks! And in 1984?")
+_AROUND = " \n{}\n "
+
+
+def render_chat_template(
+    source: str, messages: Iterable[Mapping[str, Any]], tokens: Mapping[str, str], generate: bool, day: date
+) -> str:
+    """Return what a chat template makes of ``messages``, as ``transformers`` renders it.
+
+    Args:
+        source: the Jinja source. It is run in Jinja's sandbox.
+        messages: ``role`` and ``content``, and whatever else the source reads.
+        tokens: variables such as ``bos_token``.
+        generate: whether a response is to follow (``add_generation_prompt``).
+        day: what ``strftime_now`` tells.
+
+    Raises:
+        UserError: the chat template refuses the conversation, or is no Jinja.
+    """
+    try:
+        return str(
+            _compiled(source).render(
+                messages=list(messages),
+                add_generation_prompt=generate,
+                tools=None,
+                documents=None,
+                strftime_now=datetime.combine(day, time()).strftime,
+                **tokens,
+            )
+        )
+    except Exception as error:  # a stranger's program may raise anything
+        raise UserError(f"the chat template refuses the conversation: {error}") from None
+
+
+@lru_cache(64)
+def _compiled(source: str) -> Any:
+    """Return the compiled Jinja of a chat template, with the functions and filters that ``transformers`` offers."""
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=options.pop("ensure_ascii", False), **options)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    # transformers has a block that marks what an assistant wrote.
+    source = re.sub(r"{%(-?)\s*generation\s*(-?)%}", r"{%\1 if true \2%}", source)
+    source = re.sub(r"{%(-?)\s*endgeneration\s*(-?)%}", r"{%\1 endif \2%}", source)
+    return environment.from_string(source)
+
+
+class _Piece(NamedTuple):
+    """A segment whose text is parts: strings, and numbers of messages whose contents stand there."""
+
+    parts: tuple[str | int, ...]
+    control: bool
+    part: Part
+    turn: int
+
+
+@dataclass(frozen=True)
+class JinjaTemplate(Template):
+    """A chat template of a model's tokenizer, with a label line before a response or after what the user wrote.
+
+    Args:
+        source: the Jinja source.
+        tokens: variables such as ``bos_token``.
+        controls: the strings that the tokenizer has one token for, among those that the chat template writes.
+        day: the day (ISO 8601) that the chat template is told, where it asks.
+        label_at: ``response``: ``<extra_id_2>quality:9\\n`` stands right before the response; ``user``:
+            ``<extra_id_2>quality:9`` stands right after the text that is answered, inside the user's turn.
+
+    Raises:
+        UserError: no stop string follows a response, texts come out changed by more than blanks around them, or a
+            history is written in another way than it was generated.
+    """
+
+    name: ClassVar[str] = "jinja"
+
+    source: str = ""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    controls: tuple[str, ...] = ()
+    day: str = ""
+    label_at: str = "response"
+
+    @classmethod
+    def of(
+        cls,
+        source: str,
+        tokens: Mapping[str, str],
+        known: Iterable[str],
+        system: str = "",
+        label_at: str = "response",
+        day: date | None = None,
+    ) -> JinjaTemplate:
+        """Make the template of a chat template. ``known``: all strings that the tokenizer has one token for."""
+        day = day or date.today()
+        bare = cls(system, "", source, dict(tokens), (), day.isoformat(), label_at)
+        texts = [bare._rendered(messages, generate) for messages, generate in bare._probes(system=None)]
+        try:
+            texts += [bare._rendered(messages, generate) for messages, generate in bare._probes(system="x")]
+        except UserError:
+            pass  # it has no system text: a conversation with one is refused when it comes
+        controls = tuple(sorted({text for text in known if text and any(text in found for found in texts)}))
+        made = replace(bare, controls=controls)
+        made._check()
+        return made
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> JinjaTemplate:
+        """Make the template of what ``to_dict`` gives, without its name."""
+        try:
+            return cls(
+                system=str(options.get("system") or ""),
+                source=str(options["source"]),
+                tokens={str(key): str(value) for key, value in options["tokens"].items()},
+                controls=tuple(map(str, options["controls"])),
+                day=date.fromisoformat(options["day"]).isoformat(),
+                label_at=str(options["label_at"]),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"template: what is stored of a chat template cannot be read: {error!r}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "system": self.system,
+            "label_at": self.label_at,
+            "source": self.source,
+            "tokens": dict(self.tokens),
+            "controls": list(self.controls),
+            "day": self.day,
+        }
+
+    @property
+    def control_strings(self) -> tuple[str, ...]:
+        return (*self.controls, self.label_marker)
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self._closing[1],)
+
+    @property
+    def response_suffix(self) -> str:
+        return self._closing[0]
+
+    def refusal(self, messages: Sequence[Spoken]) -> str | None:
+        """Return why the chat template cannot write a conversation, None if it can."""
+        try:
+            body = messages[:-1] if messages and messages[-1].role == "assistant" else messages
+            self._layout(self._with_system(body), len(body) < len(messages))
+        except UserError as error:
+            return str(error)
+        return None
+
+    def written(self, role: str, content: str) -> str:
+        return content.strip() if role != "assistant" and self._strips else content
+
+    def segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
+        if not messages or messages[-1].role != "assistant":
+            return self._filled(messages, schema, training, False)
+        final, turn = messages[-1], len(messages) - 1
+        segments = self._filled(messages, schema, training, True)
+        trained = training and final.weight > 0
+        suffix, stop = self._closing
+        segments.append(Segment(final.content, False, trained, Part.RESPONSE, turn))
+        if suffix:
+            segments.append(Segment(suffix, False, trained, Part.END, turn))
+        segments.append(Segment(stop, True, trained, Part.END, turn))
+        return segments
+
+    def prefix(
+        self,
+        messages: Sequence[Message],
+        schema: AttributeSchema | None = None,
+        levels: Mapping[str, int] | None = None,
+    ) -> list[Segment]:
+        if not any(message.role == "user" for message in messages):
+            raise UserError("messages has no user message; a prompt needs one")
+        label = schema.format(levels) if schema is not None and levels else ""
+        return self._filled([*messages, Message("assistant", "")], schema, False, True, label)
+
+    def _open_response(self, turn: int, follows: bool) -> list[Segment]:
+        raise AssertionError("what opens a response follows from what the chat template renders")
+
+    # -- what the chat template renders -------------------------------------------------------------------------------
+
+    def _rendered(self, messages: Sequence[Message], generate: bool) -> str:
+        plain = [{"role": message.role, "content": message.content} for message in messages]
+        return render_chat_template(self.source, plain, self.tokens, generate, date.fromisoformat(self.day))
+
+    def _marked(self, messages: Sequence[Spoken], generate: bool) -> str:
+        """Render with a mark in the place of each text. An empty system text stays empty: it may have no place."""
+        marks = [
+            Message(m.role, f"\ue000{i}\ue001" if m.content or m.role != "system" else "")
+            for i, m in enumerate(messages)
+        ]
+        return self._rendered(marks, generate)
+
+    @staticmethod
+    def _probes(system: str | None) -> list[tuple[list[Message], bool]]:
+        """Conversations to try: one prompt, and one with a history."""
+        head = [] if system is None else [Message("system", system)]
+        first, answer, second = (
+            Message(role, text) for role, text in zip(("user", "assistant", "user"), _TRIED, strict=True)
+        )
+        return [([*head, first], True), ([*head, first, answer, second], True)]
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.controls, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+
+    def _split(self, text: str) -> list[tuple[str, bool]]:
+        """Return the text cut at control strings: pieces, and whether each is a control string."""
+        if not self.controls:
+            return [(text, False)]
+        return [(piece, at % 2 == 1) for at, piece in enumerate(self._pattern.split(text)) if piece]
+
+    @cached_property
+    def _between(self) -> tuple[str, str]:
+        """What stands between a response and the next user's text, cut behind the stop string."""
+        messages, _ = self._probes(None)[1]
+        text = self._marked(messages, True)
+        between = text.partition("\ue0001\ue001")[2].partition("\ue0002\ue001")[0]
+        before = ""
+        for piece, control in self._split(between):
+            before += piece
+            if control:
+                return before, between[len(before) :]
+        raise UserError(
+            "the chat template closes a response with no token that ends it; a format of ours (template=chatml) may do"
+        )
+
+    @cached_property
+    def _closing(self) -> tuple[str, str]:
+        """The text between a response and its stop string, and the stop string."""
+        pieces = self._split(self._between[0])
+        return "".join(text for text, control in pieces if not control), pieces[-1][0]
+
+    @cached_property
+    def _strips(self) -> bool:
+        """Whether texts of users and systems lose the blanks around them."""
+        message = Message("user", _AROUND.format("x"))
+        return message.content not in self._rendered([message], True)
+
+    def _check(self) -> None:
+        """Compare the texts of prompts with what the chat template renders. ``UserError`` if they differ."""
+        for system in (None, "Be brief."):
+            for messages, _ in self._probes(system):
+                try:
+                    expected = self._rendered(messages, True)
+                except UserError:
+                    if system is None:
+                        raise
+                    continue  # it has no system text
+                padded = [
+                    m if m.role == "assistant" else replace(m, content=_AROUND.format(m.content)) for m in messages
+                ]
+                bare = replace(self, system="")
+                for tried, wanted in ((messages, expected), (padded, self._rendered(padded, True))):
+                    if join(bare.prefix(tried)) != wanted:
+                        raise UserError(
+                            "the chat template changes what a user or an assistant wrote; a format of ours "
+                            "(template=chatml) may do"
+                        )
+        if self.label_at == "user":
+            self.prefix([Message("user", "x")], AttributeSchema("x", ("x",), 9, "x"), {"x": 0})
+
+    # -- segments -----------------------------------------------------------------------------------------------------
+
+    def _with_system(self, messages: Sequence[Spoken]) -> tuple[list[Spoken], int]:
+        """Return the messages with the default system text, and the number of their first among ``messages``."""
+        if self.system and not (messages and messages[0].role == "system"):
+            return [Message("system", self.system), *messages], -1
+        return list(messages), 0
+
+    @cached_property
+    def _layouts(self) -> dict[Any, list[_Piece] | str]:
+        return {}
+
+    def _layout(self, found: tuple[list[Spoken], int], generate: bool) -> list[_Piece]:
+        """Return the pieces of a conversation of such roles; with ``generate``, up to where a response starts.
+
+        A conversation that the chat template refuses is remembered as well, by the reason.
+        """
+        messages, shift = found
+        roles = tuple([m.role for m in messages])
+        key = (roles, bool(messages and messages[0].content), shift, generate)
+        known = self._layouts.get(key)
+        if known is None:
+            if len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.clear()
+            try:
+                known = self._pieces(messages, shift, generate)
+            except UserError as error:
+                known = f"{error} (roles: {' '.join(m.role for m in messages)})"
+            self._layouts[key] = known
+        if isinstance(known, str):
+            raise UserError(known)
+        return known
+
+    def _pieces(self, messages: list[Spoken], shift: int, generate: bool) -> list[_Piece]:
+        text = self._marked(messages, generate)
+        turns = [i for i, m in enumerate(messages) if m.role != "system"]
+        for i in turns:
+            mark = f"\ue000{i}\ue001"
+            if text.count(mark) != 1:
+                raise UserError("the chat template leaves out a text, or writes it twice")
+            if messages[i].role == "assistant":
+                before = self._marked(messages[:i], True)
+                if not text.startswith(before + mark + self._between[0]):
+                    raise UserError("the chat template writes a history in another way than it was generated")
+        pieces: list[_Piece] = []
+        header = self._header(text, messages)
+        owner, closes = -1, False  # the turn of what comes, and whether that is still what closes its text
+        rest = text
+        for part, chunk in ((Part.HEADER, rest[:header]), (Part.ROLE, rest[header:])):
+            for piece, control in self._split(chunk):
+                for parts, index in self._cut(piece, messages):
+                    if part is Part.HEADER:
+                        pieces.append(_Piece(parts, control, part, -1))
+                        continue
+                    if index is not None:  # it holds the text of a turn
+                        owner, closes = index, not (self.label_at == "user" and messages[index].role == "user")
+                        kind = Part.RESPONSE if messages[index].role == "assistant" else Part.USER
+                        pieces.append(_Piece(parts, control, kind, index + shift))
+                        continue
+                    ends = closes and messages[owner].role == "assistant"
+                    turn = owner if closes else self._next_turn(owner, turns, len(messages))
+                    pieces.append(_Piece(parts, control, Part.END if ends else Part.ROLE, turn + shift))
+                    closes = closes and not control
+        return pieces
+
+    @staticmethod
+    def _next_turn(owner: int, turns: Sequence[int], end: int) -> int:
+        return next((i for i in turns if i > owner), end)
+
+    def _header(self, text: str, messages: Sequence[Spoken]) -> int:
+        """Return where the first turn starts: behind the system text and what the chat template writes before it."""
+        first = next((i for i, m in enumerate(messages) if m.role != "system"), None)
+        before = text if first is None else text.partition(f"\ue000{first}\ue001")[0]
+        opening = self._between[1]
+        if first is not None and messages[first].role == "user" and before.endswith(opening):
+            return len(before) - len(opening)
+        bos = self.tokens.get("bos_token", "")
+        return len(bos) if bos and text.startswith(bos) else 0
+
+    def _cut(self, piece: str, messages: Sequence[Spoken]) -> Iterable[tuple[tuple[str | int, ...], int | None]]:
+        """Yield the parts of segments, and which turn's text is in each: a response is one by itself."""
+        parts: list[str | int] = []
+        index: int | None = None
+        for at, found in enumerate(_MARK.split(piece)):
+            if at % 2 == 0:
+                parts += [found] if found else []
+                continue
+            number = int(found)
+            if messages[number].role != "assistant":
+                parts.append(number)
+                index = index if messages[number].role == "system" else number
+                continue
+            if parts:
+                yield tuple(parts), index
+            yield (number,), number
+            parts, index = [], None
+        if parts:
+            yield tuple(parts), index
+
+    def _filled(
+        self,
+        messages: Sequence[Message],
+        schema: AttributeSchema | None,
+        training: bool,
+        generate: bool,
+        last_label: str | None = None,
+    ) -> list[Segment]:
+        """Return the segments of ``messages``; with ``generate``, those before the response that is the last message.
+
+        ``last_label`` is the label string of that response, None for the one of its attributes.
+        """
+        body, shift = self._with_system(messages[:-1] if generate else messages)
+        labels = {i: self.label(m, schema) for i, m in enumerate(messages) if m.role == "assistant" and m.attributes}
+        if last_label is not None:
+            labels[len(messages) - 1] = last_label
+        contents = [self.written(m.role, m.content) for m in body]
+        out: list[Segment] = []
+        at_user = self.label_at == "user"
+        last = len(messages) - 1 if generate else -1
+        for parts, control, part, turn in self._layout((body, shift), generate):
+            if part is Part.RESPONSE and not at_user:
+                out += self._label(labels.get(turn, ""), turn)
+            text = "".join([p if isinstance(p, str) else contents[p] for p in parts])
+            message = messages[turn] if 0 <= turn < len(messages) else None
+            trained = training and message is not None and message.weight > 0 and part in (Part.RESPONSE, Part.END)
+            out.append(Segment(text, control, trained, part, turn))
+            if part is Part.USER and at_user and (labels.get(turn + 1)):
+                if isinstance(parts[-1], str):
+                    raise UserError(
+                        "template.label_at=user: the chat template writes text after a user's text, without a token of "
+                        "its own between them; take template.label_at=response"
+                    )
+                out += self._label(labels.pop(turn + 1), turn + 1)
+        if at_user and any(labels.values()):
+            raise UserError("template.label_at=user: a response with attributes answers no user message")
+        if generate and not at_user:
+            out += self._label(labels.get(last, ""), last)
+        return out
+
+    def _label(self, text: str, turn: int) -> list[Segment]:
+        if self.label_at == "response" or not text:
+            return super()._label(text, turn)
+        return [
+            Segment(self.label_marker, True, False, Part.LABEL, turn),
+            Segment(text, False, False, Part.LABEL, turn),
+        ]

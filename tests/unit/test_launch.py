@@ -1,0 +1,462 @@
+"""``steerlm launch`` up to SLURM's commands, which small programs stand in for: checks, scripts, chains, the tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from steerlm_megatron.config.cluster import ClusterConfig
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.launch import preflight, record, slurm, status
+from steerlm_megatron.launch.script import Job, launch_files, render, sbatch_lines, variables
+from tests.helpers.cli import run_here as run
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ("train_sft", "experiment=quickstart")
+HERE = ("cluster=local_slurm", "cluster.nodes=2", "run_dir=r")
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Return a function that puts a shell program first on PATH; the test's folder is the working directory. Each call
+    of a program is a line of ``calls``.
+    """
+    (tmp_path / "bin").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+
+    def put(name: str, text: str) -> None:
+        path = tmp_path / "bin" / name
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >> {tmp_path}/calls\n{text}\n')
+        path.chmod(0o755)
+
+    return put
+
+
+@pytest.fixture
+def cluster(programs: Callable[[str, str], None], tmp_path: Path) -> Callable[[str, str], None]:
+    """Stand in for a SLURM that takes every job, with ids from 1, and knows none."""
+    programs("sbatch", f"echo $(grep -c '^sbatch' {tmp_path}/calls)")
+    programs("squeue", "")
+    programs("scancel", "")
+    return programs
+
+
+def calls(folder: Path) -> list[str]:
+    return (folder / "calls").read_text().splitlines()
+
+
+# ---- launch
+
+
+def test_a_dry_run_prints_a_script_that_bash_understands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ("cluster.partition=gpu", "cluster.starter=torchrun", "cluster.environment.A=b c", "cluster.modules=[cuda]")
+    assert run("launch", *TRAIN, *HERE, *more, "data.train=[a b]", "--dry-run") == 0
+    text = capsys.readouterr().out
+    for line in (
+        "#SBATCH --nodes=2", "#SBATCH --ntasks-per-node=1", "#SBATCH --partition=gpu", "#SBATCH --signal=B:USR1@60",
+        "#SBATCH --requeue", "module load cuda", "export A='b c'", "STARTER=torchrun", "export GLOO_SOCKET_IFNAME=lo",
+    ):  # fmt: skip
+        assert f"\n{line}\n" in text, line
+    assert "  'data.train=[a b]' \\\n" in text and "cluster" not in text.partition("\nsteerlm_job ")[2]
+    assert "source " not in text, "the script is complete by itself"
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((*TRAIN, "cluster=nowhere"), "cluster=nowhere: no such option; legal: dgx generic local_slurm"),
+        ((*TRAIN, "cluster.partitoin=a"), "cluster.partitoin: no such key; did you mean cluster.partition?"),
+        ((*TRAIN, "cluster.nodes=0"), "cluster.nodes=0 must be at least 1"),
+        ((*TRAIN, "cluster.time=tomorrow"), "cluster.time=tomorrow is no time of SLURM"),
+        ((*TRAIN, "cluster.container=pyxis"), "cluster.container=pyxis needs cluster.image"),
+        ((*TRAIN, "cluster.array=2"), "train_sft does not split over an array; annotate, generate, bootstrap"),
+        ((*TRAIN, "cluster.exclude_bad_nodes=true"), "needs cluster.preflight=true"),
+        ((*TRAIN, "parallel.tensor=3"), "parallel.tensor=3 must divide model.num_heads=4"),
+        ((*TRAIN, "cluster.gpus_per_node=4", "parallel.data=3"), "4 ranks were started, parallel.* asks for 3"),
+        ((*TRAIN, "init_from=nowhere"), "init_from=nowhere: no such folder"),
+        (("train_sfd",), "launch train_sfd: no such command; did you mean train_sft?"),
+        ((*TRAIN, "cluster=/nowhere/mine.yaml"), "cluster=/nowhere/mine.yaml cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said_before_any_job_exists(
+    arguments: tuple[str, ...], said: str, cluster: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("launch", *arguments, "run_dir=r") == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "calls").exists() and not (tmp_path / "r").exists()
+
+
+def test_commands_by_themselves_do_not_take_the_cluster(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*TRAIN, "cluster.nodes=2") == 2
+    assert "cluster.nodes: train_sft does not read it; launch does" in capsys.readouterr().err
+
+
+def test_without_sbatch_there_is_one_line(programs: object, capsys: pytest.CaptureFixture[str]) -> None:
+    os.environ["PATH"] = f"{os.getcwd()}/bin"
+    assert run("launch", *TRAIN, *HERE) == 2
+    assert capsys.readouterr().err.startswith("steerlm: error: sbatch is not found: launch from a login node")
+
+
+def test_a_refusal_of_sbatch_names_the_key_and_the_partitions(
+    cluster: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal = "sbatch: error: invalid partition specified: gpuu\nsbatch: error: Batch job submission failed: Invalid"
+    cluster("sbatch", f"echo '{refusal}' >&2; exit 1")
+    cluster("sinfo", "echo 'debug* high'")
+    assert run("launch", *TRAIN, *HERE, "cluster.partition=gpuu") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "invalid partition specified: gpuu" in line and "cluster.partition=gpuu" in line and "debug high" in line
+
+
+def test_a_launch_leaves_scripts_code_and_a_list_of_jobs(
+    cluster: Callable[[str, str], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text("defaults: [local_slurm]\naccount: me\nnodes: 2\n")
+    assert run("launch", *TRAIN, f"cluster={own}", "run_dir=r") == 0
+    out = capsys.readouterr().out
+    assert "job 1: train_sft on 2 nodes x 1 rank" in out and "steerlm cancel r" in out and "slurm-1.out" in out
+    (job,) = record.submitted(tmp_path / "r")
+    folder = tmp_path / "r" / "launch" / job.launch
+    script = (folder / "train_sft.sbatch").read_text()
+    assert "#SBATCH --account=me" in script and f"export PYTHONPATH={folder}/code" in script
+    for name in ("steerlm_megatron/cli.py", "conf/train_sft.yaml", "data_tools/__init__.py", "launch/slurm/job.sh"):
+        assert (folder / "code" / name).is_file(), name
+    assert "account: me" in (folder / "config.yaml").read_text()
+    cluster("squeue", "echo '1|RUNNING|None|0:01|1:00|n1|steerlm-train_sft'")
+    assert run("launch", *TRAIN, f"cluster={own}", "run_dir=r") == 2
+    assert "r has jobs: 1 (running); wait for them, or steerlm cancel" in capsys.readouterr().err
+
+
+def test_a_multirun_is_one_array(cluster: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("launch", *TRAIN, *HERE, "optim.lr=1e-2,1e-3", "train.seed=1,2", "--multirun") == 0
+    assert "x 4 tasks" in capsys.readouterr().out
+    (job,) = record.submitted(tmp_path / "r")
+    arguments = tmp_path / "r" / "launch" / job.launch / "arguments"
+    lines = [(arguments / str(i)).read_text().splitlines() for i in range(4)]
+    assert [line[1:3] for line in lines] == [
+        ["optim.lr=0.01", "train.seed=1"], ["optim.lr=0.01", "train.seed=2"],
+        ["optim.lr=0.001", "train.seed=1"], ["optim.lr=0.001", "train.seed=2"],
+    ]  # fmt: skip
+    assert [line[-1] for line in lines] == [f"run_dir={tmp_path}/r/{i}" for i in range(4)]
+    assert "#SBATCH --array=0-3" in (arguments.parent / "train_sft.sbatch").read_text()
+
+
+def test_a_command_that_shares_records_is_an_array_and_a_job_after_it(cluster: object, tmp_path: Path) -> None:
+    arguments = ("annotate", "input=a.jsonl", "output=b.jsonl", "checkpoint=c", *HERE, "cluster.nodes=1")
+    assert run("launch", *arguments, "cluster.array=3") == 0
+    first, second = [call for call in calls(tmp_path) if call.startswith("sbatch")]
+    assert "annotate-array.sbatch" in first and "--dependency=afterok:1" in second
+    array, last = record.submitted(tmp_path / "r")
+    assert (array.kind, array.tasks, last.after) == ("records", 3, ("1",))
+
+
+def test_the_steps_are_a_chain(cluster: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("cluster.array=2", "cluster.servers=2", "cluster.steps.acsft.nodes=4", "cluster.steps.annotate.array=3")
+    assert run("launch", "run", "experiment=quickstart", *HERE, *sizes) == 0
+    jobs = {job.name: job for job in record.submitted(tmp_path / "r")}
+    names = {job.job: name for name, job in jobs.items()}
+    after = {name: {names[one] for one in job.after} for name, job in jobs.items()}
+    assert after["train_ap"] == {"data", "base"} and after["annotate"] == {"data", "train_ap", "annotate-array"}
+    assert after["servers"] == {"acsft"} and after["bootstrap"] >= {"bootstrap-array", "acsft"}
+    assert after["report"] >= {"evaluate", "bootstrapped"} and after["data"] == set()
+    assert {name: job.ranks for name, job in jobs.items() if job.ranks != "1x1"} == {
+        "base": "2x1", "train_ap": "2x1", "sft": "2x1", "acsft": "4x1", "bootstrapped": "2x1",
+    }  # fmt: skip
+    assert (jobs["annotate-array"].tasks, jobs["bootstrap-array"].tasks, jobs["servers"].tasks) == (3, 2, 2)
+    folder = tmp_path / "r" / "launch" / jobs["data"].launch
+    drawing = (folder / "bootstrap-array.sbatch").read_text()
+    assert f"server.folder={folder}/servers" in drawing and "server.count=2" in drawing and "ARRAY=records" in drawing
+    assert (folder / "servers" / "clients").read_text().split() == [jobs["bootstrap"].job, jobs["bootstrap-array"].job]
+    server = (folder / "servers.sbatch").read_text()
+    assert "checkpoint=" + str(tmp_path / "r" / "07-acsft") in server and "--signal" not in server.partition("# ---")[0]
+    wrong = ("cluster.steps.acsft.nodse=4", "cluster.steps.anotate.nodes=1", "pipeline.train_ap.parallel.data=3")
+    for one, said in zip(wrong, ("nodse", "anotate unknown; legal: data", "pipeline.train_ap: 2 ranks"), strict=True):
+        assert run("launch", "run", "experiment=quickstart", *HERE, one, "overwrite=true") == 2
+        assert said in capsys.readouterr().err
+
+
+def a_job(**more: object) -> Job:
+    cluster = ClusterConfig(gpus_per_node=8, cpus_per_task=7, memory="0", exclusive=True, nccl={"IB_HCA": "mlx5"})
+    job = Job(
+        name="x", arguments=("train_sft",), cluster=cluster, launch_dir=Path("/r/launch"), launch_id="1",
+        code=Path("/code"), work_dir=Path("/w"), command_line="steerlm launch x", python="python",
+    )  # fmt: skip
+    return replace(job, **more)  # type: ignore[arg-type]
+
+
+def test_lines_and_variables_of_a_gpu_cluster() -> None:
+    lines = sbatch_lines(a_job())
+    assert {"--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=7", "--mem=0", "--exclusive"} <= set(lines)
+    assert variables(a_job())["NCCL_IB_HCA"] == "mlx5"
+    off = replace(a_job().cluster, requeue="off", sbatch_lines=["--constraint=a"])
+    assert {"--no-requeue", "--constraint=a"} <= set(sbatch_lines(a_job(cluster=off)))
+
+
+# ---- the job's own script: what follows an exit code
+
+RANKS = """case "$*" in *steerlm_megatron*) ;; *) exit 0 ;; esac
+n=$(cat tries 2>/dev/null || echo 0); echo $((n + 1)) > tries
+[ ! -e checkpoint-$n ] || { mkdir -p r/checkpoints; touch r/checkpoints/$n; }
+exit $(sed -n "$((n + 1))p" codes)"""
+
+
+@pytest.fixture
+def job(
+    programs: Callable[[str, str], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[str]]:
+    """Return a function that runs a rendered script as SLURM would, again after each requeue, and gives the decisions.
+    srun ends with one of ``codes`` after the other.
+    """
+    programs("srun", RANKS)
+    programs("scontrol", f"[ $1 != requeue ] || touch {tmp_path}/requeued; echo JobState=$(cat state)")
+    programs("sbatch", "touch requeued; echo 9")
+    programs("squeue", "echo '7 afterok:5(unfulfilled)'")
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_JOB_NAME", "steerlm-x")
+
+    def run_job(codes: list[int], state: str = "RUNNING", starts: int = 9, **settings: object) -> list[str]:
+        (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
+        (tmp_path / "state").write_text(state)
+        cluster = replace(ClusterConfig(gpus_per_node=0), **settings)  # type: ignore[arg-type]
+        arguments = ("train_sft", f"run_dir={tmp_path}/r")
+        here = a_job(cluster=cluster, launch_dir=tmp_path / "r" / "launch", arguments=arguments)
+        (tmp_path / "script").write_text(render(here))
+        for _ in range(starts):
+            (tmp_path / "requeued").unlink(missing_ok=True)
+            subprocess.run(["bash", "script"], cwd=tmp_path, check=False, capture_output=True, timeout=60)
+            if not (tmp_path / "requeued").exists():
+                break
+        (events,) = record.history(tmp_path / "r", "x", "1").values()
+        return [f"{event['code']} {event['decision']}: {event['reason']}" for event in events if "decision" in event]
+
+    return run_job
+
+
+@pytest.mark.parametrize(
+    ("codes", "settings", "decisions"),
+    [
+        ([0], {}, ["0 done: "]),
+        ([2], {}, ["2 stop: an input error is not requeued"]),
+        ([75, 0], {}, ["75 requeue: saved and stopped", "0 done: "]),
+        ([137, 0], {}, ["137 requeue: a fault, exit code 137", "0 done: "]),
+        ([1, 1], {}, ["1 requeue: a fault", "1 stop: the second fault without a new checkpoint between them"]),
+        ([75, 75], {"max_requeues": 1}, ["75 requeue", "75 stop: saved and stopped; cluster.max_requeues=1 is"]),
+        ([75], {"max_requeues": 0}, ["75 stop: saved and stopped; cluster.max_requeues=0 is reached"]),
+        ([75], {"requeue": "off"}, ["75 stop: saved and stopped; cluster.requeue=off"]),
+        ([75], {"state": "CANCELLED"}, ["75 requeue", "75 stop: the job was cancelled"]),
+        ([75], {"state": "PENDING"}, ["75 requeue: saved and stopped"]),
+        ([75], {"state": "RUNNING Restarts=4"}, ["75 requeue: saved and stopped"]),
+    ],
+)
+def test_what_follows_an_exit_code(
+    job: Callable[..., list[str]], codes: list[int], settings: dict[str, object], decisions: list[str]
+) -> None:
+    found = job(codes, **settings)
+    assert len(found) == len(decisions) and all(map(str.startswith, found, decisions)), found
+
+
+def test_a_fault_after_a_new_checkpoint_is_another_fault(job: Callable[..., list[str]], tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").touch()
+    assert [one.split(":")[0] for one in job([1, 1, 0])] == ["1 requeue", "1 requeue", "0 done"]
+
+
+def test_ranks_that_were_stopped_do_not_hide_a_fault_or_an_input_error(
+    job: Callable[..., list[str]], programs: Callable[[str, str], None]
+) -> None:
+    programs("srun", "echo 75 > $STEERLM_EXITS/0; echo 2 > $STEERLM_EXITS/1; exit 75")
+    assert job([]) == ["2 stop: an input error is not requeued"]
+
+
+def test_an_attempt_that_ends_without_a_word_counts(job: Callable[..., list[str]], tmp_path: Path) -> None:
+    history = tmp_path / "r" / "launch" / "history"
+    history.mkdir(parents=True)
+    entry = {"event": "start", "launch": "1", "job": "5", "attempt": 0, "nodes": "n1"}
+    (history / "steerlm-x.jsonl").write_text(json.dumps(entry, separators=(",", ":")) + "\n")
+    assert job([0], max_requeues=0) == ["1 stop: cluster.max_requeues=0 is reached"]
+    assert "lost" in (history / "steerlm-x.jsonl").read_text()
+    ended = entry | {"event": "end", "ran": 5, "code": 75, "decision": "requeue", "reason": ""}
+    (history / "steerlm-x.jsonl").write_text(json.dumps(ended, separators=(",", ":")) + "\n")
+    assert job([0], max_hours=0.001)[1:] == ["1 stop: cluster.max_hours=0.001 are used up"]
+
+
+def test_where_requeue_is_off_a_new_job_goes_on_and_those_that_wait_follow(
+    job: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    assert job([75, 0], requeue="dependent")[0] == "75 requeue: saved and stopped"
+    said = calls(tmp_path)
+    assert any(call.startswith("sbatch --parsable --dependency=afterany:5 ") for call in said)
+    assert "scontrol update JobId=7 Dependency=afterok:9" in said
+
+
+def test_a_bad_node_is_left_out(
+    job: Callable[..., list[str]], programs: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    programs(
+        "srun",
+        f'case "$*" in *preflight*) [ -e {tmp_path}/seen ] || {{ touch {tmp_path}/seen; '
+        f"echo n2 > {tmp_path}/r/launch/preflight/steerlm-x.bad; exit 3; }} ;; esac; exit 0",
+    )
+    found = job([], preflight=True, exclude_bad_nodes=True)
+    assert found == [
+        "3 requeue: the check of the nodes failed: n2; see " + f"{tmp_path}/r/launch/preflight",
+        "0 done: ",
+    ]
+    assert any("sbatch --parsable --dependency=afterany:5 --exclude=n2 " in call for call in calls(tmp_path))
+
+
+def test_signals_reach_the_ranks(
+    job: Callable[..., list[str]], programs: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    programs("srun", "trap 'exit 75' USR1; kill -USR1 $PPID; for i in {1..100}; do sleep 0.1; done; exit 9")
+    assert job([], starts=1) == ["75 requeue: saved and stopped"]
+    programs("srun", "kill -USR1 $PPID; sleep 20; exit 9")  # it does not listen yet
+    assert job([], starts=1)[1:] == ["75 requeue: saved and stopped"]
+
+
+def test_the_script_for_one_machine_starts_again(tmp_path: Path, programs: Callable[[str, str], None]) -> None:
+    programs("python", RANKS)
+    (tmp_path / "codes").write_text("75\n1\n0\n")
+    environment = {**os.environ, "PYTHON": "python"}
+    done = subprocess.run(
+        ["bash", str(launch_files() / "local.sh"), "train_sft", "run_dir=r"],
+        env=environment, check=False, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("attempt ") == 3 and done.stdout.count("comes back") == 2
+
+
+# ---- status, cancel, logs
+
+
+@pytest.fixture
+def a_run(cluster: Callable[[str, str], None], tmp_path: Path) -> Path:
+    """Return a run folder of two jobs: one that runs, after a lost attempt, and one that waits."""
+    folder = tmp_path / "runs" / "r"
+    (folder / "launch" / "history").mkdir(parents=True)
+    (folder / "log").mkdir()
+    for job, name in (("11", "train_sft"), ("12", "report")):
+        record.note(folder / "launch", record.Submitted(job, name, "L", str(folder), "log", "2x8"))
+    events = [{"event": "start"}, {"event": "lost", "ran": 5}, {"event": "start"}]
+    lines = [json.dumps({**event, "launch": "L", "job": "11", "nodes": "n[1-2]"}) for event in events]
+    (folder / "launch" / "history" / "steerlm-train_sft.jsonl").write_text("\n".join(lines) + "\n")
+    row = {"step": 40, "loss": 1.25, "tokens_per_sec": 12345.6, "step_sec": 2.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "summary.json").write_text(json.dumps({"status": "running", "plan": {"steps": 100}}))
+    cluster(
+        "squeue",
+        "echo '11|RUNNING|None|1:00|2:00|n[1-2]|steerlm-train_sft'\n"
+        "echo '12|PENDING|Dependency|0:00|2:00||steerlm-report'",
+    )
+    return folder
+
+
+def test_the_table_of_a_run(a_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("status") == 0
+    name, head, *rows = capsys.readouterr().out.splitlines()
+    assert name == "runs/r" and head.split() == "job step size state reason at left tok/s loss starts".split()
+    assert rows[0].split() == "11 train_sft 2x8 RUNNING n[1-2] 40/100 2:00 12,346 1.25 2".split()
+    assert rows[1].split()[:5] == "12 report 2x8 PENDING Dependency".split()
+    os.environ["PATH"] = f"{a_run}"  # no SLURM: what the folder knows is shown
+    assert run("status", str(a_run)) == 0
+    assert "unknown" in capsys.readouterr().out
+
+
+def test_jobs_are_cancelled_those_that_wait_first(
+    a_run: Path, tmp_path: Path, cluster: Callable[[str, str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("cancel", "runs/r") == 0
+    assert calls(tmp_path)[-1] == "scancel 12 11"
+    cluster("squeue", "")
+    assert run("cancel", "runs/r") == 0
+    assert "no job runs or waits" in capsys.readouterr().out
+
+
+def test_logs_of_jobs_and_ranks(a_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (a_run / "launch" / "slurm-11.out").write_text("from the job\n")
+    (a_run / "log" / "rank_3.log").write_text("from the rank\n")
+    assert run("logs", "runs/r") == 0
+    assert "from the job" in capsys.readouterr().out
+    assert run("logs", "runs/r", "--rank", "3") == 0
+    assert "from the rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("logs", "runs/r", "--rank", "9"), "rank 9 has written no log yet"),
+        (("logs",), "logs: name one run folder"),
+        (("cancel",), "cancel: name the run folder"),
+        (("cancel", "nowhere"), "nowhere has no launch/jobs.jsonl"),
+        (("status", "--wacth"), "status --wacth: no such option; legal: --watch"),
+    ],
+)
+def test_wrong_names_of_runs(
+    a_run: Path, arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_runs_status_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no run folder with jobs below runs"):
+        status.status([])
+    assert slurm.queue([]) == []
+
+
+# ---- preflight
+
+
+def node(name: str, **more: object) -> preflight.Node:
+    return replace(preflight.Node(name, versions={"torch": "2"}, clock=100.0), **more)  # type: ignore[arg-type]
+
+
+def test_the_node_that_differs_is_named() -> None:
+    nodes = [node("a"), node("b", versions={"torch": "1"}), node("c", clock=103.0), node("d", problems=["GPU 1: lost"])]
+    assert preflight.compared(nodes) == {
+        "b": ["torch is 1, and 2 on other nodes"], "c": ["its clock differs by +3.0 s"], "d": ["GPU 1: lost"],
+    }  # fmt: skip
+    assert preflight.compared([node("a"), node("b")]) == {}
+
+
+def test_the_node_all_of_whose_links_are_slow_is_named() -> None:
+    assert list(preflight.slow_nodes("abcd", {0: 9.0, 1: 1.0, 2: 1.5, 3: 9.0}, 5.0)) == ["c"]
+    assert list(preflight.slow_nodes("ab", {0: 1.0}, 5.0)) == ["a", "b"]
+    assert preflight.slow_nodes("a", {}, 5.0) == {}
+
+
+def test_a_file_system_without_locks_or_space_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preflight.file_system_problems(tmp_path, 0.0) == [] and not list(tmp_path.iterdir())
+    (space,) = preflight.file_system_problems(tmp_path, 1e9)
+    assert "less than cluster.min_free_gb=1e+09" in space
+
+    def no_locks(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    (locks,) = preflight.file_system_problems(tmp_path, 0.0)
+    assert "flock does not work (Operation not supported); mount it with locks" in locks
+    (tmp_path / "file").touch()
+    assert "cannot be written" in preflight.file_system_problems(tmp_path / "file" / "x", 0.0)[0]
+
+
+def test_a_single_process_checks_its_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    assert preflight.main([str(tmp_path / "bad"), str(tmp_path), "0", "0", "0", str(tmp_path)]) == 0
+    assert "1 node fine" in capsys.readouterr().out and time.monotonic() - start < 30
+    assert preflight.main([str(tmp_path / "bad"), str(tmp_path), "0", "0", "0", "/nowhere"]) == preflight.FAILED
+    assert (tmp_path / "bad").read_text().strip() == preflight.node_name()
+    assert "/nowhere cannot be read: No such file or directory" in capsys.readouterr().err
