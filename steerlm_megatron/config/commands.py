@@ -122,9 +122,7 @@ COMMANDS: dict[str, Command] = {command.name: command for command in (*_ALL, _ru
 TOOLS: dict[str, Command] = {
     tool.name: tool
     for tool in (
-        Command(
-            "plan", "memory and time of a command before it runs: plan train_sft …", "stages.plan", False, ("plan",)
-        ),
+        Command("plan", "memory and time of a command, before it runs", "stages.plan", False, ("plan",)),
         Command("launch", "a command, or all steps of run, as SLURM jobs", "launch.submit", False, ("cluster",)),
         Command("status", "the jobs of a run, or of all runs here", "launch.status", False, ()),
         Command("cancel", "end the jobs of a run", "launch.status", False, ()),

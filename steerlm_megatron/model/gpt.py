@@ -7,6 +7,7 @@ Owns: the mapping from ``ModelConfig`` to Megatron-Core, the layer spec. Does no
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from functools import partial
