@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from steerlm_megatron.config.load import finalize
+from steerlm_megatron.config.load import finalize, lays_out_training
 from steerlm_megatron.config.schema import Config, ParallelConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.arithmetic import (
@@ -23,6 +23,7 @@ from steerlm_megatron.model.arithmetic import (
     stage_parameters,
     state_bytes,
 )
+from steerlm_megatron.plan.hardware import hardware
 
 # A process on a GPU takes this beside tensors: CUDA's context and kernels, NCCL's buffers, the allocator's remains.
 RESERVED = 2_000_000_000
@@ -112,14 +113,29 @@ def layout_of(
     return Layout(ranks, vocab_size, attributes, -(-rows // (data * micro)), wanted)
 
 
+def check_before_launch(config: Config, ranks: int) -> None:
+    """Refuse a training command that cannot fit ``ranks`` GPUs of ``plan.hardware``, before a job exists; other
+    commands pass, and so does everything with ``plan.check=false``. The configuration is finalised.
+
+    Raises:
+        UserError: with the nearest layout that fits.
+    """
+    if not config.plan.check or not lays_out_training(config):
+        return
+    gpu = hardware(config.plan.hardware)
+    attributes = len(config.attributes.names) if config.command == "train_ap" else None
+    run = layout_of(config, ranks, config.plan.vocab_size or 1, attributes, targets=1)  # at least that is certain
+    host = int(1e9 * gpu.host_memory_gb)
+    refuse_what_cannot_fit(config, run, gpu.memory, f"plan.hardware={gpu.name}", host, gpu.gpus_per_node)
+
+
 def refuse_what_cannot_fit(
     config: Config, run: Layout, memory: int, where: str, host_memory: int | None = None, ranks_on_host: int = 8
 ) -> None:
     """Raise ``UserError`` if the run cannot fit into ``memory`` bytes of each device.
 
-    This is the check that ``steerlm launch`` makes before a job exists, and every training command before it builds a
-    model. It refuses what is certain: weights, gradients, optimizer and activations of the fullest stage are more than
-    there is, with nothing left for anything else.
+    Every training command makes this check before it builds a model. It refuses what is certain: weights, gradients,
+    optimizer and activations of the fullest stage are more than there is, with nothing left for anything else.
 
     Args:
         run: from :func:`layout_of`.

@@ -237,6 +237,10 @@ def test_what_cannot_fit_is_refused_with_a_layout_that_does() -> None:
     memory.refuse_what_cannot_fit(overrides, memory.layout_of(overrides, 16, 32000), 80 * 10**9, "NVIDIA H100")
     with pytest.raises(UserError, match="no layout of 1 rank fits"):
         memory.refuse_what_cannot_fit(made, memory.layout_of(made, 1, 32000), 80 * 10**9, "NVIDIA H100")
+    with pytest.raises(UserError, match="plan.hardware=h100 has 74.5 GiB"):
+        memory.check_before_launch(made, 16)
+    memory.check_before_launch(replace(made, command="annotate"), 16)
+    memory.check_before_launch(replace(made, plan=replace(made.plan, check=False)), 16)
     offloaded = replace(made, engine=EngineConfig(name="deepspeed", zero_stage=2, offload="optimizer"))
     offloaded.engine.precision, offloaded.engine.recompute = "bf16", "full"
     with pytest.raises(UserError, match="engine.offload=optimizer puts .* GiB a rank into a host's memory"):
