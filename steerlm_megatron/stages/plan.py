@@ -91,6 +91,10 @@ def training_plan(config: Config, ranks: int) -> Plan:
     made.checkpoint_seconds = made.checkpoint_bytes / (1e9 * gpu.disk_gb_per_sec * nodes)
     if data > rows:
         made.notes.append(f"{data} replicas share {rows} rows of a step: {data - rows} of them compute padding")
+    if config.train.trainable != "all":
+        made.notes.append(
+            f"times are those of training all weights; train.trainable={config.train.trainable} takes less"
+        )
     if config.plan.search:
         found = search(config, gpu, work, ranks, vocab_size, attributes)
         made.fallen = found.fallen
