@@ -197,7 +197,9 @@ def test_time_grows_with_what_costs_time() -> None:
     assert time.micro_batches == 8
     busy = time.products + time.attention + time.memory + time.communication
     assert time.idle == pytest.approx(7 / 8 * busy)
-    assert {name: link.over for name, link in time.links.items()} == {"pipeline": "NVLink", "data": "network"}
+    assert {name: link.over for name, link in time.links.items()} == {"pipeline": "NVLink", "data": "NVLink"}
+    wide = step_time(few.model, few.parallel, few.engine, work, gpu, 128, 32000, 16)
+    assert {name: link.over for name, link in wide.links.items()} == {"pipeline": "network", "data": "network"}
     zero = replace(plain, engine=EngineConfig(name="deepspeed", zero_stage=3, precision="bf16"))
     offloaded = replace(zero, engine=replace(zero.engine, offload="optimizer"))
     assert seconds(plain) < seconds(zero) < seconds(offloaded)
