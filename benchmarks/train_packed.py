@@ -29,9 +29,9 @@ from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.feed.packing import pack
 from steerlm_megatron.data.views import Sample
+from steerlm_megatron.model.arithmetic import model_flops
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.model.weights import initialize
-from steerlm_megatron.observe.metrics import model_flops
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
 from steerlm_megatron.train.engine_mcore import MegatronEngine

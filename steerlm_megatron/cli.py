@@ -62,8 +62,8 @@ def _main(arguments: list[str]) -> None:
 
 
 def _tool(tool: str, arguments: list[str]) -> None:
-    """Run a tool about jobs; it prints, and its exit code is 0 unless it raises."""
-    module = importlib.import_module(f"steerlm_megatron.launch.{TOOLS[tool].module}")
+    """Run a tool about runs and jobs; it prints, and its exit code is 0 unless it raises."""
+    module = importlib.import_module(f"steerlm_megatron.{TOOLS[tool].module}")
     getattr(module, tool)(arguments)
 
 

@@ -45,7 +45,9 @@ class Command:
 _EVERY = ("command", "run_dir", "overwrite")
 _RANKS = ("parallel", "engine")
 _CORPUS = ("data", "tokenizer", "template", "attributes", "train.seed")
-_TRAINING = ("init_from", "model", *_RANKS, "optim", "lora", "train", *_CORPUS, "tracking", "profile")
+_TRAINING = (
+    "init_from", "model", *_RANKS, "optim", "lora", "train", *_CORPUS, "tracking", "profile", "plan.check",
+)  # fmt: skip
 _LIMITS = ("generation.max_batch", "generation.max_sequence_tokens", "generation.max_cache_tokens")
 _DRAWING = ("sampling", *_LIMITS, *_RANKS)
 _SERVERS = ("server.urls", "server.folder", "server.count", "generation.concurrency")
@@ -117,15 +119,16 @@ def _run() -> Command:
 
 COMMANDS: dict[str, Command] = {command.name: command for command in (*_ALL, _run())}
 
-# These are about jobs and their runs. They have no configuration file of their own: ``launch`` takes the command line
-# of a command, with ``cluster.*`` beside it.
+# These are about runs and jobs. They have no configuration file of their own: ``plan`` and ``launch`` take the command
+# line of a command, with ``plan.*`` or ``cluster.*`` beside it; ``module`` is below ``steerlm_megatron``.
 TOOLS: dict[str, Command] = {
     tool.name: tool
     for tool in (
-        Command("launch", "a command, or all steps of run, as SLURM jobs", "submit", False, ("cluster",)),
-        Command("status", "the jobs of a run, or of all runs here", "status", False, ()),
-        Command("cancel", "end the jobs of a run", "status", False, ()),
-        Command("logs", "the end of a run's log", "status", False, ()),
+        Command("plan", "memory and time of a command, before it runs", "stages.plan", False, ("plan",)),
+        Command("launch", "a command, or all steps of run, as SLURM jobs", "launch.submit", False, ("cluster",)),
+        Command("status", "the jobs of a run, or of all runs here", "launch.status", False, ()),
+        Command("cancel", "end the jobs of a run", "launch.status", False, ()),
+        Command("logs", "the end of a run's log", "launch.status", False, ()),
     )
 }
 
@@ -152,6 +155,7 @@ def declared(command: str, key: str) -> bool:
 _WITHOUT_EFFECT = (
     "command", "run_dir", "overwrite", "tracking", "profile", "data.workers", "data.verify", "pipeline", "steps",
     "array", "server.urls", "server.folder", "server.count",
+    "plan",
 )  # fmt: skip
 
 

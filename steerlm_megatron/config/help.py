@@ -36,7 +36,9 @@ def show(arguments: Sequence[str], version: str) -> bool:
     elif first == "--completion":
         print(_completion(rest))
     elif first in TOOLS:
-        return False
+        if first != "plan" or not {"-h", "--help"} & set(rest):
+            return False
+        print(plan_help())
     elif first not in COMMANDS:
         from steerlm_megatron.config.compose import nearest
 
@@ -71,10 +73,10 @@ def usage(version: str) -> str:
         "usage: steerlm <command> [key=value ...]",
         "",
         "commands:",
-        *(f"  {command.name:<11} {command.help}" for command in COMMANDS.values()),
+        *(f"  {command.name:<11} {command.help}" for command in (*COMMANDS.values(), TOOLS["plan"])),
         "",
         "on a cluster:",
-        *(f"  {tool.name:<11} {tool.help}" for tool in TOOLS.values()),
+        *(f"  {tool.name:<11} {tool.help}" for tool in TOOLS.values() if tool.name != "plan"),
         "",
         "steerlm <command> --help     the command's keys, what they mean and their values",
         "steerlm <command> --cfg job  the configuration that would run",
@@ -113,6 +115,15 @@ def command_help(command: str, values: Mapping[str, Any], groups: Callable[[str]
         lines += _wrapped((f"{k.name}={shown(_at(values, k.name))}", _meaning(k)) for k in keys)
     lines += ["", "--cfg job prints the whole configuration, --multirun runs all combinations of listed values."]
     return "\n".join(lines)
+
+
+def plan_help() -> str:
+    """Return the text of ``steerlm plan --help``."""
+    from steerlm_megatron.config.schema import KEYS
+
+    lines = ["steerlm plan COMMAND [key=value ...]", "", TOOLS["plan"].help, ""]
+    keys = [key for key in KEYS.values() if key.name.startswith("plan.")]
+    return "\n".join([*lines, *_wrapped((f"{key.name}={shown(key.default)}", _meaning(key)) for key in keys)])
 
 
 def launch_help(groups: Callable[[str], list[str]]) -> str:

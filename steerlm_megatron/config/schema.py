@@ -30,6 +30,7 @@ from steerlm_megatron.config.training import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    PlanConfig,
     ProfileConfig,
     TrackingConfig,
     TrainConfig,
@@ -38,7 +39,8 @@ from steerlm_megatron.config.training import (
 __all__ = [
     "KEYS", "RENAMED", "SOURCES", "AnnotateConfig", "ArrayConfig", "AttributesConfig", "BootstrapConfig",
     "ClusterConfig", "Config", "DataConfig", "EngineConfig", "EvaluateConfig", "EvaluateModels",
-    "ExportConfig", "GenerationConfig", "LoraConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "ProfileConfig",
+    "ExportConfig", "GenerationConfig", "LoraConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PlanConfig",
+    "ProfileConfig",
     "SamplingConfig", "ScoringConfig", "ServerConfig", "TemplateConfig", "TokenizerConfig", "TrackingConfig",
     "TrainConfig",
 ]  # fmt: skip
@@ -77,6 +79,7 @@ class Config:
     export: ExportConfig = option(ExportConfig, "export")
     tracking: TrackingConfig = option(TrackingConfig, "where metrics go")
     profile: ProfileConfig = option(ProfileConfig, "a profile of some steps")
+    plan: PlanConfig = option(PlanConfig, "what a run takes")
     array: ArrayConfig = option(ArrayConfig, "the part of the records of one job of several")
     cluster: ClusterConfig = option(ClusterConfig, "how jobs run on a cluster")
     pipeline: dict[str, Any] = option({}, "run: step name to overrides of that step alone")

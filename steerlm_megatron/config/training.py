@@ -214,6 +214,22 @@ class TrackingConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What a run takes of memory and time, before it runs: ``steerlm plan``, and the check before training."""
+
+    check: bool = option(True, "training refuses a layout that cannot fit into memory before it starts")
+    hardware: str = option("h100", "plan: the GPUs, conf/hardware/NAME.yaml or a YAML file of figures with sources")
+    gpus: int | None = option(None, at_least(1), "plan: how many there are; null: as many as parallel.* asks for")
+    search: bool = option(False, "plan: look for the fastest layouts of plan.gpus that fit, too")
+    top: int = option(5, at_least(1), "plan.search: layouts that are shown")
+    output: str | None = option(None, "plan: JSON file that the plan is written to as well")
+    lengths: list[int] = option([], "plan: lengths of documents where data.train is not there; empty: full rows")
+    samples: int | None = option(None, at_least(1), "plan: conversations of the corpus where data.train is not there")
+    loss_share: float = option(1.0, between(0, 1), "plan: share of tokens with loss where data.train is not there")
+    vocab_size: int | None = option(None, at_least(1), "plan: of the tokenizer where neither data nor init_from has it")
+
+
+@dataclass
 class ProfileConfig:
     """Torch's profiler over some training steps: run_dir/profile/rank_R.json, for chrome://tracing or Perfetto."""
 

@@ -27,6 +27,7 @@ from steerlm_megatron.files import write_text_atomic
 from steerlm_megatron.launch import record, slurm
 from steerlm_megatron.launch.script import Job, render, script_path, tasks_per_node
 from steerlm_megatron.observe.runfolder import default_run_dir, read_summary
+from steerlm_megatron.plan.memory import check_before_launch
 
 _SHARED = ("annotate", "generate", "bootstrap")  # their records can be split over an array
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
@@ -165,6 +166,8 @@ def _check(command: str, config: Config, overrides: list[str]) -> None:
             adopt_shape(config, overrides)
         # A step of run has ranks of its own (chain.py).
         load.finalize(config, world if COMMANDS[command].ranks and command != "run" else None, alone=True)
+        if config.cluster.gpus_per_node:  # ranks on CPUs have as much memory as their nodes, which nobody knows here
+            check_before_launch(config, world)
     except UserError as error:
         problems += str(error).splitlines()
     if problems:

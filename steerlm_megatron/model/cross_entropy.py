@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from steerlm_megatron.runtime.device import on_gpu
+
 # Bytes of float32 in work at a time: what stays in a CPU core's cache; on a GPU, enough to fill it.
 _CPU_BYTES, _GPU_BYTES = 1 << 20, 1 << 27
 
 
 def _parts(logits_KV: torch.Tensor) -> Iterator[slice]:
     rows, width = logits_KV.shape
-    step = max(1, (_GPU_BYTES if logits_KV.is_cuda else _CPU_BYTES) // (4 * width))
+    step = max(1, (_GPU_BYTES if on_gpu(logits_KV) else _CPU_BYTES) // (4 * width))
     return (slice(start, start + step) for start in range(0, rows, step))
 
 

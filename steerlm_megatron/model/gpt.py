@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from steerlm_megatron.model.arithmetic import padded_vocab_size
 from steerlm_megatron.model.attention import PackedAttention, PackedTokens, Rotary
 from steerlm_megatron.model.cross_entropy import soft_capped, vocab_parallel_cross_entropy
 from steerlm_megatron.model.fused import CompiledGeGLU, CompiledSwiGLU, GeGLU, SwiGLU
@@ -131,16 +132,6 @@ class LastParallelLayer(ParallelLayer):
     ) -> torch.Tensor:
         super().after_attention(hidden_states, _wanted(before, packed_seq_params), packed_seq_params)
         return _wanted(hidden_states, packed_seq_params)
-
-
-def padded_vocab_size(vocab_size: int, multiple: int, tensor: int) -> int:
-    """Rows of the embedding: ``vocab_size`` rounded up so that tensor parallelism divides it.
-
-    ``multiple`` is 128 by default, as in Megatron: the result is then the same for every power-of-two ``tensor``, which
-    is what lets a checkpoint move between layouts.
-    """
-    unit = math.lcm(multiple, tensor)
-    return -(-vocab_size // unit) * unit
 
 
 def transformer_config(

@@ -15,6 +15,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from steerlm_megatron.model.fused import rms_norm
+from steerlm_megatron.runtime.device import on_gpu
 
 
 class PackedNorm(torch.nn.Module):
@@ -41,9 +42,9 @@ class PackedNorm(torch.nn.Module):
         weight = self.weight + 1 if self.one_plus else self.weight
         if self.rms:
             # A weight near 1 loses in bf16 what one that is stored near 0 has; torch's kernel takes the type of x.
-            wide = x.float() if self.one_plus and x.is_cuda and not self.compiled else x
+            wide = x.float() if self.one_plus and on_gpu(x) and not self.compiled else x
             return rms_norm(wide, weight, self.eps, self.compiled).to(x.dtype)
-        if x.is_cuda:  # its kernel accumulates in float32
+        if on_gpu(x):  # its kernel accumulates in float32
             return F.layer_norm(x, self.shape, weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
         return F.layer_norm(x.float(), self.shape, weight.float(), self.bias.float(), self.eps).to(x.dtype)
 

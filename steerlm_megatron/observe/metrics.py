@@ -1,4 +1,4 @@
-"""Numbers over time: ``metrics.jsonl``, forwarding to other services (``sinks.py``), throughput and model FLOPs.
+"""Numbers over time: ``metrics.jsonl``, forwarding to other services (``sinks.py``), throughput.
 
 Owns: the file's format and the definition of the rates. Does not own: which numbers a stage logs.
 Invariant: every line of ``metrics.jsonl`` that ends in a newline is one strict-JSON object; a step occurs at most once
@@ -182,31 +182,6 @@ def _has_nonfinite(value: Any) -> bool:
     return False
 
 
-def model_flops(
-    num_parameters: int,
-    num_layers: int,
-    hidden_size: int,
-    tokens: int,
-    sum_squared_lengths: float,
-    *,
-    training: bool = True,
-) -> float:
-    """Return the floating-point operations of a causal transformer on ``tokens`` packed tokens.
-
-    Training (forward + backward) takes ``6·N·T + 6·L·h·Σ sᵢ²``, the forward pass a third of it. Recomputation is not
-    counted, since this is the numerator of MFU and not of HFU.
-
-    Args:
-        num_parameters: N, all parameters that a token is multiplied with (no input embedding).
-        num_layers: L.
-        hidden_size: h, the width of attention (heads x head dimension).
-        tokens: T, useful tokens; padding is not counted.
-        sum_squared_lengths: Σ sᵢ² over the documents, in tokens².
-    """
-    total = 6.0 * num_parameters * tokens + 6.0 * num_layers * hidden_size * sum_squared_lengths
-    return total if training else total / 3.0
-
-
 # Dense BF16 TFLOP/s of GPUs from their data sheets, by parts of the name that torch gives (H200 = H100 SXM, see
 # numerics.md).
 _PEAK_BF16_TFLOPS = {"GB200": 2500.0, "B200": 2250.0, "GH200": 989.0, "H200 NVL": 835.0, "H200": 989.0,
@@ -236,8 +211,8 @@ class Throughput:
         peak_flops: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``flops_of(tokens, sum_squared_lengths)`` gives ``model_flops``; ``peak_flops`` (all devices, FLOP/s) gives
-        ``mfu``.
+        """``flops_of(tokens, sum_squared_lengths)`` gives model FLOPs (``model/arithmetic.py``); ``peak_flops`` (all
+        devices, FLOP/s) gives ``mfu``.
         """
         self._flops_of = flops_of
         self._peak_flops = peak_flops

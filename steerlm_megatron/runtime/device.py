@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,14 +14,41 @@ import torch
 
 from steerlm_megatron.runtime import launcher
 
+# What tensors on ``meta`` stand for inside of :func:`standing_in`: "cpu" or "cuda"; None outside.
+_stand_in: str | None = None
+
 
 def has_cuda() -> bool:
     """Return whether this process can use a CUDA device."""
-    return torch.cuda.is_available()
+    return _stand_in is None and torch.cuda.is_available()
+
+
+@contextmanager
+def standing_in(kind: str) -> Iterator[None]:
+    """Let ``meta`` be the device of this process, and stand for one of ``kind`` ("cpu" or "cuda").
+
+    Tensors then have shapes and no values: the same code runs without computing anything and without memory, as a plan
+    of a run needs it (``plan/trace.py``).
+    """
+    global _stand_in
+    before, _stand_in = _stand_in, kind
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Return whether ``tensor`` is on a GPU, or stands for one that is."""
+    return tensor.is_cuda or (tensor.is_meta and _stand_in == "cuda")
 
 
 def device() -> torch.device:
-    """Return the device of this process: ``cuda:LOCAL_RANK`` where there is one, else ``cpu``."""
+    """Return the device of this process: ``cuda:LOCAL_RANK`` where there is one, else ``cpu``; inside of
+    :func:`standing_in`, ``meta``.
+    """
+    if _stand_in is not None:
+        return torch.device("meta")
     if has_cuda():
         return torch.device("cuda", launcher.local_rank() % torch.cuda.device_count())
     return torch.device("cpu")
@@ -28,6 +57,11 @@ def device() -> torch.device:
 def device_name() -> str:
     """Return the GPU's name as torch gives it; ``cpu`` where there is no GPU."""
     return torch.cuda.get_device_name() if has_cuda() else "cpu"
+
+
+def total_memory() -> int:
+    """Return the bytes of this process's GPU that torch can allocate at most."""
+    return torch.cuda.get_device_properties(device()).total_memory
 
 
 def peak_memory_gib() -> float:
@@ -58,7 +92,7 @@ def to_device(values: np.ndarray[Any, Any], where: torch.device) -> torch.Tensor
     is done.
     """
     tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor
+    return tensor.pin_memory().to(where, non_blocking=True) if where.type == "cuda" else tensor.to(where)
 
 
 class HostCopy:

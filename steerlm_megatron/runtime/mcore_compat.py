@@ -25,14 +25,15 @@ from typing import Any
 import torch
 
 from steerlm_megatron.runtime import mcore_private
-from steerlm_megatron.runtime.device import has_cuda
+from steerlm_megatron.runtime.device import device, has_cuda
 
-_CPU = torch.device("cpu")
 _applied = False
 
 
 class _CpuTorch(types.ModuleType):
-    """``torch`` as seen by one Megatron-Core module: factory functions turn ``device="cuda"`` into the CPU (way 2)."""
+    """``torch`` as seen by one Megatron-Core module: for factory functions ``device="cuda"`` is this process's device
+    (way 2).
+    """
 
     _FACTORIES = ("zeros", "ones", "tensor", "empty", "full", "arange", "empty_like", "zeros_like")
 
@@ -51,7 +52,7 @@ def _cpu_factory(function: Callable[..., torch.Tensor]) -> Callable[..., torch.T
     @functools.wraps(function)
     def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
-            kwargs["device"] = _CPU
+            kwargs["device"] = device()
         return function(*args, **kwargs)
 
     return on_cpu
@@ -77,7 +78,7 @@ def _cuda_type_names() -> Iterator[None]:
     def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if isinstance(result, str) and not result.startswith("torch.cuda."):
-            return result.replace("torch.", "torch.cuda.", 1)
+            return result.replace("torch.meta.", "torch.").replace("torch.", "torch.cuda.", 1)
         return result
 
     torch.Tensor.type = named  # type: ignore[method-assign,assignment]
@@ -98,7 +99,7 @@ def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _patch_torch_cuda() -> None:
     """Patch way 1. It is global, because Megatron-Core calls these everywhere and nothing else can without CUDA."""
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = device  # type: ignore[assignment]
     torch.cuda.synchronize = lambda *_a, **_k: None
     # Megatron-Core 0.19 asks for the stream before it reduces gradients; a CPU's only stream orders everything already.
     torch.cuda.current_stream = lambda *_a, **_k: torch.cpu.current_stream()  # type: ignore[assignment]

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -21,6 +23,8 @@ from megatron.core import parallel_state, tensor_parallel
 from steerlm_megatron.config.schema import ParallelConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.runtime import device, launcher, mcore_compat
+
+_PRETENDED = "pretended"  # the backend of groups that have no other processes
 
 
 @dataclass(frozen=True)
@@ -180,4 +184,37 @@ def shutdown() -> None:
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def pretended(parallel: ParallelConfig, rank: int, world: int) -> Iterator[Layout]:
+    """Be rank ``rank`` of ``world`` inside the ``with``, without any other process: collectives return at once and move
+    nothing. For a process that has no groups.
+
+    It is for building what a rank of a large run would hold, on ``meta`` (``plan/trace.py``).
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore, _create_fake_pg
+
+    assert not dist.is_initialized(), "this process is a rank already"
+    mcore_compat.apply()
+    if not hasattr(dist.Backend, _PRETENDED.upper()):
+        # torch's fake groups, for tensors on meta as well
+        dist.Backend.register_backend(_PRETENDED, _create_fake_pg, extended_api=True, devices=["cpu", "meta"])
+    dist.init_process_group(_PRETENDED, store=FakeStore(), rank=rank, world_size=world)
+    new_group = dist.new_group
+    try:
+        # Megatron-Core asks for groups of gloo beside the usual ones
+        dist.new_group = lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": _PRETENDED})
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+            context_parallel_size=parallel.context,
+        )
+        seed_everything(0)
+        yield layout()
+    finally:
+        dist.new_group = new_group
+        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

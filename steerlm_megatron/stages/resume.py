@@ -15,7 +15,7 @@ from steerlm_megatron.config.schema import Config
 from steerlm_megatron.data.feed.blend import Corpora
 from steerlm_megatron.data.views import View
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.model.gpt import padded_vocab_size
+from steerlm_megatron.model.arithmetic import padded_vocab_size
 from steerlm_megatron.model.lora import Lora
 from steerlm_megatron.stages.base import Base, model_differences, open_base
 from steerlm_megatron.stages.published import schema_of_labels

@@ -9,33 +9,37 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from steerlm_megatron.config.load import paths_of, to_container
-from steerlm_megatron.config.schema import Config, EngineConfig, ModelConfig
+from steerlm_megatron.config.schema import Config, EngineConfig
 from steerlm_megatron.data.feed.blend import Corpora, Rows
 from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.feed.loader import StepLoader, end_row
 from steerlm_megatron.data.views import View
 from steerlm_megatron.data.write.preprocess import is_complete
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.model.arithmetic import model_flops, multiplied_parameters
 from steerlm_megatron.model.gpt import build_model, freeze_trunk
 from steerlm_megatron.model.hf import PeftFolder
 from steerlm_megatron.model.lora import Lora, freeze
 from steerlm_megatron.model.weights import HEAD, REGRESSION_HEAD, initial_weights
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops
+from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, peak_flops
 from steerlm_megatron.observe.profiler import StepProfiler
 from steerlm_megatron.observe.runfolder import versions
 from steerlm_megatron.observe.sinks import sinks_of
+from steerlm_megatron.plan.memory import layout_of, refuse_what_cannot_fit
 from steerlm_megatron.runtime.collectives import on_main
-from steerlm_megatron.runtime.device import device_name
+from steerlm_megatron.runtime.device import device_name, has_cuda, total_memory
 from steerlm_megatron.runtime.watch import Watch
 from steerlm_megatron.stages.adapters import described, lora_of, merged_weights, merges
 from steerlm_megatron.stages.base import Base
@@ -93,6 +97,7 @@ def train(here: Session) -> TrainResult:
     _check_data(config, data, view)
     base = check_init(config, data, view)
     lora = lora_of(config, data.tokenizer, base)
+    check_memory(here, _vocab_size(data, base))
     counts = _label_counts(config, data, view, base)
     rows = _pack(config, data, view, config.data.weights)
     store = CheckpointStore(here.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
@@ -178,6 +183,24 @@ def _pack(config: Config, data: Corpora, view: View, weights: Sequence[float] = 
         return data.rows(view, train.row_tokens, train.seed, config.data.overlong, weights, store)
 
     return on_main(lambda: rows(True)) or rows(True)
+
+
+def check_memory(here: Session, vocab_size: int) -> None:
+    """Refuse a layout whose weights, gradients, optimizer and activations are more than this rank's GPU has, or, on
+    CPUs, its share of the host's memory. It takes milliseconds.
+    """
+    config = here.config
+    if not config.plan.check:
+        return
+    attributes = len(config.attributes.names) if config.command == "train_ap" else None
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host = psutil.virtual_memory().total
+    where, share = f"{device_name()}", total_memory() if has_cuda() else host // ranks
+    if not has_cuda():
+        where = f"a rank's share of this host's memory ({ranks} of them)" if ranks > 1 else "this host"
+    # The fewest tokens with loss and the most samples in a row: what is refused cannot fit, whatever the data are.
+    run = layout_of(config, here.layout.world_size, vocab_size, attributes, targets=1)
+    refuse_what_cannot_fit(config, run, share, where, host, ranks)
 
 
 def _loader(here: Session, rows: Rows, start_row: int, end_row: int | None = None) -> StepLoader:
@@ -333,7 +356,7 @@ def flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, floa
     """Return a function from useful tokens and Σ s² to model FLOPs (docs/numerics.md). A frozen trunk has no backward
     pass and takes a third of them; below adapters there are gradients of activations, and none of the weights.
     """
-    model, multiplied = config.model, _multiplied_parameters(config.model, vocab_size, view)
+    model, multiplied = config.model, multiplied_parameters(config.model, vocab_size, head=view == "ap")
     width = (model.head_dim or model.hidden_size // model.num_heads) * model.num_heads
     backward = config.train.trainable != "head"
     spared = 2.0 * multiplied if config.train.trainable == "lora" else 0.0
@@ -359,15 +382,6 @@ def _peak(config: Config, here: Session) -> float | None:
     stated = config.tracking.peak_tflops
     one = 1e12 * stated if stated else peak_flops(device_name(), config.engine.precision)
     return one * here.layout.world_size if one else None
-
-
-def _multiplied_parameters(model: ModelConfig, vocab_size: int, view: View) -> int:
-    """Count the parameters that every token is multiplied with: all but the input embedding and the norms."""
-    head = model.head_dim or model.hidden_size // model.num_heads
-    groups = model.num_query_groups or model.num_heads
-    attention = model.hidden_size * head * (2 * model.num_heads + 2 * groups)
-    mlp = model.hidden_size * model.ffn_hidden_size * (3 if model.gated else 2)
-    return model.num_layers * (attention + mlp) + (0 if view == "ap" else model.hidden_size * vocab_size)
 
 
 def _announce(config: Config, view: View, rows: Rows, loader: StepLoader, steps: int) -> None:

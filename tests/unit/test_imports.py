@@ -20,7 +20,7 @@ LEVELS = {
     "__init__": 0, "errors": 0, "files": 0, "steer": 0, "config": 0,
     "runtime": 1, "observe": 1,
     "data": 2, "model": 2,
-    "train": 3, "generate": 3, "serve": 3, "report": 3,
+    "train": 3, "generate": 3, "serve": 3, "report": 3, "plan": 3,
     "stages": 4,
     "launch": 5,
     "cli": 6,

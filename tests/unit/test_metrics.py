@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, model_flops, peak_flops, read_metrics
+from steerlm_megatron.model.arithmetic import model_flops
+from steerlm_megatron.observe.metrics import MetricsWriter, Throughput, peak_flops, read_metrics
 
 
 def test_lines_are_strict_json_and_nan_stays_visible(tmp_path: Path) -> None:

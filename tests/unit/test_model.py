@@ -16,17 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model import attention, cross_entropy
+from steerlm_megatron.model.arithmetic import model_flops, multiplied_parameters, padded_vocab_size
 from steerlm_megatron.model.attention import PackedTokens, Rotary, attend_sdpa, attention_backend, causal_attention
 from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
 from steerlm_megatron.model.fused import rotate
-from steerlm_megatron.model.gpt import LastLayer, LastParallelLayer, build_model, padded_vocab_size, transformer_config
+from steerlm_megatron.model.gpt import LastLayer, LastParallelLayer, build_model, transformer_config
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.model.norm import NormedResidual, PackedNorm
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.model.weights import fill, global_names, initial_weights, initialize
-from steerlm_megatron.observe.metrics import model_flops
 from steerlm_megatron.runtime import device, mcore_compat, mcore_private, parallel
-from steerlm_megatron.stages.train import _multiplied_parameters
 from tests.helpers.engines import full_row
 
 SMALL = ModelConfig(num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=48)
@@ -236,7 +235,7 @@ def test_flops_count_the_parameters_that_tokens_meet(change: dict[str, Any], vie
         if p.ndim == 2 and not name.startswith(("embedding.", "output_layer."))
     }
     expected = sum(matrices.values()) + (0 if view == "ap" else vocab * model.hidden_size)
-    assert _multiplied_parameters(model, vocab, view) == expected
+    assert multiplied_parameters(model, vocab, head=view == "ap") == expected
     # 2 multiply-adds forward and 4 backward per parameter and token; causal attention sees half of each square.
     assert model_flops(expected, 2, 32, tokens=10, sum_squared_lengths=58.0) == 6 * expected * 10 + 6 * 2 * 32 * 58
     assert model_flops(expected, 2, 32, 10, 58.0, training=False) * 3 == model_flops(expected, 2, 32, 10, 58.0)
