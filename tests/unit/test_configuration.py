@@ -128,7 +128,10 @@ def test_help_of_a_wrong_command_line_says_what_is_wrong(capsys: pytest.CaptureF
         ("steerlm train_sft optim.l", {"optim.lr="}),
         ("steerlm train_sft server.p", set()),
         ("steerlm serve server.p", {"server.port="}),
-        ("steerlm train_sft experiment=", {"experiment=oasst", "experiment=quickstart"}),
+        (
+            "steerlm train_sft experiment=",
+            {f"experiment={file.stem}" for file in compose.conf_dir().glob("experiment/*.yaml")},
+        ),
         ("steerlm train_sft engine.precision=", {"engine.precision=fp32", "engine.precision=bf16"}),
     ],
 )
