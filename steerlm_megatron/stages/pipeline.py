@@ -115,8 +115,8 @@ def _all_steps(state: Run) -> None:
 def _require(state: Run, step: Step) -> None:
     """Refuse a step of several jobs whose inputs are not there. Collective over the world."""
     lacking = [
-        name for name in step.after
-        if name in state.keys and not state.does(name) and (name != "base" or state.config.init_from is None)
+        name for name in STEPS  # in their order
+        if name in step.after and name in state.keys and not state.does(name) and (name != "base" or state.config.init_from is None)
         and not is_complete(state.folder(name), state.keys[name])
     ]  # fmt: skip
     if broadcast_object(lacking):
