@@ -114,11 +114,10 @@ def _all_steps(state: Run) -> None:
 
 def _require(state: Run, step: Step) -> None:
     """Refuse a step of several jobs whose inputs are not there. Collective over the world."""
-    lacking = [
-        name for name in STEPS  # in their order
-        if name in step.after and name in state.keys and not state.does(name) and (name != "base" or state.config.init_from is None)
-        and not is_complete(state.folder(name), state.keys[name])
-    ]  # fmt: skip
+    needed = [name for name in STEPS if name in step.after and name in state.keys and not state.does(name)]
+    if state.config.init_from is not None:
+        needed = [name for name in needed if name != "base"]
+    lacking = [name for name in needed if not is_complete(state.folder(name), state.keys[name])]
     if broadcast_object(lacking):
         raise UserError(
             f"steps={step.name} needs {' '.join(lacking)}, not complete with this configuration in "
