@@ -45,7 +45,7 @@ RANKS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || { n=$$(nproc
 quickstart: $(STAMP)
 	@$(VENV)/bin/steerlm run experiment=quickstart parallel.data=$(RANKS)
 
-# One thread per process, two workers; tests/conftest.py lets tests that start processes of their own run one at a time.
+# One thread per process, two workers; tests/conftest.py lets tests of several ranks run alone.
 # worksteal: each worker starts at its own end of the suite, so the two rarely wait for each other.
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(TESTS)

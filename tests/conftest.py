@@ -1,4 +1,4 @@
-"""Settings for all tests: one thread per process, one process-starting test at a time, GPU tests only with a GPU."""
+"""Settings for all tests: one thread per process, tests of several ranks alone, GPU tests only with a GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -21,15 +23,27 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # waiting does not count towards a time limit.
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Run only one of the tests that start processes at a time, whichever worker has it."""
-    if not (item.get_closest_marker("distributed") or item.get_closest_marker("integration")):
+    """Let a test of several ranks, or of a SLURM, be the only one that starts processes. Tests of whole commands, which
+    mostly have one process, run beside each other, but for those that work in one folder (``work``).
+    """
+    alone = item.get_closest_marker("distributed") or item.get_closest_marker("slurm")
+    if not (alone or item.get_closest_marker("integration")):
         return (yield)
     folder = item.config.rootpath / ".pytest_cache"
     folder.mkdir(exist_ok=True)
-    with (folder / "starts_processes.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as locks:
+        if "work" in getattr(item, "fixturenames", ()):
+            locks.enter_context(_locked(folder / "work.lock", fcntl.LOCK_EX))
+        locks.enter_context(_locked(folder / "starts_processes.lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        return (yield)
+
+
+@contextmanager
+def _locked(path: Path, kind: int) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, kind)
         try:
-            return (yield)
+            yield
         finally:
             fcntl.flock(lock, fcntl.LOCK_UN)  # unlocked explicitly, since a forked child may still hold the file open
 

@@ -7,6 +7,7 @@ fresh process takes. The server itself starts no threads and no groups and does 
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -52,21 +53,24 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 
 def once(factory: pytest.TempPathFactory, name: str, compute: Callable[[], Any]) -> Any:
-    """Call ``compute()`` once for all tests and workers of pytest-xdist, which get its result or its failure. Tests
-    that start processes run one at a time anyway.
-    """
+    """Call ``compute()`` once for all tests and workers of pytest-xdist, which get its result or its failure."""
     folder = factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
     result, failure = folder / f"{name}.result", folder / f"{name}.failure"
-    if failure.exists():
-        raise AssertionError(f"as the first test that asked for it:\n{failure.read_text()}")
-    if not result.exists():
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            found = compute()
-        except Exception as error:
-            failure.write_text(str(error))
-            raise
-        result.write_bytes(pickle.dumps(found))
+            if failure.exists():
+                raise AssertionError(f"as the first test that asked for it:\n{failure.read_text()}")
+            if not result.exists():
+                try:
+                    found = compute()
+                except Exception as error:
+                    failure.write_text(str(error))
+                    raise
+                result.write_bytes(pickle.dumps(found))
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # unlocked explicitly, since a forked child may still hold the file open
     return pickle.loads(result.read_bytes())
 
 
