@@ -51,7 +51,8 @@ from steerlm_megatron.stages.published import section_of
 from steerlm_megatron.stages.scored_tokens import scored_difference, scored_for, scored_ids, scored_segments
 from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint
 from steerlm_megatron.steer.chat_template import chat_template, scored_template, variable
-from steerlm_megatron.steer.jinja_template import JinjaTemplate, render_chat_template
+from steerlm_megatron.steer.jinja_sandbox import render_chat_template
+from steerlm_megatron.steer.jinja_template import JinjaTemplate
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import join
 
@@ -230,9 +231,8 @@ def _write(loaded: LoadedModel, work: Path, precision: str, name: str, run: RunF
         config = config_for(model, family, rows, base) | {"architectures": [family.architecture]}
     config |= {"eos_token_id": stops}
     if labels is not None and config.get("pad_token_id") in (None, _marker(loaded)):
-        config["pad_token_id"] = (
-            stops if isinstance(stops, int) else stops[0]
-        )  # the values are read at the last token that is none of padding
+        # The values are read at the last token that is none of padding.
+        config["pad_token_id"] = stops if isinstance(stops, int) else stops[0]
     write_hf(work, hf_tensors(loaded.model, model, family, rows, instead), config, dtype)
     _write_tokenizer(loaded, work, stops)
     card = model_card(loaded, name, family, labels, run)

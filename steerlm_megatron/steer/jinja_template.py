@@ -360,8 +360,7 @@ class JinjaTemplate(Template):
         pieces: list[_Piece] = []
         header = self._header(text, messages)
         owner, closes = -1, False  # the turn of what comes, and whether that is still what closes its text
-        rest = text
-        for part, chunk in ((Part.HEADER, rest[:header]), (Part.ROLE, rest[header:])):
+        for part, chunk in ((Part.HEADER, text[:header]), (Part.ROLE, text[header:])):
             for piece, control in self._split(chunk):
                 for parts, index in self._cut(piece, messages):
                     if part is Part.HEADER:

@@ -16,7 +16,8 @@ from steerlm_megatron.stages.scored_tokens import (
     scored_segments,
 )
 from steerlm_megatron.steer.chat_template import scored_template
-from steerlm_megatron.steer.jinja_template import JinjaTemplate, render_chat_template
+from steerlm_megatron.steer.jinja_sandbox import render_chat_template
+from steerlm_megatron.steer.jinja_template import JinjaTemplate
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import TEMPLATES, Template, join
 from tests.helpers import corpora
