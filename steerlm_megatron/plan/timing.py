@@ -26,6 +26,7 @@ from steerlm_megatron.plan.workload import Workload
 
 _ATTENTION_BACKWARD = 2.5  # products of its backward pass to those of its forward pass (arXiv 2307.08691 §4.1)
 _OPTIMIZER_BYTES = 30  # AdamW per parameter: reads and writes 3 fp32 numbers, reads the gradient, writes a bf16 weight
+_HOST_RATE = 2e10  # bytes per second of a rank's share of the host's memory, an assumption
 _LOSS_PASSES = 6  # over the logits: written, read twice forward, read and written backward, read by the product
 
 
@@ -95,91 +96,31 @@ def step_time(
       is waited for. ZeRO 3 gathers weights in both passes of each micro-batch, and all of it is waited for. Between
       nodes, the members of a group on a node share their network ports.
     """
-    w, size, t, c = Widths.of(model), BYTES[engine.precision], parallel.tensor, parallel.context
-    d = ranks // (t * parallel.pipeline * c)
+    d = ranks // (parallel.tensor * parallel.pipeline * parallel.context)
     micro_rows = min(micro_rows, max(1, -(-rows_per_step // d)))
-    m = -(-rows_per_step // (d * micro_rows))
-    layers, T = stage_layers(model, parallel), micro_rows * work.row_tokens / c
-    squares, targets = micro_rows * work.squares, micro_rows * work.targets / c
-    again = {"full": 1.0, "selective": 0.0, "none": 0.0}[engine.recompute]
-    last = parallel.pipeline - 1
-    # the slowest stage is the one that has the output layer
-    per_layer = layer_parameters(model, t)
-    output = 0 if head else w.D * padded_vocab_size(vocab_size, model.vocab_multiple, t) // t
-    passes = 1 + 1 + trained + again
-    products = 2 * layers * per_layer * T * passes / gpu.product_rate(precision or engine.precision)
-    products += 2 * output * targets * 3 / gpu.product_rate(engine.precision)
-    scores = (
-        2 * layers * w.N * w.H / t * squares / c * (1 + _ATTENTION_BACKWARD + max(again, engine.recompute != "none"))
-    )
-    attention = scores / (gpu.peak(engine.precision) * gpu.attention_share)
-    rate = 1e9 * gpu.memory_gb_per_sec * gpu.memory_share
-    s = t if parallel.sequence else 1
-    touched = 10 * w.D / s + (4 * w.H * (w.N + w.G) + w.mlp_in + w.F) / t
-    memory = layers * touched * T * size * (3 + again) / rate
-    memory += 0 if head else _LOSS_PASSES * targets * output / w.D * size / rate
-    inside, between = (1e9 * x * gpu.link_share for x in (gpu.link_gb_per_sec, gpu.network_gb_per_sec))
-    links: dict[str, Link] = {}
-    waited = 0.0
-
-    def link(stride: int, members: int) -> tuple[str, float]:
-        """Return the link, and its rate, of a group of ``members`` ranks that are ``stride`` apart."""
-        if stride * members <= gpu.gpus_per_node:
-            return "NVLink", inside
-        return "network", min(inside, between * max(1, gpu.gpus_per_node // stride))
-
-    def send(name: str, amount: float, stride: int, members: int) -> float:
-        """Note ``amount`` bytes a micro-batch, and return their time."""
-        over, speed = link(stride, members)
-        links[name] = Link(over, amount * m, amount * m / speed)
-        return amount / speed
-
-    if t > 1:
-        one = T * w.D * size * (t - 1) / t
-        times = 8 + (1 if parallel.sequence else 0) + 4 * again
-        waited += send("tensor", layers * one * times, 1, t) * (1 - tensor_overlap)
-    if c > 1:
-        one = 2 * micro_rows * work.row_tokens * w.G * w.H / t * size * (c - 1) / c
-        waited += send("context", layers * one * (2 + again), t, c)
-    if parallel.pipeline > 1:
-        chunks = parallel.virtual_pipeline or 1
-        waited += send("pipeline", 2 * T * w.D / s * size * chunks, ranks // parallel.pipeline, 2)
-    zero3 = engine.name == "deepspeed" and engine.zero_stage == 3
-    parameters = stage_parameters(model, parallel, last, vocab_size, 1 if head else None)
-    reduction = 0.0
-    group = d * c
-    if group > 1:
-        share = (group - 1) / group
-        over, speed = link(t, group)
-        gathers = (2 + again) * m if zero3 else 1
-        reduces = m if engine.name == "deepspeed" and engine.zero_stage > 1 else 1
-        scattered = parameters * trained * gradient_bytes * share * reduces
-        gathered = parameters * size * share * gathers
-        links["data"] = Link(over, scattered + gathered, (scattered + gathered) / speed)
-        hidden = 0.0 if zero3 else products + attention + memory
-        reduction = max(0.0, (scattered + gathered) / speed - hidden)
-    own = stage_parameters(model, parallel, 0, vocab_size, 1 if head else None) * trained / group
-    optimizer, host = own * _OPTIMIZER_BYTES / rate, 0.0
-    if engine.name == "deepspeed" and engine.offload != "none":
-        moved = own * (4 + size)
-        host = moved / (1e9 * gpu.host_gb_per_sec) + own * _OPTIMIZER_BYTES / (2e10)  # 20 GB/s of a CPU core's share
-        optimizer = 0.0
-        links["host"] = Link("PCIe", moved, moved / (1e9 * gpu.host_gb_per_sec))
-        if engine.offload == "all":
-            fetched = parameters * size / group * 2 * m
-            host += fetched / (1e9 * gpu.host_gb_per_sec)
-            links["host"] = Link("PCIe", moved + fetched, (moved + fetched) / (1e9 * gpu.host_gb_per_sec))
-    idle = bubble(parallel.pipeline, parallel.virtual_pipeline or 1, m) * (products + attention + memory + waited) * m
+    step = _Step(
+        model, parallel, engine, work, gpu, ranks, vocab_size, head, trained, micro_rows,
+        micro_batches=-(-rows_per_step // (d * micro_rows)),
+    )  # fmt: skip
+    products, attention, memory = step.products(precision), step.attention(), step.memory()
+    waited, computing = step.waited(tensor_overlap), products + attention + memory
+    reduction = step.reduction(gradient_bytes, computing)
+    optimizer, host = step.optimizer()
+    m = step.micro_batches
     useful = rows_per_step * work.tokens
     flops = model_flops(
-        multiplied_parameters(model, vocab_size, head), model.num_layers, w.N * w.H, 1, work.squares / work.tokens
+        multiplied_parameters(model, vocab_size, head),
+        model.num_layers,
+        step.widths.N * step.widths.H,
+        1,
+        work.squares / work.tokens,
     )
     return StepTime(
         products=products * m,
         attention=attention * m,
         memory=memory * m,
         communication=waited * m,
-        idle=idle,
+        idle=bubble(parallel.pipeline, parallel.virtual_pipeline or 1, m) * (computing + waited) * m,
         reduction=reduction,
         optimizer=optimizer,
         host=host,
@@ -187,5 +128,120 @@ def step_time(
         rows=rows_per_step,
         tokens=useful,
         flops=flops * useful,
-        links=links,
+        links=step.links,
     )
+
+
+@dataclass
+class _Step:
+    """The parts of :func:`step_time`, in seconds of a micro-batch of the slowest stage, which has the output layer."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    engine: EngineConfig
+    work: Workload
+    gpu: Hardware
+    ranks: int
+    vocab_size: int
+    head: bool
+    trained: float
+    micro_rows: int
+    micro_batches: int
+    links: dict[str, Link] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.widths, self.size = Widths.of(self.model), BYTES[self.engine.precision]
+        self.layers = stage_layers(self.model, self.parallel)
+        self.tokens = self.micro_rows * self.work.row_tokens / self.parallel.context
+        self.targets = self.micro_rows * self.work.targets / self.parallel.context
+        self.again = 1.0 if self.engine.recompute == "full" else 0.0  # forward passes for the backward pass
+        self.group = self.ranks // (self.parallel.tensor * self.parallel.pipeline)  # ranks with the same parameters
+        self.rate = 1e9 * self.gpu.memory_gb_per_sec * self.gpu.memory_share
+        rows = padded_vocab_size(self.vocab_size, self.model.vocab_multiple, self.parallel.tensor)
+        self.output = 0 if self.head else self.widths.D * rows // self.parallel.tensor
+
+    @property
+    def _zero(self) -> int:
+        return self.engine.zero_stage if self.engine.name == "deepspeed" else 0
+
+    @property
+    def _split(self) -> int:
+        """Ranks over which what lies between the layers is split."""
+        return self.parallel.tensor if self.parallel.sequence else 1
+
+    def _parameters(self, stage: int) -> int:
+        return stage_parameters(self.model, self.parallel, stage, self.vocab_size, 1 if self.head else None)
+
+    def products(self, precision: str | None) -> float:
+        per_layer, gpu = layer_parameters(self.model, self.parallel.tensor), self.gpu
+        passes = 1 + 1 + self.trained + self.again
+        layers = (
+            2 * self.layers * per_layer * self.tokens * passes / gpu.product_rate(precision or self.engine.precision)
+        )
+        return layers + 2 * self.output * self.targets * 3 / gpu.product_rate(self.engine.precision)
+
+    def attention(self) -> float:
+        w, squares = self.widths, self.micro_rows * self.work.squares / self.parallel.context
+        passes = 1 + _ATTENTION_BACKWARD + max(self.again, self.engine.recompute != "none")
+        scores = 2 * self.layers * w.N * w.H / self.parallel.tensor * squares * passes
+        return scores / (self.gpu.peak(self.engine.precision) * self.gpu.attention_share)
+
+    def memory(self) -> float:
+        w = self.widths
+        touched = 10 * w.D / self._split + (4 * w.H * (w.N + w.G) + w.mlp_in + w.F) / self.parallel.tensor
+        layers = self.layers * touched * self.tokens * self.size * (3 + self.again)
+        return (layers + _LOSS_PASSES * self.targets * self.output / w.D * self.size) / self.rate
+
+    def _link(self, stride: int, members: int) -> tuple[str, float]:
+        """Return the link, and its rate, of a group of ``members`` ranks that are ``stride`` apart."""
+        gpu = self.gpu
+        inside, between = (1e9 * x * gpu.link_share for x in (gpu.link_gb_per_sec, gpu.network_gb_per_sec))
+        if stride * members <= gpu.gpus_per_node:
+            return "NVLink", inside
+        return "network", min(inside, between * max(1, gpu.gpus_per_node // stride))
+
+    def _send(self, name: str, amount: float, stride: int, members: int) -> float:
+        """Note ``amount`` bytes a micro-batch, and return their time."""
+        over, speed = self._link(stride, members)
+        self.links[name] = Link(over, amount * self.micro_batches, amount * self.micro_batches / speed)
+        return amount / speed
+
+    def waited(self, tensor_overlap: float) -> float:
+        """Return how long products wait for tensors from other ranks."""
+        w, p, waited = self.widths, self.parallel, 0.0
+        if p.tensor > 1:
+            one = self.tokens * w.D * self.size * (p.tensor - 1) / p.tensor
+            times = 8 + (1 if p.sequence else 0) + 4 * self.again
+            waited += self._send("tensor", self.layers * one * times, 1, p.tensor) * (1 - tensor_overlap)
+        if p.context > 1:
+            row = self.micro_rows * self.work.row_tokens
+            one = 2 * row * w.G * w.H / p.tensor * self.size * (p.context - 1) / p.context
+            waited += self._send("context", self.layers * one * (2 + self.again), p.tensor, p.context)
+        if p.pipeline > 1:
+            amount = 2 * self.tokens * w.D / self._split * self.size * (p.virtual_pipeline or 1)
+            waited += self._send("pipeline", amount, self.ranks // p.pipeline, 2)
+        return waited
+
+    def reduction(self, gradient_bytes: int, computing: float) -> float:
+        """Return how long a step waits for gradients and weights of other ranks, beside ``computing`` seconds."""
+        if self.group == 1:
+            return 0.0
+        share, parameters = (self.group - 1) / self.group, self._parameters(self.parallel.pipeline - 1)
+        over, speed = self._link(self.parallel.tensor, self.group)
+        gathers = (2 + self.again) * self.micro_batches if self._zero == 3 else 1
+        reduces = self.micro_batches if self._zero > 1 else 1
+        scattered = parameters * self.trained * gradient_bytes * share * reduces
+        gathered = parameters * self.size * share * gathers
+        self.links["data"] = Link(over, scattered + gathered, (scattered + gathered) / speed)
+        return max(0.0, (scattered + gathered) / speed - (0.0 if self._zero == 3 else computing))
+
+    def optimizer(self) -> tuple[float, float]:
+        """Return the seconds of an update on the GPU, and on the host where the optimizer is offloaded."""
+        own = self._parameters(0) * self.trained / self.group
+        if self.engine.name != "deepspeed" or self.engine.offload == "none":
+            return own * _OPTIMIZER_BYTES / self.rate, 0.0
+        bus, moved = 1e9 * self.gpu.host_gb_per_sec, own * (4 + self.size)
+        if self.engine.offload == "all":
+            moved += self._parameters(self.parallel.pipeline - 1) * self.size / self.group * 2 * self.micro_batches
+        self.links["host"] = Link("PCIe", moved, moved / bus)
+        return 0.0, moved / bus + own * _OPTIMIZER_BYTES / _HOST_RATE
