@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from steerlm_megatron.model.attention import Masks, causal_attention
+from steerlm_megatron.model.attention import causal_attention
 from steerlm_megatron.model.cross_entropy import soft_capped
+from steerlm_megatron.model.packed_tokens import Masks
 
 # The decoded length is rounded up to this many tokens: aligned masks for CUDA's memory-efficient kernel, few distinct
 # shapes.

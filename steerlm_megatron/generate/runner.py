@@ -17,7 +17,7 @@ from steerlm_megatron.generate.group import ModelGroup
 from steerlm_megatron.generate.kv_cache import KVCache
 from steerlm_megatron.generate.sampling import BatchSampler, RowParams
 from steerlm_megatron.generate.scheduler import StepPlan
-from steerlm_megatron.model.attention import PackedTokens
+from steerlm_megatron.model.packed_tokens import PackedTokens
 from steerlm_megatron.observe.log import get_logger
 
 log = get_logger(__name__)

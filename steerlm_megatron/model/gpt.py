@@ -29,11 +29,12 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.model.arithmetic import padded_vocab_size
-from steerlm_megatron.model.attention import PackedAttention, PackedTokens, Rotary
+from steerlm_megatron.model.attention import PackedAttention
 from steerlm_megatron.model.cross_entropy import soft_capped, vocab_parallel_cross_entropy
 from steerlm_megatron.model.fused import CompiledGeGLU, CompiledSwiGLU, GeGLU, SwiGLU
 from steerlm_megatron.model.lora import Lora, LoraColumn, LoraRow, add_rows
 from steerlm_megatron.model.norm import CompiledHeadNorm, CompiledNorm, HeadNorm, NormedResidual, PackedNorm
+from steerlm_megatron.model.packed_tokens import PackedTokens, Rotary
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
 from steerlm_megatron.runtime.mcore_private import HookedGPTModel, HookedTransformerLayer

@@ -7,7 +7,7 @@ in their stream, and what the host needs to know (document lengths) is read befo
 from __future__ import annotations
 
 from steerlm_megatron.data.batch import RowBatch
-from steerlm_megatron.model.attention import PackedTokens
+from steerlm_megatron.model.packed_tokens import PackedTokens
 from steerlm_megatron.runtime.device import device
 
 

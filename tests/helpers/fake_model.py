@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from steerlm_megatron.generate.protocol import Limits
-from steerlm_megatron.model.attention import PackedTokens
+from steerlm_megatron.model.packed_tokens import PackedTokens
 
 VOCAB = 64
 TURN, LABEL = 62, 63  # ids of control tokens; text has the ids 0..61

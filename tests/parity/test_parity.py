@@ -11,8 +11,9 @@ import torch
 
 from steerlm_megatron.config.schema import EngineConfig
 from steerlm_megatron.config.schema import ParallelConfig as P
-from steerlm_megatron.model.attention import PackedAttention, PackedTokens
+from steerlm_megatron.model.attention import PackedAttention
 from steerlm_megatron.model.gpt import build_model
+from steerlm_megatron.model.packed_tokens import PackedTokens
 from steerlm_megatron.model.weights import fill, global_names, initialize
 from steerlm_megatron.runtime import parallel
 from tests.helpers.dist import once, run_ranks

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from steerlm_megatron.model.attention import PackedTokens, Rotary
 from steerlm_megatron.model.fused import CompiledGeGLU, CompiledSwiGLU, GeGLU, SwiGLU, rms_norm, rotate
+from steerlm_megatron.model.packed_tokens import PackedTokens, Rotary
 
 
 def grown(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -14,7 +14,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator, check_limits
 from steerlm_megatron.generate.protocol import Delta, EngineDead, QueueFull, Request, Result, SamplingParams
 from steerlm_megatron.generate.text import ResponseText
-from steerlm_megatron.model.attention import PackedTokens
+from steerlm_megatron.model.packed_tokens import PackedTokens
 from tests.helpers.fake_model import LABEL, TURN, VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
 
 

@@ -17,12 +17,13 @@ from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelCo
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model import attention, cross_entropy
 from steerlm_megatron.model.arithmetic import model_flops, multiplied_parameters, padded_vocab_size
-from steerlm_megatron.model.attention import PackedTokens, Rotary, attend_sdpa, attention_backend, causal_attention
+from steerlm_megatron.model.attention import attend_sdpa, attention_backend, causal_attention
 from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
 from steerlm_megatron.model.fused import rotate
 from steerlm_megatron.model.gpt import LastLayer, LastParallelLayer, build_model, transformer_config
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.model.norm import NormedResidual, PackedNorm
+from steerlm_megatron.model.packed_tokens import PackedTokens, Rotary
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.model.weights import fill, global_names, initial_weights, initialize
 from steerlm_megatron.runtime import device, mcore_compat, mcore_private, parallel
