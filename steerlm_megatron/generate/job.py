@@ -45,6 +45,7 @@ class Job:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.reason: FinishReason | None = None
+        self.failed = False  # its logits were not finite
         self.needs_text = on_delta is not None or bool(params.stop)
 
     @property

@@ -1,113 +1,156 @@
 """One generation step on one rank: from a plan to sampled ids.
 
 Owns: the model's inputs, passing hidden states between stages, the cache and the sampler of this rank. Does not own:
-the plan (``scheduler.py``). Invariant: the state is a function of the sequence of plans alone, so that ranks with the
-same plans hold the same rows.
+the plan (``scheduler.py``). Invariant: the state is a function of the sequence of plans and of sampled tokens alone, so
+that ranks with the same plans hold the same rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.group import ModelGroup
-from steerlm_megatron.generate.kv_cache import KVCache
+from steerlm_megatron.generate.kv_cache import BlockTables, KVCache, Span
+from steerlm_megatron.generate.protocol import Limits
 from steerlm_megatron.generate.sampling import BatchSampler, RowParams
-from steerlm_megatron.generate.scheduler import StepPlan
-from steerlm_megatron.model.packed_tokens import PackedTokens
+from steerlm_megatron.generate.scheduler import NewRow, StepPlan
+from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens
 from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.runtime.device import to_device
 
 log = get_logger(__name__)
+
+
+@dataclass
+class _Row:
+    """What this rank knows of a row."""
+
+    params: RowParams
+    tokens: tuple[int, ...]  # of the prompt, not fed yet
+    length: int  # tokens in the cache
+    drawn: int  # tokens sampled
+    copy_of: int | None = None  # the row after whose logits this one is sampled in its first step
+    last: int = 0  # the token sampled last
 
 
 class StepRunner:
     """Runs plans on this rank's part of the model. Every rank of the replica calls :meth:`run` with the same plan."""
 
-    def __init__(self, model: torch.nn.Module, group: ModelGroup, vocab_size: int, banned_ids: Sequence[int]) -> None:
+    def __init__(
+        self, model: torch.nn.Module, group: ModelGroup, vocab_size: int, banned_ids: Sequence[int], limits: Limits
+    ) -> None:
+        """``model`` says by ``cache_shape()`` what its keys and values take; the cache is allocated here."""
         config = getattr(model, "config", None)
         if getattr(config, "sequence_parallel", False):
             raise UserError(
                 "parallel.sequence=true cannot generate: a step has one token per sequence; use parallel.sequence=false"
             )
-        parameter = next(model.parameters())
-        self.model = model.eval()
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.model: Any = model
+        self.model.eval()
+        shape: CacheShape = self.model.cache_shape()
+        self.device, self.dtype = next(model.parameters()).device, shape.dtype
         self.group = group
-        self.cache = KVCache(self.device)
+        self.cache = KVCache(shape, limits.blocks, limits.block_tokens, self.device)
         self.sampler = BatchSampler(vocab_size, banned_ids, self.device)
         self._hidden_size: int = getattr(config, "hidden_size", 0)
-        self._rows: list[RowParams] = []
+        self._rows: list[_Row] = []
+        self._tables = BlockTables(limits.max_batch, limits.blocks_for(limits.max_sequence_tokens))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> tuple[list[int], list[float] | None]:
-        """Return one token for each row of the plan: ids and, where any row asked, log-probabilities. Collective over
-        the replica.
+        """Return a token for each row whose tokens have all been fed, in order: ids and, where any row asked,
+        log-probabilities. Collective over the replica.
 
-        A row from which no token can be drawn gets a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``), and is wiped
-        from the cache."""
-        for source, target, length in plan.moves:
-            self.cache.move(source, target, length)
-        self.cache.resize(*plan.cache_shape, plan.lengths)
-        if plan.params is not None:
-            self._rows = plan.params
-        logits_KV = self._forward(plan)
-        decoding = len(plan.tokens)
-        for i, first in enumerate(plan.duplicate_of):
-            if first != i:
-                self.cache.move(decoding + first, decoding + i, len(plan.prompts[i]))
-        sampled_2K = torch.zeros((2, plan.size), dtype=torch.float64)  # ids are exact in float64
-        if self.group.is_sampler:
+        A row from which no token can be drawn gets a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``).
+        """
+        self._change_rows(plan)
+        logits_KV, sampled = self._forward(dict(plan.chunks))
+        sampled_2K = torch.zeros((2, len(sampled)), dtype=torch.float64)  # ids are exact in float64
+        if sampled and self.group.is_sampler:
             assert logits_KV is not None
-            ids_K, logprobs_K = self._sample(logits_KV, plan.drawn)
+            ids_K, logprobs_K = self._sample(logits_KV, sampled)
             both = [ids_K.double(), ids_K.double() if logprobs_K is None else logprobs_K.double()]
             sampled_2K = torch.stack(both).cpu()  # host sync: the scheduler needs the tokens
-        ids, logprobs = self.group.broadcast_sampled(sampled_2K).tolist()
-        for row, i in enumerate(ids):
-            if i < 0:
-                self.cache.wipe(row)
+        if sampled:
+            sampled_2K = self.group.broadcast_sampled(sampled_2K)
+        if plan.copies:
+            self.cache.copy(plan.copies)
+        ids, logprobs = sampled_2K.tolist()
+        for row, token in zip(sampled, ids, strict=True):
+            row.last, row.drawn = max(int(token), 0), row.drawn + 1
         return [int(i) for i in ids], logprobs
 
-    def _sample(self, logits_KV: torch.Tensor, drawn: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _change_rows(self, plan: StepPlan) -> None:
+        if plan.wipe:
+            self.cache.wipe(plan.wipe)
+        if plan.keep is not None:
+            self._rows = [self._rows[i] for i in plan.keep]
+            self._tables.keep(plan.keep)
+        for new in plan.new:
+            self._rows.append(_row(new))
+            self._tables.add(new.blocks)
+        for number, block in plan.blocks:
+            self._tables.append(number, block)
+
+    def _sample(self, logits_KV: torch.Tensor, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        params, drawn = [row.params for row in rows], [row.drawn for row in rows]
         try:
-            self.sampler.set_rows(self._rows)
+            self.sampler.set_rows(params)
             return self.sampler.sample(logits_KV, drawn)
         except Exception:
             log.exception("drawing tokens for a batch raised; each row is drawn on its own")
-        return self.sampler.sample_each(self._rows, logits_KV, drawn)
+        return self.sampler.sample_each(params, logits_KV, drawn)
 
-    def _forward(self, plan: StepPlan) -> torch.Tensor | None:
-        """Return the logits [rows, V] of each row's last token; None on all stages but the last."""
-        decoding = len(plan.tokens)
-        tokens, last, prefill = list(plan.tokens), list(range(decoding)), []
-        ends: list[int] = []
-        for i, (prompt, first) in enumerate(zip(plan.prompts, plan.duplicate_of, strict=True)):
-            if first == i:
-                prefill.append((decoding + i, len(prompt)))
-                tokens.extend(prompt)
-            ends.append(len(tokens) - 1 if first == i else ends[first])
-        last.extend(ends)
-        positions_T = self.cache.begin(plan.lengths, prefill)
-        every_token = last == list(range(len(tokens)))
+    def _forward(self, chunks: dict[int, int]) -> tuple[torch.Tensor | None, list[_Row]]:
+        """Feed each row its tokens. Return the logits [rows, V] after those rows that have been fed all of theirs (None
+        on all stages but the last), and these rows.
+        """
+        singles: list[tuple[Span, Sequence[int]]] = []
+        longer: list[tuple[Span, Sequence[int]]] = []
+        for number, row in enumerate(self._rows):
+            count = chunks.get(number, 1)
+            tokens = row.tokens[:count] if number in chunks else (row.last,)
+            row.tokens = row.tokens[count:]
+            if count:
+                (singles if count == 1 else longer).append((Span(number, row.length, count), tokens))
+            row.length += count
+        fed = [*singles, *longer]
+        ids_T = np.fromiter((token for _, tokens in fed for token in tokens), np.int64)
+        positions_T = self.cache.begin(self._tables, [span for span, _ in singles], [span for span, _ in longer])
+        end_of = dict(zip((span.row for span, _ in fed), np.cumsum([span.count for span, _ in fed]) - 1, strict=True))
+        for number, row in enumerate(self._rows):
+            if row.copy_of is not None:
+                end_of[number], row.copy_of = end_of[row.copy_of], None
+        numbers = [number for number, row in enumerate(self._rows) if not row.tokens and number in end_of]
+        last_K = np.array([end_of[number] for number in numbers], np.int64)
+        every_token = np.array_equal(last_K, np.arange(len(ids_T)))
         packed = PackedTokens(
             positions_T=positions_T,
             kv=self.cache,
-            output_index_K=None if every_token else torch.tensor(last, dtype=torch.int64).to(self.device),
+            output_index_K=None if every_token else to_device(last_K, self.device),
         )
         if not self.group.is_first_stage:
-            shape = (len(tokens), 1, self._hidden_size)
-            model: Any = self.model
-            model.set_input_tensor(self.group.receive_hidden(shape, self.dtype, self.device))
+            shape = (len(ids_T), 1, self._hidden_size)
+            self.model.set_input_tensor(self.group.receive_hidden(shape, self.dtype, self.device))
         output = self.model(
-            input_ids=torch.tensor([tokens], dtype=torch.int64).to(self.device),
+            input_ids=to_device(ids_T[None], self.device),
             position_ids=positions_T.unsqueeze(0),
             attention_mask=None,
             labels=None,
             packed_seq_params=packed,
         )
+        rows = [self._rows[number] for number in numbers]
         if not self.group.is_last_stage:
             self.group.send_hidden(output)
-            return None
-        return output[0]
+            return None, rows
+        return output[0], rows
+
+
+def _row(new: NewRow) -> _Row:
+    return _Row(new.params, new.tokens, new.start, new.drawn, new.copy_of)
