@@ -286,6 +286,23 @@ class Generator:
             logprobs=tuple(job.logprobs) if job.row_params.logprobs else None,
         )
 
+    def counts(self) -> dict[str, float]:
+        """What the engine has done and holds at present, by name: for metrics and for a benchmark."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return {
+            "steps": self.steps,
+            "sampled_tokens": self.sampled_tokens,
+            "running": len(scheduler.rows),
+            "waiting": len(scheduler.waiting),
+            "cached_tokens": scheduler.cached_tokens,
+            "cache_blocks": pool.blocks,
+            "cache_blocks_used": pool.used,
+            "prefix_asked_tokens": pool.counts.asked_tokens,
+            "prefix_hit_tokens": pool.counts.hit_tokens,
+            "evicted_blocks": pool.counts.evicted_blocks,
+            "preemptions": scheduler.preemptions,
+        }
+
     def fail(self, reason: str) -> None:
         """End the engine: pending and later requests get ``EngineDead(reason)``."""
         with self._lock:

@@ -99,6 +99,7 @@ class KVCache:
         self.shape, self.blocks, self.block_tokens, self.device = shape, blocks, block_tokens, device
         size = (2, shape.groups, blocks, block_tokens, shape.head_dim)
         self._layers = {n: torch.zeros(size, dtype=shape.dtype, device=device) for n in shape.layers}
+        self._slots = {n: layer.flatten(2, 3).unbind(0) for n, layer in self._layers.items()}  # views: [G, slots, H]
         self._step: _Step | None = None
         self._tables = np.zeros((0, 0), np.int64)
 
@@ -147,9 +148,8 @@ class KVCache:
         step = self._step
         assert step is not None, "begin() before attend()"
         layer = self._layers[layer_number]
-        slots_2GSH = layer.flatten(2, 3)
-        slots_2GSH[0].index_copy_(1, step.slots_T, k_TGH.transpose(0, 1))
-        slots_2GSH[1].index_copy_(1, step.slots_T, v_TGH.transpose(0, 1))
+        for slots_GSH, new_TGH in zip(self._slots[layer_number], (k_TGH, v_TGH), strict=True):
+            slots_GSH.index_copy_(1, step.slots_T, new_TGH.transpose(0, 1))
         n = len(step.singles)
         outputs = [self._decode(step, layer, q_TNH[:n], scale, window, softcap)] if n else []
         start = n

@@ -20,6 +20,7 @@ from steerlm_megatron.generate.kv_cache import BlockTables, KVCache, Span
 from steerlm_megatron.generate.protocol import Limits
 from steerlm_megatron.generate.sampling import BatchSampler, RowParams
 from steerlm_megatron.generate.scheduler import NewRow, StepPlan
+from steerlm_megatron.model.inference import InferencePath
 from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.device import to_device
@@ -56,6 +57,7 @@ class StepRunner:
         shape: CacheShape = self.model.cache_shape()
         self.device, self.dtype = next(model.parameters()).device, shape.dtype
         self.group = group
+        self._path = InferencePath(model) if InferencePath.takes(model) else None
         self.cache = KVCache(shape, limits.blocks, limits.block_tokens, self.device)
         self.sampler = BatchSampler(vocab_size, banned_ids, self.device)
         self._hidden_size: int = getattr(config, "hidden_size", 0)
@@ -135,21 +137,31 @@ class StepRunner:
             kv=self.cache,
             output_index_K=None if every_token else to_device(last_K, self.device),
         )
+        hidden_T1D = None
         if not self.group.is_first_stage:
-            shape = (len(ids_T), 1, self._hidden_size)
-            self.model.set_input_tensor(self.group.receive_hidden(shape, self.dtype, self.device))
-        output = self.model(
-            input_ids=to_device(ids_T[None], self.device),
-            position_ids=positions_T.unsqueeze(0),
-            attention_mask=None,
-            labels=None,
-            packed_seq_params=packed,
-        )
+            hidden_T1D = self.group.receive_hidden((len(ids_T), 1, self._hidden_size), self.dtype, self.device)
+        output = self._compute(to_device(ids_T, self.device), packed, hidden_T1D)
         rows = [self._rows[number] for number in numbers]
         if not self.group.is_last_stage:
             self.group.send_hidden(output)
             return None, rows
-        return output[0], rows
+        return output, rows
+
+    def _compute(self, ids_T: torch.Tensor, packed: PackedTokens, hidden_T1D: torch.Tensor | None) -> torch.Tensor:
+        """Logits [K, V] on the last stage, hidden states [T, 1, D] on the others."""
+        if self._path is not None:
+            return self._path(ids_T, packed, hidden_T1D)
+        if hidden_T1D is not None:
+            self.model.set_input_tensor(hidden_T1D)
+        assert packed.positions_T is not None
+        output: torch.Tensor = self.model(
+            input_ids=ids_T[None],
+            position_ids=packed.positions_T[None],
+            attention_mask=None,
+            labels=None,
+            packed_seq_params=packed,
+        )
+        return output[0] if self.group.is_last_stage else output
 
 
 def _row(new: NewRow) -> _Row:
