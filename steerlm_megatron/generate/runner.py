@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ class StepRunner:
             raise UserError(
                 "parallel.sequence=true cannot generate: a step has one token per sequence; use parallel.sequence=false"
             )
-        self.model: Any = model
+        self.model = cast(Any, model)
         self.model.eval()
         shape: CacheShape = self.model.cache_shape()
         self.device, self.dtype = next(model.parameters()).device, shape.dtype
