@@ -55,6 +55,11 @@ class Detokenizer:
             self._move(len(self._ids) - _KEPT, text)
         return piece
 
+    @property
+    def whole(self) -> bool:
+        """Whether the ids so far make whole characters, all of which :meth:`push` has returned."""
+        return self._clean == len(self._ids)
+
     def rest(self) -> str:
         """Return the text that :meth:`push` has not returned yet; an unfinished character stays as decoded."""
         text = self._decode(self._ids[self._window :])
@@ -115,9 +120,14 @@ class _Match:
 class ResponseText:
     """The text of one response. ``push`` is only needed where stop strings or streaming ask for text along the way."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], suffix: str) -> None:
-        """``suffix`` is the text that a template puts between a response and its stop token (``response_suffix``)."""
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], suffix: str, include_stop: bool = False
+    ) -> None:
+        """``suffix`` is the text that a template puts between a response and its stop token (``response_suffix``).
+        ``include_stop``: the stop string is part of the text.
+        """
         self._decode = decode
+        self._include_stop = include_stop
         self._suffix = suffix
         self._detokenizer = Detokenizer(decode)
         self._stops = [_Match(text) for text in stop]
@@ -126,11 +136,19 @@ class ResponseText:
         self._held = [*self._stops, *([_Match(suffix + "\0")] if suffix else [])]
         self._returned: list[str] = []
         self._open = ""  # text that follows what was returned
-        self.stopped_at: int | None = None  # index in the text at which a stop string begins
+        self.stopped_at: int | None = None  # index at which the text ends, since a stop string was found
+        self.stop: str | None = None  # that stop string
 
-    def push(self, token_id: int) -> str:
-        """Add a token and return the text that has become final. ``stopped_at`` is set when a stop string was found."""
-        self._add(self._detokenizer.push(token_id))
+    @property
+    def whole(self) -> bool:
+        """Whether :meth:`push` has returned the text of all tokens so far."""
+        return not self._open and self._detokenizer.whole
+
+    def push(self, token_id: int, may_stop: bool = True) -> str:
+        """Add a token and return the text that has become final. ``stopped_at`` is set when a stop string was found;
+        one that is complete with a token that may not stop the response is ordinary text.
+        """
+        self._add(self._detokenizer.push(token_id), may_stop)
         certain = len(self._open)
         if self.stopped_at is None:
             certain -= max((min(held.size, len(held.pattern) - 1) for held in self._held), default=0)
@@ -138,23 +156,28 @@ class ResponseText:
         self._returned.append(piece)
         return piece
 
-    def _add(self, text: str) -> None:
+    def _add(self, text: str, may_stop: bool = True) -> None:
         """Add final text, up to the first stop string in it."""
         if not text or self.stopped_at is not None:
             return
         ends = [(match, match.push(text)) for match in self._held]
         before = len(self._open)
         self._open += text
-        hits = [before + end - len(m.pattern) for m, end in ends if end is not None and m in self._stops]
+        hits = [
+            (before + end - len(match.pattern), before + end, match.pattern)
+            for match, end in ends
+            if end is not None and match in self._stops and may_stop
+        ]
         if hits:
-            self._open = self._open[: max(0, min(hits))]
+            start, end, self.stop = min(hits)
+            self._open = self._open[: end if self._include_stop else max(0, start)]
             self.stopped_at = sum(map(len, self._returned)) + len(self._open)
 
-    def finish(self, ids: Sequence[int], by_control: bool) -> tuple[str, str]:
+    def finish(self, ids: Sequence[int], by_control: bool, may_stop: bool = True) -> tuple[str, str]:
         """Return the complete text, and the part of it that :meth:`push` has not returned yet.
 
-        ``ids`` is the response without its stop token. ``by_control``: a stop token ended it, so the template's suffix
-        is removed.
+        ``ids`` is the response without tokens that are no text. ``by_control``: a stop token of the template ended it,
+        so the template's suffix is removed. ``may_stop``: a stop string in the text that was held back ends it.
         """
         if self.stopped_at is None:
             whole = "" if self._detokenizer.count else self._decode(ids)
@@ -162,9 +185,9 @@ class ResponseText:
                 # Some decoders show invalid bytes differently when more bytes follow, so the text is made as a
                 # streaming client gets it.
                 for token_id in ids[self._detokenizer.count :]:
-                    self._add(self._detokenizer.push(token_id))
+                    self._add(self._detokenizer.push(token_id), may_stop)
                 whole = self._detokenizer.rest()
-            self._add(whole)
+            self._add(whole, may_stop)
         if self.stopped_at is None and by_control:
             self._open = self._open.removesuffix(self._suffix)
         return "".join(self._returned) + self._open, self._open
