@@ -199,11 +199,20 @@ class Generator:
         return [job.handle for job in jobs]
 
     def new_job(self, request: Request, on_delta: Callable[[Delta], None] | None) -> Job:
+        return Job(request, Handle(request, self.cancel), self.new_text(request), on_delta, self.stop_ids)
+
+    def new_text(self, request: Request) -> ResponseText:
+        """Return the empty text of a response to ``request``."""
         params = request.params
-        text = ResponseText(
-            self.tokenizer.decode, params.stop, self.template.response_suffix, params.include_stop_str_in_output
+        silent = self.stop_ids | (set() if params.include_stop_str_in_output else set(params.stop_token_ids))
+        return ResponseText(
+            self.tokenizer.decode,
+            params.stop,
+            self.template.response_suffix,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+            silent_ids=silent,
         )
-        return Job(request, Handle(request, self.cancel), text, on_delta, self.stop_ids)
 
     def _retry_after_sec(self) -> int:
         return max(1, min(30, len(self.scheduler.waiting) // max(1, self.limits.max_batch)))
@@ -287,23 +296,21 @@ class Generator:
         """Return the text that became final, and the reason if the response ends here."""
         piece = ""
         params = job.request.params
-        if token_id in job.stop_ids:
-            if token_id in params.stop_token_ids:
-                job.stop_reason = token_id
+        ends = token_id in job.stop_ids
+        if ends and token_id in params.stop_token_ids:
+            job.stop_reason = token_id
+        if ends and not params.include_stop_str_in_output:
             return piece, "stop"
-        if job.needs_text and token_id not in job.no_text_ids:
-            piece = job.text.push(token_id, job.may_stop)
-            if job.text.stopped_at is not None:
-                return piece, "stop"
+        if job.needs_text:
+            piece = job.text.push(token_id)
+        if ends or job.text.stopped_at is not None:
+            return piece, "stop"
         return piece, "length" if len(job.token_ids) >= params.max_tokens else None
 
     def _result(self, job: Job, piece: str = "") -> Result:
         """Return the job's result, after its last text was sent as a delta."""
-        last = job.token_ids[-1] if job.token_ids else -1
-        by_control = last in job.stop_ids and last in job.no_text_ids
-        by_token = last in job.stop_ids and not (job.request.params.include_stop_str_in_output and not by_control)
-        shown = [i for i in (job.token_ids[:-1] if by_token else job.token_ids) if i not in job.no_text_ids]
-        text, rest = job.text.finish(shown, by_control, job.may_stop)
+        by_control = job.token_ids[-1:] != [] and job.token_ids[-1] in job.stop_ids & self.stop_ids
+        text, rest = job.text.finish(job.token_ids, by_control)
         if job.reason == "length" and job.text.stopped_at is not None:
             job.reason = "stop"  # the text that was held back contains a stop string
         if job.text.stop is not None:

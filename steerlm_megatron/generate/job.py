@@ -48,7 +48,6 @@ class Job:
         self.request, self.handle, self.text, self.on_delta = request, handle, text, on_delta
         params = request.params
         self.prompt_ids = request.prompt_ids
-        self.no_text_ids = stop_ids  # these are drawn, and are no text
         self.stop_ids = (frozenset() if params.ignore_eos else stop_ids) | frozenset(params.stop_token_ids)
         self.row_params = RowParams(
             params.temperature,
@@ -79,11 +78,6 @@ class Job:
     @property
     def total_tokens(self) -> int:
         return len(self.prompt_ids) + self.request.params.max_tokens
-
-    @property
-    def may_stop(self) -> bool:
-        """Whether stop strings in the text of the tokens so far end the response."""
-        return len(self.token_ids) > self.request.params.min_tokens
 
 
 def outcome_of(job: Job, step: Callable[[], Result | None]) -> Result | RequestFailed | None:

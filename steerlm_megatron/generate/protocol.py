@@ -131,9 +131,9 @@ class Result:
     control token ended it, without the template's newline before that token. ``completion_tokens`` = len(token_ids);
     ``logprobs`` and ``top_logprobs``, where asked for, have the same length.
 
-    ``stop_reason``: the stop string or the one of ``stop_token_ids`` that ended it; None if a stop token of the template
-    or the length did. ``prompt_logprobs`` and ``prompt_top_logprobs``, where asked for, have an entry for each token of
-    the prompt; that of the first token, which nothing precedes, is None.
+    ``stop_reason``: the stop string or the one of ``stop_token_ids`` that ended it; None if a stop token of the
+    template or the length did. ``prompt_logprobs`` and ``prompt_top_logprobs``, where asked for, have an entry for each
+    token of the prompt; that of the first token, which nothing precedes, is None.
     """
 
     id: str

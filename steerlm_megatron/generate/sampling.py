@@ -16,7 +16,7 @@ greedy row takes the largest logit, another one is divided by its temperature an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -64,6 +64,12 @@ class RowParams:
     stop_ids: tuple[int, ...] = ()
     history: History | None = None
     prompt_logprobs: int | None = None
+
+    def after(self, output_ids: Sequence[int]) -> RowParams:
+        """Return the parameters of a sequence that comes back into the batch after these tokens of its response."""
+        if self.history is None:
+            return self
+        return replace(self, history=replace(self.history, output_ids=tuple(output_ids)))
 
 
 def uniform(seed: int, index: int) -> float:

@@ -121,13 +121,21 @@ class ResponseText:
     """The text of one response. ``push`` is only needed where stop strings or streaming ask for text along the way."""
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], suffix: str, include_stop: bool = False
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str],
+        suffix: str,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        silent_ids: frozenset[int] = frozenset(),
     ) -> None:
         """``suffix`` is the text that a template puts between a response and its stop token (``response_suffix``).
-        ``include_stop``: the stop string is part of the text.
+        ``include_stop``: the stop string is part of the text. A stop string that is complete within the first
+        ``min_tokens`` tokens is ordinary text. ``silent_ids`` are tokens that are no text.
         """
         self._decode = decode
-        self._include_stop = include_stop
+        self._include_stop, self._min_tokens, self._silent_ids = include_stop, min_tokens, silent_ids
+        self._count = 0  # tokens that were pushed
         self._suffix = suffix
         self._detokenizer = Detokenizer(decode)
         self._stops = [_Match(text) for text in stop]
@@ -144,11 +152,12 @@ class ResponseText:
         """Whether :meth:`push` has returned the text of all tokens so far."""
         return not self._open and self._detokenizer.whole
 
-    def push(self, token_id: int, may_stop: bool = True) -> str:
-        """Add a token and return the text that has become final. ``stopped_at`` is set when a stop string was found;
-        one that is complete with a token that may not stop the response is ordinary text.
-        """
-        self._add(self._detokenizer.push(token_id), may_stop)
+    def push(self, token_id: int) -> str:
+        """Add a token and return the text that has become final. ``stopped_at`` is set when a stop string was found."""
+        self._count += 1
+        if token_id in self._silent_ids:
+            return ""
+        self._add(self._detokenizer.push(token_id))
         certain = len(self._open)
         if self.stopped_at is None:
             certain -= max((min(held.size, len(held.pattern) - 1) for held in self._held), default=0)
@@ -156,7 +165,7 @@ class ResponseText:
         self._returned.append(piece)
         return piece
 
-    def _add(self, text: str, may_stop: bool = True) -> None:
+    def _add(self, text: str) -> None:
         """Add final text, up to the first stop string in it."""
         if not text or self.stopped_at is not None:
             return
@@ -166,28 +175,30 @@ class ResponseText:
         hits = [
             (before + end - len(match.pattern), before + end, match.pattern)
             for match, end in ends
-            if end is not None and match in self._stops and may_stop
+            if end is not None and match in self._stops and self._count > self._min_tokens
         ]
         if hits:
             start, end, self.stop = min(hits)
             self._open = self._open[: end if self._include_stop else max(0, start)]
             self.stopped_at = sum(map(len, self._returned)) + len(self._open)
 
-    def finish(self, ids: Sequence[int], by_control: bool, may_stop: bool = True) -> tuple[str, str]:
+    def finish(self, ids: Sequence[int], by_control: bool) -> tuple[str, str]:
         """Return the complete text, and the part of it that :meth:`push` has not returned yet.
 
-        ``ids`` is the response without tokens that are no text. ``by_control``: a stop token of the template ended it,
-        so the template's suffix is removed. ``may_stop``: a stop string in the text that was held back ends it.
+        ``ids`` are the tokens of the response. ``by_control``: a stop token of the template ended it, so the template's
+        suffix is removed.
         """
+        ids = [i for i in ids if i not in self._silent_ids] if self._silent_ids else ids
         if self.stopped_at is None:
             whole = "" if self._detokenizer.count else self._decode(ids)
             if self._detokenizer.count or _REPLACEMENT in whole:
                 # Some decoders show invalid bytes differently when more bytes follow, so the text is made as a
                 # streaming client gets it.
                 for token_id in ids[self._detokenizer.count :]:
-                    self._add(self._detokenizer.push(token_id), may_stop)
+                    self._count += 1
+                    self._add(self._detokenizer.push(token_id))
                 whole = self._detokenizer.rest()
-            self._add(whole, may_stop)
+            self._add(whole)
         if self.stopped_at is None and by_control:
             self._open = self._open.removesuffix(self._suffix)
         return "".join(self._returned) + self._open, self._open
