@@ -123,7 +123,7 @@ class Generator:
             )
         return None
 
-    def _ids_problem(self, params: SamplingParams) -> str | None:
+    def ids_problem(self, params: SamplingParams) -> str | None:
         """Return why the token ids in these parameters cannot be used, or None."""
         vocab_size, allowed = self.tokenizer.vocab_size, params.allowed_token_ids
         named = {
@@ -160,7 +160,7 @@ class Generator:
                 if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab_size:
                     raise UserError(f"request {request.id}: a prompt token id is outside [0, {vocab_size})")
                 inside.add(id(request.prompt_ids))
-            if (problem := self._ids_problem(request.params)) is not None:
+            if (problem := self.ids_problem(request.params)) is not None:
                 raise UserError(f"request {request.id}: {problem}")
         if len({request.id for request in requests}) < len(requests):
             raise UserError("two requests have the same id; ids must be unique")

@@ -152,9 +152,13 @@ class _Endpoints:
                     return
                 if isinstance(event, Result):
                     results[index] = event
-                    yield _sse(self.service.chunk(ask, index, None, (), event.finish_reason))
-                elif event.text or ask.body.return_token_ids or index not in begun:
-                    yield _sse(self.service.chunk(ask, index, event.text, event.token_ids, first=index not in begun))
+                    yield _sse(self.service.chunk(ask, index, None, (), event.finish_reason, result=event))
+                    continue
+                self.service.take(ask, index, event)
+                if event.text or ask.body.return_token_ids or index not in begun:
+                    first = index not in begun
+                    whole = event.whole
+                    yield _sse(self.service.chunk(ask, index, event.text, event.token_ids, first=first, whole=whole))
                     begun.add(index)
             if ask.body.stream_options is not None and ask.body.stream_options.include_usage:
                 yield _sse(self.service.usage_chunk(ask, [results[i] for i in range(len(handles))]))
