@@ -63,14 +63,15 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple(pairs.items())
 
 
-def _ids(value: Any) -> list[int]:
+def token_ids(value: Any) -> list[int]:
+    """Return a list of token ids, or refuse it."""
     if not isinstance(value, list) or not all(type(i) is int and 0 <= i <= _INT64 for i in value):
         raise PydanticCustomError("ids", "must be a list of token ids")
-    return list(dict.fromkeys(value))
+    return value
 
 
 def _some_ids(value: Any) -> list[int]:
-    if not (ids := _ids(value)):
+    if not (ids := token_ids(value)):
         raise PydanticCustomError("ids", "is empty; it must name at least one token id, or be left out")
     return ids
 
@@ -106,7 +107,9 @@ Attributes = Annotated[dict[str, Any], BeforeValidator(neutral.without_nulls)]
 TokenCount = Annotated[Integer, Field(ge=1, le=_INT64)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """A JSON object of a request, of which every field is known."""
+
     model_config = ConfigDict(extra="forbid")
     ignorable: ClassVar[
         Mapping[str, neutral.Values]
@@ -128,14 +131,14 @@ class _Body(BaseModel):
         return {name: value for name, value in given.items() if name not in cls.ignorable}
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Options for the end of a stream."""
 
     ignorable = neutral.STREAM_OPTIONS
     include_usage: bool = False
 
 
-class _Sampling(_Body):
+class _Sampling(Body):
     """Parameters of both completion endpoints. An absent one takes the server's default."""
 
     model: str | None = None
@@ -157,7 +160,7 @@ class _Sampling(_Body):
     min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[Number, Field(ge=MIN_REPETITION, le=1 / MIN_REPETITION)] = 1.0
     allowed_token_ids: Annotated[list[int], PlainValidator(_some_ids)] | None = None
-    stop_token_ids: Annotated[list[int], PlainValidator(_ids)] = []
+    stop_token_ids: Annotated[list[int], PlainValidator(token_ids)] = []
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: Annotated[Integer, Field(ge=0, le=_INT64)] = 0
@@ -192,7 +195,7 @@ class CompletionBody(_Sampling):
         return self.logprobs or 0
 
 
-class TextPart(_Body):
+class TextPart(Body):
     """A text part of a message's content."""
 
     ignorable = neutral.TEXT_PART
@@ -200,7 +203,7 @@ class TextPart(_Body):
     text: str
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """A message. Only assistant messages have ``attributes``. ``developer`` is OpenAI's newer name for ``system``."""
 
     ignorable = neutral.MESSAGE
@@ -239,7 +242,7 @@ class ChatBody(_Sampling):
         return self.top_logprobs
 
 
-_B = TypeVar("_B", ChatBody, CompletionBody)
+_B = TypeVar("_B", bound=Body)
 
 
 def read(kind: type[_B], data: Mapping[str, Any]) -> _B:

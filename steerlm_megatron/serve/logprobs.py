@@ -5,8 +5,8 @@ already. Does not own: the numbers (``generate/sampling.py``). Invariants: the b
 those of its text; the log-probabilities of a stream's chunks, joined, are those of the whole response.
 
 The shapes are documented at https://platform.openai.com/docs/api-reference/chat/object and
-https://platform.openai.com/docs/api-reference/completions/object; that ``echo`` lists the tokens of the prompt first, the
-first of them without a number, is how lm-eval's ``local-completions`` and vLLM know it.
+https://platform.openai.com/docs/api-reference/completions/object; that ``echo`` lists the tokens of the prompt first,
+the first of them without a number, is how lm-eval's ``local-completions`` and vLLM know it.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ class TokenTexts:
         return {"content": content, "refusal": None}
 
     def completion(self, scored: Sequence[Scored], likely: int, as_ids: bool) -> dict[str, Any]:
-        """Return the ``logprobs`` of a completion's choice, of pieces of its text one after another, whose offsets count
-        from the beginning of the text. With ``likely`` 0 they have no ``top_logprobs``; otherwise these have the most
-        likely tokens, and the chosen one if it is not among them.
+        """Return the ``logprobs`` of a completion's choice, of pieces of its text one after another, whose offsets
+        count from the beginning of the text. With ``likely`` 0 they have no ``top_logprobs``; otherwise these have the
+        most likely tokens, and the chosen one if it is not among them.
         """
         top: list[dict[str, float] | None] = []
         for piece in scored:

@@ -96,6 +96,16 @@ CHAT: Mapping[str, Values] = {
     "web_search_options": (),
 }
 COMPLETION: Mapping[str, Values] = {**COMMON, "prompt_embeds": (), "suffix": ("",)}
+TOKENIZE: Mapping[str, Values] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (True, False),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
 STREAM_OPTIONS: Mapping[str, Values] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 # Fields that servers and clients put into an assistant's message that has only text, and names of participants, which
 # no template here uses.

@@ -46,7 +46,7 @@ def params_of(body: ChatBody | CompletionBody, defaults: SamplingConfig, max_tok
         top_logprobs=body.likely,
         prompt_logprobs=body.likely if echo and body.wants_logprobs else None,
         **{name: getattr(body, name) for name in _SAME},
-        **{name: value if value is None else tuple(value) for name, value in sequences.items()},
+        **{name: value if value is None else tuple(dict.fromkeys(value)) for name, value in sequences.items()},
     )
 
 

@@ -19,7 +19,7 @@ from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import Delta, Request, Result, SamplingParams, derive_seed
-from steerlm_megatron.serve.api import ChatBody, CompletionBody, envelope, usage
+from steerlm_megatron.serve.api import ChatBody, ChatMessage, CompletionBody, envelope, usage
 from steerlm_megatron.serve.errors import ApiError
 from steerlm_megatron.serve.logprobs import Pending, Scored, TokenTexts
 from steerlm_megatron.serve.sampling_fields import params_of
@@ -64,6 +64,7 @@ class Service:
         self, generator: Generator, schema: AttributeSchema | None, server: ServerConfig, sampling: SamplingConfig
     ) -> None:
         """With ``schema`` None the model has no attribute conditioning, and asking for attributes is an error."""
+        self.scored_attributes: Sequence[str] = ()  # those of which ``/v1/score`` gives values
         self.generator = generator
         self.schema = schema if schema is not None and schema.names else None
         self.server, self.sampling = server, sampling
@@ -78,14 +79,14 @@ class Service:
 
     def chat(self, body: ChatBody) -> Ask:
         """Turn a chat body into requests. Raises ApiError."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         if body.max_completion_tokens not in (None, body.max_tokens) and body.max_tokens is not None:
             raise ApiError(400, "max_tokens and max_completion_tokens are the same thing; give one", "max_tokens")
         self._check_choices(1, body.n)
         self._check_tokens(len(body.messages), "messages", "at least ")  # a message has one token or more
         self._check_chars(sum(len(part.text) for m in body.messages for part in m.content or ()), "messages")
         try:
-            prompt_ids = self.chat_prompt(body)
+            prompt_ids = self.chat_prompt(body.messages, body.attributes)
         except UserError as e:
             raise ApiError(400, str(e), "messages") from e
         if body.top_logprobs and not body.logprobs:
@@ -93,10 +94,12 @@ class Service:
         max_tokens = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
         return self._ask("chatcmpl", "chat.completion", body, [prompt_ids], max_tokens)
 
-    def chat_prompt(self, body: ChatBody) -> list[int]:
-        """Return the token ids of a chat up to where the response starts."""
+    def chat_prompt(self, given: Sequence[ChatMessage], attributes: Mapping[str, Any] | None) -> list[int]:
+        """Return the token ids of a chat up to where the response, of these attributes, starts. Raises ApiError,
+        UserError.
+        """
         messages = []
-        for i, message in enumerate(body.messages):
+        for i, message in enumerate(given):
             where = f"messages[{i}]"
             if message.speaker == "system" and i > 0:
                 raise ApiError(400, f"{where}: a {message.role} message must come first", "messages")
@@ -114,11 +117,11 @@ class Service:
         levels = None
         if self.schema is not None:
             try:
-                levels = self.schema.complete(body.attributes)
+                levels = self.schema.complete(attributes)
             except UserError as e:
                 raise ApiError(400, f"attributes: {e}", "attributes") from e
-        elif body.attributes:
-            self._values(body.attributes, "attributes")
+        elif attributes:
+            self._values(attributes, "attributes")
         return self.tokenizer.encode_segments(self.template.prefix(messages, self.schema, levels))[0]
 
     def _values(self, values: Mapping[str, Any] | None, where: str) -> Mapping[str, float] | None:
@@ -136,7 +139,7 @@ class Service:
 
     def completion(self, body: CompletionBody) -> Ask:
         """Turn a completion body into requests. Raises ApiError."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         if body.best_of is not None and body.best_of != body.n:
             raise ApiError(400, f"best_of={body.best_of} must equal n={body.n}: choices are not ranked", "best_of")
         if body.max_tokens == 0 and not body.echo:
@@ -163,7 +166,8 @@ class Service:
             ask.echoed = [text if isinstance(text, str) else self.tokenizer.decode(text) for text in body.prompt]
         return ask
 
-    def _check_model(self, model: str | None) -> None:
+    def check_model(self, model: str | None) -> None:
+        """Raise ApiError (404) for a model that is not served; None stands for the served one."""
         if model is not None and model != self.server.model_name:
             message = f"model {model!r} is not served here; this is {self.server.model_name!r} (server.model_name)"
             raise ApiError(404, message, "model", code="model_not_found")
@@ -343,7 +347,7 @@ class Service:
 
     def model(self, name: str) -> dict[str, Any]:
         """Return the body of ``GET /v1/models/{name}``. Raises ApiError (404) for a model that is not served."""
-        self._check_model(name)
+        self.check_model(name)
         return self._model()
 
     def _model(self) -> dict[str, Any]:
@@ -354,5 +358,6 @@ class Service:
             "owned_by": "steerlm_megatron",
             "max_model_len": self.generator.limits.max_sequence_tokens,
             "attributes": None if self.schema is None else self.schema.to_dict(),
+            "scored_attributes": list(self.scored_attributes),
             "sampling": {name: getattr(self.sampling, name) for name in _DEFAULTS},
         }
