@@ -91,7 +91,7 @@ _ALL = (
     ),
     Command(
         "serve", "OpenAI-compatible sampling server", "serve", True,
-        ("checkpoint", "attributes", *_SERVER, *_DRAWING), {"checkpoint": _TRAINED},
+        ("checkpoint", "ap_checkpoint", "attributes", "scoring", *_SERVER, *_DRAWING), {"checkpoint": _TRAINED},
     ),
     Command(
         "generate", "sample responses for the prompts of a record file", "generate", True,

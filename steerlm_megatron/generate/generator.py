@@ -32,8 +32,9 @@ from steerlm_megatron.generate.protocol import (
     Request,
     RequestFailed,
     Result,
+    SamplingParams,
 )
-from steerlm_megatron.generate.runner import StepRunner
+from steerlm_megatron.generate.runner import Drawn, StepRunner
 from steerlm_megatron.generate.sampling import NOT_DRAWN, NOT_FINITE
 from steerlm_megatron.generate.scheduler import Scheduler, StepPlan
 from steerlm_megatron.generate.text import ResponseText
@@ -97,8 +98,8 @@ class Generator:
         self.group: ModelGroup = group or LocalGroup()
         self.stop_ids = frozenset(_stop_ids(tokenizer, template))
         special, self.longest_token_chars = _look_through(tokenizer, template)
-        banned = special - self.stop_ids
-        self.runner = StepRunner(model, self.group, tokenizer.vocab_size, sorted(banned), limits)
+        self.banned_ids = frozenset(special - self.stop_ids)  # never drawn
+        self.runner = StepRunner(model, self.group, tokenizer.vocab_size, sorted(self.banned_ids), limits)
         pool = BlockPool(limits.blocks, limits.block_tokens)
         self.scheduler: Scheduler[Job] = Scheduler(pool, limits.max_batch, limits.chunk_tokens, limits.reserve)
         self.error: str | None = None
@@ -124,6 +125,26 @@ class Generator:
             )
         return None
 
+    def ids_problem(self, params: SamplingParams) -> str | None:
+        """Return why the token ids in these parameters cannot be used, or None."""
+        vocab_size, allowed = self.tokenizer.vocab_size, params.allowed_token_ids
+        named = {
+            "logit_bias": [i for i, _ in params.logit_bias],
+            "stop_token_ids": params.stop_token_ids,
+            "allowed_token_ids": allowed or (),
+        }
+        for name, ids in named.items():
+            for i in ids:
+                if not 0 <= i < vocab_size:
+                    return f"{name}: the token id {i} is outside [0, {vocab_size})"
+        if allowed is not None:
+            drawable = set(allowed) - self.banned_ids
+            if params.min_tokens:
+                drawable -= self.stop_ids | set(params.stop_token_ids)
+            if not drawable:
+                return "allowed_token_ids leaves no token that may be drawn; name one that is text"
+        return None
+
     def _check_alive(self) -> None:
         if self.error is not None:
             raise EngineDead(self.error)
@@ -141,6 +162,8 @@ class Generator:
                 if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab_size:
                     raise UserError(f"request {request.id}: a prompt token id is outside [0, {vocab_size})")
                 inside.add(id(request.prompt_ids))
+            if (problem := self.ids_problem(request.params)) is not None:
+                raise UserError(f"request {request.id}: {problem}")
         if len({request.id for request in requests}) < len(requests):
             raise UserError("two requests have the same id; ids must be unique")
 
@@ -178,8 +201,20 @@ class Generator:
         return [job.handle for job in jobs]
 
     def new_job(self, request: Request, on_delta: Callable[[Delta], None] | None) -> Job:
-        text = ResponseText(self.tokenizer.decode, request.params.stop, self.template.response_suffix)
-        return Job(request, Handle(request, self.cancel), text, on_delta)
+        return Job(request, Handle(request, self.cancel), self.new_text(request), on_delta, self.stop_ids)
+
+    def new_text(self, request: Request) -> ResponseText:
+        """Return the empty text of a response to ``request``."""
+        params = request.params
+        silent = self.stop_ids | (set() if params.include_stop_str_in_output else set(params.stop_token_ids))
+        return ResponseText(
+            self.tokenizer.decode,
+            params.stop,
+            self.template.response_suffix,
+            include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+            silent_ids=silent,
+        )
 
     def _retry_after_sec(self) -> int:
         return max(1, min(30, len(self.scheduler.waiting) // max(1, self.limits.max_batch)))
@@ -211,8 +246,7 @@ class Generator:
             return False
         try:
             self._send(plan)
-            ids, logprobs = self.runner.run(plan)
-            self._take(jobs, ids, logprobs)
+            self._take(jobs, self.runner.run(plan))
         except BaseException as e:
             self.fail(f"{type(e).__name__}: {e}")
             raise
@@ -224,7 +258,7 @@ class Generator:
             self.group.broadcast(plan)
             self._last_message_sec = time.monotonic()
 
-    def _take(self, jobs: list[Job], ids: list[int], logprobs: list[float] | None) -> None:
+    def _take(self, jobs: list[Job], drawn: Drawn) -> None:
         """Append each job's new token to it, and resolve the requests that end with it."""
         ended: list[tuple[Job, Result | RequestFailed]] = []
         with self._lock:
@@ -232,50 +266,62 @@ class Generator:
             for row, job in enumerate(jobs):
                 if job.reason is not None:  # cancelled while the step ran
                     continue
-                logprob = None if logprobs is None else logprobs[row]
-                outcome = outcome_of(job, partial(self._take_token, job, ids[row], logprob))
+                outcome = outcome_of(job, partial(self._take_token, job, row, drawn))
                 if outcome is not None:
                     ended.append((job, outcome))
                     del self.jobs[job.request.id]
         for job, outcome in ended:
             resolve(job, outcome)
 
-    def _take_token(self, job: Job, token_id: int, logprob: float | None) -> Result | None:
+    def _take_token(self, job: Job, row: int, drawn: Drawn) -> Result | None:
         """Append a token to a job and return its result if it ends. An exception here ends this job alone."""
+        token_id = drawn.ids[row]
         if token_id < 0:
             job.failed = True
             raise RequestFailed(_NO_TOKEN[token_id])
         job.token_ids.append(token_id)
         self.sampled_tokens += 1
-        if logprob is not None and job.row_params.logprobs:
-            job.logprobs.append(logprob)
+        if job.row_params.logprobs:
+            job.logprobs.append(drawn.logprobs[row])
+        if job.row_params.top_logprobs:
+            job.top_logprobs.append(drawn.top[row])
+        if row in drawn.prompts:
+            chosen, top = drawn.prompts[row]
+            job.prompt_logprobs = (None, *chosen), (None, *top)
         piece, job.reason = self._advance(job, token_id)
         if job.reason is not None:
             return self._result(job, piece)
         if job.on_delta is not None:
-            job.on_delta(Delta(piece, (token_id,)))
+            job.on_delta(_delta(job, piece))
         return None
 
     def _advance(self, job: Job, token_id: int) -> tuple[str, FinishReason | None]:
         """Return the text that became final, and the reason if the response ends here."""
         piece = ""
-        if token_id in self.stop_ids:
+        params = job.request.params
+        ends = token_id in job.stop_ids
+        if ends and token_id in params.stop_token_ids:
+            job.stop_reason = token_id
+        if ends and not params.include_stop_str_in_output:
             return piece, "stop"
         if job.needs_text:
             piece = job.text.push(token_id)
-            if job.text.stopped_at is not None:
-                return piece, "stop"
-        return piece, "length" if len(job.token_ids) >= job.request.params.max_tokens else None
+        if ends or job.text.stopped_at is not None:
+            return piece, "stop"
+        return piece, "length" if len(job.token_ids) >= params.max_tokens else None
 
     def _result(self, job: Job, piece: str = "") -> Result:
         """Return the job's result, after its last text was sent as a delta."""
-        by_control = bool(job.token_ids) and job.token_ids[-1] in self.stop_ids
-        text, rest = job.text.finish(job.token_ids[:-1] if by_control else job.token_ids, by_control)
+        by_control = job.token_ids[-1:] != [] and job.token_ids[-1] in job.stop_ids & self.stop_ids
+        text, rest = job.text.finish(job.token_ids, by_control)
         if job.reason == "length" and job.text.stopped_at is not None:
             job.reason = "stop"  # the text that was held back contains a stop string
+        if job.text.stop is not None:
+            job.stop_reason = job.text.stop
         if job.on_delta is not None and job.reason != "cancelled":
-            job.on_delta(Delta(piece + rest, tuple(job.token_ids[-1:])))
+            job.on_delta(_delta(job, piece + rest))
         assert job.reason is not None
+        prompt = job.prompt_logprobs
         return Result(
             id=job.request.id,
             token_ids=tuple(job.token_ids),
@@ -284,6 +330,10 @@ class Generator:
             prompt_tokens=len(job.prompt_ids),
             completion_tokens=len(job.token_ids),
             logprobs=tuple(job.logprobs) if job.row_params.logprobs else None,
+            top_logprobs=tuple(job.top_logprobs) if job.row_params.top_logprobs else None,
+            stop_reason=job.stop_reason,
+            prompt_logprobs=None if prompt is None else prompt[0],
+            prompt_top_logprobs=None if prompt is None else prompt[1],
         )
 
     def counts(self) -> dict[str, float]:
@@ -409,6 +459,18 @@ def check_limits(limits: Limits) -> None:
             f"generation.max_cache_tokens={limits.max_cache_tokens} is less than generation.max_sequence_tokens="
             f"{limits.max_sequence_tokens}: the longest sequence would never fit; raise the one or lower the other"
         )
+
+
+def _delta(job: Job, text: str) -> Delta:
+    """Return the delta of the job's last token, whose text and that of tokens before it may be held back."""
+    params = job.row_params
+    return Delta(
+        text,
+        tuple(job.token_ids[-1:]),
+        tuple(job.logprobs[-1:]) if params.logprobs else None,
+        tuple(job.top_logprobs[-1:]) if params.top_logprobs else None,
+        whole=job.text.whole,
+    )
 
 
 def _stop_ids(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from steerlm_megatron.generate.protocol import Delta, FinishReason, Request, RequestFailed, Result
+from steerlm_megatron.generate.adjust import History
+from steerlm_megatron.generate.protocol import Delta, FinishReason, Request, RequestFailed, Result, Top
 from steerlm_megatron.generate.sampling import RowParams
 from steerlm_megatron.generate.text import ResponseText
 from steerlm_megatron.observe.log import get_logger
@@ -36,14 +37,41 @@ class Job:
     """A request in progress and its state. ``reason`` is set once it has ended."""
 
     def __init__(
-        self, request: Request, handle: Handle, text: ResponseText, on_delta: Callable[[Delta], None] | None
+        self,
+        request: Request,
+        handle: Handle,
+        text: ResponseText,
+        on_delta: Callable[[Delta], None] | None,
+        stop_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """``stop_ids`` are the template's."""
         self.request, self.handle, self.text, self.on_delta = request, handle, text, on_delta
         params = request.params
         self.prompt_ids = request.prompt_ids
-        self.row_params = RowParams(params.temperature, params.top_k, params.top_p, params.seed, params.logprobs)
+        self.stop_ids = (frozenset() if params.ignore_eos else stop_ids) | frozenset(params.stop_token_ids)
+        self.row_params = RowParams(
+            params.temperature,
+            params.top_k,
+            params.top_p,
+            params.seed,
+            logprobs=params.logprobs,
+            top_logprobs=params.top_logprobs,
+            min_p=params.min_p,
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            logit_bias=params.logit_bias,
+            allowed_ids=params.allowed_token_ids,
+            min_tokens=params.min_tokens,
+            stop_ids=tuple(sorted(stop_ids | self.stop_ids)) if params.min_tokens else (),
+            history=History(request.id, request.prompt_ids) if params.penalises else None,
+            prompt_logprobs=params.prompt_logprobs,
+        )
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
+        self.top_logprobs: list[Top] = []
+        self.prompt_logprobs: tuple[tuple[float | None, ...], tuple[Top | None, ...]] | None = None
+        self.stop_reason: str | int | None = None
         self.reason: FinishReason | None = None
         self.failed = False  # its logits were not finite
         self.needs_text = on_delta is not None or bool(params.stop)

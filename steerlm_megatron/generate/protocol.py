@@ -18,16 +18,35 @@ FinishReason = Literal["stop", "length", "cancelled"]
 Progress = Callable[["Result"], None]  # called once per finished request, in the order in which they finish
 
 MAX_SEED = 2**63 - 1
+MAX_TOP_LOGPROBS = 20  # as OpenAI's and vLLM's servers allow
+MIN_REPETITION = 1e-4  # a repetition penalty beyond this range could make logits overflow
+
+Top = tuple[tuple[int, float], ...]  # ids of the most likely tokens and their log-probabilities, most likely first
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one response is drawn.
+    """How one response is drawn. Names and meanings are those of vLLM
+    (https://docs.vllm.ai/en/latest/api/vllm/sampling_params/), where vLLM has the parameter.
 
     ``temperature`` 0 (or below ``sampling.GREEDY_BELOW``) is greedy. ``top_k`` 0 is off, and so is one as large as the
-    vocabulary. ``seed`` in [0, 2^63). ``stop`` are strings that end the response besides those of the template; they
-    are not part of its text. ``logprobs``: report the log-probability of each chosen token under the model itself
-    (temperature 1, no truncation).
+    vocabulary. ``min_p`` drops tokens less likely than ``min_p`` times the most likely one; 0 is off. ``seed`` in
+    [0, 2^63).
+
+    ``repetition_penalty`` p divides a positive logit by p and multiplies another one by p, for tokens of the prompt and
+    of the response so far; 1 is off. ``presence_penalty`` is subtracted from the logits of tokens that the response
+    has, ``frequency_penalty`` as often as the response has them; 0 is off. ``logit_bias``, pairs of id and number, is
+    added to logits. ``allowed_token_ids``: no other token is drawn; None allows all.
+
+    ``stop`` are strings that end the response besides those of the template; they are not part of its text, unless
+    ``include_stop_str_in_output``. ``stop_token_ids`` are tokens that do. With ``ignore_eos`` the template's stop
+    tokens end nothing and are left out of the text. Before ``min_tokens`` tokens are drawn, nothing ends the response:
+    stop tokens are not drawn, and stop strings not looked at.
+
+    ``logprobs``: report the log-probability of each chosen token under the model itself (temperature 1, no truncation,
+    no penalties). ``top_logprobs``: report also those of this many most likely tokens. ``prompt_logprobs``: report for
+    each token of the prompt but the first its log-probability after those before it, and those of this many most likely
+    tokens there; None reports none.
     """
 
     temperature: float = 1.0
@@ -37,6 +56,18 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    top_logprobs: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    prompt_logprobs: int | None = None
 
     @classmethod
     def from_config(cls, cfg: Any, **changes: Any) -> SamplingParams:
@@ -53,11 +84,34 @@ class SamplingParams:
             ("max_tokens", self.max_tokens >= 1, ">= 1"),
             ("seed", 0 <= self.seed <= MAX_SEED, f"in [0, {MAX_SEED}]"),
             ("stop", all(self.stop), "non-empty strings"),
+            ("top_logprobs", 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS, f"in [0, {MAX_TOP_LOGPROBS}]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1] (0 is off)"),
+            (
+                "repetition_penalty",
+                MIN_REPETITION <= self.repetition_penalty <= 1 / MIN_REPETITION,
+                f"in [{MIN_REPETITION:g}, {1 / MIN_REPETITION:g}] (1 is off)",
+            ),
+            ("presence_penalty", -2 <= self.presence_penalty <= 2, "in [-2, 2] (0 is off)"),
+            ("frequency_penalty", -2 <= self.frequency_penalty <= 2, "in [-2, 2] (0 is off)"),
+            ("logit_bias", all(-100 <= bias <= 100 for _, bias in self.logit_bias), "numbers in [-100, 100]"),
+            ("logit_bias", len(dict(self.logit_bias)) == len(self.logit_bias), "one number for each id"),
+            ("allowed_token_ids", self.allowed_token_ids is None or len(self.allowed_token_ids) > 0, "at least one id"),
+            ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, f"in [0, max_tokens={self.max_tokens}]"),
+            (
+                "prompt_logprobs",
+                self.prompt_logprobs is None or 0 <= self.prompt_logprobs <= MAX_TOP_LOGPROBS,
+                f"in [0, {MAX_TOP_LOGPROBS}]",
+            ),
         ]
         for name, fine, rule in rules:
             if not fine:
                 raise UserError(f"sampling.{name}={getattr(self, name)!r} must be {rule}")
         return self
+
+    @property
+    def penalises(self) -> bool:
+        """Whether what was drawn before changes the logits."""
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -75,7 +129,11 @@ class Result:
 
     ``token_ids``: every sampled token, a final stop token included. ``text``: without the stop string, and where a
     control token ended it, without the template's newline before that token. ``completion_tokens`` = len(token_ids);
-    ``logprobs``, where asked for, has the same length.
+    ``logprobs`` and ``top_logprobs``, where asked for, have the same length.
+
+    ``stop_reason``: the stop string or the one of ``stop_token_ids`` that ended it; None if a stop token of the
+    template or the length did. ``prompt_logprobs`` and ``prompt_top_logprobs``, where asked for, have an entry for each
+    token of the prompt; that of the first token, which nothing precedes, is None.
     """
 
     id: str
@@ -85,14 +143,25 @@ class Result:
     prompt_tokens: int
     completion_tokens: int
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[Top, ...] | None = None
+    stop_reason: str | int | None = None
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_top_logprobs: tuple[Top | None, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Delta:
-    """A piece of a response that will not change any more."""
+    """A piece of a response that will not change any more.
+
+    ``token_ids`` are the tokens drawn since the last delta, and ``logprobs`` and ``top_logprobs``, where asked for,
+    theirs. ``whole``: the text of all tokens so far has been given, so none of it is held back.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[Top, ...] | None = None
+    whole: bool = True
 
 
 class Sampler(Protocol):

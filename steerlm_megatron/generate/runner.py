@@ -8,7 +8,7 @@ that ranks with the same plans hold the same rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -17,8 +17,8 @@ import torch
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.group import ModelGroup
 from steerlm_megatron.generate.kv_cache import BlockTables, KVCache, Span
-from steerlm_megatron.generate.protocol import Limits
-from steerlm_megatron.generate.sampling import BatchSampler, RowParams
+from steerlm_megatron.generate.protocol import MAX_TOP_LOGPROBS, Limits, Top
+from steerlm_megatron.generate.sampling import BatchSampler, RowParams, prompt_logprobs
 from steerlm_megatron.generate.scheduler import NewRow, StepPlan
 from steerlm_megatron.model.inference import InferencePath
 from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens
@@ -26,6 +26,21 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.device import to_device
 
 log = get_logger(__name__)
+
+
+@dataclass
+class Drawn:
+    """What a step gives: a token for each row that has been fed all of its tokens, and what rows asked to know of it.
+
+    ``top``: per row the most likely tokens, as many as it asked for; empty if no row asked. ``prompts``, by number
+    among these rows, where the last part of a prompt was computed and the row asked: the log-probability of each token
+    of the prompt but the first, and the most likely tokens in its place.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    top: list[Top] = field(default_factory=list)
+    prompts: dict[int, tuple[list[float], list[Top]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -38,6 +53,24 @@ class _Row:
     drawn: int  # tokens sampled
     copy_of: int | None = None  # the row after whose logits this one is sampled in its first step
     last: int = 0  # the token sampled last
+    scores: list[list[float]] = field(default_factory=list)  # of each token of the prompt so far, but the first
+
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities of its prompt are asked for and still to come."""
+        return self.params.prompt_logprobs is not None and not self.drawn
+
+
+@dataclass
+class _Fed:
+    """What a forward pass leaves: ``logits_KV`` (None on all stages but the last) has a row for each of ``rows``, which
+    are sampled, and then one before each of ``targets``, the tokens of prompts that rows have ``scores`` of.
+    """
+
+    logits_KV: torch.Tensor | None
+    rows: list[_Row]
+    targets: list[int]
+    scores: list[tuple[_Row, int]]  # (row, number of targets that are its)
 
 
 class StepRunner:
@@ -57,6 +90,7 @@ class StepRunner:
         shape: CacheShape = self.model.cache_shape()
         self.device, self.dtype = next(model.parameters()).device, shape.dtype
         self.group = group
+        self.vocab_size = vocab_size
         self._path = InferencePath(model) if InferencePath.takes(model) else None
         self.cache = KVCache(shape, limits.blocks, limits.block_tokens, self.device)
         self.sampler = BatchSampler(vocab_size, banned_ids, self.device)
@@ -65,28 +99,66 @@ class StepRunner:
         self._tables = BlockTables(limits.max_batch, limits.blocks_for(limits.max_sequence_tokens))
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> tuple[list[int], list[float] | None]:
-        """Return a token for each row whose tokens have all been fed, in order: ids and, where any row asked,
-        log-probabilities. Collective over the replica.
+    def run(self, plan: StepPlan) -> Drawn:
+        """Return a token for each row whose tokens have all been fed, in order. Collective over the replica.
 
         A row from which no token can be drawn gets a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``).
         """
         self._change_rows(plan)
-        logits_KV, sampled = self._forward(dict(plan.chunks))
-        sampled_2K = torch.zeros((2, len(sampled)), dtype=torch.float64)  # ids are exact in float64
-        if sampled and self.group.is_sampler:
-            assert logits_KV is not None
-            ids_K, logprobs_K = self._sample(logits_KV, sampled)
-            both = [ids_K.double(), ids_K.double() if logprobs_K is None else logprobs_K.double()]
-            sampled_2K = torch.stack(both).cpu()  # host sync: the scheduler needs the tokens
-        if sampled:
-            sampled_2K = self.group.broadcast_sampled(sampled_2K)
+        fed = self._forward(dict(plan.chunks))
+        if fed.scores:
+            self._score_prompts(fed)
+        found = self._draw(fed) if fed.rows else []
         if plan.copies:
             self.cache.copy(plan.copies)
-        ids, logprobs = sampled_2K.tolist()
-        for row, token in zip(sampled, ids, strict=True):
-            row.last, row.drawn = max(int(token), 0), row.drawn + 1
-        return [int(i) for i in ids], logprobs
+        drawn = Drawn([int(token[0]) for token in found], [token[1] for token in found])
+        if found and len(found[0]) > 2:
+            wanted = [row.params.top_logprobs for row in fed.rows]
+            drawn.top = [_top(token[2:], count) for token, count in zip(found, wanted, strict=True)]
+        for number, row in enumerate(fed.rows):
+            if row.scored:
+                count = row.params.prompt_logprobs or 0
+                drawn.prompts[number] = [s[0] for s in row.scores], [_top(s[1:], count) for s in row.scores]
+                row.scores = []
+            row.last, row.drawn = max(drawn.ids[number], 0), row.drawn + 1
+        return drawn
+
+    def _draw(self, fed: _Fed) -> list[list[float]]:
+        """Return for each row its token, its log-probability and, where some row asked, the most likely ids and their
+        log-probabilities. Collective over the replica.
+        """
+        asked = any(row.params.top_logprobs for row in fed.rows)
+        count = min(MAX_TOP_LOGPROBS, self.vocab_size) if asked else 0
+        sampled_KX = torch.zeros((len(fed.rows), 2 + 2 * count), dtype=torch.float64)  # ids are exact in float64
+        if self.group.is_sampler:
+            assert fed.logits_KV is not None
+            rows_KV = fed.logits_KV[: len(fed.rows)]
+            params, drawn = [row.params for row in fed.rows], [row.drawn for row in fed.rows]
+            self.sampler.set_rows(params)
+            top = self.sampler.most_likely(rows_KV)
+            ids_K, logprobs_K = self._sample(rows_KV, params, drawn)
+            columns = [ids_K, ids_K if logprobs_K is None else logprobs_K]
+            columns_KX = torch.stack([column.double().to(ids_K.device) for column in columns], 1)
+            if top is not None:
+                columns_KX = torch.cat([columns_KX, *(part.double().to(ids_K.device) for part in top)], 1)
+            sampled_KX = columns_KX.cpu()  # host sync: the scheduler needs the tokens
+        found: list[list[float]] = self.group.broadcast_sampled(sampled_KX.contiguous()).tolist()
+        return found
+
+    def _score_prompts(self, fed: _Fed) -> None:
+        """Append to rows' scores the log-probability of each target, and the most likely ids in its place with theirs.
+        Collective over the replica.
+        """
+        found_TX = torch.zeros((len(fed.targets), 1 + 2 * min(MAX_TOP_LOGPROBS, self.vocab_size)), dtype=torch.float64)
+        if self.group.is_sampler:
+            assert fed.logits_KV is not None
+            targets_T = to_device(np.array(fed.targets, np.int64), fed.logits_KV.device)
+            chosen_T, ids_TN, top_TN = prompt_logprobs(fed.logits_KV[len(fed.rows) :], targets_T, self.vocab_size)
+            found_TX = torch.cat([chosen_T.unsqueeze(1).double(), ids_TN.double(), top_TN.double()], 1).cpu()
+        found = self.group.broadcast_sampled(found_TX.contiguous()).tolist()
+        for row, count in fed.scores:
+            row.scores += found[:count]
+            del found[:count]
 
     def _change_rows(self, plan: StepPlan) -> None:
         if plan.wipe:
@@ -100,25 +172,26 @@ class StepRunner:
         for number, block in plan.blocks:
             self._tables.append(number, block)
 
-    def _sample(self, logits_KV: torch.Tensor, rows: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        params, drawn = [row.params for row in rows], [row.drawn for row in rows]
+    def _sample(
+        self, logits_KV: torch.Tensor, params: Sequence[RowParams], drawn: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         try:
-            self.sampler.set_rows(params)
             return self.sampler.sample(logits_KV, drawn)
         except Exception:
             log.exception("drawing tokens for a batch raised; each row is drawn on its own")
         return self.sampler.sample_each(params, logits_KV, drawn)
 
-    def _forward(self, chunks: dict[int, int]) -> tuple[torch.Tensor | None, list[_Row]]:
-        """Feed each row its tokens. Return the logits [rows, V] after those rows that have been fed all of theirs (None
-        on all stages but the last), and these rows.
-        """
+    def _forward(self, chunks: dict[int, int]) -> _Fed:
+        """Feed each row its tokens."""
         singles: list[tuple[Span, Sequence[int]]] = []
         longer: list[tuple[Span, Sequence[int]]] = []
+        following: dict[int, int] = {}  # the token after those that a scored row is fed
         for number, row in enumerate(self._rows):
             count = chunks.get(number, 1)
             tokens = row.tokens[:count] if number in chunks else (row.last,)
             row.tokens = row.tokens[count:]
+            if row.scored and row.tokens:
+                following[number] = row.tokens[0]
             if count:
                 (singles if count == 1 else longer).append((Span(number, row.length, count), tokens))
             row.length += count
@@ -130,22 +203,30 @@ class StepRunner:
             if row.copy_of is not None:
                 end_of[number], row.copy_of = end_of[row.copy_of], None
         numbers = [number for number, row in enumerate(self._rows) if not row.tokens and number in end_of]
-        last_K = np.array([end_of[number] for number in numbers], np.int64)
-        every_token = np.array_equal(last_K, np.arange(len(ids_T)))
+        wanted, done = [end_of[number] for number in numbers], _Fed(None, [self._rows[i] for i in numbers], [], [])
+        for span, tokens in fed:
+            if self._rows[span.row].scored:
+                targets = [*tokens[1:], *([following[span.row]] if span.row in following else [])]
+                first = end_of[span.row] + 1 - span.count
+                wanted += range(first, first + len(targets))
+                done.targets += targets
+                done.scores.append((self._rows[span.row], len(targets)))
+        wanted_K = np.array(wanted, np.int64)
+        every_token = np.array_equal(wanted_K, np.arange(len(ids_T)))
         packed = PackedTokens(
             positions_T=positions_T,
             kv=self.cache,
-            output_index_K=None if every_token else to_device(last_K, self.device),
+            output_index_K=None if every_token else to_device(wanted_K, self.device),
         )
         hidden_T1D = None
         if not self.group.is_first_stage:
             hidden_T1D = self.group.receive_hidden((len(ids_T), 1, self._hidden_size), self.dtype, self.device)
         output = self._compute(to_device(ids_T, self.device), packed, hidden_T1D)
-        rows = [self._rows[number] for number in numbers]
-        if not self.group.is_last_stage:
+        if self.group.is_last_stage:
+            done.logits_KV = output
+        else:
             self.group.send_hidden(output)
-            return None, rows
-        return output, rows
+        return done
 
     def _compute(self, ids_T: torch.Tensor, packed: PackedTokens, hidden_T1D: torch.Tensor | None) -> torch.Tensor:
         """Logits [K, V] on the last stage, hidden states [T, 1, D] on the others."""
@@ -166,3 +247,9 @@ class StepRunner:
 
 def _row(new: NewRow) -> _Row:
     return _Row(new.params, new.tokens, new.start, new.drawn, new.copy_of)
+
+
+def _top(values: Sequence[float], count: int) -> Top:
+    """Return the first ``count`` pairs of as many ids as log-probabilities, which ``values`` holds in this order."""
+    half = len(values) // 2
+    return tuple((int(i), value) for i, value in zip(values[:count], values[half : half + count], strict=True))

@@ -187,13 +187,15 @@ class Scheduler(Generic[S]):
         while self.waiting and len(self.rows) < self.max_batch:
             sequence = self.waiting[0]
             ids = (*sequence.prompt_ids, *sequence.token_ids)
-            twin = computed.get(ids)
+            # Log-probabilities of a prompt are asked for: all of it has to be computed.
+            scored = sequence.row_params.prompt_logprobs is not None and not sequence.token_ids
+            twin = None if scored else computed.get(ids)
             if twin is not None:
                 shared, start, tokens = self.rows[twin].blocks[: len(ids) // pool.block_tokens], len(ids), 0
                 chain = self.rows[twin].chain
             else:
                 # The last token is always computed: the next one follows from its logits.
-                shared = pool.match(ids, len(ids) - 1)
+                shared = [] if scored else pool.match(ids, len(ids) - 1)
                 start = len(shared) * pool.block_tokens
                 tokens, chain = min(len(ids) - start, budget), pool.chain(shared)
                 if tokens == 0:
@@ -208,7 +210,9 @@ class Scheduler(Generic[S]):
             self.waiting.popleft()
             self.rows.append(row)
             number, drawn = len(self.rows) - 1, len(sequence.token_ids)
-            plan.new.append(NewRow(sequence.row_params, start, ids[start:], drawn, list(blocks), twin))
+            plan.new.append(
+                NewRow(sequence.row_params.after(sequence.token_ids), start, ids[start:], drawn, list(blocks), twin)
+            )
             if twin is None:
                 self._fed(plan, number, tokens)
                 budget -= tokens

@@ -55,6 +55,11 @@ class Detokenizer:
             self._move(len(self._ids) - _KEPT, text)
         return piece
 
+    @property
+    def whole(self) -> bool:
+        """Whether the ids so far make whole characters, all of which :meth:`push` has returned."""
+        return self._clean == len(self._ids)
+
     def rest(self) -> str:
         """Return the text that :meth:`push` has not returned yet; an unfinished character stays as decoded."""
         text = self._decode(self._ids[self._window :])
@@ -115,9 +120,22 @@ class _Match:
 class ResponseText:
     """The text of one response. ``push`` is only needed where stop strings or streaming ask for text along the way."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], suffix: str) -> None:
-        """``suffix`` is the text that a template puts between a response and its stop token (``response_suffix``)."""
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        stop: Sequence[str],
+        suffix: str,
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        silent_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """``suffix`` is the text that a template puts between a response and its stop token (``response_suffix``).
+        ``include_stop``: the stop string is part of the text. A stop string that is complete within the first
+        ``min_tokens`` tokens is ordinary text. ``silent_ids`` are tokens that are no text.
+        """
         self._decode = decode
+        self._include_stop, self._min_tokens, self._silent_ids = include_stop, min_tokens, silent_ids
+        self._count = 0  # tokens that were pushed
         self._suffix = suffix
         self._detokenizer = Detokenizer(decode)
         self._stops = [_Match(text) for text in stop]
@@ -126,10 +144,19 @@ class ResponseText:
         self._held = [*self._stops, *([_Match(suffix + "\0")] if suffix else [])]
         self._returned: list[str] = []
         self._open = ""  # text that follows what was returned
-        self.stopped_at: int | None = None  # index in the text at which a stop string begins
+        self.stopped_at: int | None = None  # index at which the text ends, since a stop string was found
+        self.stop: str | None = None  # that stop string
+
+    @property
+    def whole(self) -> bool:
+        """Whether :meth:`push` has returned the text of all tokens so far."""
+        return not self._open and self._detokenizer.whole
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that has become final. ``stopped_at`` is set when a stop string was found."""
+        self._count += 1
+        if token_id in self._silent_ids:
+            return ""
         self._add(self._detokenizer.push(token_id))
         certain = len(self._open)
         if self.stopped_at is None:
@@ -145,23 +172,30 @@ class ResponseText:
         ends = [(match, match.push(text)) for match in self._held]
         before = len(self._open)
         self._open += text
-        hits = [before + end - len(m.pattern) for m, end in ends if end is not None and m in self._stops]
+        hits = [
+            (before + end - len(match.pattern), before + end, match.pattern)
+            for match, end in ends
+            if end is not None and match in self._stops and self._count > self._min_tokens
+        ]
         if hits:
-            self._open = self._open[: max(0, min(hits))]
+            start, end, self.stop = min(hits)
+            self._open = self._open[: end if self._include_stop else max(0, start)]
             self.stopped_at = sum(map(len, self._returned)) + len(self._open)
 
     def finish(self, ids: Sequence[int], by_control: bool) -> tuple[str, str]:
         """Return the complete text, and the part of it that :meth:`push` has not returned yet.
 
-        ``ids`` is the response without its stop token. ``by_control``: a stop token ended it, so the template's suffix
-        is removed.
+        ``ids`` are the tokens of the response. ``by_control``: a stop token of the template ended it, so the template's
+        suffix is removed.
         """
+        ids = [i for i in ids if i not in self._silent_ids] if self._silent_ids else ids
         if self.stopped_at is None:
             whole = "" if self._detokenizer.count else self._decode(ids)
             if self._detokenizer.count or _REPLACEMENT in whole:
                 # Some decoders show invalid bytes differently when more bytes follow, so the text is made as a
                 # streaming client gets it.
                 for token_id in ids[self._detokenizer.count :]:
+                    self._count += 1
                     self._add(self._detokenizer.push(token_id))
                 whole = self._detokenizer.rest()
             self._add(whole)

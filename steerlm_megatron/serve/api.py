@@ -1,4 +1,4 @@
-"""The server's request bodies: those of OpenAI, plus ``attributes``, ``top_k`` and ``return_token_ids``.
+"""The server's request bodies: those of OpenAI, plus ``attributes`` and the sampling parameters of vLLM.
 
 Owns: which parameters exist, their ranges, and the errors that name them. Does not own: parameters that are accepted
 only at neutral values (``neutral.py``). Invariant: no parameter is silently ignored: one that is unknown, or that asks
@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from steerlm_megatron.generate.protocol import MAX_SEED, Result
+from steerlm_megatron.generate.protocol import MAX_SEED, MAX_TOP_LOGPROBS, MIN_REPETITION, Result
 from steerlm_megatron.serve import neutral
 from steerlm_megatron.serve.errors import ApiError, shown, writable
 
@@ -44,6 +44,36 @@ def _stops(value: Any) -> list[str]:
         message = f"has a string of {longest} characters; at most {_MAX_STOP_CHARS} are looked for"
         raise PydanticCustomError("stop", message)
     return stops
+
+
+def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+    """Return ``{"id": number}``, with ids as strings since JSON has no other keys, as pairs."""
+    if isinstance(value, tuple):  # the default
+        return value
+    if not isinstance(value, dict):
+        raise PydanticCustomError("logit_bias", "must be an object of token ids and numbers, such as {'50': -100}")
+    pairs: dict[int, float] = {}
+    for name, bias in value.items():
+        if not (isinstance(name, str) and name.isascii() and name.isdecimal() and len(name) < 20):
+            raise PydanticCustomError("logit_bias", "has the key {name}, which is no token id", {"name": shown(name)})
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            message = "has {bias} for the token id {name}; it must be a number in [-100, 100]"
+            raise PydanticCustomError("logit_bias", message, {"bias": shown(bias), "name": name})
+        pairs[int(name)] = float(bias)
+    return tuple(pairs.items())
+
+
+def token_ids(value: Any) -> list[int]:
+    """Return a list of token ids, or refuse it."""
+    if not isinstance(value, list) or not all(type(i) is int and 0 <= i <= _INT64 for i in value):
+        raise PydanticCustomError("ids", "must be a list of token ids")
+    return value
+
+
+def _some_ids(value: Any) -> list[int]:
+    if not (ids := token_ids(value)):
+        raise PydanticCustomError("ids", "is empty; it must name at least one token id, or be left out")
+    return ids
 
 
 def _prompts(value: Any) -> list[str] | list[list[int]]:
@@ -77,7 +107,9 @@ Attributes = Annotated[dict[str, Any], BeforeValidator(neutral.without_nulls)]
 TokenCount = Annotated[Integer, Field(ge=1, le=_INT64)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """A JSON object of a request, of which every field is known."""
+
     model_config = ConfigDict(extra="forbid")
     ignorable: ClassVar[
         Mapping[str, neutral.Values]
@@ -99,14 +131,14 @@ class _Body(BaseModel):
         return {name: value for name, value in given.items() if name not in cls.ignorable}
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """Options for the end of a stream."""
 
     ignorable = neutral.STREAM_OPTIONS
     include_usage: bool = False
 
 
-class _Sampling(_Body):
+class _Sampling(Body):
     """Parameters of both completion endpoints. An absent one takes the server's default."""
 
     model: str | None = None
@@ -121,7 +153,19 @@ class _Sampling(_Body):
     stop: Annotated[list[str], PlainValidator(_stops)] = []
     stream: bool = False
     stream_options: StreamOptions | None = None
-    return_token_ids: bool = False  # not in OpenAI's API; choices then carry ``token_ids``
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] = 0.0
+    logit_bias: Annotated[tuple[tuple[int, float], ...], PlainValidator(_biases)] = ()
+    # Of vLLM's API, https://docs.vllm.ai/en/latest/serving/openai_compatible_server/:
+    min_p: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[Number, Field(ge=MIN_REPETITION, le=1 / MIN_REPETITION)] = 1.0
+    allowed_token_ids: Annotated[list[int], PlainValidator(_some_ids)] | None = None
+    stop_token_ids: Annotated[list[int], PlainValidator(token_ids)] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: Annotated[Integer, Field(ge=0, le=_INT64)] = 0
+    return_token_ids: bool = False  # choices then carry ``token_ids``
+    return_tokens_as_token_ids: bool = False  # log-probabilities then name tokens ``token_id:5``
 
     def seed_from(self, drawn: int) -> int:
         """Return the requested seed in [0, 2^63), or ``drawn``. Negative seeds, which OpenAI's API allows, are taken
@@ -135,11 +179,23 @@ class CompletionBody(_Sampling):
 
     ignorable = neutral.COMPLETION
     prompt: Annotated[list[str] | list[list[int]], PlainValidator(_prompts)]
-    logprobs: Annotated[Integer, Field(ge=0, le=0)] | None = None  # 0 asks for those of the chosen tokens
+    max_tokens: Annotated[Integer, Field(ge=0, le=_INT64)] | None = None  # 0 with ``echo``: the prompt alone
+    logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None  # 0: of the chosen tokens alone
+    echo: bool = False  # the response begins with the prompt, and log-probabilities with those of its tokens
     best_of: Annotated[Integer, Field(ge=1)] | None = None
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether log-probabilities are asked for."""
+        return self.logprobs is not None
 
-class TextPart(_Body):
+    @property
+    def likely(self) -> int:
+        """The number of most likely tokens whose log-probabilities are asked for."""
+        return self.logprobs or 0
+
+
+class TextPart(Body):
     """A text part of a message's content."""
 
     ignorable = neutral.TEXT_PART
@@ -147,7 +203,7 @@ class TextPart(_Body):
     text: str
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """A message. Only assistant messages have ``attributes``. ``developer`` is OpenAI's newer name for ``system``."""
 
     ignorable = neutral.MESSAGE
@@ -173,9 +229,20 @@ class ChatBody(_Sampling):
     attributes: Attributes | None = None
     max_completion_tokens: TokenCount | None = None
     logprobs: bool = False
+    top_logprobs: Annotated[Integer, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether log-probabilities are asked for."""
+        return self.logprobs
+
+    @property
+    def likely(self) -> int:
+        """The number of most likely tokens whose log-probabilities are asked for."""
+        return self.top_logprobs
 
 
-_B = TypeVar("_B", ChatBody, CompletionBody)
+_B = TypeVar("_B", bound=Body)
 
 
 def read(kind: type[_B], data: Mapping[str, Any]) -> _B:

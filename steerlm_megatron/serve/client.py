@@ -20,6 +20,7 @@ import httpx
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.protocol import Progress, Request, Result
 from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.serve.sampling_fields import fields_of
 
 log = get_logger(__name__)
 
@@ -154,23 +155,8 @@ class SamplingClient:
 
 
 def _body(request: Request, model: str | None) -> dict[str, Any]:
-    params = request.params
-    body: dict[str, Any] = {
-        "prompt": list(request.prompt_ids),
-        "max_tokens": params.max_tokens,
-        "temperature": params.temperature,
-        "top_k": params.top_k,
-        "top_p": params.top_p,
-        "seed": params.seed,
-        "return_token_ids": True,
-    }
-    if model is not None:
-        body["model"] = model
-    if params.stop:
-        body["stop"] = list(params.stop)
-    if params.logprobs:
-        body["logprobs"] = 0
-    return body
+    body = {"prompt": list(request.prompt_ids), **fields_of(request.params), "return_token_ids": True}
+    return body if model is None else {**body, "model": model}
 
 
 def _result(request: Request, response: httpx.Response, url: str) -> Result:

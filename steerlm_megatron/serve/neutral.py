@@ -26,10 +26,7 @@ Values = tuple[Any, ...] | _Label
 # Name of a parameter -> its neutral values besides null.
 COMMON: Mapping[str, Values] = {
     # OpenAI
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
     "metadata": LABEL,
-    "presence_penalty": (0,),
     "prompt_cache_key": LABEL,
     "prompt_cache_options": LABEL,
     "prompt_cache_retention": LABEL,
@@ -39,21 +36,14 @@ COMMON: Mapping[str, Values] = {
     "store": (False,),
     "user": LABEL,
     # vLLM, sampling
-    "allowed_token_ids": (),
     "bad_words": ([],),
-    "ignore_eos": (False,),
-    "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logits_processors": ([],),
     "logprob_token_ids": (),
-    "min_p": (0,),
-    "min_tokens": (0,),
     "prompt_logprobs": (),
     "repetition_detection": (),
-    "repetition_penalty": (1,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True, False),  # texts contain no special tokens
-    "stop_token_ids": ([],),
     "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "truncation_side": ("left", "right"),  # nothing is truncated
@@ -63,7 +53,6 @@ COMMON: Mapping[str, Values] = {
     "add_special_tokens": (True, False),  # tokenizers here add no special tokens
     "cache_salt": LABEL,
     "ec_transfer_params": ({},),
-    "echo": (False,),
     "guided_choice": (),
     "guided_decoding_backend": LABEL,  # there is no guided decoding
     "guided_grammar": (),
@@ -76,7 +65,6 @@ COMMON: Mapping[str, Values] = {
     "request_id": LABEL,
     "return_mm_kwargs": (True, False),
     "return_token_offsets": (False,),
-    "return_tokens_as_token_ids": (False,),
     "routed_experts_prompt_start": (0,),
     "session_id": LABEL,
     "stream_interval": (1,),
@@ -91,6 +79,7 @@ CHAT: Mapping[str, Values] = {
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
     "documents": ([],),
+    "echo": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "include_reasoning": (True, False),  # there is no reasoning
@@ -103,11 +92,20 @@ CHAT: Mapping[str, Values] = {
     "return_prompt_text": (False,),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
 COMPLETION: Mapping[str, Values] = {**COMMON, "prompt_embeds": (), "suffix": ("",)}
+TOKENIZE: Mapping[str, Values] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (True, False),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "continue_final_message": (False,),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+    "tools": ([],),
+}
 STREAM_OPTIONS: Mapping[str, Values] = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 # Fields that servers and clients put into an assistant's message that has only text, and names of participants, which
 # no template here uses.

@@ -103,7 +103,8 @@ def _check_headers(http: HttpRequest, max_bytes: int) -> None:
     media = kind.partition(";")[0].strip().lower()
     if media != "application/json" and not (media.startswith("application/") and media.endswith("+json")):
         given = f"is {kind[:100]!r}" if kind else "is missing"
-        raise ApiError(400, f"the header Content-Type {given}; it must be application/json", "content-type")
+        remedy = "it must be application/json (curl: -H 'Content-Type: application/json')"
+        raise ApiError(400, f"the header Content-Type {given}; {remedy}", "content-type")
     encoding = http.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         message = f"the header Content-Encoding is {encoding[:100]!r}; send the body as it is, without that header"

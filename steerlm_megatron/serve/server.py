@@ -37,7 +37,9 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.serve.api import ChatBody, CompletionBody, read
 from steerlm_megatron.serve.engine_loop import EngineLoop
 from steerlm_megatron.serve.errors import ApiError
+from steerlm_megatron.serve.more_routes import add_routes
 from steerlm_megatron.serve.read_request import ClientGone, parse_json, read_body, timed_protocol
+from steerlm_megatron.serve.scoring import ScoreQueue, ScorerLike
 from steerlm_megatron.serve.service import Ask, Service
 from steerlm_megatron.steer.attributes import AttributeSchema
 
@@ -152,9 +154,13 @@ class _Endpoints:
                     return
                 if isinstance(event, Result):
                     results[index] = event
-                    yield _sse(self.service.chunk(ask, index, None, (), event.finish_reason))
-                elif event.text or ask.body.return_token_ids or index not in begun:
-                    yield _sse(self.service.chunk(ask, index, event.text, event.token_ids, first=index not in begun))
+                    yield _sse(self.service.chunk(ask, index, None, (), event.finish_reason, result=event))
+                    continue
+                self.service.take(ask, index, event)
+                if event.text or ask.body.return_token_ids or index not in begun:
+                    first = index not in begun
+                    whole = event.whole
+                    yield _sse(self.service.chunk(ask, index, event.text, event.token_ids, first=first, whole=whole))
                     begun.add(index)
             if ask.body.stream_options is not None and ask.body.stream_options.include_usage:
                 yield _sse(self.service.usage_chunk(ask, [results[i] for i in range(len(handles))]))
@@ -189,8 +195,8 @@ async def _disconnected(http: HttpRequest) -> None:
         pass
 
 
-def create_app(service: Service, loop: EngineLoop) -> FastAPI:
-    """Return the ASGI application. The caller starts and stops the engine loop."""
+def create_app(service: Service, loop: EngineLoop, scores: ScoreQueue | None = None) -> FastAPI:
+    """Return the ASGI application. The caller starts and stops the engine loop, and ``scores``."""
     app = FastAPI(title="steerlm_megatron", docs_url=None, redoc_url=None)
     metrics = _Metrics(service.generator)
     endpoints = _Endpoints(service, loop, metrics)
@@ -208,6 +214,8 @@ def create_app(service: Service, loop: EngineLoop) -> FastAPI:
         return await endpoints.answer(
             "/v1/completions", lambda data: service.completion(read(CompletionBody, data)), http
         )
+
+    add_routes(app, service, scores, lambda path, status: metrics.requests.labels(path, str(status)).inc())
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -277,13 +285,15 @@ def serve(
     ready: Callable[[Running], None] | None = None,
     grace_sec: int = 30,
     linger_sec: float = 5.0,
+    scorer: ScorerLike | None = None,
 ) -> None:
     """Serve until SIGTERM, SIGINT or ``Running.stop``; then refuse new connections and give running requests
     ``grace_sec``.
 
     ``server.port`` 0 takes a free port. Ranks other than the replica's leader follow it and return when it ends. An
     error that ends the engine ends the server too: for ``linger_sec`` waiting clients and ``/health`` get the reason,
-    and then EngineDead is raised with it. Raises UserError if the port is taken. Collective over the replica.
+    and then EngineDead is raised with it.
+    ``scorer`` answers ``/v1/score``. Raises UserError if the port is taken. Collective over the replica.
     """
     if not generator.group.is_leader:
         generator.worker_loop()
@@ -299,7 +309,9 @@ def serve(
         http.should_exit = True
 
     loop = EngineLoop(generator, on_failure=end_soon)
-    app = create_app(Service(generator, schema, server, sampling), loop)
+    scores = None if scorer is None else ScoreQueue(scorer, server.max_queue)
+    service = Service(generator, schema, server, sampling)
+    app = create_app(service, loop, scores)
     port = listener.getsockname()[1]
     host = f"[{server.host}]" if ":" in server.host else server.host
     url = f"http://{host}:{port}"
@@ -320,10 +332,15 @@ def serve(
 
     http = _Uvicorn(config, on_ready)
     loop.start()
+    if scores is not None:
+        service.scored_attributes = scores.attributes
+        scores.start()
     try:
         http.run(sockets=[listener])
     finally:
         loop.stop()
+        if scores is not None:
+            scores.stop()
         listener.close()
     if loop.failure is not None:
         raise EngineDead(loop.failure)

@@ -10,26 +10,33 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator
-from steerlm_megatron.generate.protocol import Request, Result, SamplingParams, derive_seed
-from steerlm_megatron.generate.text import character_of_each_byte
-from steerlm_megatron.serve.api import ChatBody, CompletionBody, envelope, usage
+from steerlm_megatron.generate.protocol import Delta, Request, Result, SamplingParams, derive_seed
+from steerlm_megatron.serve.api import ChatBody, ChatMessage, CompletionBody, envelope, usage
 from steerlm_megatron.serve.errors import ApiError
+from steerlm_megatron.serve.logprobs import Pending, Scored, TokenTexts
+from steerlm_megatron.serve.sampling_fields import params_of
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import Template
 
+_DEFAULTS = ("temperature", "top_k", "top_p", "max_tokens")  # the model's description says what an absent one means
+
 
 @dataclass
 class Ask:
-    """An HTTP request after parsing: ``choices`` generator requests for each of ``prompts`` prompts."""
+    """An HTTP request after parsing: ``n`` generator requests for each of ``prompts`` prompts.
+
+    ``echoed``: the texts of the prompts, where responses begin with them. ``pending``: what a stream has not yet shown
+    of each choice's log-probabilities.
+    """
 
     id: str
     kind: str  # the ``object`` of the response
@@ -37,6 +44,13 @@ class Ask:
     requests: list[Request]
     prompts: int
     created: int
+    echoed: Sequence[str] = ()
+    pending: dict[int, Pending] = field(default_factory=dict)
+
+    @property
+    def prompt_alone(self) -> bool:
+        """Whether the response is to be the prompt, and the token that is drawn after it left out."""
+        return isinstance(self.body, CompletionBody) and self.body.max_tokens == 0
 
     @property
     def is_chat(self) -> bool:
@@ -50,6 +64,7 @@ class Service:
         self, generator: Generator, schema: AttributeSchema | None, server: ServerConfig, sampling: SamplingConfig
     ) -> None:
         """With ``schema`` None the model has no attribute conditioning, and asking for attributes is an error."""
+        self.scored_attributes: Sequence[str] = ()  # those of which ``/v1/score`` gives values
         self.generator = generator
         self.schema = schema if schema is not None and schema.names else None
         self.server, self.sampling = server, sampling
@@ -58,32 +73,33 @@ class Service:
         assert isinstance(template, Template)
         self.template: Template = template
         self.tokenizer: Tokenizer = tokenizer  # type: ignore[assignment]  # the generator's protocol has fewer methods
-        # The tokens of a tokenizer that does not know their bytes are taken to be complete characters.
-        self._token_bytes: Callable[[int], bytes] = getattr(
-            tokenizer, "token_bytes", lambda i: tokenizer.decode([i]).encode()
-        )
+        self.texts = TokenTexts(self.tokenizer)
 
     # ---- in ----
 
     def chat(self, body: ChatBody) -> Ask:
         """Turn a chat body into requests. Raises ApiError."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         if body.max_completion_tokens not in (None, body.max_tokens) and body.max_tokens is not None:
             raise ApiError(400, "max_tokens and max_completion_tokens are the same thing; give one", "max_tokens")
         self._check_choices(1, body.n)
         self._check_tokens(len(body.messages), "messages", "at least ")  # a message has one token or more
         self._check_chars(sum(len(part.text) for m in body.messages for part in m.content or ()), "messages")
         try:
-            prompt_ids = self.chat_prompt(body)
+            prompt_ids = self.chat_prompt(body.messages, body.attributes)
         except UserError as e:
             raise ApiError(400, str(e), "messages") from e
+        if body.top_logprobs and not body.logprobs:
+            raise ApiError(400, f"top_logprobs={body.top_logprobs} needs logprobs=true", "top_logprobs")
         max_tokens = body.max_tokens if body.max_tokens is not None else body.max_completion_tokens
-        return self._ask("chatcmpl", "chat.completion", body, [prompt_ids], max_tokens, bool(body.logprobs))
+        return self._ask("chatcmpl", "chat.completion", body, [prompt_ids], max_tokens)
 
-    def chat_prompt(self, body: ChatBody) -> list[int]:
-        """Return the token ids of a chat up to where the response starts."""
+    def chat_prompt(self, given: Sequence[ChatMessage], attributes: Mapping[str, Any] | None) -> list[int]:
+        """Return the token ids of a chat up to where the response, of these attributes, starts. Raises ApiError,
+        UserError.
+        """
         messages = []
-        for i, message in enumerate(body.messages):
+        for i, message in enumerate(given):
             where = f"messages[{i}]"
             if message.speaker == "system" and i > 0:
                 raise ApiError(400, f"{where}: a {message.role} message must come first", "messages")
@@ -101,11 +117,11 @@ class Service:
         levels = None
         if self.schema is not None:
             try:
-                levels = self.schema.complete(body.attributes)
+                levels = self.schema.complete(attributes)
             except UserError as e:
                 raise ApiError(400, f"attributes: {e}", "attributes") from e
-        elif body.attributes:
-            self._values(body.attributes, "attributes")
+        elif attributes:
+            self._values(attributes, "attributes")
         return self.tokenizer.encode_segments(self.template.prefix(messages, self.schema, levels))[0]
 
     def _values(self, values: Mapping[str, Any] | None, where: str) -> Mapping[str, float] | None:
@@ -123,9 +139,14 @@ class Service:
 
     def completion(self, body: CompletionBody) -> Ask:
         """Turn a completion body into requests. Raises ApiError."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         if body.best_of is not None and body.best_of != body.n:
             raise ApiError(400, f"best_of={body.best_of} must equal n={body.n}: choices are not ranked", "best_of")
+        if body.max_tokens == 0 and not body.echo:
+            raise ApiError(400, "max_tokens=0 draws nothing; ask for one token or more, or set echo=true", "max_tokens")
+        if body.echo and body.logprobs is not None and body.stream:
+            message = "echo=true with logprobs is not available with stream=true; drop one of them"
+            raise ApiError(400, message, "echo", code="unsupported_value")
         self._check_choices(len(body.prompt), body.n)
         for prompt in body.prompt:
             if not prompt:
@@ -140,9 +161,13 @@ class Service:
                 prompts.append(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
             except UserError as e:
                 raise ApiError(400, str(e), "prompt") from e
-        return self._ask("cmpl", "text_completion", body, prompts, body.max_tokens, body.logprobs is not None)
+        ask = self._ask("cmpl", "text_completion", body, prompts, body.max_tokens)
+        if body.echo:
+            ask.echoed = [text if isinstance(text, str) else self.tokenizer.decode(text) for text in body.prompt]
+        return ask
 
-    def _check_model(self, model: str | None) -> None:
+    def check_model(self, model: str | None) -> None:
+        """Raise ApiError (404) for a model that is not served; None stands for the served one."""
         if model is not None and model != self.server.model_name:
             message = f"model {model!r} is not served here; this is {self.server.model_name!r} (server.model_name)"
             raise ApiError(404, message, "model", code="model_not_found")
@@ -178,10 +203,7 @@ class Service:
         body: ChatBody | CompletionBody,
         prompts: Sequence[list[int]],
         max_tokens: int | None,
-        logprobs: bool,
     ) -> Ask:
-        if logprobs and body.stream:
-            raise ApiError(400, "logprobs are not available with stream=true; drop one of them", "logprobs")
         if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
             raise ApiError(400, "stream_options needs stream=true", "stream_options")
         request_id = f"{prefix}-{uuid.uuid4().hex}"
@@ -191,24 +213,27 @@ class Service:
         requests: list[Request] = []
         for p, ids in enumerate(prompts):
             room = self.generator.limits.max_sequence_tokens - len(ids)
-            wanted = max_tokens if max_tokens is not None else max(1, min(defaults.max_tokens, room))
+            wanted = max(1, max_tokens if max_tokens is not None else min(defaults.max_tokens, room))
             problem = self.generator.problem(len(ids), wanted)
             if problem:
                 raise ApiError(400, problem, param, code="context_length_exceeded")
             prompt_ids = tuple(ids)
             for choice in range(body.n):
-                params = SamplingParams(
-                    temperature=_or(body.temperature, defaults.temperature),
-                    top_k=max(0, _or(body.top_k, defaults.top_k)),
-                    top_p=_or(body.top_p, defaults.top_p),
-                    max_tokens=wanted,
-                    # Equal prompts of a list get different seeds; each request is reproducible from its seed.
-                    seed=derive_seed(base_seed, p * body.n + choice),
-                    stop=tuple(body.stop),
-                    logprobs=logprobs,
-                )
+                # Equal prompts of a list get different seeds; each request is reproducible from its seed.
+                params = params_of(body, defaults, wanted, derive_seed(base_seed, p * body.n + choice))
+                if not requests:
+                    self._check_params(body, params)
                 requests.append(Request(f"{request_id}-{p}-{choice}", prompt_ids, params))
         return Ask(request_id, kind, body, requests, len(prompts), int(time.time()))
+
+    def _check_params(self, body: ChatBody | CompletionBody, params: SamplingParams) -> None:
+        """Refuse parameters that contradict each other or name tokens that the model lacks."""
+        if params.min_tokens > params.max_tokens:
+            message = f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}"
+            raise ApiError(400, message, "min_tokens")
+        problem = self.generator.ids_problem(params)
+        if problem is not None:
+            raise ApiError(400, problem, problem.partition(" ")[0].rstrip(":"))
 
     # ---- out ----
 
@@ -217,80 +242,104 @@ class Service:
         choices = []
         for i, result in enumerate(results):
             choice: dict[str, Any] = {"index": i, "finish_reason": result.finish_reason, "logprobs": None}
+            choice["stop_reason"] = result.stop_reason
             if ask.is_chat:
                 choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
             else:
-                choice["text"] = result.text
-            if result.logprobs is not None:
-                choice["logprobs"] = self._logprobs(ask, result)
+                text = self._echo(ask, i) + ("" if ask.prompt_alone else result.text)
+                choice["text"] = text
+            if ask.body.wants_logprobs:
+                choice["logprobs"] = self._logprobs(ask, i, result)
             if ask.body.return_token_ids:
-                choice["token_ids"] = list(result.token_ids)
+                choice["token_ids"] = [] if ask.prompt_alone else list(result.token_ids)
             choices.append(choice)
-        head = envelope(ask.kind, ask.id, self.server.model_name, ask.created)
-        return {**head, "choices": choices, "usage": usage(results, ask.prompts)}
+        return {**self._head(ask), "choices": choices, "usage": self._usage(ask, results)}
 
-    def _logprobs(self, ask: Ask, result: Result) -> dict[str, Any]:
-        assert result.logprobs is not None
-        tokens = [self.tokenizer.decode([i]) for i in result.token_ids]
-        parts, offsets = self._parts(result)
+    def _head(self, ask: Ask, chunk: bool = False) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if ask.is_chat and chunk else ask.kind
+        return envelope(kind, ask.id, self.server.model_name, ask.created)
+
+    def _usage(self, ask: Ask, results: Sequence[Result]) -> dict[str, int]:
+        counts = usage(results, ask.prompts)
+        if ask.prompt_alone:
+            return {**counts, "completion_tokens": 0, "total_tokens": counts["prompt_tokens"]}
+        return counts
+
+    def _echo(self, ask: Ask, index: int) -> str:
+        """Return the text of the prompt that a choice's text begins with."""
+        return ask.echoed[index // ask.body.n] if ask.echoed else ""
+
+    def _silent(self, ask: Ask) -> Set[int]:
+        """Return the tokens that are no text of a response."""
+        stops: list[int] = [] if ask.body.include_stop_str_in_output else ask.body.stop_token_ids
+        return self.generator.stop_ids | set(stops)
+
+    def _logprobs(self, ask: Ask, index: int, result: Result) -> dict[str, Any]:
+        pieces = [] if ask.prompt_alone else [self.texts.of_result(result, self._silent(ask))]
+        if ask.echoed:
+            for piece in pieces:
+                piece.offsets = [at + len(self._echo(ask, index)) for at in piece.offsets]
+            pieces.insert(0, self.texts.of_prompt(ask.requests[index].prompt_ids, result))
+        return self._shown(ask, pieces)
+
+    def _shown(self, ask: Ask, pieces: Sequence[Scored]) -> dict[str, Any]:
+        body = ask.body
         if ask.is_chat:
-            content = [
-                {"token": token, "logprob": logprob, "bytes": list(part), "top_logprobs": []}
-                for token, part, logprob in zip(tokens, parts, result.logprobs, strict=True)
-            ]
-            return {"content": content, "refusal": None}
-        return {
-            "tokens": tokens,
-            "token_logprobs": list(result.logprobs),
-            "top_logprobs": None,
-            "text_offset": offsets,
-        }
+            return self.texts.chat(pieces[0], body.likely, body.return_tokens_as_token_ids)
+        return self.texts.completion(pieces, body.likely, body.return_tokens_as_token_ids)
 
-    def _parts(self, result: Result) -> tuple[list[bytes], list[int]]:
-        """Return the bytes that each token contributes to the text, and the index of the character where it begins.
-
-        Joined, the bytes are those of the text. Tokens that ended the response (a stop token, the template's suffix, a
-        stop string) contribute none.
-        """
-        ended = result.token_ids[-1:] and result.token_ids[-1] in self.generator.stop_ids
-        content = result.token_ids[:-1] if ended else result.token_ids
-        parts = [self._token_bytes(i) for i in content]
-        text = self.tokenizer.decode(content)
-        characters = character_of_each_byte(b"".join(parts), text)
-        count = characters[-1] + 1 if characters else 0
-        # Counted from the end of the text, where it was cut off.
-        kept = count - (len(text) - len(result.text)) if text.startswith(result.text) else count
-        offsets: list[int] = []
-        at = 0
-        for i, part in enumerate(parts):
-            own = characters[at : at + len(part)]
-            offsets.append(own[0] if own else offsets[-1] if offsets else 0)
-            parts[i] = bytes(byte for byte, of in zip(part, own, strict=True) if of < kept)
-            at += len(part)
-        return (parts, offsets) if not ended else ([*parts, b""], [*offsets, count])
+    def take(self, ask: Ask, index: int, delta: Delta) -> None:
+        """Take in the log-probabilities of a choice's delta; :meth:`chunk` shows them when their text is shown."""
+        if ask.body.wants_logprobs:
+            ask.pending.setdefault(index, Pending()).add(delta)
 
     def chunk(
-        self, ask: Ask, index: int, text: str | None, ids: Sequence[int], reason: str | None = None, first: bool = False
+        self,
+        ask: Ask,
+        index: int,
+        text: str | None,
+        ids: Sequence[int],
+        reason: str | None = None,
+        first: bool = False,
+        whole: bool = True,
+        result: Result | None = None,
     ) -> dict[str, Any]:
-        """Return one chunk of a stream. With ``text`` None it has the finish reason alone."""
+        """Return one chunk of a stream. With ``text`` None it is the last one of a choice, whose ``result`` is given;
+        ``whole``: with this chunk the client has the text of all tokens so far.
+        """
         choice: dict[str, Any] = {"index": index, "finish_reason": reason, "logprobs": None}
+        if result is not None:
+            choice["stop_reason"] = result.stop_reason
+        echo = self._echo(ask, index) if first else ""
+        if ask.prompt_alone:
+            text, ids, whole = text and "", (), False
         if ask.is_chat:
             delta: dict[str, Any] = {"role": "assistant"} if first else {}
             if text is not None:
                 delta["content"] = text
             choice["delta"] = delta
         else:
-            choice["text"] = text or ""
+            choice["text"] = echo + (text or "")
+        if index in ask.pending:
+            choice["logprobs"] = self._chunk_logprobs(ask, ask.pending[index], text or "", whole, result)
         if ask.body.return_token_ids:
             choice["token_ids"] = list(ids)
-        kind = "chat.completion.chunk" if ask.is_chat else ask.kind
-        return {**envelope(kind, ask.id, self.server.model_name, ask.created), "choices": [choice]}
+        return {**self._head(ask, chunk=True), "choices": [choice]}
+
+    def _chunk_logprobs(
+        self, ask: Ask, pending: Pending, text: str, whole: bool, result: Result | None
+    ) -> dict[str, Any] | None:
+        scored = None
+        if result is not None:
+            scored = self.texts.of_result(result, self._silent(ask)).after(pending.shown)
+        elif whole:
+            scored = self.texts.of_stream(pending, self._silent(ask))
+        pending.take(text)
+        return self._shown(ask, [scored]) if scored is not None and scored.ids else None
 
     def usage_chunk(self, ask: Ask, results: Sequence[Result]) -> dict[str, Any]:
         """Return the last chunk of a stream that asked for token counts."""
-        kind = "chat.completion.chunk" if ask.is_chat else ask.kind
-        head = envelope(kind, ask.id, self.server.model_name, ask.created)
-        return {**head, "choices": [], "usage": usage(results, ask.prompts)}
+        return {**self._head(ask, chunk=True), "choices": [], "usage": self._usage(ask, results)}
 
     def models(self) -> dict[str, Any]:
         """Return the body of ``GET /v1/models``."""
@@ -298,7 +347,7 @@ class Service:
 
     def model(self, name: str) -> dict[str, Any]:
         """Return the body of ``GET /v1/models/{name}``. Raises ApiError (404) for a model that is not served."""
-        self._check_model(name)
+        self.check_model(name)
         return self._model()
 
     def _model(self) -> dict[str, Any]:
@@ -309,8 +358,6 @@ class Service:
             "owned_by": "steerlm_megatron",
             "max_model_len": self.generator.limits.max_sequence_tokens,
             "attributes": None if self.schema is None else self.schema.to_dict(),
+            "scored_attributes": list(self.scored_attributes),
+            "sampling": {name: getattr(self.sampling, name) for name in _DEFAULTS},
         }
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value

@@ -14,8 +14,10 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_text_atomic
 from steerlm_megatron.generate.protocol import SamplingParams
 from steerlm_megatron.runtime import launcher
+from steerlm_megatron.runtime.parallel import Layout
 from steerlm_megatron.serve.server import Running, check_port, serve
 from steerlm_megatron.stages.sampling import ADDRESS, open_generator
+from steerlm_megatron.stages.scoring import Scorer
 from steerlm_megatron.stages.session import NO_ATTRIBUTES, load_model, open_checkpoint, requested_best, session
 
 
@@ -40,13 +42,30 @@ def run(config: Config) -> None:
         loaded = load_model(checkpoint, config, "checkpoint", head="lm", gather_logits=True)
         if schema is not None:
             schema = replace(schema, best=best)
+        scorer = open_scorer(config, here.layout)
         generator = open_generator(config, loaded, config.server.max_queue)
         if not here.layout.is_main:
             # A launcher signals every rank. The main rank finishes running requests and then stops the others.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
         with announced(config.server) as ready:
-            serve(generator, schema, config.server, config.sampling, ready)
+            serve(generator, schema, config.server, config.sampling, ready, scorer=scorer)
+
+
+def open_scorer(config: Config, layout: Layout) -> Scorer | None:
+    """Return what answers ``/v1/score``, if ``ap_checkpoint`` names a model for it.
+
+    Raises UserError with several ranks: those that follow the leader wait for its steps and could not compute values.
+    """
+    if config.ap_checkpoint is None:
+        return None
+    if layout.world_size > 1:
+        raise UserError(
+            f"ap_checkpoint={config.ap_checkpoint}: a server of {layout.world_size} ranks (parallel.*) cannot score "
+            "beside drawing; leave ap_checkpoint out, or serve a model that fits one rank"
+        )
+    ap = load_model(config.ap_checkpoint, config, "ap_checkpoint", head="regression")
+    return Scorer(ap, config.scoring.batch_tokens)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import EngineDead, Limits, Request, SamplingParams
+from steerlm_megatron.serve.scoring import ScorerLike
 from steerlm_megatron.serve.server import Running, serve
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Message
@@ -66,7 +67,9 @@ def make_generator(model: FakeModel | None = None, **changes: float) -> tuple[Ge
 
 
 @contextmanager
-def running(schema: AttributeSchema | None = SCHEMA, step_sec: float = 0.0, **changes: float) -> Iterator[Server]:
+def running(
+    schema: AttributeSchema | None = SCHEMA, step_sec: float = 0.0, scorer: ScorerLike | None = None, **changes: float
+) -> Iterator[Server]:
     generator, config = make_generator(**changes)
     model = generator.runner.model
     assert isinstance(model, FakeModel)
@@ -81,7 +84,8 @@ def running(schema: AttributeSchema | None = SCHEMA, step_sec: float = 0.0, **ch
 
     def run() -> None:
         try:
-            serve(generator, schema, config, SamplingConfig(max_tokens=12), ready=ready, grace_sec=60, linger_sec=60)
+            defaults = SamplingConfig(max_tokens=12)
+            serve(generator, schema, config, defaults, ready=ready, grace_sec=60, linger_sec=60, scorer=scorer)
         except EngineDead as error:
             ended.append(error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,11 +121,18 @@ def test_as_many_samples_as_the_prompt_has_tokens() -> None:
 )
 def test_chunks_blocks_and_preemption_change_nothing(changes: dict[str, int]) -> None:
     asked = requests_for(prompts(24, seed=2, longest=60), max_tokens=24, logprobs=True)
+    for i in range(0, len(asked), 3):  # some whose next token depends on the tokens before it, prompts with values
+        params = replace(asked[i].params, frequency_penalty=0.7, repetition_penalty=1.3, prompt_logprobs=2)
+        asked[i] = replace(asked[i], params=params)
     reference = make(max_batch=1, max_cache_tokens=4096, chunk_tokens=4096).generate(asked)
     generator = make(**{"max_batch": 16, **changes})
     results = generator.generate(asked)
     assert [r.token_ids for r in results] == [r.token_ids for r in reference]
-    assert [r.logprobs for r in results] == [pytest.approx(r.logprobs, abs=1e-4) for r in reference]
+    for result, expected in zip(results, reference, strict=True):
+        assert result.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert (result.prompt_logprobs or ())[1:] == pytest.approx((expected.prompt_logprobs or ())[1:], abs=1e-4)
+    scored = [r for r in results if r.prompt_logprobs is not None]
+    assert len(scored) == 8 and all(len(r.prompt_logprobs or ()) == r.prompt_tokens for r in scored)
     scheduler = generator.scheduler
     assert scheduler.pool.used == 0
     assert (scheduler.preemptions > 0) == ("max_cache_tokens" in changes and "reserve" not in changes)

@@ -1,0 +1,211 @@
+"""Routes beside completions: the tokenizer's, and the scoring of conversations beside drawing."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from steerlm_megatron.config.schema import Config, ParallelConfig
+from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.protocol import EngineDead, QueueFull, RequestFailed
+from steerlm_megatron.runtime.parallel import Layout
+from steerlm_megatron.serve.scoring import ScoreQueue
+from steerlm_megatron.stages.serve import open_scorer
+from steerlm_megatron.steer.records import Conversation, Message
+from tests.helpers.server import SCHEMA, TEMPLATE, TOKENIZER, USER, Server, running, wait_for
+
+
+class Scorer:
+    """Gives each assistant message its length and its place, and notes which conversations came together."""
+
+    schema = SCHEMA
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.asked, self.go = threading.Event(), threading.Event()
+        self.go.set()
+
+    def score(self, conversations: Sequence[Conversation]) -> list[Mapping[int, Mapping[str, float]]]:
+        self.asked.set()
+        assert self.go.wait(60)
+        self.batches.append(len(conversations))
+        if any("broken" in m.content for c in conversations for m in c.messages):
+            raise ZeroDivisionError("of one conversation")
+        return [
+            {
+                i: {"quality": float(len(m.content)), "humor": float(i)}
+                for i, m in enumerate(c.messages)
+                if m.role == "assistant"
+            }
+            for c in conversations
+        ]
+
+
+def talk(*texts: str) -> list[dict[str, Any]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with running(scorer=Scorer()) as one:
+        yield one
+
+
+def ask(server: Server, path: str, **body: Any) -> Any:
+    head = {"Content-Type": "application/json"}
+    return server.client.post(f"{server.url}{path}", content=json.dumps(body), headers=head)
+
+
+def test_tokens_of_texts_and_chats(server: Server) -> None:
+    text = "hello wörld <extra_id_1>"
+    body = ask(server, "/tokenize", prompt=text, add_special_tokens=False, return_token_strs=True).json()
+    ids = TOKENIZER.encode(text)
+    assert body == {
+        "count": len(ids),
+        "max_model_len": 400,
+        "tokens": ids,
+        "token_strs": [TOKENIZER.decode([i]) for i in ids],
+    }
+    assert ask(server, "/detokenize", tokens=ids).json() == {"prompt": text}
+    chat = {"messages": [*talk("hello", "hi"), *USER], "attributes": {"humor": 3}}
+    tokens = ask(server, "/tokenize", **chat).json()["tokens"]
+    messages = [Message("user", "hello"), Message("assistant", "hi"), Message("user", "hello")]
+    assert tokens == TOKENIZER.encode_segments(TEMPLATE.prefix(messages, SCHEMA, SCHEMA.complete({"humor": 3})))[0]
+    drawn = ask(server, "/v1/chat/completions", **chat, max_tokens=5, seed=1, return_token_ids=True).json()
+    again = ask(server, "/v1/completions", prompt=tokens, max_tokens=5, seed=1, return_token_ids=True).json()
+    assert drawn["usage"] == again["usage"] and drawn["choices"][0]["token_ids"] == again["choices"][0]["token_ids"]
+    info = server.client.get(f"{server.url}/tokenizer_info").json()
+    assert info["vocab_size"] == TOKENIZER.vocab_size and info["hash"] == TOKENIZER.hash
+    assert info["stop_token_ids"] == sorted(server.generator.stop_ids) and info["eos_token"] is None
+
+
+def test_conversations_get_values(server: Server) -> None:
+    one = ask(server, "/v1/score", messages=talk("hello", "hi there", "more", "ok")).json()
+    assert one["object"] == "list" and [item["index"] for item in one["data"]] == [0]
+    assert one["data"][0]["values"] == [
+        {"message": 1, "attributes": {"quality": 8.0, "humor": 1.0}},
+        {"message": 3, "attributes": {"quality": 2.0, "humor": 3.0}},
+    ]
+    answer = ask(server, "/v1/chat/completions", messages=USER, max_tokens=12, seed=3).json()["choices"][0]["message"]
+    several = [{"messages": [*USER, {**answer, "content": "x" + answer["content"]}]}, {"messages": talk("a", "b")}]
+    data = ask(server, "/v1/score", conversations=several).json()["data"]
+    assert [item["values"][0]["attributes"]["quality"] for item in data] == [len(answer["content"]) + 1, 1]
+    (model,) = server.client.get(f"{server.url}/v1/models").json()["data"]
+    assert model["scored_attributes"] == ["quality", "toxicity", "humor"]
+    assert 'endpoint="/v1/score",status="200"' in server.client.get(f"{server.url}/metrics").text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("/tokenize", {}, "prompt", "prompt, which is text, or messages"),
+        ("/tokenize", {"prompt": "x", "messages": USER}, "prompt", "one of the two"),
+        ("/tokenize", {"prompt": "x", "attributes": {"humor": 1}}, "attributes", "belong to messages"),
+        ("/tokenize", {"messages": USER, "attributes": {"humour": 1}}, "attributes", "humour"),
+        ("/tokenize", {"prompt": "x", "colour": 1}, "colour", "unknown parameter"),
+        ("/tokenize", {"prompt": "x", "model": "gpt"}, "model", "not served here"),
+        ("/tokenize", {"prompt": "\ud800"}, None, "Unicode"),
+        ("/detokenize", {"tokens": [99999]}, "tokens", "99999"),
+        ("/detokenize", {"tokens": "x"}, "tokens", "list of token ids"),
+        ("/v1/score", {}, "messages", "messages, of one conversation, or conversations"),
+        ("/v1/score", {"messages": USER}, "messages", "no assistant message"),
+        ("/v1/score", {"messages": talk("a", " ")}, "messages", "without text"),
+        ("/v1/score", {"messages": talk("a", "\ud800")}, "messages", "Unicode"),
+        ("/v1/score", {"conversations": [{"messages": talk("a", "b")}, {"messages": USER}]}, "conversations", "[1]"),
+        ("/v1/score", {"messages": [*talk("a", "b"), {"role": "system", "content": "s"}]}, "messages", "come first"),
+        (
+            "/v1/score",
+            {"messages": [*USER, {"role": "assistant", "content": "b", "attributes": {"humor": 1}}]},
+            "messages",
+            "leave them out",
+        ),
+        ("/v1/score", {"conversations": [{"messages": talk("a", "b")}] * 1001}, "conversations", "more than can ever"),
+    ],
+)
+def test_what_is_wrong_is_named(server: Server, path: str, body: dict[str, Any], param: str | None, words: str) -> None:
+    response = ask(server, path, **body)
+    assert response.status_code == (404 if param == "model" else 400)
+    assert response.json()["error"]["param"] == param and words in response.json()["error"]["message"]
+
+
+def test_one_that_cannot_be_scored_fails_alone(server: Server) -> None:
+    failed = ask(server, "/v1/score", messages=talk("hello", "broken"))
+    assert failed.status_code == 500 and "of one conversation" in failed.json()["error"]["message"]
+    assert ask(server, "/v1/score", messages=talk("hello", "fine")).status_code == 200
+
+
+def test_without_a_model_for_it_nothing_is_scored() -> None:
+    with running() as server:
+        response = ask(server, "/v1/score", messages=talk("a", "b"))
+        assert response.status_code == 404 and "ap_checkpoint" in response.json()["error"]["message"]
+
+
+def test_what_waits_goes_in_one_batch_and_drawing_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer = Scorer()
+    made: list[ScoreQueue] = []
+
+    def note(queue: ScoreQueue, *given: Any) -> None:
+        made.append(queue)
+        begin(queue, *given)
+
+    def waiting() -> int:
+        return len(made[0]._waiting)
+
+    begin = ScoreQueue.__init__
+    monkeypatch.setattr(ScoreQueue, "__init__", note)
+    with running(scorer=scorer, max_queue=20) as server:
+        scorer.go.clear()
+        with ThreadPoolExecutor(12) as pool:
+            texts = [f"text {'x' * i}" for i in range(11)] + ["broken"]
+            answers = [pool.submit(ask, server, "/v1/score", messages=talk("q", texts[0]))]
+            assert scorer.asked.wait(60)
+            answers += [pool.submit(ask, server, "/v1/score", messages=talk("q", text)) for text in texts[1:]]
+            assert ask(server, "/v1/completions", prompt="hello", max_tokens=3).status_code == 200
+            wait_for(lambda: waiting() == 11)
+            full = ask(server, "/v1/score", conversations=[{"messages": talk("a", "b")}] * 10)
+            assert full.status_code == 429 and full.headers["Retry-After"] == "1"
+            scorer.go.set()
+            found = [answer.result() for answer in answers]
+        assert [answer.status_code for answer in found] == [200] * 11 + [500]
+        for answer, text in zip(found[:11], texts, strict=False):
+            assert answer.json()["data"][0]["values"][0]["attributes"]["quality"] == len(text)
+        assert max(scorer.batches) >= 10, "those that waited went together"
+
+
+def test_a_queue_that_ends_answers_what_waits() -> None:
+    scorer = Scorer()
+    queue = ScoreQueue(scorer, max_waiting=3)
+    scorer.go.clear()
+    queue.start()
+    conversation = Conversation("a", (Message("user", "a"), Message("assistant", "bb")))
+    futures = [queue.submit([conversation])]
+    assert scorer.asked.wait(60)
+    futures += [queue.submit([conversation]), queue.submit([conversation, conversation])]
+    with pytest.raises(QueueFull):
+        queue.submit([conversation])
+    threading.Timer(0.05, scorer.go.set).start()
+    queue.stop()
+    assert futures[0].result(0)[0][1]["quality"] == 2.0
+    for future in futures[1:]:
+        with pytest.raises(EngineDead):
+            future.result(0)
+    with pytest.raises(EngineDead):
+        queue.submit([conversation])
+    alone = ScoreQueue(Scorer(), 3)
+    alone.start()
+    with pytest.raises(RequestFailed, match="ZeroDivisionError"):
+        alone.submit([Conversation("b", (Message("assistant", "broken"),))]).result(60)
+    alone.stop()
+
+
+def test_several_ranks_cannot_score_beside_drawing() -> None:
+    layout = Layout(rank=0, world_size=2, tp_rank=0, tp_size=2, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1)
+    config = Config(ap_checkpoint="run/ap", parallel=ParallelConfig(tensor=2))
+    with pytest.raises(UserError, match="ap_checkpoint=run/ap: a server of 2 ranks"):
+        open_scorer(config, layout)
+    assert open_scorer(Config(), layout) is None
