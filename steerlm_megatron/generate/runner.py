@@ -183,12 +183,12 @@ class StepRunner:
 
     def _forward(self, chunks: dict[int, int]) -> _Fed:
         """Feed each row its tokens."""
-        singles: list[tuple[Span, Sequence[int]]] = []
-        longer: list[tuple[Span, Sequence[int]]] = []
+        singles: list[tuple[Span, tuple[int, ...]]] = []
+        longer: list[tuple[Span, tuple[int, ...]]] = []
         following: dict[int, int] = {}  # the token after those that a scored row is fed
         for number, row in enumerate(self._rows):
             count = chunks.get(number, 1)
-            tokens = row.tokens[:count] if number in chunks else (row.last,)
+            tokens: tuple[int, ...] = row.tokens[:count] if number in chunks else (row.last,)
             row.tokens = row.tokens[count:]
             if row.scored and row.tokens:
                 following[number] = row.tokens[0]
@@ -204,9 +204,9 @@ class StepRunner:
                 end_of[number], row.copy_of = end_of[row.copy_of], None
         numbers = [number for number, row in enumerate(self._rows) if not row.tokens and number in end_of]
         wanted, done = [end_of[number] for number in numbers], _Fed(None, [self._rows[i] for i in numbers], [], [])
-        for span, tokens in fed:
+        for span, ids in fed:
             if self._rows[span.row].scored:
-                targets = [*tokens[1:], *([following[span.row]] if span.row in following else [])]
+                targets = [*ids[1:], *([following[span.row]] if span.row in following else [])]
                 first = end_of[span.row] + 1 - span.count
                 wanted += range(first, first + len(targets))
                 done.targets += targets
