@@ -89,6 +89,7 @@ def limits_for(
         block_tokens=size,
         chunk_tokens=wanted.chunk_tokens or _CHUNK_TOKENS.get(device.type, _CHUNK_TOKENS["cpu"]),
         reserve=wanted.admission == "reserve",
+        overlap=device.type == "cuda" and group.size == 1,  # other ranks get tokens by way of the host
     )
 
 

@@ -34,7 +34,7 @@ from steerlm_megatron.generate.protocol import (
     Result,
     SamplingParams,
 )
-from steerlm_megatron.generate.runner import Drawn, StepRunner
+from steerlm_megatron.generate.runner import Drawn, Launched, StepRunner
 from steerlm_megatron.generate.sampling import NOT_DRAWN, NOT_FINITE
 from steerlm_megatron.generate.scheduler import Scheduler, StepPlan
 from steerlm_megatron.generate.text import ResponseText
@@ -106,6 +106,7 @@ class Generator:
         self.last_beat_sec = time.monotonic()  # time of the loop's last sign of life
         self.steps = self.sampled_tokens = 0
         self.jobs: dict[str, Job] = {}
+        self._unread: tuple[list[Job], Launched] | None = None  # the step that is queued and not read
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._last_message_sec = time.monotonic()
@@ -236,17 +237,30 @@ class Generator:
     # ---- the loop, one thread of the leader ----
 
     def step(self) -> bool:
-        """Run one step if there is work; return whether there was. Collective over the replica when there is."""
+        """Run one step if there is work; return whether there was. Collective over the replica when there is.
+
+        With ``limits.overlap`` the step is queued, and the one before it is read: the device computes while the host
+        looks at tokens. A sequence that turns out to have ended is then fed once more, for nothing.
+        """
         self.last_beat_sec = time.monotonic()
         with self._lock:
             self._check_alive()
-            plan = self.scheduler.plan(lambda job: job.reason is not None)
-            jobs = self.scheduler.sampling()
-        if plan is None:
+            plan = self.scheduler.plan(
+                lambda job: job.reason is not None or job.planned >= job.request.params.max_tokens
+            )
+            jobs = self.scheduler.sampling() if plan is not None else []
+            for job in jobs:
+                job.planned += 1
+        if plan is None and self._unread is None:
             return False
         try:
-            self._send(plan)
-            self._take(jobs, self.runner.run(plan))
+            launched = None
+            if plan is not None:
+                self._send(plan)
+                launched = jobs, self.runner.launch(plan)
+            ready, self._unread = (self._unread, launched) if self.limits.overlap else (launched, None)
+            if ready is not None:
+                self._take(ready[0], ready[1].read())
         except BaseException as e:
             self.fail(f"{type(e).__name__}: {e}")
             raise
@@ -395,7 +409,7 @@ class Generator:
             if plan.kind == "stop":
                 return
             if plan.kind == "run":
-                self.runner.run(plan)
+                self.runner.launch(plan)
 
     # ---- in process ----
 

@@ -68,6 +68,7 @@ class Job:
             prompt_logprobs=params.prompt_logprobs,
         )
         self.token_ids: list[int] = []
+        self.planned = 0  # tokens that steps have given or will have given it
         self.logprobs: list[float] = []
         self.top_logprobs: list[Top] = []
         self.prompt_logprobs: tuple[tuple[float | None, ...], tuple[Top | None, ...]] | None = None

@@ -183,6 +183,7 @@ class Limits:
     block_tokens: int = 16
     chunk_tokens: int = 256  # tokens of prompts that a step takes beside the sequences that decode
     reserve: bool = False  # a sequence is admitted only with room for all of its tokens
+    overlap: bool = False  # a step is queued before the tokens of the step before it are read
 
     @property
     def blocks(self) -> int:

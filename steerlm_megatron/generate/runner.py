@@ -23,7 +23,7 @@ from steerlm_megatron.generate.scheduler import NewRow, StepPlan
 from steerlm_megatron.model.inference import InferencePath
 from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.runtime.device import to_device
+from steerlm_megatron.runtime.device import HostCopy, to_device
 
 log = get_logger(__name__)
 
@@ -52,7 +52,6 @@ class _Row:
     length: int  # tokens in the cache
     drawn: int  # tokens sampled
     copy_of: int | None = None  # the row after whose logits this one is sampled in its first step
-    last: int = 0  # the token sampled last
     scores: list[list[float]] = field(default_factory=list)  # of each token of the prompt so far, but the first
 
     @property
@@ -73,8 +72,35 @@ class _Fed:
     scores: list[tuple[_Row, int]]  # (row, number of targets that are its)
 
 
+class Launched:
+    """A step whose computation is queued; the host waits for it in :meth:`read`. Steps are read in their order."""
+
+    def __init__(
+        self, rows: Sequence[_Row], found: torch.Tensor, scores: Sequence[tuple[_Row, int]], scored: torch.Tensor | None
+    ) -> None:
+        """``found`` [rows, X] and ``scored`` [targets, X], float64, are what ``StepRunner`` makes of logits."""
+        self._found, self._scored = HostCopy(found), None if scored is None else HostCopy(scored)
+        self._rows, self._scores = [(row, row.params, row.scored) for row in rows], scores
+
+    def read(self) -> Drawn:
+        """Return what the step gave."""
+        scores = [] if self._scored is None else self._scored.tolist()
+        for row, count in self._scores:
+            row.scores += scores[:count]
+            del scores[:count]
+        found = self._found.tolist()
+        drawn = Drawn([int(token[0]) for token in found], [token[1] for token in found])
+        if found and len(found[0]) > 2:
+            drawn.top = [_top(token[2:], row[1].top_logprobs) for token, row in zip(found, self._rows, strict=True)]
+        for number, (row, params, scored) in enumerate(self._rows):
+            if scored:
+                count = params.prompt_logprobs or 0
+                drawn.prompts[number] = [s[0] for s in row.scores], [_top(s[1:], count) for s in row.scores]
+        return drawn
+
+
 class StepRunner:
-    """Runs plans on this rank's part of the model. Every rank of the replica calls :meth:`run` with the same plan."""
+    """Runs plans on this rank's part of the model. Every rank of the replica calls :meth:`launch` with equal plans."""
 
     def __init__(
         self, model: torch.nn.Module, group: ModelGroup, vocab_size: int, banned_ids: Sequence[int], limits: Limits
@@ -96,40 +122,41 @@ class StepRunner:
         self.sampler = BatchSampler(vocab_size, banned_ids, self.device)
         self._hidden_size: int = getattr(config, "hidden_size", 0)
         self._rows: list[_Row] = []
+        self._last_R = torch.zeros(0, dtype=torch.int64, device=self.device)  # the token that each row got last
         self._tables = BlockTables(limits.max_batch, limits.blocks_for(limits.max_sequence_tokens))
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> Drawn:
-        """Return a token for each row whose tokens have all been fed, in order. Collective over the replica.
-
-        A row from which no token can be drawn gets a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``).
+    def launch(self, plan: StepPlan) -> Launched:
+        """Queue a step. It gives a token for each row whose tokens have all been fed, in order; a row from which no
+        token can be drawn gets a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``). The next step may be queued
+        before this one is read. Collective over the replica.
         """
         self._change_rows(plan)
         fed = self._forward(dict(plan.chunks))
-        if fed.scores:
-            self._score_prompts(fed)
-        found = self._draw(fed) if fed.rows else []
+        scored_TX = self._score_prompts(fed) if fed.scores else None
+        found_KX = self._draw(fed) if fed.rows else torch.zeros((0, 2), dtype=torch.float64)
         if plan.copies:
             self.cache.copy(plan.copies)
-        drawn = Drawn([int(token[0]) for token in found], [token[1] for token in found])
-        if found and len(found[0]) > 2:
-            wanted = [row.params.top_logprobs for row in fed.rows]
-            drawn.top = [_top(token[2:], count) for token, count in zip(found, wanted, strict=True)]
-        for number, row in enumerate(fed.rows):
-            if row.scored:
-                count = row.params.prompt_logprobs or 0
-                drawn.prompts[number] = [s[0] for s in row.scores], [_top(s[1:], count) for s in row.scores]
-                row.scores = []
-            row.last, row.drawn = max(drawn.ids[number], 0), row.drawn + 1
-        return drawn
+        launched = Launched(fed.rows, found_KX, fed.scores, scored_TX)
+        if fed.rows:
+            ids_K = found_KX[:, 0].to(self.device, torch.int64).clamp(min=0)
+            if len(fed.rows) == len(self._rows):
+                self._last_R = ids_K
+            else:
+                sampled = {id(row) for row in fed.rows}
+                numbers = [number for number, row in enumerate(self._rows) if id(row) in sampled]
+                self._last_R = self._last_R.index_copy(0, to_device(np.array(numbers), self.device), ids_K)
+        for row in fed.rows:
+            row.drawn += 1
+        return launched
 
-    def _draw(self, fed: _Fed) -> list[list[float]]:
-        """Return for each row its token, its log-probability and, where some row asked, the most likely ids and their
-        log-probabilities. Collective over the replica.
+    def _draw(self, fed: _Fed) -> torch.Tensor:
+        """Return float64 [rows, X]: each row's token, its log-probability and, where some row asked, the most likely
+        ids and their log-probabilities. (Ids are exact in float64.) Collective over the replica.
         """
         asked = any(row.params.top_logprobs for row in fed.rows)
         count = min(MAX_TOP_LOGPROBS, self.vocab_size) if asked else 0
-        sampled_KX = torch.zeros((len(fed.rows), 2 + 2 * count), dtype=torch.float64)  # ids are exact in float64
+        sampled_KX = torch.zeros((len(fed.rows), 2 + 2 * count), dtype=torch.float64)
         if self.group.is_sampler:
             assert fed.logits_KV is not None
             rows_KV = fed.logits_KV[: len(fed.rows)]
@@ -138,15 +165,13 @@ class StepRunner:
             top = self.sampler.most_likely(rows_KV)
             ids_K, logprobs_K = self._sample(rows_KV, params, drawn)
             columns = [ids_K, ids_K if logprobs_K is None else logprobs_K]
-            columns_KX = torch.stack([column.double().to(ids_K.device) for column in columns], 1)
+            sampled_KX = torch.stack([column.double().to(ids_K.device) for column in columns], 1)
             if top is not None:
-                columns_KX = torch.cat([columns_KX, *(part.double().to(ids_K.device) for part in top)], 1)
-            sampled_KX = columns_KX.cpu()  # host sync: the scheduler needs the tokens
-        found: list[list[float]] = self.group.broadcast_sampled(sampled_KX.contiguous()).tolist()
-        return found
+                sampled_KX = torch.cat([sampled_KX, *(part.double().to(ids_K.device) for part in top)], 1)
+        return self._of_all_ranks(sampled_KX)
 
-    def _score_prompts(self, fed: _Fed) -> None:
-        """Append to rows' scores the log-probability of each target, and the most likely ids in its place with theirs.
+    def _score_prompts(self, fed: _Fed) -> torch.Tensor:
+        """Return float64 [targets, X]: each target's log-probability, and the most likely ids in its place with theirs.
         Collective over the replica.
         """
         found_TX = torch.zeros((len(fed.targets), 1 + 2 * min(MAX_TOP_LOGPROBS, self.vocab_size)), dtype=torch.float64)
@@ -154,11 +179,12 @@ class StepRunner:
             assert fed.logits_KV is not None
             targets_T = to_device(np.array(fed.targets, np.int64), fed.logits_KV.device)
             chosen_T, ids_TN, top_TN = prompt_logprobs(fed.logits_KV[len(fed.rows) :], targets_T, self.vocab_size)
-            found_TX = torch.cat([chosen_T.unsqueeze(1).double(), ids_TN.double(), top_TN.double()], 1).cpu()
-        found = self.group.broadcast_sampled(found_TX.contiguous()).tolist()
-        for row, count in fed.scores:
-            row.scores += found[:count]
-            del found[:count]
+            found_TX = torch.cat([chosen_T.unsqueeze(1).double(), ids_TN.double(), top_TN.double()], 1)
+        return self._of_all_ranks(found_TX)
+
+    def _of_all_ranks(self, found: torch.Tensor) -> torch.Tensor:
+        """Return what the sampling rank has found: on the device, or on the CPU where it had to be sent."""
+        return found if self.group.size == 1 else self.group.broadcast_sampled(found.cpu().contiguous())
 
     def _change_rows(self, plan: StepPlan) -> None:
         if plan.wipe:
@@ -166,9 +192,12 @@ class StepRunner:
         if plan.keep is not None:
             self._rows = [self._rows[i] for i in plan.keep]
             self._tables.keep(plan.keep)
+            self._last_R = self._last_R.index_select(0, to_device(np.array(plan.keep, np.int64), self.device))
         for new in plan.new:
             self._rows.append(_row(new))
             self._tables.add(new.blocks)
+        if plan.new:
+            self._last_R = torch.cat([self._last_R, self._last_R.new_zeros(len(plan.new))])
         for number, block in plan.blocks:
             self._tables.append(number, block)
 
@@ -183,12 +212,12 @@ class StepRunner:
 
     def _forward(self, chunks: dict[int, int]) -> _Fed:
         """Feed each row its tokens."""
-        singles: list[tuple[Span, tuple[int, ...]]] = []
+        singles: list[tuple[Span, tuple[int, ...]]] = []  # 0 stands for a token that is on the device
         longer: list[tuple[Span, tuple[int, ...]]] = []
         following: dict[int, int] = {}  # the token after those that a scored row is fed
         for number, row in enumerate(self._rows):
             count = chunks.get(number, 1)
-            tokens: tuple[int, ...] = row.tokens[:count] if number in chunks else (row.last,)
+            tokens: tuple[int, ...] = row.tokens[:count] if number in chunks else (0,)
             row.tokens = row.tokens[count:]
             if row.scored and row.tokens:
                 following[number] = row.tokens[0]
@@ -196,7 +225,7 @@ class StepRunner:
                 (singles if count == 1 else longer).append((Span(number, row.length, count), tokens))
             row.length += count
         fed = [*singles, *longer]
-        ids_T = np.fromiter((token for _, tokens in fed for token in tokens), np.int64)
+        ids_T = self._ids(fed, chunks)
         positions_T = self.cache.begin(self._tables, [span for span, _ in singles], [span for span, _ in longer])
         end_of = dict(zip((span.row for span, _ in fed), np.cumsum([span.count for span, _ in fed]) - 1, strict=True))
         for number, row in enumerate(self._rows):
@@ -221,12 +250,23 @@ class StepRunner:
         hidden_T1D = None
         if not self.group.is_first_stage:
             hidden_T1D = self.group.receive_hidden((len(ids_T), 1, self._hidden_size), self.dtype, self.device)
-        output = self._compute(to_device(ids_T, self.device), packed, hidden_T1D)
+        output = self._compute(ids_T, packed, hidden_T1D)
         if self.group.is_last_stage:
             done.logits_KV = output
         else:
             self.group.send_hidden(output)
         return done
+
+    def _ids(self, fed: Sequence[tuple[Span, tuple[int, ...]]], chunks: dict[int, int]) -> torch.Tensor:
+        """Token ids of a step, int64 [T]: those of prompts, and those that rows got last, which stay on the device."""
+        if not chunks:
+            return self._last_R
+        ids_T = to_device(np.fromiter((token for _, tokens in fed for token in tokens), np.int64), self.device)
+        decoding = [(at, span.row) for at, (span, _) in enumerate(fed) if span.row not in chunks]  # among single tokens
+        if decoding:
+            at_D, row_D = to_device(np.array(decoding, np.int64).T.copy(), self.device)
+            ids_T.index_copy_(0, at_D, self._last_R.index_select(0, row_D))
+        return ids_T
 
     def _compute(self, ids_T: torch.Tensor, packed: PackedTokens, hidden_T1D: torch.Tensor | None) -> torch.Tensor:
         """Logits [K, V] on the last stage, hidden states [T, 1, D] on the others."""

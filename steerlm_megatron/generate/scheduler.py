@@ -82,11 +82,6 @@ class Row(Generic[S]):
     chain: int  # that ends with the last of them
     reserved: int = 0  # blocks that it may still ask for
 
-    @property
-    def known(self) -> int:
-        """Tokens that are known: of the prompt, and sampled."""
-        return len(self.sequence.prompt_ids) + len(self.sequence.token_ids)
-
 
 class Scheduler(Generic[S]):
     """First-come-first-served continuous batching over blocks, with prompts in chunks and shared prefixes."""
@@ -132,7 +127,7 @@ class Scheduler(Generic[S]):
 
     def sampling(self) -> list[S]:
         """The sequences that get a token from the step planned last, in the order of rows."""
-        return [row.sequence for row in self.rows if row.computed == row.known]
+        return [row.sequence for row in self.rows if row.computed >= row.given]
 
     def _feed_rows(self, plan: StepPlan) -> tuple[int, bool]:
         """Feed the rows there are. Return how many tokens of prompts the step may still take, and whether a row was
@@ -174,8 +169,8 @@ class Scheduler(Generic[S]):
         size, sequence = self.pool.block_tokens, row.sequence
         if row.computed // size == row.listed:
             return
-        ids = (*sequence.prompt_ids, *sequence.token_ids)
-        while row.listed < row.computed // size:
+        ids = (*sequence.prompt_ids, *sequence.token_ids)  # the last token may not have been read yet
+        while row.listed < min(row.computed, len(ids)) // size:
             at = row.listed * size
             row.chain = self.pool.register(row.chain, ids[at : at + size], row.blocks[row.listed])
             row.listed += 1

@@ -108,7 +108,7 @@ class HostCopy:
             self._values.copy_(tensor, non_blocking=True)
             self._copied.record()
 
-    def tolist(self) -> list[float]:
+    def tolist(self) -> list[Any]:
         """Return the values. The host waits for the device here, unless it has waited since the copy was queued."""
         if self._copied is not None:
             self._copied.synchronize()

@@ -116,6 +116,8 @@ def test_as_many_samples_as_the_prompt_has_tokens() -> None:
         {"chunk_tokens": 1, "block_tokens": 1},
         {"max_cache_tokens": 128, "block_tokens": 4},  # preempts
         {"max_cache_tokens": 160, "block_tokens": 4, "reserve": True},
+        {"overlap": True},
+        {"overlap": True, "max_cache_tokens": 128, "block_tokens": 4, "chunk_tokens": 7},
     ],
     ids=str,
 )
@@ -136,6 +138,17 @@ def test_chunks_blocks_and_preemption_change_nothing(changes: dict[str, int]) ->
     scheduler = generator.scheduler
     assert scheduler.pool.used == 0
     assert (scheduler.preemptions > 0) == ("max_cache_tokens" in changes and "reserve" not in changes)
+
+
+def test_a_step_is_queued_before_the_one_before_it_is_read() -> None:
+    generator = make(overlap=True)
+    request = Request("a", (1, 2), SamplingParams(max_tokens=3, ignore_eos=True))
+    handle = generator.submit(request)
+    taken = []
+    while generator.step():
+        taken.append((generator.steps, generator.sampled_tokens))
+    assert taken == [(0, 0), (1, 1), (2, 2), (3, 3)], "no step beyond max_tokens, and none is lost"
+    assert handle.future.result(0).token_ids == make().generate([request])[0].token_ids
 
 
 def test_a_known_prefix_is_not_computed_again() -> None:
