@@ -131,6 +131,7 @@ TOOLS: dict[str, Command] = {
     tool.name: tool
     for tool in (
         Command("plan", "memory and time of a command, before it runs", "stages.plan", False, ("plan",)),
+        Command("chat", "talk with a served model in the terminal", "serve.chat", False, ()),
         Command("launch", "a command, or all steps of run, as SLURM jobs", "launch.submit", False, ("cluster",)),
         Command("status", "the jobs of a run, or of all runs here", "launch.status", False, ()),
         Command("cancel", "end the jobs of a run", "launch.status", False, ()),
