@@ -81,14 +81,13 @@ class StepRunner:
         sampled_KX = torch.zeros((plan.size, 2 + 2 * count), dtype=torch.float64)
         if self.group.is_sampler:
             assert logits_KV is not None
-            self.sampler.set_rows(self._rows)
             rows_KV = logits_KV[: plan.size]
-            top = self.sampler.most_likely(rows_KV)
+            top = self.sampler.most_likely(rows_KV) if count else ()
             ids_K, logprobs_K = self._sample(rows_KV, plan.drawn)
             columns = [ids_K, ids_K if logprobs_K is None else logprobs_K]
             columns_KX = torch.stack([column.double().to(ids_K.device) for column in columns], 1)
             # host sync: the scheduler needs the tokens
-            sampled_KX = torch.cat([columns_KX, *((part.double() for part in top) if top else ())], 1).cpu()
+            sampled_KX = torch.cat([columns_KX, *(part.double() for part in top)], 1).cpu()
         found = self.group.broadcast_sampled(sampled_KX.contiguous()).tolist()
         ids = [int(row[0]) for row in found]
         for row, i in enumerate(ids):
@@ -137,6 +136,7 @@ class StepRunner:
 
     def _sample(self, logits_KV: torch.Tensor, drawn: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         try:
+            self.sampler.set_rows(self._rows)
             return self.sampler.sample(logits_KV, drawn)
         except Exception:
             log.exception("drawing tokens for a batch raised; each row is drawn on its own")
