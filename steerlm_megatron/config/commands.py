@@ -48,7 +48,13 @@ _CORPUS = ("data", "tokenizer", "template", "attributes", "train.seed")
 _TRAINING = (
     "init_from", "model", *_RANKS, "optim", "lora", "train", *_CORPUS, "tracking", "profile", "plan.check",
 )  # fmt: skip
-_LIMITS = ("generation.max_batch", "generation.max_sequence_tokens", "generation.max_cache_tokens")
+_LIMITS = tuple(
+    f"generation.{key}"
+    for key in (
+        "max_batch", "max_sequence_tokens", "max_cache_tokens", "memory_fraction", "block_tokens", "chunk_tokens",
+        "admission",
+    )
+)  # fmt: skip
 _DRAWING = ("sampling", *_LIMITS, *_RANKS)
 _SERVERS = ("server.urls", "server.folder", "server.count", "generation.concurrency")
 _SERVER = tuple(

@@ -24,7 +24,20 @@ class GenerationConfig:
 
     max_batch: int = option(64, at_least(1), "sequences that are decoded together")
     max_sequence_tokens: int = option(4096, at_least(8), "prompt and response together")
-    max_cache_tokens: int = option(65536, at_least(8), "slots of the key/value cache over all sequences")
+    max_cache_tokens: int | None = option(
+        None, at_least(8), "slots of the key/value cache; null: max_batch sequences of full length, or what fits"
+    )
+    memory_fraction: float = option(
+        0.8, between(0, 1), "most of the memory left beside the model that the key/value cache takes"
+    )
+    block_tokens: int = option(16, at_least(1), "slots of a block of the cache; prefixes are shared by whole blocks")
+    chunk_tokens: int | None = option(
+        None, at_least(1), "tokens of prompts in a step, beside one of each sequence; null: 256 on CPUs, 2048 on GPUs"
+    )
+    admission: str = option(
+        "optimistic", one_of("optimistic", "reserve"),
+        "reserve: a sequence starts when there is room for all its tokens; optimistic: the youngest may have to wait",
+    )  # fmt: skip
     concurrency: int = option(64, at_least(1), "requests that are under way to the servers of server.urls")
 
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.block_pool import BlockPool
 from steerlm_megatron.generate.group import LocalGroup, ModelGroup
 from steerlm_megatron.generate.job import Handle, Job, outcome_of, resolve
 from steerlm_megatron.generate.protocol import (
@@ -98,8 +99,9 @@ class Generator:
         self.stop_ids = frozenset(_stop_ids(tokenizer, template))
         special, self.longest_token_chars = _look_through(tokenizer, template)
         self.banned_ids = frozenset(special - self.stop_ids)  # never drawn
-        self.runner = StepRunner(model, self.group, tokenizer.vocab_size, sorted(self.banned_ids))
-        self.scheduler: Scheduler[Job] = Scheduler(limits.max_batch, limits.max_cache_tokens)
+        self.runner = StepRunner(model, self.group, tokenizer.vocab_size, sorted(self.banned_ids), limits)
+        pool = BlockPool(limits.blocks, limits.block_tokens)
+        self.scheduler: Scheduler[Job] = Scheduler(pool, limits.max_batch, limits.chunk_tokens, limits.reserve)
         self.error: str | None = None
         self.last_beat_sec = time.monotonic()  # time of the loop's last sign of life
         self.steps = self.sampled_tokens = 0
@@ -239,12 +241,12 @@ class Generator:
         with self._lock:
             self._check_alive()
             plan = self.scheduler.plan(lambda job: job.reason is not None)
-            rows = list(self.scheduler.running)
+            jobs = self.scheduler.sampling()
         if plan is None:
             return False
         try:
             self._send(plan)
-            self._take(rows, self.runner.run(plan))
+            self._take(jobs, self.runner.run(plan))
         except BaseException as e:
             self.fail(f"{type(e).__name__}: {e}")
             raise
@@ -256,12 +258,12 @@ class Generator:
             self.group.broadcast(plan)
             self._last_message_sec = time.monotonic()
 
-    def _take(self, rows: list[Job], drawn: Drawn) -> None:
-        """Append each row's new token to its request, and resolve the requests that end with it."""
+    def _take(self, jobs: list[Job], drawn: Drawn) -> None:
+        """Append each job's new token to it, and resolve the requests that end with it."""
         ended: list[tuple[Job, Result | RequestFailed]] = []
         with self._lock:
             self.steps += 1
-            for row, job in enumerate(rows):
+            for row, job in enumerate(jobs):
                 if job.reason is not None:  # cancelled while the step ran
                     continue
                 outcome = outcome_of(job, partial(self._take_token, job, row, drawn))
@@ -275,6 +277,7 @@ class Generator:
         """Append a token to a job and return its result if it ends. An exception here ends this job alone."""
         token_id = drawn.ids[row]
         if token_id < 0:
+            job.failed = True
             raise RequestFailed(_NO_TOKEN[token_id])
         job.token_ids.append(token_id)
         self.sampled_tokens += 1
@@ -332,6 +335,23 @@ class Generator:
             prompt_logprobs=None if prompt is None else prompt[0],
             prompt_top_logprobs=None if prompt is None else prompt[1],
         )
+
+    def counts(self) -> dict[str, float]:
+        """What the engine has done and holds at present, by name: for metrics and for a benchmark."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return {
+            "steps": self.steps,
+            "sampled_tokens": self.sampled_tokens,
+            "running": len(scheduler.rows),
+            "waiting": len(scheduler.waiting),
+            "cached_tokens": scheduler.cached_tokens,
+            "cache_blocks": pool.blocks,
+            "cache_blocks_used": pool.used,
+            "prefix_asked_tokens": pool.counts.asked_tokens,
+            "prefix_hit_tokens": pool.counts.hit_tokens,
+            "evicted_blocks": pool.counts.evicted_blocks,
+            "preemptions": scheduler.preemptions,
+        }
 
     def fail(self, reason: str) -> None:
         """End the engine: pending and later requests get ``EngineDead(reason)``."""
@@ -407,7 +427,7 @@ class Generator:
         return answer
 
     def _generate(self, requests: Sequence[Request], progress: Progress | None) -> list[Result]:
-        # Longest requests come first, so that stragglers start early and neighbours in the cache have similar lengths.
+        # Longest requests come first, so that stragglers start early and rows have similar lengths.
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i].prompt_ids) - requests[i].params.max_tokens)
         handles = self.submit_all([requests[i] for i in order], bounded=False)
         done: list[Future[Result]] = []
@@ -429,12 +449,12 @@ class Generator:
 
 def check_limits(limits: Limits) -> None:
     """Raise UserError if no request could ever run."""
-    for name in ("max_queue", "max_batch", "max_sequence_tokens", "max_cache_tokens"):
+    for name in ("max_queue", "max_batch", "max_sequence_tokens", "max_cache_tokens", "block_tokens", "chunk_tokens"):
         value = getattr(limits, name)
         if value < 1:
             section = "server" if name == "max_queue" else "generation"
             raise UserError(f"{section}.{name}={value} must be at least 1")
-    if limits.max_cache_tokens < limits.max_sequence_tokens:
+    if limits.blocks < limits.blocks_for(limits.max_sequence_tokens):
         raise UserError(
             f"generation.max_cache_tokens={limits.max_cache_tokens} is less than generation.max_sequence_tokens="
             f"{limits.max_sequence_tokens}: the longest sequence would never fit; raise the one or lower the other"

@@ -30,6 +30,10 @@ class ModelGroup(Protocol):
         """Return the leader's ``value`` on every rank. Collective over the replica."""
         ...
 
+    def least(self, value: int) -> int:
+        """Return the smallest ``value`` of all ranks. Collective over the replica."""
+        ...
+
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return hidden states from the stage before."""
         ...
@@ -55,6 +59,9 @@ class LocalGroup:
     heartbeat_sec = HEARTBEAT_SEC
 
     def broadcast(self, value: Any) -> Any:
+        return value
+
+    def least(self, value: int) -> int:
         return value
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -107,6 +114,11 @@ class MegatronGroup:
         data = torch.empty(int(size.item()), dtype=torch.uint8)
         dist.broadcast(data, src=self._leader, group=self._control)
         return pickle.loads(data.numpy().tobytes())
+
+    def least(self, value: int) -> int:
+        least = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._control)
+        return int(least.item())
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         hidden = torch.empty(shape, dtype=dtype, device=device)

@@ -73,6 +73,7 @@ class Job:
         self.prompt_logprobs: tuple[tuple[float | None, ...], tuple[Top | None, ...]] | None = None
         self.stop_reason: str | int | None = None
         self.reason: FinishReason | None = None
+        self.failed = False  # its logits were not finite
         self.needs_text = on_delta is not None or bool(params.stop)
 
     @property

@@ -1,111 +1,137 @@
-"""Keys and values of the sequences being generated, and attention over them.
+"""Keys and values of the sequences being generated, in blocks, and attention over them.
 
-Owns: the cache's memory, and the attention of a generation step (``PackedTokens.kv``). Does not own: which sequence
-sits in which row, or when the cache grows (``scheduler.py`` decides, every rank obeys), or RoPE (already in q and k).
-Invariant: rows 0..n-1 are the sequences being decoded, without holes, so that decoding is a batched product over one
-slab of memory, with no gather; what lies beyond a row's length is finite and masked.
+Owns: the cache's memory, and the attention of a generation step (``PackedTokens.kv``). Does not own: which sequence has
+which blocks (``scheduler.py`` decides, every rank obeys), or RoPE (already in q and k).
+Invariants: all memory is allocated at the start; a step writes all its keys and values of a layer before anything reads
+them, so that sequences of one step may share blocks that the step fills; a slot that a query does not see is masked and
+finite, or of the query's own sequence: it never sees another's NaN.
 
-Layout, per layer: [2 (key, value), rows, G, capacity, H] with G the key/value heads of this tensor-parallel rank. A row
-and head is one contiguous slab [capacity, H].
+Layout, per layer: [2 (key, value), G, blocks, block_tokens, H] with G the key/value heads of this tensor-parallel rank.
+A block and head is contiguous, so that gathering the blocks of many sequences gives batches [G, sequences, tokens, H]
+without any transposition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from steerlm_megatron.model.attention import causal_attention
 from steerlm_megatron.model.cross_entropy import soft_capped
-from steerlm_megatron.model.packed_tokens import Masks
+from steerlm_megatron.model.packed_tokens import CacheShape, Masks
+from steerlm_megatron.runtime.device import to_device
 
-# The decoded length is rounded up to this many tokens: aligned masks for CUDA's memory-efficient kernel, few distinct
-# shapes.
-_LENGTH_STEP = 16
+# A call gathers about this many bytes: what it gathers is still in a CPU's cache when it is used. On a GPU calls cost
+# more than memory traffic, and one call takes all.
+_GATHER_BYTES = 4 << 20
+# Sequences share a call if the shortest has at least this share of the longest's blocks.
+_SHARE_OF_LONGEST = 0.7
+
+
+@dataclass
+class Span:
+    """Tokens that a sequence is fed in a step: ``count`` of them from position ``start`` on."""
+
+    row: int
+    start: int
+    count: int
+
+
+@dataclass
+class _Call:
+    """Sequences that decode in one call of attention. ``rows`` are numbers among the step's single tokens."""
+
+    rows_M: torch.Tensor | None  # None: all of them, in order
+    count: int
+    blocks_X: torch.Tensor  # [count · width], the blocks to gather
+    hidden_M1L: torch.Tensor  # bool: slots that the sequence does not see
+    masks: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict)  # by repetitions, for all layers
 
 
 @dataclass
 class _Step:
-    """Index tensors of one step, shared by all layers; flat indices count [capacity] slots of a layer's (row, head)
-    slabs."""
+    """Index tensors of one step, shared by all layers."""
 
-    decode_rows: int
-    length: int  # longest decoded sequence, this step's token included, rounded up
-    shortest: int  # shortest decoded sequence, this step's token included
-    positions_B: torch.Tensor  # of the decoded tokens
-    slots_TG: torch.Tensor | None  # where each token's keys and values go
-    prefill: list[tuple[int, int]]  # [start, end) of each new sequence in the packed tokens
-    # Masks of decoding in the shape and dtype that attention takes, by heads, dtype and window; those of prompts.
-    cached: dict[tuple[int, torch.dtype, int | None], torch.Tensor]
-    masks: Masks
+    singles: list[Span]  # sequences with one token, which come first
+    longer: list[Span]
+    slots_T: torch.Tensor  # where each token's keys and values go
+    calls: dict[int | None, list[_Call]] = field(default_factory=dict)  # of the single tokens, by window
+    gathered: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)  # blocks of a longer span
+    masks: Masks = field(default_factory=dict)
+
+
+class BlockTables:
+    """Which blocks each row has, on the host: int64 [rows, longest]. Beyond a row's last block, that one repeats."""
+
+    def __init__(self, max_rows: int, max_blocks: int) -> None:
+        self.blocks = np.zeros((max_rows, max_blocks), np.int64)
+        self.counts = np.zeros(max_rows, np.int64)
+        self.rows = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Let only ``rows`` stay, in this order."""
+        self.blocks[: len(rows)], self.counts[: len(rows)] = self.blocks[list(rows)], self.counts[list(rows)]
+        self.rows = len(rows)
+
+    def add(self, blocks: Sequence[int]) -> None:
+        """Append a row that has ``blocks``."""
+        row, count = self.rows, len(blocks)
+        self.blocks[row, :count], self.blocks[row, count:], self.counts[row] = blocks, blocks[-1], count
+        self.rows += 1
+
+    def append(self, row: int, block: int) -> None:
+        """Give a row one block more."""
+        self.blocks[row, self.counts[row] :] = block
+        self.counts[row] += 1
 
 
 class KVCache:
-    """Slot-based cache. Per step: :meth:`resize`, :meth:`move` as needed, :meth:`begin`, then one :meth:`attend` per
-    layer."""
+    """The blocks of all layers of this rank. Per step: :meth:`begin`, then one :meth:`attend` per layer."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.rows = 0
-        self.capacity = 0
-        self._layers: dict[int, torch.Tensor] = {}
-        self._step: _Step | None = None
-
-    def resize(self, rows: int, capacity: int, lengths: Sequence[int]) -> None:
-        """Have ``rows`` × ``capacity`` slots, keeping the first ``lengths[i]`` tokens of row i."""
-        if (rows, capacity) == (self.rows, self.capacity):
-            return
-        keep_rows, keep = len(lengths), max(lengths, default=0)
-        assert keep_rows <= rows and keep <= capacity
-        for number, old in self._layers.items():
-            new = old.new_zeros((2, rows, old.shape[2], capacity, old.shape[4]))
-            if keep:
-                new[:, :keep_rows, :, :keep] = old[:, :keep_rows, :, :keep]
-            self._layers[number] = new
-        self.rows, self.capacity = rows, capacity
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of row ``source`` to row ``target``."""
-        for layer in self._layers.values():
-            layer[:, target, :, :length] = layer[:, source, :, :length]
-
-    def wipe(self, row: int) -> None:
-        """Make all of ``row`` zeros: what it holds may be NaN, which would reach the next sequence there through masked
-        slots, as 0 × NaN is NaN."""
-        for layer in self._layers.values():
-            layer[:, row] = 0
-
-    def begin(self, decode_lengths: Sequence[int], prefill: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Announce a step: one token for each of rows 0..n-1, then whole prompts.
-
-        ``decode_lengths``: tokens already cached in rows 0..n-1. ``prefill``: (row, tokens) of each new sequence, in
-        packed order. Returns positions_T, int64, on the device. Must precede the step's :meth:`attend` calls.
+    def __init__(self, shape: CacheShape, blocks: int, block_tokens: int, device: torch.device) -> None:
+        """Allocate ``blocks`` blocks of ``block_tokens`` tokens. Zeros, not garbage: a masked slot still meets a weight
+        of 0, and 0 × NaN is NaN.
         """
-        rows, positions, spans = list(range(len(decode_lengths))), list(decode_lengths), []
-        longest = max(decode_lengths, default=0) + 1
-        assert longest <= self.capacity and len(rows) <= self.rows
-        for row, tokens in prefill:
-            assert row < self.rows and tokens <= self.capacity
-            spans.append((len(positions), len(positions) + tokens))
-            rows.extend([row] * tokens)
-            positions.extend(range(tokens))
-        both_2T = torch.tensor([rows, positions], dtype=torch.int64).to(self.device, non_blocking=True)
-        length = min(self.capacity, -(-longest // _LENGTH_STEP) * _LENGTH_STEP)
-        n = len(decode_lengths)
-        self._rows_T, self._positions_T = both_2T[0], both_2T[1]
-        shortest = min(decode_lengths, default=0) + 1
-        self._step = _Step(n, length, shortest, self._positions_T[:n], None, spans, {}, {})
-        return self._positions_T
+        self.shape, self.blocks, self.block_tokens, self.device = shape, blocks, block_tokens, device
+        size = (2, shape.groups, blocks, block_tokens, shape.head_dim)
+        self._layers = {n: torch.zeros(size, dtype=shape.dtype, device=device) for n in shape.layers}
+        self._slots = {n: layer.flatten(2, 3).unbind(0) for n, layer in self._layers.items()}  # views: [G, slots, H]
+        # On CPU two batched products beat SDPA several times at one query per head (measured: 0.8 against 2.2 ms, 64 ×
+        # 4 × 256).
+        self.sdpa = device.type == "cuda"
+        self._step: _Step | None = None
+        self._tables = np.zeros((0, 0), np.int64)
 
-    def _layer(self, number: int, k_TGH: torch.Tensor) -> torch.Tensor:
-        layer = self._layers.get(number)
-        if layer is None:
-            # Zeros, not garbage: a masked slot still meets a weight of 0, and 0 × NaN is NaN.
-            shape = (2, self.rows, k_TGH.shape[1], self.capacity, k_TGH.shape[2])
-            layer = self._layers[number] = torch.zeros(shape, dtype=k_TGH.dtype, device=k_TGH.device)
-        return layer
+    def wipe(self, blocks: Sequence[int]) -> None:
+        """Fill ``blocks`` with zeros: what they hold may be NaN, which would reach the next sequence there through
+        masked slots.
+        """
+        index_X = to_device(np.asarray(blocks, np.int64), self.device)
+        for layer in self._layers.values():
+            layer.index_fill_(2, index_X, 0)
+
+    def copy(self, blocks: Sequence[tuple[int, int]]) -> None:
+        """Copy what blocks hold into others: (from, to) each."""
+        source_X, target_X = to_device(np.array(blocks, np.int64).T.copy(), self.device)
+        for layer in self._layers.values():
+            layer.index_copy_(2, target_X, layer.index_select(2, source_X))
+
+    def begin(self, tables: BlockTables, singles: Sequence[Span], longer: Sequence[Span]) -> torch.Tensor:
+        """Announce a step: the sequences that are fed one token, then those that are fed more, in packed order.
+
+        Returns positions_T, int64, on the device. Must precede the step's :meth:`attend` calls.
+        """
+        self._tables = tables.blocks
+        rows_T, positions_T = _tokens([*singles, *longer])
+        slots_T = self._tables[rows_T, positions_T // self.block_tokens] * self.block_tokens
+        slots_T += positions_T % self.block_tokens
+        both_2T = to_device(np.stack([slots_T, positions_T]), self.device)
+        self._step = _Step(list(singles), list(longer), both_2T[0])
+        return both_2T[1]
 
     def attend(
         self,
@@ -124,21 +150,36 @@ class KVCache:
         """
         step = self._step
         assert step is not None, "begin() before attend()"
-        layer = self._layer(layer_number, k_TGH)
-        heads, dim = k_TGH.shape[1], k_TGH.shape[2]
-        if step.slots_TG is None:
-            head_G = torch.arange(heads, device=self.device)
-            slabs_TG = self._rows_T[:, None] * heads + head_G
-            step.slots_TG = (slabs_TG * self.capacity + self._positions_T[:, None]).reshape(-1)
-        layer[0].view(-1, dim).index_copy_(0, step.slots_TG, k_TGH.reshape(-1, dim))
-        layer[1].view(-1, dim).index_copy_(0, step.slots_TG, v_TGH.reshape(-1, dim))
-        n = step.decode_rows
+        layer = self._layers[layer_number]
+        for slots_GSH, new_TGH in zip(self._slots[layer_number], (k_TGH, v_TGH), strict=True):
+            slots_GSH.index_copy_(1, step.slots_T, new_TGH.transpose(0, 1))
+        n = len(step.singles)
         outputs = [self._decode(step, layer, q_TNH[:n], scale, window, softcap)] if n else []
-        for start, end in step.prefill:
-            q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q_TNH, k_TGH, v_TGH))
-            out = causal_attention(q, k, v, scale, step.masks, window=window, softcap=softcap)
-            outputs.append(out.squeeze(0).transpose(0, 1))
+        start = n
+        for i, span in enumerate(step.longer):
+            part = slice(start, start + span.count)
+            k_GKH, v_GKH = k_TGH[part].transpose(0, 1), v_TGH[part].transpose(0, 1)
+            if span.start:
+                k_GKH, v_GKH = self._prefix(step, layer, i, window)
+            q_1NQH, k_1GKH, v_1GKH = q_TNH[part].transpose(0, 1)[None], k_GKH[None], v_GKH[None]
+            out = causal_attention(q_1NQH, k_1GKH, v_1GKH, scale, step.masks, window=window, softcap=softcap)
+            outputs.append(out[0].transpose(0, 1))
+            start += span.count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _prefix(
+        self, step: _Step, layer: torch.Tensor, number: int, window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [G, K, H] of all that the queries of a longer span see."""
+        span, size = step.longer[number], self.block_tokens
+        end = span.start + span.count
+        first = 0 if window is None else max(0, span.start - window + 1) // size
+        blocks_X = step.gathered.get((number, window))
+        if blocks_X is None:
+            blocks_X = to_device(self._tables[span.row, first : -(-end // size)], self.device)
+            step.gathered[number, window] = blocks_X
+        found_2GKH = layer.index_select(2, blocks_X).flatten(2, 3)[:, :, : end - first * size]
+        return found_2GKH[0], found_2GKH[1]
 
     def _decode(
         self,
@@ -149,47 +190,98 @@ class KVCache:
         window: int | None,
         softcap: float | None,
     ) -> torch.Tensor:
-        """One query per row against the row's cache. The N / G query heads of a key/value head stand as queries side by
-        side: all are at the same position, so no head has to be repeated."""
-        n, (first, length) = step.decode_rows, _span(step, window)
-        heads, dim = layer.shape[2], layer.shape[4]
-        share = q_BNH.shape[1] // heads
-        if q_BNH.is_cuda and softcap is None:  # SDPA has no soft cap
-            q_BGMH = q_BNH.reshape(n, heads, share, dim)
-            mask_B11L = self._mask(step, 1, q_BNH.dtype, window)[:, None].expand(n, heads, share, length - first)
-            out = F.scaled_dot_product_attention(
-                q_BGMH, layer[0, :n, :, first:length], layer[1, :n, :, first:length], attn_mask=mask_B11L, scale=scale
-            )
-            return out.reshape(n, -1, dim)
-        # On CPU two batched products beat SDPA several times at one query per head (measured: 0.8 against 2.2 ms, 64 ×
-        # 4 × 256).
-        slabs = layer.view(2, -1, self.capacity, dim)[:, : n * heads, first:length]
-        mask_X1L = self._mask(step, heads, q_BNH.dtype, window)
-        q_XMH = q_BNH.reshape(n * heads, share, dim)
+        """Attention of single tokens, each over its own sequence's blocks."""
+        calls = step.calls.get(window)
+        if calls is None:
+            calls = step.calls[window] = self._plan_calls(step.singles, layer, window)
+        if len(calls) == 1:
+            return self._call(calls[0], layer, q_BNH, scale, softcap)
+        out_BNH = torch.empty_like(q_BNH)
+        for call in calls:
+            assert call.rows_M is not None
+            q_MNH = q_BNH.index_select(0, call.rows_M)
+            out_BNH.index_copy_(0, call.rows_M, self._call(call, layer, q_MNH, scale, softcap))
+        return out_BNH
+
+    def _call(
+        self, call: _Call, layer: torch.Tensor, q_MNH: torch.Tensor, scale: float, softcap: float | None
+    ) -> torch.Tensor:
+        """One query per sequence. The N / G query heads of a key/value head stand as queries side by side: all are at
+        the same position, so no head has to be repeated."""
+        groups, dim, count = layer.shape[1], layer.shape[4], call.count
+        kv_2GMLH = layer.index_select(2, call.blocks_X).view(2, groups, count, -1, dim)
+        q_GMSH = q_MNH.unflatten(1, (groups, -1)).transpose(0, 1)
+        if self.sdpa and softcap is None:  # SDPA has no soft cap
+            seen_MSL = ~call.hidden_M1L.expand(-1, q_GMSH.shape[2], -1)
+            out_GMSH = F.scaled_dot_product_attention(q_GMSH, kv_2GMLH[0], kv_2GMLH[1], attn_mask=seen_MSL, scale=scale)
+            return out_GMSH.transpose(0, 1).reshape(q_MNH.shape)
+        q_XSH, (k_XLH, v_XLH) = q_GMSH.flatten(0, 1), kv_2GMLH.flatten(1, 2)
+        mask_X1L = call.masks.get((groups, q_MNH.dtype))
+        if mask_X1L is None:
+            mask_M1L = torch.zeros(call.hidden_M1L.shape, dtype=q_MNH.dtype, device=self.device)
+            mask_X1L = mask_M1L.masked_fill_(call.hidden_M1L, float("-inf")).repeat(groups, 1, 1)
+            call.masks[groups, q_MNH.dtype] = mask_X1L
         if softcap is None:
-            scores_XML = torch.baddbmm(mask_X1L, q_XMH, slabs[0].transpose(1, 2), alpha=scale)
+            scores_XSL = torch.baddbmm(mask_X1L, q_XSH, k_XLH.transpose(1, 2), alpha=scale)
         else:
-            scores_XML = soft_capped(torch.bmm(q_XMH, slabs[0].transpose(1, 2)) * scale, softcap) + mask_X1L
-        softmax_dtype = torch.promote_types(q_BNH.dtype, torch.float32)
-        weights_XML = torch.softmax(scores_XML, -1, dtype=softmax_dtype).to(q_BNH.dtype)
-        return torch.bmm(weights_XML, slabs[1]).view(n, -1, dim)
+            scores_XSL = soft_capped(torch.bmm(q_XSH, k_XLH.transpose(1, 2)) * scale, softcap) + mask_X1L
+        softmax_dtype = torch.promote_types(q_MNH.dtype, torch.float32)
+        weights_XSL = torch.softmax(scores_XSL, -1, dtype=softmax_dtype).to(q_MNH.dtype)
+        out_XSH = torch.bmm(weights_XSL, v_XLH)
+        return out_XSH.view(groups, count, -1, dim).transpose(0, 1).reshape(q_MNH.shape)
 
-    def _mask(self, step: _Step, heads: int, dtype: torch.dtype, window: int | None) -> torch.Tensor:
-        """[rows · heads, 1, tokens of the span]: 0 where a row has a token in its window, -inf elsewhere."""
-        mask = step.cached.get((heads, dtype, window))
-        if mask is None:
-            first, length = _span(step, window)
-            position_B1, token_L = step.positions_B[:, None], torch.arange(first, length, device=self.device)
-            hidden_BL = token_L > position_B1
+    def _plan_calls(self, singles: Sequence[Span], layer: torch.Tensor, window: int | None) -> list[_Call]:
+        """Part the sequences into calls, by the number of blocks that they see."""
+        size = self.block_tokens
+        rows_B = np.array([span.row for span in singles])
+        position_B = np.array([span.start for span in singles])
+        first_B = np.zeros_like(position_B) if window is None else np.maximum(0, position_B - window + 1) // size
+        width_B = position_B // size + 1 - first_B
+        block_bytes = layer.element_size() * layer[:, :, 0].numel()
+        calls: list[_Call] = []
+        for members in alike(width_B, None if self.sdpa else max(1, _GATHER_BYTES // block_bytes)):
+            width = int(width_B[members].max())
+            column_MW = first_B[members, None] + np.arange(width)
+            # Beyond a row's blocks its last one is read again: all that it has is masked there.
+            last = self._tables.shape[1] - 1
+            blocks_MW = self._tables[rows_B[members, None], np.minimum(column_MW, last)]
+            slot_ML = (column_MW[:, :, None] * size + np.arange(size)).reshape(len(members), -1)
+            hidden_ML = slot_ML > position_B[members, None]
             if window is not None:
-                hidden_BL |= token_L <= position_B1 - window
-            mask_BL = torch.zeros(hidden_BL.shape, dtype=dtype, device=self.device)
-            mask = mask_BL.masked_fill_(hidden_BL, float("-inf")).repeat_interleave(heads, 0).unsqueeze(1)
-            step.cached[heads, dtype, window] = mask
-        return mask
+                hidden_ML |= slot_ML <= position_B[members, None] - window
+            every = len(members) == len(singles)
+            calls.append(
+                _Call(
+                    rows_M=None if every else to_device(members, self.device),
+                    count=len(members),
+                    blocks_X=to_device(blocks_MW.reshape(-1), self.device),
+                    hidden_M1L=to_device(hidden_ML[:, None], self.device),
+                )
+            )
+        return calls
 
 
-def _span(step: _Step, window: int | None) -> tuple[int, int]:
-    """From which slot up to which one some decoded row sees tokens; the first is rounded down as the last is up."""
-    first = 0 if window is None else max(0, step.shortest - window)
-    return first // _LENGTH_STEP * _LENGTH_STEP, step.length
+def _tokens(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
+    """Row and position of every token of ``spans``, int64 each."""
+    count_S = np.array([span.count for span in spans])
+    row_T = np.repeat(np.array([span.row for span in spans]), count_S)
+    before_S = np.array([span.start for span in spans]) - (count_S.cumsum() - count_S)
+    return row_T, np.repeat(before_S, count_S) + np.arange(len(row_T))
+
+
+def alike(width_B: np.ndarray, most_blocks: int | None) -> list[np.ndarray]:
+    """Part numbers 0..B-1 into groups of like width, each of about ``most_blocks`` blocks with its padding. The numbers
+    of a group are in order; a single group holds all of them.
+    """
+    order_B = np.argsort(-width_B, kind="stable")
+    groups: list[np.ndarray] = []
+    start = 0
+    for i in range(1, len(order_B) + 1):
+        longest = int(width_B[order_B[start]])
+        if i < len(order_B):
+            alike = width_B[order_B[i]] >= _SHARE_OF_LONGEST * longest
+            if alike and (most_blocks is None or (i + 1 - start) * longest <= most_blocks):
+                continue
+        groups.append(np.sort(order_B[start:i]))
+        start = i
+    return groups

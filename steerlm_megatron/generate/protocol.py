@@ -178,8 +178,20 @@ class Limits:
 
     max_batch: int
     max_sequence_tokens: int
-    max_cache_tokens: int
+    max_cache_tokens: int  # slots of the key/value cache, all of which are allocated at the start
     max_queue: int = 2**31  # choices that may wait for a row; without a server there is no bound
+    block_tokens: int = 16
+    chunk_tokens: int = 256  # tokens of prompts that a step takes beside the sequences that decode
+    reserve: bool = False  # a sequence is admitted only with room for all of its tokens
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks of the key/value cache."""
+        return self.max_cache_tokens // self.block_tokens
+
+    def blocks_for(self, tokens: int) -> int:
+        """Number of blocks that hold ``tokens`` tokens."""
+        return -(-tokens // self.block_tokens)
 
 
 class QueueFull(Exception):

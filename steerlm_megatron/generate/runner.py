@@ -1,37 +1,40 @@
 """One generation step on one rank: from a plan to sampled ids.
 
 Owns: the model's inputs, passing hidden states between stages, the cache and the sampler of this rank. Does not own:
-the plan (``scheduler.py``). Invariant: the state is a function of the sequence of plans alone, so that ranks with the
-same plans hold the same rows.
+the plan (``scheduler.py``). Invariant: the state is a function of the sequence of plans and of sampled tokens alone, so
+that ranks with the same plans hold the same rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.group import ModelGroup
-from steerlm_megatron.generate.kv_cache import KVCache
-from steerlm_megatron.generate.protocol import MAX_TOP_LOGPROBS, Top
+from steerlm_megatron.generate.kv_cache import BlockTables, KVCache, Span
+from steerlm_megatron.generate.protocol import MAX_TOP_LOGPROBS, Limits, Top
 from steerlm_megatron.generate.sampling import BatchSampler, RowParams, prompt_logprobs
-from steerlm_megatron.generate.scheduler import StepPlan
-from steerlm_megatron.model.packed_tokens import PackedTokens
+from steerlm_megatron.generate.scheduler import NewRow, StepPlan
+from steerlm_megatron.model.inference import InferencePath
+from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens
 from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.runtime.device import to_device
 
 log = get_logger(__name__)
 
 
 @dataclass
 class Drawn:
-    """What a step gives: one token for each row, and what rows asked to know of it.
+    """What a step gives: a token for each row that has been fed all of its tokens, and what rows asked to know of it.
 
-    ``top``: per row the most likely tokens, as many as it asked for. ``prompts``: for each row whose prompt was
-    computed and that asked, the log-probability of each token of the prompt but the first, and the most likely tokens
-    in its place.
+    ``top``: per row the most likely tokens, as many as it asked for; empty if no row asked. ``prompts``, by number
+    among these rows, where the last part of a prompt was computed and the row asked: the log-probability of each token
+    of the prompt but the first, and the most likely tokens in its place.
     """
 
     ids: list[int]
@@ -40,145 +43,210 @@ class Drawn:
     prompts: dict[int, tuple[list[float], list[Top]]] = field(default_factory=dict)
 
 
+@dataclass
+class _Row:
+    """What this rank knows of a row."""
+
+    params: RowParams
+    tokens: tuple[int, ...]  # of the prompt, not fed yet
+    length: int  # tokens in the cache
+    drawn: int  # tokens sampled
+    copy_of: int | None = None  # the row after whose logits this one is sampled in its first step
+    last: int = 0  # the token sampled last
+    scores: list[list[float]] = field(default_factory=list)  # of each token of the prompt so far, but the first
+
+    @property
+    def scored(self) -> bool:
+        """Whether log-probabilities of its prompt are asked for and still to come."""
+        return self.params.prompt_logprobs is not None and not self.drawn
+
+
+@dataclass
+class _Fed:
+    """What a forward pass leaves: ``logits_KV`` (None on all stages but the last) has a row for each of ``rows``, which
+    are sampled, and then one before each of ``targets``, the tokens of prompts that rows have ``scores`` of.
+    """
+
+    logits_KV: torch.Tensor | None
+    rows: list[_Row]
+    targets: list[int]
+    scores: list[tuple[_Row, int]]  # (row, number of targets that are its)
+
+
 class StepRunner:
     """Runs plans on this rank's part of the model. Every rank of the replica calls :meth:`run` with the same plan."""
 
-    def __init__(self, model: torch.nn.Module, group: ModelGroup, vocab_size: int, banned_ids: Sequence[int]) -> None:
+    def __init__(
+        self, model: torch.nn.Module, group: ModelGroup, vocab_size: int, banned_ids: Sequence[int], limits: Limits
+    ) -> None:
+        """``model`` says by ``cache_shape()`` what its keys and values take; the cache is allocated here."""
         config = getattr(model, "config", None)
         if getattr(config, "sequence_parallel", False):
             raise UserError(
                 "parallel.sequence=true cannot generate: a step has one token per sequence; use parallel.sequence=false"
             )
-        parameter = next(model.parameters())
-        self.model = model.eval()
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self.model = cast(Any, model)
+        self.model.eval()
+        shape: CacheShape = self.model.cache_shape()
+        self.device, self.dtype = next(model.parameters()).device, shape.dtype
         self.group = group
         self.vocab_size = vocab_size
-        self.cache = KVCache(self.device)
+        self._path = InferencePath(model) if InferencePath.takes(model) else None
+        self.cache = KVCache(shape, limits.blocks, limits.block_tokens, self.device)
         self.sampler = BatchSampler(vocab_size, banned_ids, self.device)
         self._hidden_size: int = getattr(config, "hidden_size", 0)
-        self._rows: list[RowParams] = []
+        self._rows: list[_Row] = []
+        self._tables = BlockTables(limits.max_batch, limits.blocks_for(limits.max_sequence_tokens))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> Drawn:
-        """Return one token for each row of the plan. Collective over the replica.
+        """Return a token for each row whose tokens have all been fed, in order. Collective over the replica.
 
-        A row from which no token can be drawn gets a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``), and is wiped
-        from the cache."""
-        for source, target, length in plan.moves:
-            self.cache.move(source, target, length)
-        self.cache.resize(*plan.cache_shape, plan.lengths)
-        if plan.params is not None:
-            self._rows = plan.params
-        scored = self._scored_prompts(plan)
-        logits_KV = self._forward(plan, scored)
-        decoding = len(plan.tokens)
-        for i, first in enumerate(plan.duplicate_of):
-            if first != i:
-                self.cache.move(decoding + first, decoding + i, len(plan.prompts[i]))
-        count = min(MAX_TOP_LOGPROBS, self.vocab_size) if any(row.top_logprobs for row in self._rows) else 0
-        # Ids are exact in float64. Each row has its id, log-probability, the most likely ids, and theirs.
-        sampled_KX = torch.zeros((plan.size, 2 + 2 * count), dtype=torch.float64)
+        A row from which no token can be drawn gets a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``).
+        """
+        self._change_rows(plan)
+        fed = self._forward(dict(plan.chunks))
+        if fed.scores:
+            self._score_prompts(fed)
+        found = self._draw(fed) if fed.rows else []
+        if plan.copies:
+            self.cache.copy(plan.copies)
+        drawn = Drawn([int(token[0]) for token in found], [token[1] for token in found])
+        if found and len(found[0]) > 2:
+            wanted = [row.params.top_logprobs for row in fed.rows]
+            drawn.top = [_top(token[2:], count) for token, count in zip(found, wanted, strict=True)]
+        for number, row in enumerate(fed.rows):
+            if row.scored:
+                count = row.params.prompt_logprobs or 0
+                drawn.prompts[number] = [s[0] for s in row.scores], [_top(s[1:], count) for s in row.scores]
+                row.scores = []
+            row.last, row.drawn = max(drawn.ids[number], 0), row.drawn + 1
+        return drawn
+
+    def _draw(self, fed: _Fed) -> list[list[float]]:
+        """Return for each row its token, its log-probability and, where some row asked, the most likely ids and their
+        log-probabilities. Collective over the replica.
+        """
+        asked = any(row.params.top_logprobs for row in fed.rows)
+        count = min(MAX_TOP_LOGPROBS, self.vocab_size) if asked else 0
+        sampled_KX = torch.zeros((len(fed.rows), 2 + 2 * count), dtype=torch.float64)  # ids are exact in float64
         if self.group.is_sampler:
-            assert logits_KV is not None
-            rows_KV = logits_KV[: plan.size]
-            top = self.sampler.most_likely(rows_KV) if count else ()
-            ids_K, logprobs_K = self._sample(rows_KV, plan.drawn)
+            assert fed.logits_KV is not None
+            rows_KV = fed.logits_KV[: len(fed.rows)]
+            params, drawn = [row.params for row in fed.rows], [row.drawn for row in fed.rows]
+            top = self.sampler.most_likely(rows_KV) if count else None
+            ids_K, logprobs_K = self._sample(rows_KV, params, drawn)
             columns = [ids_K, ids_K if logprobs_K is None else logprobs_K]
             columns_KX = torch.stack([column.double().to(ids_K.device) for column in columns], 1)
-            # host sync: the scheduler needs the tokens
-            sampled_KX = torch.cat([columns_KX, *(part.double() for part in top)], 1).cpu()
-        found = self.group.broadcast_sampled(sampled_KX.contiguous()).tolist()
-        ids = [int(row[0]) for row in found]
-        for row, i in enumerate(ids):
-            if i < 0:
-                self.cache.wipe(row)
-        wanted = [params.top_logprobs for params in self._rows]
-        top_K = [_top(row[2:], n) for row, n in zip(found, wanted, strict=True)] if count else []
-        prompts = self._score_prompts(plan, scored, None if logits_KV is None else logits_KV[plan.size :])
-        return Drawn(ids, [row[1] for row in found], top_K, prompts)
+            if top is not None:
+                columns_KX = torch.cat([columns_KX, *(part.double().to(ids_K.device) for part in top)], 1)
+            sampled_KX = columns_KX.cpu()  # host sync: the scheduler needs the tokens
+        found: list[list[float]] = self.group.broadcast_sampled(sampled_KX.contiguous()).tolist()
+        return found
 
-    def _scored_prompts(self, plan: StepPlan) -> list[int]:
-        """Return the prompts of this step, each the first of its equals, whose log-probabilities some row asks for."""
-        decoding = len(plan.tokens)
-        asked = {
-            first for i, first in enumerate(plan.duplicate_of) if self._rows[decoding + i].prompt_logprobs is not None
-        }
-        return sorted(i for i in asked if len(plan.prompts[i]) > 1)
-
-    def _score_prompts(
-        self, plan: StepPlan, scored: Sequence[int], logits_TV: torch.Tensor | None
-    ) -> dict[int, tuple[list[float], list[Top]]]:
-        """Return ``Drawn.prompts``; ``logits_TV`` are those of the scored prompts, end to end, without their last ones.
+    def _score_prompts(self, fed: _Fed) -> None:
+        """Append to rows' scores the log-probability of each target, and the most likely ids in its place with theirs.
         Collective over the replica.
         """
-        decoding = len(plan.tokens)
-        of_prompt: dict[int, list[list[float]]] = {i: [] for i in range(len(plan.prompts))}
-        if scored:
-            targets = [token for i in scored for token in plan.prompts[i][1:]]
-            count = min(MAX_TOP_LOGPROBS, self.vocab_size)
-            found_TX = torch.zeros((len(targets), 1 + 2 * count), dtype=torch.float64)
-            if self.group.is_sampler:
-                assert logits_TV is not None
-                targets_T = torch.tensor(targets, dtype=torch.int64).to(logits_TV.device)
-                chosen_T, ids_TN, top_TN = prompt_logprobs(logits_TV, targets_T, self.vocab_size)
-                found_TX = torch.cat([chosen_T.unsqueeze(1).double(), ids_TN.double(), top_TN.double()], 1).cpu()
-            found = self.group.broadcast_sampled(found_TX.contiguous()).tolist()
-            for i in scored:
-                of_prompt[i], found = found[: len(plan.prompts[i]) - 1], found[len(plan.prompts[i]) - 1 :]
-        prompts: dict[int, tuple[list[float], list[Top]]] = {}
-        for i, first in enumerate(plan.duplicate_of):
-            wanted = self._rows[decoding + i].prompt_logprobs
-            if wanted is not None:
-                tokens = of_prompt[first]
-                prompts[decoding + i] = [token[0] for token in tokens], [_top(token[1:], wanted) for token in tokens]
-        return prompts
+        found_TX = torch.zeros((len(fed.targets), 1 + 2 * min(MAX_TOP_LOGPROBS, self.vocab_size)), dtype=torch.float64)
+        if self.group.is_sampler:
+            assert fed.logits_KV is not None
+            targets_T = to_device(np.array(fed.targets, np.int64), fed.logits_KV.device)
+            chosen_T, ids_TN, top_TN = prompt_logprobs(fed.logits_KV[len(fed.rows) :], targets_T, self.vocab_size)
+            found_TX = torch.cat([chosen_T.unsqueeze(1).double(), ids_TN.double(), top_TN.double()], 1).cpu()
+        found = self.group.broadcast_sampled(found_TX.contiguous()).tolist()
+        for row, count in fed.scores:
+            row.scores += found[:count]
+            del found[:count]
 
-    def _sample(self, logits_KV: torch.Tensor, drawn: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _change_rows(self, plan: StepPlan) -> None:
+        if plan.wipe:
+            self.cache.wipe(plan.wipe)
+        if plan.keep is not None:
+            self._rows = [self._rows[i] for i in plan.keep]
+            self._tables.keep(plan.keep)
+        for new in plan.new:
+            self._rows.append(_row(new))
+            self._tables.add(new.blocks)
+        for number, block in plan.blocks:
+            self._tables.append(number, block)
+
+    def _sample(
+        self, logits_KV: torch.Tensor, params: Sequence[RowParams], drawn: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         try:
-            self.sampler.set_rows(self._rows)
+            self.sampler.set_rows(params)
             return self.sampler.sample(logits_KV, drawn)
         except Exception:
             log.exception("drawing tokens for a batch raised; each row is drawn on its own")
-        return self.sampler.sample_each(self._rows, logits_KV, drawn)
+        return self.sampler.sample_each(params, logits_KV, drawn)
 
-    def _forward(self, plan: StepPlan, scored: Sequence[int]) -> torch.Tensor | None:
-        """Return the logits [rows, V] of each row's last token, and after them those of all tokens but the last of the
-        ``scored`` prompts; None on all stages but the last.
-        """
-        decoding = len(plan.tokens)
-        tokens, last, prefill = list(plan.tokens), list(range(decoding)), []
-        ends: list[int] = []
-        for i, (prompt, first) in enumerate(zip(plan.prompts, plan.duplicate_of, strict=True)):
-            if first == i:
-                prefill.append((decoding + i, len(prompt)))
-                tokens.extend(prompt)
-            ends.append(len(tokens) - 1 if first == i else ends[first])
-        last.extend(ends)
-        for i in scored:
-            last.extend(range(ends[i] + 1 - len(plan.prompts[i]), ends[i]))
-        positions_T = self.cache.begin(plan.lengths, prefill)
-        every_token = last == list(range(len(tokens)))
+    def _forward(self, chunks: dict[int, int]) -> _Fed:
+        """Feed each row its tokens."""
+        singles: list[tuple[Span, tuple[int, ...]]] = []
+        longer: list[tuple[Span, tuple[int, ...]]] = []
+        following: dict[int, int] = {}  # the token after those that a scored row is fed
+        for number, row in enumerate(self._rows):
+            count = chunks.get(number, 1)
+            tokens: tuple[int, ...] = row.tokens[:count] if number in chunks else (row.last,)
+            row.tokens = row.tokens[count:]
+            if row.scored and row.tokens:
+                following[number] = row.tokens[0]
+            if count:
+                (singles if count == 1 else longer).append((Span(number, row.length, count), tokens))
+            row.length += count
+        fed = [*singles, *longer]
+        ids_T = np.fromiter((token for _, tokens in fed for token in tokens), np.int64)
+        positions_T = self.cache.begin(self._tables, [span for span, _ in singles], [span for span, _ in longer])
+        end_of = dict(zip((span.row for span, _ in fed), np.cumsum([span.count for span, _ in fed]) - 1, strict=True))
+        for number, row in enumerate(self._rows):
+            if row.copy_of is not None:
+                end_of[number], row.copy_of = end_of[row.copy_of], None
+        numbers = [number for number, row in enumerate(self._rows) if not row.tokens and number in end_of]
+        wanted, done = [end_of[number] for number in numbers], _Fed(None, [self._rows[i] for i in numbers], [], [])
+        for span, ids in fed:
+            if self._rows[span.row].scored:
+                targets = [*ids[1:], *([following[span.row]] if span.row in following else [])]
+                first = end_of[span.row] + 1 - span.count
+                wanted += range(first, first + len(targets))
+                done.targets += targets
+                done.scores.append((self._rows[span.row], len(targets)))
+        wanted_K = np.array(wanted, np.int64)
+        every_token = np.array_equal(wanted_K, np.arange(len(ids_T)))
         packed = PackedTokens(
             positions_T=positions_T,
             kv=self.cache,
-            output_index_K=None if every_token else torch.tensor(last, dtype=torch.int64).to(self.device),
+            output_index_K=None if every_token else to_device(wanted_K, self.device),
         )
+        hidden_T1D = None
         if not self.group.is_first_stage:
-            shape = (len(tokens), 1, self._hidden_size)
-            model: Any = self.model
-            model.set_input_tensor(self.group.receive_hidden(shape, self.dtype, self.device))
-        output = self.model(
-            input_ids=torch.tensor([tokens], dtype=torch.int64).to(self.device),
-            position_ids=positions_T.unsqueeze(0),
+            hidden_T1D = self.group.receive_hidden((len(ids_T), 1, self._hidden_size), self.dtype, self.device)
+        output = self._compute(to_device(ids_T, self.device), packed, hidden_T1D)
+        if self.group.is_last_stage:
+            done.logits_KV = output
+        else:
+            self.group.send_hidden(output)
+        return done
+
+    def _compute(self, ids_T: torch.Tensor, packed: PackedTokens, hidden_T1D: torch.Tensor | None) -> torch.Tensor:
+        """Logits [K, V] on the last stage, hidden states [T, 1, D] on the others."""
+        if self._path is not None:
+            return self._path(ids_T, packed, hidden_T1D)
+        if hidden_T1D is not None:
+            self.model.set_input_tensor(hidden_T1D)
+        assert packed.positions_T is not None
+        output: torch.Tensor = self.model(
+            input_ids=ids_T[None],
+            position_ids=packed.positions_T[None],
             attention_mask=None,
             labels=None,
             packed_seq_params=packed,
         )
-        if not self.group.is_last_stage:
-            self.group.send_hidden(output)
-            return None
-        return output[0]
+        return output[0] if self.group.is_last_stage else output
+
+
+def _row(new: NewRow) -> _Row:
+    return _Row(new.params, new.tokens, new.start, new.drawn, new.copy_of)
 
 
 def _top(values: Sequence[float], count: int) -> Top:

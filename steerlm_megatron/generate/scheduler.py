@@ -1,22 +1,23 @@
-"""Plan which sequences run in the next step, and in which rows of the cache.
+"""Plan which sequences run in the next step, with how many tokens, and in which blocks of the cache.
 
-Owns: rows, admission, the cache's shape, and :class:`StepPlan`, the message that keeps all ranks of a replica in
-lockstep. Does not own: tensors (``runner.py``), text and callers (``generator.py``). It is pure Python.
-Invariants: running sequences sit in rows 0..n-1; rows × capacity never exceeds the cache budget; a sequence is admitted
-only with room for its whole prompt and ``max_tokens``, so nothing ever has to be evicted; first come, first admitted.
+Owns: rows, admission, preemption, and :class:`StepPlan`, the message that keeps all ranks of a replica in lockstep.
+Does not own: blocks and prefixes (``block_pool.py``), tensors (``runner.py``), text and callers (``generator.py``). It
+is pure Python.
+Invariants: every sequence that has its whole prompt in the cache gets a token in every step, and beside these a step
+has at most ``chunk_tokens`` tokens of prompts; rows stand in the order of admission, and only the last one may wait for
+a part of its prompt; first come, first admitted; with ``reserve`` a sequence is admitted only with room up to its
+``max_tokens``, so that nothing is ever preempted.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, Literal, Protocol, TypeVar
 
+from steerlm_megatron.generate.block_pool import BlockPool
 from steerlm_megatron.generate.sampling import RowParams
-
-_CAPACITY_STEP = 64  # the cache grows by this many tokens, to save reallocations while sequences get longer
-MAX_PREFILL_TOKENS = 8192  # bounds the prompts of one step, and so memory and the pause of running sequences
 
 
 class Sequence_(Protocol):
@@ -31,122 +32,200 @@ class Sequence_(Protocol):
         """Length of the prompt plus max_tokens."""
         ...
 
+    @property
+    def failed(self) -> bool:
+        """Whether its logits were not finite, so that its keys and values may not be, either."""
+        ...
+
 
 S = TypeVar("S", bound=Sequence_)
 
 
 @dataclass
+class NewRow:
+    """A sequence that joins the batch, as every rank must know it."""
+
+    params: RowParams
+    start: int  # tokens that its blocks hold already
+    tokens: tuple[int, ...]  # those after them, sampled ones of an earlier stay included
+    drawn: int  # tokens sampled before
+    blocks: list[int]
+    copy_of: int | None = None  # a new row of this step that has the same tokens, all of which the step computes
+
+
+@dataclass
 class StepPlan:
-    """Everything that a rank needs for one step. Rows 0..n-1 decode ``tokens``; rows n.. are ``prompts``."""
+    """What changes from one step to the next; all ranks hold what does not.
+
+    Each row is fed one token, the one sampled last, but for rows in ``chunks``, which have a part of their prompt to
+    come. A row gets a token once all its tokens are fed.
+    """
 
     kind: Literal["run", "idle", "stop"]
-    moves: list[tuple[int, int, int]] = field(
-        default_factory=list
-    )  # (from row, to row, cached tokens), to be done in this order
-    cache_shape: tuple[int, int] = (0, 0)  # rows and capacity after the moves
-    tokens: list[int] = field(default_factory=list)  # the last token of each decoding row
-    lengths: list[int] = field(default_factory=list)  # tokens cached in each decoding row
-    prompts: list[tuple[int, ...]] = field(default_factory=list)
-    duplicate_of: list[int] = field(default_factory=list)  # per prompt: the first equal one of this step
-    drawn: list[int] = field(default_factory=list)  # tokens sampled so far, per row
-    params: list[RowParams] | None = None  # per row; None means as in the last plan
+    wipe: list[int] = field(default_factory=list)  # blocks to be filled with zeros
+    keep: list[int] | None = None  # rows of the step before that stay, in order; None: all
+    new: list[NewRow] = field(default_factory=list)  # rows that follow them
+    blocks: list[tuple[int, int]] = field(default_factory=list)  # (row, block): blocks that rows get, in order
+    chunks: list[tuple[int, int]] = field(default_factory=list)  # (row, tokens of its prompt that it is fed)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # (block, block that gets what it holds after the step)
+
+
+@dataclass(eq=False)
+class Row(Generic[S]):
+    """A running sequence: its blocks, and how much of it is in them."""
+
+    sequence: S
+    blocks: list[int]
+    given: int  # tokens that were known when it got the row: every rank has them
+    computed: int  # tokens in the cache after the steps planned so far
+    listed: int  # full blocks that the pool knows, from the start
+    chain: int  # that ends with the last of them
+    reserved: int = 0  # blocks that it may still ask for
 
     @property
-    def size(self) -> int:
-        """Number of rows that get a token in this step."""
-        return len(self.tokens) + len(self.prompts)
+    def known(self) -> int:
+        """Tokens that are known: of the prompt, and sampled."""
+        return len(self.sequence.prompt_ids) + len(self.sequence.token_ids)
 
 
 class Scheduler(Generic[S]):
-    """First-come-first-served continuous batching over a rectangular cache."""
+    """First-come-first-served continuous batching over blocks, with prompts in chunks and shared prefixes."""
 
-    def __init__(self, max_batch: int, max_cache_tokens: int, max_prefill_tokens: int = MAX_PREFILL_TOKENS) -> None:
-        self.max_batch = max_batch
-        self.max_cache_tokens = max_cache_tokens
-        self.max_prefill_tokens = max_prefill_tokens
+    def __init__(self, pool: BlockPool, max_batch: int, chunk_tokens: int, reserve: bool = False) -> None:
+        """The pool must hold the longest sequence."""
+        self.pool, self.max_batch, self.chunk_tokens, self.reserve = pool, max_batch, chunk_tokens, reserve
         self.waiting: deque[S] = deque()
-        self.running: list[S] = []  # index = row
-        self._cache_shape = (0, 0)
-        self._params_changed = True
+        self.rows: list[Row[S]] = []
+        self.preemptions = 0
+        self._told: list[Row[S]] = []  # the rows as of the last plan, which is what the other ranks hold
+        self._wipe: list[int] = []  # blocks that the next plan wipes
+
+    @property
+    def running(self) -> list[S]:
+        """The sequences that have a row, in the order of rows."""
+        return [row.sequence for row in self.rows]
 
     @property
     def cached_tokens(self) -> int:
-        """Number of tokens in the cache now."""
-        return sum(len(s.prompt_ids) + len(s.token_ids) - 1 for s in self.running)
+        """Number of tokens that the rows have in the cache, shared ones counted for each."""
+        return sum(row.computed for row in self.rows)
 
     def plan(self, gone: Callable[[S], bool]) -> StepPlan | None:
         """Return the next step; None if there is nothing to do. Sequences that are ``gone`` leave their rows first."""
-        moves = self._compact(gone)
-        decoding = list(self.running)
-        admitted = self._admit()
-        if not self.running:
+        plan = StepPlan("run", self._wipe)
+        for row in self.rows:
+            if gone(row.sequence):
+                if row.sequence.failed:
+                    self.pool.spoil(row.blocks)
+                self._wipe += self.pool.release(row.blocks)
+        self.rows = [row for row in self.rows if not gone(row.sequence)]
+        budget, preempted = self._feed_rows(plan)
+        if not preempted:
+            self._admit(plan, budget)
+        if not self.rows:
             return None
-        first: dict[tuple[int, ...], int] = {}
-        plan = StepPlan(
-            kind="run",
-            moves=moves,
-            cache_shape=self._cache_shape,
-            tokens=[s.token_ids[-1] for s in decoding],
-            lengths=[len(s.prompt_ids) + len(s.token_ids) - 1 for s in decoding],
-            prompts=[s.prompt_ids for s in admitted],
-            duplicate_of=[first.setdefault(s.prompt_ids, i) for i, s in enumerate(admitted)],
-            drawn=[len(s.token_ids) for s in self.running],
-            params=[s.row_params for s in self.running] if self._params_changed else None,
-        )
-        self._params_changed = False
+        held = {id(row): i for i, row in enumerate(self._told)}
+        keep = [held[id(row)] for row in self.rows if id(row) in held]
+        plan.keep = None if len(keep) == len(self._told) else keep
+        self._told, self._wipe = list(self.rows), []
         return plan
 
-    def _compact(self, gone: Callable[[S], bool]) -> list[tuple[int, int, int]]:
-        """Drop sequences that are gone, and move the last rows into the free ones."""
-        moves: list[tuple[int, int, int]] = []
-        row = 0
-        while row < len(self.running):
-            if not gone(self.running[row]):
-                row += 1
-                continue
-            self._params_changed = True
-            last = self.running.pop()
-            while len(self.running) > row and gone(last):
-                last = self.running.pop()
-            if len(self.running) > row:
-                moves.append((len(self.running), row, len(last.prompt_ids) + len(last.token_ids) - 1))
-                self.running[row] = last
-                row += 1
-        return moves
+    def sampling(self) -> list[S]:
+        """The sequences that get a token from the step planned last, in the order of rows."""
+        return [row.sequence for row in self.rows if row.computed == row.known]
 
-    def _admit(self) -> list[S]:
-        admitted: list[S] = []
-        prefill_tokens = 0
-        new_prompts: set[tuple[int, ...]] = set()
-        while self.waiting and len(self.running) < self.max_batch:
-            candidate = self.waiting[0]
-            cost = 0 if candidate.prompt_ids in new_prompts else len(candidate.prompt_ids)
-            if admitted and prefill_tokens + cost > self.max_prefill_tokens:
+    def _feed_rows(self, plan: StepPlan) -> tuple[int, bool]:
+        """Feed the rows there are. Return how many tokens of prompts the step may still take, and whether a row was
+        preempted."""
+        budget, preempted, i = self.chunk_tokens, False, 0
+        while i < len(self.rows):
+            row = self.rows[i]
+            decodes = row.computed >= row.given
+            tokens = 1 if decodes else min(row.given - row.computed, budget)
+            missing = self.pool.blocks_for(row.computed + tokens) - len(row.blocks)
+            while missing > self.pool.free and len(self.rows) > i:
+                self._preempt()
+                preempted = True
+            if len(self.rows) == i:  # the row itself was the youngest
                 break
-            shape = self._shape_with([*self.running, candidate])
-            if shape is None:
-                break
-            self._cache_shape = shape
-            prefill_tokens += cost
-            new_prompts.add(candidate.prompt_ids)
-            admitted.append(self.waiting.popleft())
-            self.running.append(candidate)
-            self._params_changed = True
-        return admitted
+            for _ in range(missing):
+                row.blocks.append(self.pool.take())
+                plan.blocks.append((i, row.blocks[-1]))
+            row.reserved -= missing
+            self._fed(plan, i, tokens)
+            budget -= 0 if decodes else tokens
+            i += 1
+        return budget, preempted
 
-    def _shape_with(self, sequences: Sequence[S]) -> tuple[int, int] | None:
-        """Return a cache shape that holds ``sequences`` to their ends, if possible the present one; None if the budget
-        is too small.
-        """
-        budget, count = self.max_cache_tokens, len(sequences)
-        rows, capacity = self._cache_shape
-        longest = max(s.total_tokens for s in sequences)
-        if count <= rows and longest <= capacity:
-            return rows, capacity
-        if count * longest > budget:
-            return None
-        wanted = max(capacity, -(-longest // _CAPACITY_STEP) * _CAPACITY_STEP)
-        if count * wanted > budget:
-            wanted = min(-(-longest // _CAPACITY_STEP) * _CAPACITY_STEP, budget // count)
-        doubled = max(rows, 1 << (count - 1).bit_length())
-        return min(self.max_batch, doubled, budget // wanted), wanted
+    def _preempt(self) -> None:
+        """Put the youngest row back to the head of the queue. Its blocks go, but for prefixes that nobody overwrites
+        until it is admitted again."""
+        row = self.rows.pop()
+        self._wipe += self.pool.release(row.blocks)
+        self.waiting.appendleft(row.sequence)
+        self.preemptions += 1
+
+    def _fed(self, plan: StepPlan, number: int, tokens: int) -> None:
+        """Note that a row is fed ``tokens`` tokens, and list the blocks that they fill."""
+        row = self.rows[number]
+        if row.computed < row.given:
+            plan.chunks.append((number, tokens))
+        row.computed += tokens
+        size, sequence = self.pool.block_tokens, row.sequence
+        if row.computed // size == row.listed:
+            return
+        ids = (*sequence.prompt_ids, *sequence.token_ids)
+        while row.listed < row.computed // size:
+            at = row.listed * size
+            row.chain = self.pool.register(row.chain, ids[at : at + size], row.blocks[row.listed])
+            row.listed += 1
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        """Give rows to waiting sequences as long as there are tokens in the step and blocks in the pool."""
+        pool = self.pool
+        computed: dict[tuple[int, ...], int] = {}  # what the step computes to its end: the number of its row
+        while self.waiting and len(self.rows) < self.max_batch:
+            sequence = self.waiting[0]
+            ids = (*sequence.prompt_ids, *sequence.token_ids)
+            # Log-probabilities of a prompt are asked for: all of it has to be computed.
+            scored = sequence.row_params.prompt_logprobs is not None and not sequence.token_ids
+            twin = None if scored else computed.get(ids)
+            if twin is not None:
+                shared, start, tokens = self.rows[twin].blocks[: len(ids) // pool.block_tokens], len(ids), 0
+                chain = self.rows[twin].chain
+            else:
+                # The last token is always computed: the next one follows from its logits.
+                shared = [] if scored else pool.match(ids, len(ids) - 1)
+                start = len(shared) * pool.block_tokens
+                tokens, chain = min(len(ids) - start, budget), pool.chain(shared)
+                if tokens == 0:
+                    return
+            whole = pool.blocks_for(sequence.total_tokens if self.reserve else len(ids))
+            if whole - len(shared) > pool.free - pool.free_among(shared) - self._spoken_for():
+                return
+            pool.share(shared, len(ids))
+            blocks = [*shared, *(pool.take() for _ in range(pool.blocks_for(start + tokens) - len(shared)))]
+            row = Row(sequence, blocks, len(ids), start, len(shared), chain)
+            row.reserved = whole - len(blocks)
+            self.waiting.popleft()
+            self.rows.append(row)
+            number, drawn = len(self.rows) - 1, len(sequence.token_ids)
+            plan.new.append(
+                NewRow(sequence.row_params.after(sequence.token_ids), start, ids[start:], drawn, list(blocks), twin)
+            )
+            if twin is None:
+                self._fed(plan, number, tokens)
+                budget -= tokens
+                if row.computed == len(ids):
+                    computed[ids] = number
+            else:
+                plan.chunks.append((number, 0))
+                if len(blocks) > len(shared):
+                    plan.copies.append((self.rows[twin].blocks[len(shared)], blocks[-1]))
+
+    def _spoken_for(self) -> int:
+        """Blocks that are free but not for whoever is admitted now: those that rows have reserved, or else one for
+        each row that decodes, without which admission would cause preemption a few steps later."""
+        if self.reserve:
+            return sum(row.reserved for row in self.rows)
+        return sum(max(row.reserved, 1) for row in self.rows)

@@ -71,15 +71,16 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos_T1R, sin_T1R)
-        return _rotated(x_TNH, cos_T1R, sin_T1R, 1.0)
+        return rotated(x_TNH, cos_T1R, sin_T1R, 1.0)
 
     @staticmethod
     def backward(ctx: Any, grad_TNH: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos_T1R, sin_T1R = ctx.saved_tensors
-        return _rotated(grad_TNH, cos_T1R, sin_T1R, -1.0), None, None
+        return rotated(grad_TNH, cos_T1R, sin_T1R, -1.0), None, None
 
 
-def _rotated(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor, sign: float) -> torch.Tensor:
+def rotated(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor, sign: float = 1.0) -> torch.Tensor:
+    """:func:`rotate` without gradients: [T, ..., H] with tables that have as many dimensions; sign -1 turns back."""
     half = cos_T1R.shape[-1]
     out_TNH = torch.empty_like(x_TNH, memory_format=torch.contiguous_format)
     first, second = x_TNH[..., :half], x_TNH[..., half : 2 * half]

@@ -34,7 +34,7 @@ from steerlm_megatron.model.cross_entropy import soft_capped, vocab_parallel_cro
 from steerlm_megatron.model.fused import CompiledGeGLU, CompiledSwiGLU, GeGLU, SwiGLU
 from steerlm_megatron.model.lora import Lora, LoraColumn, LoraRow, add_rows
 from steerlm_megatron.model.norm import CompiledHeadNorm, CompiledNorm, HeadNorm, NormedResidual, PackedNorm
-from steerlm_megatron.model.packed_tokens import PackedTokens, Rotary
+from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens, Rotary
 from steerlm_megatron.model.regression_head import RegressionHead
 from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
 from steerlm_megatron.runtime.mcore_private import HookedGPTModel, HookedTransformerLayer
@@ -68,6 +68,16 @@ class PackedGPTModel(HookedGPTModel):
         """Labels [1, K] and this rank's logits [K, 1, V / tensor] → losses [1, K] in float32."""
         losses_K = vocab_parallel_cross_entropy(logits.squeeze(1), labels.squeeze(0), self.words, self.logit_softcap)
         return losses_K.unsqueeze(0)
+
+    def cache_shape(self) -> CacheShape:
+        """What generation keeps of a token on this rank."""
+        layers = self.decoder.layers
+        return CacheShape(
+            layers=tuple(layer.layer_number for layer in layers),
+            groups=layers[0].self_attention.num_query_groups_per_partition,
+            head_dim=layers[0].self_attention.hidden_size_per_attention_head,
+            dtype=layers[0].self_attention.linear_qkv.weight.dtype,
+        )
 
     def after_output(self, outputs: torch.Tensor) -> torch.Tensor:
         """Logits [1, K, V] as the model has them; attribute values have no cap."""

@@ -26,6 +26,21 @@ _ALONE_FROM_TOKENS = 512
 Masks = dict[tuple[int, int, int | None], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class CacheShape:
+    """What the keys and values of one token take on this rank, in generation."""
+
+    layers: tuple[int, ...]  # the numbers of this rank's layers (1-based, global)
+    groups: int  # key/value heads of this tensor-parallel rank
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values over all layers."""
+        return 2 * len(self.layers) * self.groups * self.head_dim * self.dtype.itemsize
+
+
 class KVCacheLike(Protocol):
     """What generation puts into :class:`PackedTokens` to take attention over."""
 

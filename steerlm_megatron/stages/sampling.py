@@ -16,13 +16,15 @@ from pathlib import Path
 from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config, GenerationConfig, SamplingConfig
 from steerlm_megatron.errors import TryLater, UserError
+from steerlm_megatron.generate.cache_size import limits_for
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.group import model_group
-from steerlm_megatron.generate.protocol import Limits, Request, Result, Sampler, SamplingParams, derive_seed
+from steerlm_megatron.generate.protocol import Request, Result, Sampler, SamplingParams, derive_seed
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL, remove_journal
 from steerlm_megatron.runtime.collectives import gather_objects
+from steerlm_megatron.runtime.device import device
 from steerlm_megatron.runtime.independent_work import independent_work
 from steerlm_megatron.serve.client import SamplingClient
 from steerlm_megatron.stages.journal import open_journal
@@ -88,15 +90,11 @@ def open_generator(config: Config, loaded: LoadedModel, max_queue: int | None = 
     """Return the in-process sampler over a language model. ``max_queue`` is set for a server. Collective over the
     replica.
     """
-    wanted, longest = config.generation, loaded.model_config.max_position
-    limits = Limits(
-        wanted.max_batch,
-        min(wanted.max_sequence_tokens, longest),
-        max(wanted.max_cache_tokens, min(wanted.max_sequence_tokens, longest)),
-    )
+    group, shape = model_group(config.engine.timeout_sec), loaded.model.cache_shape()
+    limits = limits_for(config.generation, loaded.model_config.max_position, shape, device(), group)
     if max_queue is not None:
         limits = replace(limits, max_queue=max_queue)
-    return Generator(loaded.model, loaded.tokenizer, loaded.template, limits, model_group(config.engine.timeout_sec))
+    return Generator(loaded.model, loaded.tokenizer, loaded.template, limits, group)
 
 
 class PromptRefused(UserError):

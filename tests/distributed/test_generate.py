@@ -57,7 +57,8 @@ def make(tensor: int, pipeline: int) -> Any:
     model.double()  # float64 gives the same float32 logits in every batch and layout
     from steerlm_megatron.generate.protocol import Limits
 
-    limits = Limits(max_batch=6, max_sequence_tokens=96, max_cache_tokens=600)
+    # Few blocks and short chunks: prompts are cut, and sequences preempted.
+    limits = Limits(6, max_sequence_tokens=96, max_cache_tokens=200, block_tokens=8, chunk_tokens=11)
     return Generator(model, Tokenizer(), SteerLMTemplate(), limits, model_group())
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from steerlm_megatron.generate.protocol import Limits
-from steerlm_megatron.model.packed_tokens import PackedTokens
+from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens
 
 VOCAB = 64
 TURN, LABEL = 62, 63  # ids of control tokens; text has the ids 0..61
@@ -72,6 +72,9 @@ class FakeModel(torch.nn.Module):
         self.go.set()
         self.calls: list[int] = []
         self.fail_at: int | None = None
+
+    def cache_shape(self) -> CacheShape:
+        return CacheShape(tuple(range(1, len(self.qkv) + 1)), self.groups, self.head_dim, torch.float64)
 
     def forward(
         self,

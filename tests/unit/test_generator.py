@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from steerlm_megatron.model.packed_tokens import PackedTokens
 from tests.helpers.fake_model import LABEL, TURN, VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
 
 
-def make(model: FakeModel | None = None, **changes: int) -> Generator:
+def make(model: FakeModel | None = None, **changes: Any) -> Generator:
     return Generator(model or FakeModel(), FakeTokenizer(), FakeTemplate(), limits(**changes))
 
 
@@ -95,6 +96,7 @@ def test_equal_prompts_are_computed_once() -> None:
     shared = make(model).generate(asked)
     assert model.calls[0] == 30
     alone = [make().generate([request])[0] for request in asked]
+    assert sum(model.calls) == 30 + sum(len(r.token_ids) - 1 for r in shared)
     assert [r.token_ids for r in shared] == [r.token_ids for r in alone]
     assert len({r.token_ids for r in shared}) > 1
 
@@ -107,14 +109,51 @@ def test_as_many_samples_as_the_prompt_has_tokens() -> None:
     assert [r.token_ids for r in together] == [make().generate([request])[0].token_ids for request in asked]
 
 
-def test_cache_budget_is_respected_and_all_finish() -> None:
-    generator = make(max_batch=16, max_cache_tokens=256)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"chunk_tokens": 7},
+        {"chunk_tokens": 1, "block_tokens": 1},
+        {"max_cache_tokens": 128, "block_tokens": 4},  # preempts
+        {"max_cache_tokens": 160, "block_tokens": 4, "reserve": True},
+    ],
+    ids=str,
+)
+def test_chunks_blocks_and_preemption_change_nothing(changes: dict[str, int]) -> None:
+    asked = requests_for(prompts(24, seed=2, longest=60), max_tokens=24, logprobs=True)
+    for i in range(0, len(asked), 3):  # some whose next token depends on the tokens before it, prompts with values
+        params = replace(asked[i].params, frequency_penalty=0.7, repetition_penalty=1.3, prompt_logprobs=2)
+        asked[i] = replace(asked[i], params=params)
+    reference = make(max_batch=1, max_cache_tokens=4096, chunk_tokens=4096).generate(asked)
+    generator = make(**{"max_batch": 16, **changes})
+    results = generator.generate(asked)
+    assert [r.token_ids for r in results] == [r.token_ids for r in reference]
+    for result, expected in zip(results, reference, strict=True):
+        assert result.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+        assert (result.prompt_logprobs or ())[1:] == pytest.approx((expected.prompt_logprobs or ())[1:], abs=1e-4)
+    scored = [r for r in results if r.prompt_logprobs is not None]
+    assert len(scored) == 8 and all(len(r.prompt_logprobs or ()) == r.prompt_tokens for r in scored)
     scheduler = generator.scheduler
-    handles = generator.submit_all(requests_for(prompts(40, seed=2, longest=90)))
-    while generator.step():
-        rows, capacity = generator.runner.cache.rows, generator.runner.cache.capacity
-        assert rows * capacity <= 256 and len(scheduler.running) <= rows
-    assert all(handle.future.result(0).finish_reason in ("stop", "length") for handle in handles)
+    assert scheduler.pool.used == 0
+    assert (scheduler.preemptions > 0) == ("max_cache_tokens" in changes and "reserve" not in changes)
+
+
+def test_a_known_prefix_is_not_computed_again() -> None:
+    model = FakeModel()
+    generator = make(model, max_cache_tokens=4096)
+    start = prompts(1, seed=8)[0] + tuple(range(40))
+    first = generator.generate([Request("first", start, SamplingParams(temperature=0.0, max_tokens=20))])[0]
+    turn = (*start, *first.token_ids, 1, 2, 3)
+    model.calls.clear()
+    asked = Request("second", turn, SamplingParams(temperature=0.0, max_tokens=9))
+    second = generator.generate([asked])[0]
+    known = (len(start) + len(first.token_ids) - 1) // 16 * 16  # the last token was sampled, and never fed
+    assert model.calls[0] == len(turn) - known
+    counts = generator.counts()
+    assert (counts["prefix_hit_tokens"], counts["prefix_asked_tokens"]) == (known, len(start) + len(turn))
+    assert counts["cache_blocks_used"] == counts["running"] == counts["waiting"] == 0
+    assert counts["sampled_tokens"] == len(first.token_ids) + len(second.token_ids)
+    assert second.token_ids == make().generate([asked])[0].token_ids
 
 
 def test_control_ids_and_padding_are_never_sampled() -> None:

@@ -1,0 +1,171 @@
+"""The forward pass of a trained model for generation: weights bound once, no gradients, no look-ups of groups.
+
+Owns: one rank's layers as plain torch operations over ``PackedTokens`` with a cache. Does not own: the model (the
+embedding, final norm and output layer are called as they are), the cache, the messages between stages. Invariant: the
+same logits as the model's forward pass, to rounding; ``tests/unit/test_inference.py`` compares them by kind of layer.
+
+A step that decodes feeds few tokens, so what surrounds matrix products decides its time: Megatron-Core's layers enter
+an autograd function for each product, norm and activation, and look a process group up for most of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+
+from steerlm_megatron.model.fused import rotated
+from steerlm_megatron.model.gpt import LastLayer, LastParallelLayer, PackedGPTModel, ParallelLayer
+from steerlm_megatron.model.norm import NormedResidual, PackedNorm
+from steerlm_megatron.model.packed_tokens import PackedTokens, Rotary
+
+
+class _Norm:
+    """A norm with its weight in the type in which it is applied."""
+
+    def __init__(self, norm: PackedNorm) -> None:
+        self.module = norm
+        weight = norm.weight.detach()
+        wide = weight.dtype in (torch.float32, torch.float64)
+        self.plain = norm.rms and wide and not norm.compiled and not weight.is_cuda
+        self.eps, self.width = norm.eps, weight.shape[0]
+        self.weight = weight + 1 if norm.one_plus else weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] → [..., D]; RMSNorm in float32 as ``fused.rms_norm`` has it, in fewer calls."""
+        if not self.plain or x.dtype is not self.weight.dtype:
+            out: torch.Tensor = self.module(x)
+            return out
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * norm.square_().div_(self.width).add_(self.eps).rsqrt_()).mul_(self.weight)
+
+
+@dataclass
+class _Linear:
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, module: Any) -> _Linear:
+        bias = getattr(module, "bias", None)
+        return cls(module.weight.detach(), None if bias is None or not bias.numel() else bias.detach())
+
+
+class _Layer:
+    """One transformer layer of this rank."""
+
+    def __init__(self, layer: Any, tensor_group: dist.ProcessGroup | None) -> None:
+        attention, core = layer.self_attention, layer.self_attention.core_attention
+        self.group = tensor_group
+        self.number: int = layer.layer_number
+        self.input_norm, self.mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.pre_mlp_layernorm)
+        self.qkv, self.proj = _Linear.of(attention.linear_qkv), _Linear.of(attention.linear_proj)
+        self.fc1, self.fc2 = _Linear.of(layer.mlp.linear_fc1), _Linear.of(layer.mlp.linear_fc2)
+        self.groups: int = attention.num_query_groups_per_partition
+        self.share: int = attention.num_attention_heads_per_partition // self.groups
+        self.dim: int = attention.hidden_size_per_attention_head
+        self.q_norm, self.k_norm = (
+            None if norm is None else _Norm(norm) for norm in (attention.q_layernorm, attention.k_layernorm)
+        )
+        self.rotary: Rotary = core.rotary
+        self.scale, self.window, self.softcap = core.scale, core.window, core.softcap
+        after = (layer.self_attn_bda, layer.mlp_bda)
+        self.after_attention, self.after_mlp = (
+            _Norm(part.norm) if isinstance(part, NormedResidual) else None for part in after
+        )
+        config = layer.config
+        self.gated, self.activation = config.gated_linear_unit, config.activation_func
+        self.tanh = self.gated and self.activation is F.gelu  # Gemma's form, which model/fused.py has
+        self.parallel = isinstance(layer, ParallelLayer)
+        self.last = isinstance(layer, LastLayer | LastParallelLayer)
+
+    def __call__(self, x_TD: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
+        """[T, D] → [T, D]; the model's last layer gives the wanted tokens alone."""
+        out_TD = self._sum(self._attention(self.input_norm(x_TD), packed), self.proj)
+        before_TD = x_TD
+        if self.last and packed.output_index_K is not None:
+            out_TD, before_TD = (x.index_select(0, packed.output_index_K) for x in (out_TD, before_TD))
+        x_TD = before_TD + (out_TD if self.after_attention is None else self.after_attention(out_TD))
+        out_TD = self._sum(self._mlp(self.mlp_norm(before_TD if self.parallel else x_TD)), self.fc2)
+        return x_TD.add_(out_TD if self.after_mlp is None else self.after_mlp(out_TD))
+
+    def _attention(self, x_TD: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
+        assert packed.kv is not None
+        qkv_TGSH = F.linear(x_TD, self.qkv.weight, self.qkv.bias).view(-1, self.groups, self.share + 2, self.dim)
+        cos_T1R, sin_T1R = packed.rotary(self.rotary, x_TD.dtype)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TGSH, k_TGSH = self.q_norm(qkv_TGSH[:, :, : self.share]), self.k_norm(qkv_TGSH[:, :, self.share : -1])
+            q_TGSH, k_TGSH = (rotated(x, cos_T1R[:, None], sin_T1R[:, None]) for x in (q_TGSH, k_TGSH))
+        else:  # the queries of a group and its key stand side by side
+            both_TGSH = rotated(qkv_TGSH[:, :, :-1], cos_T1R[:, None], sin_T1R[:, None])
+            q_TGSH, k_TGSH = both_TGSH[:, :, :-1], both_TGSH[:, :, -1:]
+        k_TGH, v_TGH = k_TGSH[:, :, 0], qkv_TGSH[:, :, -1]
+        out_TNH = packed.kv.attend(
+            self.number, q_TGSH.flatten(1, 2), k_TGH, v_TGH, self.scale, self.window, self.softcap
+        )
+        return out_TNH.flatten(1)
+
+    def _mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
+        inner_TF = F.linear(x_TD, self.fc1.weight, self.fc1.bias)
+        if not self.gated:
+            out_TF: torch.Tensor = self.activation(inner_TF)
+            return out_TF
+        gate_TF, up_TF = inner_TF.chunk(2, -1)
+        return (F.gelu(gate_TF, approximate="tanh") if self.tanh else F.silu(gate_TF)).mul_(up_TF)
+
+    def _sum(self, x_TF: torch.Tensor, linear: _Linear) -> torch.Tensor:
+        """A linear layer whose input features are spread over the tensor-parallel ranks, bias included."""
+        if self.group is None:
+            return F.linear(x_TF, linear.weight, linear.bias)
+        out_TD = F.linear(x_TF, linear.weight)
+        dist.all_reduce(out_TD, group=self.group)
+        return out_TD if linear.bias is None else out_TD.add_(linear.bias)
+
+
+class InferencePath:
+    """A model's forward pass over tokens with a cache. The model's weights are used, not copied."""
+
+    def __init__(self, gpt: PackedGPTModel) -> None:
+        """``gpt`` must be one that :meth:`takes`."""
+        size = parallel_state.get_tensor_model_parallel_world_size()
+        group = parallel_state.get_tensor_model_parallel_group() if size > 1 else None
+        self.gpt = gpt
+        self.layers = [_Layer(layer, group) for layer in gpt.decoder.layers]
+
+    @staticmethod
+    def takes(model: torch.nn.Module) -> TypeGuard[PackedGPTModel]:
+        """Whether this path computes the model: adapters must have been merged, and every tensor-parallel rank must
+        have a key/value head to itself.
+        """
+        if not isinstance(model, PackedGPTModel):
+            return False
+        config = model.config
+        merged = not any(name.rpartition(".")[2].startswith("lora_") for name, _ in model.named_parameters())
+        return merged and config.num_query_groups >= config.tensor_model_parallel_size
+
+    def __call__(
+        self, ids_T: torch.Tensor, packed: PackedTokens, hidden_T1D: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return logits [K, V] of the wanted tokens on the last stage, hidden states [T, 1, D] on the others.
+
+        ``hidden_T1D``: those of the stage before, on all stages but the first.
+        """
+        gpt: Any = self.gpt
+        if hidden_T1D is None:
+            hidden_T1D = gpt.embedding(input_ids=ids_T[None], position_ids=None)
+        x_TD = hidden_T1D.squeeze(1)
+        for layer in self.layers:
+            x_TD = layer(x_TD, packed)
+        x_T1D = x_TD.unsqueeze(1)
+        if not gpt.post_process:
+            return x_T1D
+        if gpt.decoder.final_layernorm is not None:
+            x_T1D = gpt.decoder.final_layernorm(x_T1D)
+        weight = gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
+        logits_K1V, _ = gpt.output_layer(x_T1D, weight=weight)
+        out_1KV: torch.Tensor = gpt.after_output(logits_K1V.transpose(0, 1))
+        return out_1KV[0]

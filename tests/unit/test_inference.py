@@ -1,0 +1,98 @@
+"""The forward pass of generation equals the model's own, for every kind of layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from steerlm_megatron.generate.kv_cache import BlockTables, KVCache, Span
+from steerlm_megatron.model.arithmetic import kv_cache_bytes
+from steerlm_megatron.model.gpt import PackedGPTModel, build_model
+from steerlm_megatron.model.inference import InferencePath
+from steerlm_megatron.model.lora import Lora
+from steerlm_megatron.model.packed_tokens import PackedTokens
+from steerlm_megatron.model.weights import initialize
+from steerlm_megatron.runtime import parallel
+
+VOCAB = 50
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "one key/value head each": {"num_query_groups": 4, "tie_embeddings": True},
+    "biases": {"bias": True, "qkv_bias": True, "head_dim": 24},
+    "qwen3": {"qk_norm": True, "norm": "rmsnorm"},
+    "gemma3": {
+        "activation": "geglu", "norm": "rmsnorm1p", "qk_norm": True, "post_norms": True, "scale_embeddings": True,
+        "sliding_window": 4, "full_attention_layers": [1], "rotary_local_base": 100.0, "query_pre_attn_scalar": 24.0,
+        "tie_embeddings": True,
+    },
+    "gemma2": {
+        "activation": "geglu", "norm": "rmsnorm1p", "post_norms": True, "attention_softcap": 2.0, "logit_softcap": 3.0,
+    },
+    "nemotron": {"activation": "squared_relu", "norm": "layernorm1p", "rotary_percent": 0.5},
+    "neox": {
+        "activation": "gelu", "norm": "layernorm", "parallel_residual": True, "bias": True, "rotary_percent": 0.5,
+    },
+}  # fmt: skip
+
+
+def built(lora: Lora | None = None, **changes: Any) -> PackedGPTModel:
+    parallel.initialize(ParallelConfig(), seed=1)
+    shape = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48}
+    config = ModelConfig(**{**shape, "init_std": 0.3, **changes})
+    model = build_model(config, ParallelConfig(), EngineConfig(), VOCAB, gather_logits=True, lora=lora)
+    initialize(model, config, VOCAB, seed=3)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):  # far from where they start
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model.double().eval()
+
+
+def steps(model: PackedGPTModel, forward: Any) -> list[torch.Tensor]:
+    """Logits of two prompts, then of a token after each beside another prompt and the end of a known one."""
+    cache = KVCache(model.cache_shape(), 16, 4, torch.device("cpu"))
+    tables = BlockTables(4, 4)
+    for blocks in ([3, 1, 7], [2, 5], [9, 4], [3, 10]):  # the last has the first one's first block
+        tables.add(blocks)
+    generator = torch.Generator().manual_seed(5)
+    out = []
+    for singles, longer, wanted in (
+        ([], [Span(0, 0, 9), Span(1, 0, 6)], [8, 14]),
+        ([Span(0, 9, 1), Span(1, 6, 1)], [Span(2, 0, 5), Span(3, 4, 3)], [0, 1, 6, 9]),
+    ):
+        positions_T = cache.begin(tables, singles, longer)
+        packed = PackedTokens(positions_T=positions_T, kv=cache, output_index_K=torch.tensor(wanted))
+        out.append(forward(torch.randint(0, VOCAB, positions_T.shape, generator=generator), packed))
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_equals_the_model(kind: str) -> None:
+    model = built(**KINDS[kind])
+
+    def theirs(ids_T: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
+        assert packed.positions_T is not None
+        return model(ids_T[None], packed.positions_T[None], None, labels=None, packed_seq_params=packed)[0]
+
+    for ours, expected in zip(steps(model, InferencePath(model)), steps(model, theirs), strict=True):
+        assert expected.std() > 0.1 and ours.shape == expected.shape
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_cache_takes_what_the_arithmetic_says() -> None:
+    changes = {"num_layers": 3, "head_dim": 24, "num_query_groups": 2}
+    config = ModelConfig(hidden_size=32, num_heads=4, ffn_hidden_size=48, **changes)  # type: ignore[arg-type]
+    shape = built(**changes).float().cache_shape()
+    assert shape.layers == (1, 2, 3)
+    assert 100 * shape.token_bytes == kv_cache_bytes(config, ParallelConfig(), 100, "fp32")
+
+
+def test_a_model_with_adapters_has_its_own_forward_pass() -> None:
+    assert InferencePath.takes(built())
+    assert not InferencePath.takes(built(Lora(2, 4.0, ("linear_qkv",))))
+    assert not InferencePath.takes(torch.nn.Linear(2, 2))
