@@ -161,8 +161,7 @@ class StepRunner:
             assert fed.logits_KV is not None
             rows_KV = fed.logits_KV[: len(fed.rows)]
             params, drawn = [row.params for row in fed.rows], [row.drawn for row in fed.rows]
-            self.sampler.set_rows(params)
-            top = self.sampler.most_likely(rows_KV)
+            top = self.sampler.most_likely(rows_KV) if count else None
             ids_K, logprobs_K = self._sample(rows_KV, params, drawn)
             columns = [ids_K, ids_K if logprobs_K is None else logprobs_K]
             sampled_KX = torch.stack([column.double().to(ids_K.device) for column in columns], 1)
@@ -205,6 +204,7 @@ class StepRunner:
         self, logits_KV: torch.Tensor, params: Sequence[RowParams], drawn: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         try:
+            self.sampler.set_rows(params)
             return self.sampler.sample(logits_KV, drawn)
         except Exception:
             log.exception("drawing tokens for a batch raised; each row is drawn on its own")

@@ -103,7 +103,7 @@ class BatchSampler:
         self.rows: list[RowParams] = []
         self._groups: list[_Group] = []
         self._adjustments = Adjustments(vocab_size, device)
-        self._wants_logprobs = self._wants_top = False
+        self._wants_logprobs = False
 
     def _method(self, row: RowParams) -> tuple[str, int]:
         if row.temperature < GREEDY_BELOW or row.top_k == 1:
@@ -125,7 +125,6 @@ class BatchSampler:
         self._groups = []  # if making the groups fails, none are left that belong to other rows
         self.rows = list(rows)
         self._wants_logprobs = any(row.logprobs for row in rows)
-        self._wants_top = any(row.top_logprobs for row in rows)
         self._adjustments.set_rows(rows)
         by_method: dict[tuple[str, int], list[int]] = {}
         for i, row in enumerate(rows):
@@ -184,14 +183,13 @@ class BatchSampler:
         # A high temperature may draw a token whose log-probability is below float32's range; -inf is not JSON.
         return ids_B, (chosen_B - model_BV.logsumexp(1)).clamp(min=_LOWEST)
 
-    def most_likely(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def most_likely(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the ids int64 [B, N] and log-probabilities float32 [B, N] of each row's N most likely tokens under the
-        model itself, most likely first, or None if no row asked for any. To be called before :meth:`sample`, which
-        overwrites logits. N is ``MAX_TOP_LOGPROBS`` or the size of the vocabulary, whatever the rows ask for, since the
-        number asked of ``torch.topk`` could decide ties.
+        model itself, most likely first. To be called before :meth:`sample`, which overwrites logits.
+
+        N is ``MAX_TOP_LOGPROBS`` or the size of the vocabulary, whatever the rows ask for, since the number asked of
+        ``torch.topk`` could decide ties.
         """
-        if not self._wants_top:
-            return None
         logits_BV = logits_BV[:, : self.vocab_size].float()
         if self._banned.numel():
             logits_BV.index_fill_(1, self._banned, float("-inf"))

@@ -20,7 +20,7 @@ import httpx
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.protocol import Progress, Request, Result
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.serve.sampling_fields import fields_of
+from steerlm_megatron.serve.sampling_fields import fields_of, result_of
 
 log = get_logger(__name__)
 
@@ -163,16 +163,7 @@ def _result(request: Request, response: httpx.Response, url: str) -> Result:
     try:
         answer = response.json()
         choice, usage = answer["choices"][0], answer["usage"]
-        logprobs = choice["logprobs"]["token_logprobs"] if request.params.logprobs else None
-        return Result(
-            id=request.id,
-            token_ids=tuple(choice["token_ids"]),
-            text=choice["text"],
-            finish_reason=choice["finish_reason"],
-            prompt_tokens=usage["prompt_tokens"],
-            completion_tokens=usage["completion_tokens"],
-            logprobs=None if logprobs is None else tuple(logprobs),
-        )
+        return result_of(request, choice, usage)
     except (ValueError, KeyError, IndexError, TypeError) as e:
         raise ServerFailure(f"{url} does not answer like `steerlm serve` ({e!r}): {response.text[:300]}") from e
 

@@ -62,6 +62,15 @@ def make(tensor: int, pipeline: int) -> Any:
     return Generator(model, Tokenizer(), SteerLMTemplate(), limits, model_group())
 
 
+def more(i: int) -> dict[str, Any]:
+    """Return parameters for which ranks must agree on more than one token a row."""
+    if i % 5 == 1:
+        return {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": ((7, 2.0),), "min_p": 0.01}
+    if i % 5 == 3:
+        return {"top_logprobs": 4, "prompt_logprobs": i % 4}
+    return {}
+
+
 def requests() -> list[Any]:
     from steerlm_megatron.generate.protocol import Request, SamplingParams
 
@@ -70,7 +79,7 @@ def requests() -> list[Any]:
         Request(
             str(i),
             tuple(rng.randrange(97) for _ in range(rng.randint(1, 30))),
-            SamplingParams(temperature=i % 2, max_tokens=rng.randint(1, 30), seed=i, logprobs=i % 3 == 0),
+            SamplingParams(temperature=i % 2, max_tokens=rng.randint(1, 30), seed=i, logprobs=i % 3 == 0, **more(i)),
         )
         for i in range(20)
     ]
@@ -97,9 +106,18 @@ def through_server(generator: Any) -> Any:
     return answers
 
 
+NUMBERS = ("logprobs", "top_logprobs", "prompt_logprobs", "prompt_top_logprobs")
+
+
+def rounded(values: Any) -> Any:
+    if isinstance(values, tuple):
+        return [rounded(value) for value in values]
+    return round(values, 3) if isinstance(values, float) else values
+
+
 def plain(results: Sequence[Any]) -> list[Any]:
     return [
-        [r.id, list(r.token_ids), r.text, r.finish_reason, r.logprobs and [round(x, 3) for x in r.logprobs]]
+        [r.id, list(r.token_ids), r.text, r.finish_reason, *(rounded(getattr(r, name)) for name in NUMBERS)]
         for r in results
     ]
 

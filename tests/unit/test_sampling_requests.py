@@ -18,6 +18,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import Delta, Request, Result, SamplingParams
 from steerlm_megatron.serve.api import CompletionBody, read
+from steerlm_megatron.serve.client import SamplingClient
 from steerlm_megatron.serve.logprobs import Pending, TokenTexts
 from steerlm_megatron.serve.sampling_fields import fields_of, params_of
 from tests.helpers.fake_model import LABEL, TURN, VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
@@ -298,6 +299,30 @@ def test_echo_with_log_probabilities(server: Server, max_tokens: int) -> None:
             assert len(likely) == 2 - greedy
     (by_text,) = server.post("completions", **{**asked, "prompt": "today 7", "logprobs": None}).json()["choices"]
     assert by_text["text"] == body["choices"][1]["text"] and by_text["logprobs"] is None
+
+
+def test_the_client_gets_all_that_the_generator_gives(server: Server) -> None:
+    ids = tuple(TOKENIZER.encode("hello world"))
+    requests = [
+        Request("a", ids, SamplingParams(max_tokens=8, seed=1, logprobs=True, top_logprobs=3)),
+        Request("b", ids, SamplingParams(max_tokens=8, seed=1, logprobs=True, top_logprobs=2, prompt_logprobs=2)),
+        Request("c", ids, SamplingParams(max_tokens=8, seed=1, prompt_logprobs=0)),
+        Request("d", ids, SamplingParams(max_tokens=8, seed=1, stop=("e", "o", "a"), repetition_penalty=1.1)),
+    ]
+    mine, theirs = make_generator()[0].generate(requests), SamplingClient([server.url]).generate(requests)
+    for own, got in zip(mine, theirs, strict=True):
+        assert (own.text, own.token_ids, own.stop_reason) == (got.text, got.token_ids, got.stop_reason)
+        for name in ("logprobs", "prompt_logprobs", "top_logprobs", "prompt_top_logprobs"):
+            a, b = getattr(own, name), getattr(got, name)
+            assert (a is None) == (b is None), name
+            assert flat(a) == pytest.approx(flat(b), abs=1e-4), name
+
+
+def flat(values: Any) -> list[float]:
+    """Return the numbers in nested tuples, None as 0."""
+    if isinstance(values, tuple):
+        return [number for value in values for number in flat(value)]
+    return [float(values or 0)]
 
 
 def test_streamed_log_probabilities_are_those_of_the_whole(server: Server) -> None:
