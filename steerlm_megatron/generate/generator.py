@@ -94,13 +94,16 @@ class Generator:
         check_limits(limits)
         self.tokenizer, self.template, self.limits = tokenizer, template, limits
         self.group: ModelGroup = group or LocalGroup()
-        self.stop_ids = frozenset(_stop_ids(tokenizer, template))
+        self.stop_ids = frozenset(stop_ids_of(tokenizer, template))
         special, self.longest_token_chars = _look_through(tokenizer, template)
         banned = special - self.stop_ids
         self.runner = StepRunner(model, self.group, tokenizer.vocab_size, sorted(banned))
         self.scheduler: Scheduler[Job] = Scheduler(limits.max_batch, limits.max_cache_tokens)
         self.error: str | None = None
         self.last_beat_sec = time.monotonic()  # time of the loop's last sign of life
+        self.longest_step_sec = 0.0
+        # Called at every message between the ranks of a replica, in the thread that sends or receives it.
+        self.on_message: Callable[[], None] = lambda: None
         self.steps = self.sampled_tokens = 0
         self.jobs: dict[str, Job] = {}
         self._lock = threading.RLock()
@@ -153,12 +156,15 @@ class Generator:
         requests: Sequence[Request],
         on_delta: Sequence[Callable[[Delta], None] | None] | None = None,
         bounded: bool = True,
+        text: bool = True,
     ) -> list[Handle]:
-        """Queue all of ``requests`` or, on an exception, none. ``bounded=False`` ignores ``server.max_queue``."""
+        """Queue all of ``requests`` or, on an exception, none. ``bounded=False`` ignores ``server.max_queue``. With
+        ``text=False`` deltas have token ids alone, and the caller makes text of them outside of the engine's thread.
+        """
         assert self.group.is_leader, "only the leader of a replica submits"
         self._check_alive()
         self._check(requests)
-        jobs = [self.new_job(r, on_delta[i] if on_delta else None) for i, r in enumerate(requests)]
+        jobs = [self.new_job(r, on_delta[i] if on_delta else None, text) for i, r in enumerate(requests)]
         with self._lock:
             self._check_alive()
             for request in requests:
@@ -175,9 +181,34 @@ class Generator:
             self._work.notify()
         return [job.handle for job in jobs]
 
-    def new_job(self, request: Request, on_delta: Callable[[Delta], None] | None) -> Job:
-        text = ResponseText(self.tokenizer.decode, request.params.stop, self.template.response_suffix)
-        return Job(request, Handle(request, self.cancel), text, on_delta)
+    def new_job(self, request: Request, on_delta: Callable[[Delta], None] | None, text_in_deltas: bool = True) -> Job:
+        return Job(request, Handle(request, self.cancel), self.new_text(request), on_delta, text_in_deltas)
+
+    def new_text(self, request: Request) -> ResponseText:
+        """Return the empty text of a response to ``request``."""
+        return ResponseText(self.tokenizer.decode, request.params.stop, self.template.response_suffix)
+
+    def counters(self) -> dict[str, float]:
+        """Return the engine's numbers for metrics; names that end in ``_total`` only grow. Any thread may call it."""
+        return {
+            "running": len(self.scheduler.running),
+            "waiting": len(self.scheduler.waiting),
+            "cache_tokens": self.scheduler.cached_tokens,
+            "steps_total": self.steps,
+            "sampled_tokens_total": self.sampled_tokens,
+        }
+
+    def refuse_waiting(self, error: Exception) -> int:
+        """End the requests for which nothing has been computed yet with ``error``; return their number."""
+        with self._lock:
+            jobs = list(self.scheduler.waiting)
+            self.scheduler.waiting.clear()
+            for job in jobs:
+                job.reason = "cancelled"
+                self.jobs.pop(job.request.id, None)
+        for job in jobs:
+            job.handle.future.set_exception(error)
+        return len(jobs)
 
     def _retry_after_sec(self) -> int:
         return max(1, min(30, len(self.scheduler.waiting) // max(1, self.limits.max_batch)))
@@ -207,6 +238,10 @@ class Generator:
             rows = list(self.scheduler.running)
         if plan is None:
             return False
+        began = time.monotonic()
+        for job in rows:
+            if job.handle.times.began is None:
+                job.handle.times.began = began
         try:
             self._send(plan)
             ids, logprobs = self.runner.run(plan)
@@ -215,11 +250,15 @@ class Generator:
             self.fail(f"{type(e).__name__}: {e}")
             raise
         self.last_beat_sec = time.monotonic()
+        self.longest_step_sec = max(self.longest_step_sec, self.last_beat_sec - began)
         return True
 
     def _send(self, plan: StepPlan) -> None:
         if self.group.size > 1:
+            self.on_message()
             self.group.broadcast(plan)
+            if plan.kind == "idle":
+                self.group.wait_for_all()  # a broadcast returns although a rank has stopped
             self._last_message_sec = time.monotonic()
 
     def _take(self, rows: list[Job], ids: list[int], logprobs: list[float] | None) -> None:
@@ -243,6 +282,7 @@ class Generator:
         if token_id < 0:
             raise RequestFailed(_NO_TOKEN[token_id])
         job.token_ids.append(token_id)
+        job.handle.times.token(time.monotonic())
         self.sampled_tokens += 1
         if logprob is not None and job.row_params.logprobs:
             job.logprobs.append(logprob)
@@ -250,7 +290,7 @@ class Generator:
         if job.reason is not None:
             return self._result(job, piece)
         if job.on_delta is not None:
-            job.on_delta(Delta(piece, (token_id,)))
+            job.on_delta(Delta(piece if job.text_in_deltas else "", (token_id,)))
         return None
 
     def _advance(self, job: Job, token_id: int) -> tuple[str, FinishReason | None]:
@@ -271,7 +311,7 @@ class Generator:
         if job.reason == "length" and job.text.stopped_at is not None:
             job.reason = "stop"  # the text that was held back contains a stop string
         if job.on_delta is not None and job.reason != "cancelled":
-            job.on_delta(Delta(piece + rest, tuple(job.token_ids[-1:])))
+            job.on_delta(Delta(piece + rest if job.text_in_deltas else "", tuple(job.token_ids[-1:])))
         assert job.reason is not None
         return Result(
             id=job.request.id,
@@ -283,8 +323,8 @@ class Generator:
             logprobs=tuple(job.logprobs) if job.row_params.logprobs else None,
         )
 
-    def fail(self, reason: str) -> None:
-        """End the engine: pending and later requests get ``EngineDead(reason)``."""
+    def fail(self, reason: str, kind: type[EngineDead] = EngineDead) -> None:
+        """End the engine: pending requests get ``kind(reason)``, later ones ``EngineDead(reason)``."""
         with self._lock:
             if self.error is None:
                 self.error = reason
@@ -295,13 +335,14 @@ class Generator:
         for job in jobs:
             job.reason = "cancelled"
             if not job.handle.future.done():
-                job.handle.future.set_exception(EngineDead(reason))
+                job.handle.future.set_exception(kind(reason))
 
     def run_until(self, stop: threading.Event) -> None:
         """Step until ``stop`` is set, and sleep while there is nothing to do. Only the leader calls it."""
         while not stop.is_set():
             if self.step():
                 continue
+            self.last_beat_sec = time.monotonic()
             if self.group.size > 1 and time.monotonic() - self._last_message_sec > self.group.heartbeat_sec:
                 self._send(StepPlan("idle"))
             with self._lock:
@@ -322,8 +363,11 @@ class Generator:
         assert not self.group.is_leader
         while True:
             plan: StepPlan = self.group.broadcast(None)
+            self.on_message()
             if plan.kind == "stop":
                 return
+            if plan.kind == "idle":
+                self.group.wait_for_all()
             if plan.kind == "run":
                 self.runner.run(plan)
 
@@ -391,7 +435,8 @@ def check_limits(limits: Limits) -> None:
         )
 
 
-def _stop_ids(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
+def stop_ids_of(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
+    """Return the ids of the tokens that end a response."""
     ids = {tokenizer.control_id(s) for s in template.stop_strings}
     eos = getattr(tokenizer, "eos_id", None)
     return ids | ({eos} if eos is not None and eos >= 0 else set())

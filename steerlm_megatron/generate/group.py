@@ -30,6 +30,10 @@ class ModelGroup(Protocol):
         """Return the leader's ``value`` on every rank. Collective over the replica."""
         ...
 
+    def wait_for_all(self) -> None:
+        """Return when every rank has called it. Collective over the replica."""
+        ...
+
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return hidden states from the stage before."""
         ...
@@ -56,6 +60,9 @@ class LocalGroup:
 
     def broadcast(self, value: Any) -> Any:
         return value
+
+    def wait_for_all(self) -> None:
+        pass
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         raise AssertionError("one stage only")
@@ -107,6 +114,9 @@ class MegatronGroup:
         data = torch.empty(int(size.item()), dtype=torch.uint8)
         dist.broadcast(data, src=self._leader, group=self._control)
         return pickle.loads(data.numpy().tobytes())
+
+    def wait_for_all(self) -> None:
+        dist.all_reduce(torch.zeros(1), group=self._control)
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         hidden = torch.empty(shape, dtype=dtype, device=device)
