@@ -47,10 +47,17 @@ class Service:
     """Translate between the API and a generator."""
 
     def __init__(
-        self, generator: Generator, schema: AttributeSchema | None, server: ServerConfig, sampling: SamplingConfig
+        self,
+        generator: Generator,
+        schema: AttributeSchema | None,
+        server: ServerConfig,
+        sampling: SamplingConfig,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
-        """With ``schema`` None the model has no attribute conditioning, and asking for attributes is an error."""
-        self.generator = generator
+        """With ``schema`` None the model has no attribute conditioning, and asking for attributes is an error.
+        ``identity`` says which checkpoint is served.
+        """
+        self.generator, self.identity = generator, identity
         self.schema = schema if schema is not None and schema.names else None
         self.server, self.sampling = server, sampling
         self.started = int(time.time())
@@ -309,6 +316,7 @@ class Service:
             "owned_by": "steerlm_megatron",
             "max_model_len": self.generator.limits.max_sequence_tokens,
             "attributes": None if self.schema is None else self.schema.to_dict(),
+            "checkpoint": None if self.identity is None else dict(self.identity),
         }
 
 
