@@ -56,11 +56,19 @@ _LIMITS = tuple(
     )
 )  # fmt: skip
 _DRAWING = ("sampling", *_LIMITS, *_RANKS)
-_SERVERS = ("server.urls", "server.folder", "server.count", "generation.concurrency")
-_SERVER = tuple(
-    f"server.{key}"
-    for key in ("host", "port", "folder", "max_queue", "model_name", "max_body_bytes", "read_timeout_sec")
-)
+_KEYS = ("server.api_keys", "server.api_key_file")
+_SERVERS = ("server.urls", "server.folder", "server.count", "server.wait_sec", *_KEYS, "generation.concurrency")
+_SERVER = (
+    *_KEYS,
+    *(
+        f"server.{key}"
+        for key in (
+            "host", "port", "folder", "max_queue", "model_name", "max_body_bytes", "read_timeout_sec",
+            "idle_timeout_sec", "max_connections", "drain_sec", "access_log", "cors", "tls_cert", "tls_key",
+            "root_path",
+        )
+    ),
+)  # fmt: skip
 _RECORDS = ("input", "output", "data.on_error")
 
 _TRAINED = "the run folder of train_sft, or one of its checkpoints"
@@ -161,8 +169,8 @@ def declared(command: str, key: str) -> bool:
 # These keys change how a command runs and nothing in its result.
 _WITHOUT_EFFECT = (
     "command", "run_dir", "overwrite", "tracking", "profile", "data.workers", "data.verify", "pipeline", "steps",
-    "array", "server.urls", "server.folder", "server.count",
-    "plan",
+    "array", "server.urls", "server.folder", "server.count", "server.wait_sec", "server.api_keys",
+    "server.api_key_file", "plan",
 )  # fmt: skip
 
 

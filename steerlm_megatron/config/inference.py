@@ -45,17 +45,34 @@ class GenerationConfig:
 class ServerConfig:
     """The sampling server, and where clients find one."""
 
-    host: str = option("127.0.0.1", "address to listen on")
+    host: str = option("127.0.0.1", "address to listen on; 0.0.0.0: all of this host, for which keys are advisable")
     port: int = option(8000, between(0, 65535), "0: one that is free")
-    urls: list[str] = option([], "generate and bootstrap: draw from these servers, and not in this process")
+    urls: list[str] = option(
+        [], "generate and bootstrap: draw from these servers, ours or others with OpenAI's API, and not in this process"
+    )
     folder: str | None = option(
         None, "serve writes its address into this folder; generate and bootstrap draw from the servers in it"
     )
     count: int = option(1, at_least(1), "how many servers generate and bootstrap wait for in server.folder")
+    wait_sec: float = option(
+        600.0, at_least(0), "how long generate and bootstrap wait, on the way, while no server can be reached"
+    )
     max_queue: int = option(1024, at_least(1), "choices that wait for a row; more are refused with HTTP 429")
     model_name: str = option("steerlm", "the model's name in the API")
     max_body_bytes: int = option(4_194_304, at_least(1), "of one request; a larger one is refused with HTTP 413")
     read_timeout_sec: float = option(20.0, above(0), "a request that is not whole by then is ended")
+    idle_timeout_sec: float = option(30.0, above(0), "how long a connection without a request is kept")
+    max_connections: int = option(4096, at_least(1), "requests on more are refused with HTTP 503, but for probes")
+    drain_sec: float = option(30.0, at_least(0), "after SIGTERM running requests may finish for so long")
+    api_keys: list[str] = option(
+        [], "serve: a request must bring one of these; generate and bootstrap: the first is sent. A file hides them"
+    )
+    api_key_file: str | None = option(None, "file with such keys, one a line; lines that begin with # are left out")
+    access_log: str | None = option(None, "file that gets a line of JSON per answered request; -: standard output")
+    cors: list[str] = option([], "origins whose pages may call the server, such as https://chat.example.org; *: all")
+    tls_cert: str | None = option(None, "PEM file with the certificate and its chain; the server then speaks HTTPS")
+    tls_key: str | None = option(None, "PEM file with the key of server.tls_cert")
+    root_path: str = option("", "path below which a proxy shows the server, such as /steerlm")
 
 
 @dataclass

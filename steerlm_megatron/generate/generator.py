@@ -96,7 +96,7 @@ class Generator:
         check_limits(limits)
         self.tokenizer, self.template, self.limits = tokenizer, template, limits
         self.group: ModelGroup = group or LocalGroup()
-        self.stop_ids = frozenset(_stop_ids(tokenizer, template))
+        self.stop_ids = frozenset(stop_ids_of(tokenizer, template))
         special, self.longest_token_chars = _look_through(tokenizer, template)
         self.banned_ids = frozenset(special - self.stop_ids)  # never drawn
         self.runner = StepRunner(model, self.group, tokenizer.vocab_size, sorted(self.banned_ids), limits)
@@ -104,6 +104,9 @@ class Generator:
         self.scheduler: Scheduler[Job] = Scheduler(pool, limits.max_batch, limits.chunk_tokens, limits.reserve)
         self.error: str | None = None
         self.last_beat_sec = time.monotonic()  # time of the loop's last sign of life
+        self.longest_step_sec = 0.0
+        # Called at every message between the ranks of a replica, in the thread that sends or receives it.
+        self.on_message: Callable[[], None] = lambda: None
         self.steps = self.sampled_tokens = 0
         self.jobs: dict[str, Job] = {}
         self._unread: tuple[list[Job], Launched] | None = None  # the step that is queued and not read
@@ -179,12 +182,15 @@ class Generator:
         requests: Sequence[Request],
         on_delta: Sequence[Callable[[Delta], None] | None] | None = None,
         bounded: bool = True,
+        text: bool = True,
     ) -> list[Handle]:
-        """Queue all of ``requests`` or, on an exception, none. ``bounded=False`` ignores ``server.max_queue``."""
+        """Queue all of ``requests`` or, on an exception, none. ``bounded=False`` ignores ``server.max_queue``. With
+        ``text=False`` deltas have token ids alone, and the caller makes text of them outside of the engine's thread.
+        """
         assert self.group.is_leader, "only the leader of a replica submits"
         self._check_alive()
         self._check(requests)
-        jobs = [self.new_job(r, on_delta[i] if on_delta else None) for i, r in enumerate(requests)]
+        jobs = [self.new_job(r, on_delta[i] if on_delta else None, text) for i, r in enumerate(requests)]
         with self._lock:
             self._check_alive()
             for request in requests:
@@ -201,8 +207,9 @@ class Generator:
             self._work.notify()
         return [job.handle for job in jobs]
 
-    def new_job(self, request: Request, on_delta: Callable[[Delta], None] | None) -> Job:
-        return Job(request, Handle(request, self.cancel), self.new_text(request), on_delta, self.stop_ids)
+    def new_job(self, request: Request, on_delta: Callable[[Delta], None] | None, text_in_deltas: bool = True) -> Job:
+        handle = Handle(request, self.cancel)
+        return Job(request, handle, self.new_text(request), on_delta, self.stop_ids, text_in_deltas)
 
     def new_text(self, request: Request) -> ResponseText:
         """Return the empty text of a response to ``request``."""
@@ -216,6 +223,37 @@ class Generator:
             min_tokens=params.min_tokens,
             silent_ids=silent,
         )
+
+    def counters(self) -> dict[str, float]:
+        """Return the engine's numbers for metrics; names that end in ``_total`` only grow. Any thread may call it."""
+        scheduler, pool = self.scheduler, self.scheduler.pool
+        return {
+            "running": len(scheduler.rows),
+            "waiting": len(scheduler.waiting),
+            "cache_tokens": scheduler.cached_tokens,
+            "cache_blocks": pool.blocks,
+            "cache_blocks_used": pool.used,
+            "steps_total": self.steps,
+            "sampled_tokens_total": self.sampled_tokens,
+            "prefix_asked_tokens_total": pool.counts.asked_tokens,
+            "prefix_hit_tokens_total": pool.counts.hit_tokens,
+            "evicted_blocks_total": pool.counts.evicted_blocks,
+            "preemptions_total": scheduler.preemptions,
+        }
+
+    def refuse_waiting(self, error: Exception) -> int:
+        """End the requests for which nothing has been computed yet with ``error``; return their number. Those that
+        were preempted go on.
+        """
+        with self._lock:
+            jobs = [job for job in self.scheduler.waiting if not job.planned]
+            for job in jobs:
+                self.scheduler.waiting.remove(job)
+                job.reason = "cancelled"
+                self.jobs.pop(job.request.id, None)
+        for job in jobs:
+            job.handle.future.set_exception(error)
+        return len(jobs)
 
     def _retry_after_sec(self) -> int:
         return max(1, min(30, len(self.scheduler.waiting) // max(1, self.limits.max_batch)))
@@ -248,11 +286,15 @@ class Generator:
             plan = self.scheduler.plan(
                 lambda job: job.reason is not None or job.planned >= job.request.params.max_tokens
             )
-            jobs = self.scheduler.sampling() if plan is not None else []
+            running, jobs = self.scheduler.running, self.scheduler.sampling() if plan is not None else []
             for job in jobs:
                 job.planned += 1
         if plan is None and self._unread is None:
             return False
+        began = time.monotonic()
+        for job in running:
+            if job.handle.times.began is None:
+                job.handle.times.began = began
         try:
             launched = None
             if plan is not None:
@@ -265,11 +307,15 @@ class Generator:
             self.fail(f"{type(e).__name__}: {e}")
             raise
         self.last_beat_sec = time.monotonic()
+        self.longest_step_sec = max(self.longest_step_sec, self.last_beat_sec - began)
         return True
 
     def _send(self, plan: StepPlan) -> None:
         if self.group.size > 1:
+            self.on_message()
             self.group.broadcast(plan)
+            if plan.kind == "idle":
+                self.group.wait_for_all()  # a broadcast returns although a rank has stopped
             self._last_message_sec = time.monotonic()
 
     def _take(self, jobs: list[Job], drawn: Drawn) -> None:
@@ -294,6 +340,7 @@ class Generator:
             job.failed = True
             raise RequestFailed(_NO_TOKEN[token_id])
         job.token_ids.append(token_id)
+        job.handle.times.token(time.monotonic())
         self.sampled_tokens += 1
         if job.row_params.logprobs:
             job.logprobs.append(drawn.logprobs[row])
@@ -350,25 +397,8 @@ class Generator:
             prompt_top_logprobs=None if prompt is None else prompt[1],
         )
 
-    def counts(self) -> dict[str, float]:
-        """What the engine has done and holds at present, by name: for metrics and for a benchmark."""
-        scheduler, pool = self.scheduler, self.scheduler.pool
-        return {
-            "steps": self.steps,
-            "sampled_tokens": self.sampled_tokens,
-            "running": len(scheduler.rows),
-            "waiting": len(scheduler.waiting),
-            "cached_tokens": scheduler.cached_tokens,
-            "cache_blocks": pool.blocks,
-            "cache_blocks_used": pool.used,
-            "prefix_asked_tokens": pool.counts.asked_tokens,
-            "prefix_hit_tokens": pool.counts.hit_tokens,
-            "evicted_blocks": pool.counts.evicted_blocks,
-            "preemptions": scheduler.preemptions,
-        }
-
-    def fail(self, reason: str) -> None:
-        """End the engine: pending and later requests get ``EngineDead(reason)``."""
+    def fail(self, reason: str, kind: type[EngineDead] = EngineDead) -> None:
+        """End the engine: pending requests get ``kind(reason)``, later ones ``EngineDead(reason)``."""
         with self._lock:
             if self.error is None:
                 self.error = reason
@@ -379,13 +409,14 @@ class Generator:
         for job in jobs:
             job.reason = "cancelled"
             if not job.handle.future.done():
-                job.handle.future.set_exception(EngineDead(reason))
+                job.handle.future.set_exception(kind(reason))
 
     def run_until(self, stop: threading.Event) -> None:
         """Step until ``stop`` is set, and sleep while there is nothing to do. Only the leader calls it."""
         while not stop.is_set():
             if self.step():
                 continue
+            self.last_beat_sec = time.monotonic()
             if self.group.size > 1 and time.monotonic() - self._last_message_sec > self.group.heartbeat_sec:
                 self._send(StepPlan("idle"))
             with self._lock:
@@ -406,8 +437,11 @@ class Generator:
         assert not self.group.is_leader
         while True:
             plan: StepPlan = self.group.broadcast(None)
+            self.on_message()
             if plan.kind == "stop":
                 return
+            if plan.kind == "idle":
+                self.group.wait_for_all()
             if plan.kind == "run":
                 self.runner.launch(plan)
 
@@ -479,7 +513,7 @@ def _delta(job: Job, text: str) -> Delta:
     """Return the delta of the job's last token, whose text and that of tokens before it may be held back."""
     params = job.row_params
     return Delta(
-        text,
+        text if job.text_in_deltas else "",
         tuple(job.token_ids[-1:]),
         tuple(job.logprobs[-1:]) if params.logprobs else None,
         tuple(job.top_logprobs[-1:]) if params.top_logprobs else None,
@@ -487,7 +521,8 @@ def _delta(job: Job, text: str) -> Delta:
     )
 
 
-def _stop_ids(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
+def stop_ids_of(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
+    """Return the ids of the tokens that end a response."""
     ids = {tokenizer.control_id(s) for s in template.stop_strings}
     eos = getattr(tokenizer, "eos_id", None)
     return ids | ({eos} if eos is not None and eos >= 0 else set())

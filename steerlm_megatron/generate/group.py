@@ -34,6 +34,10 @@ class ModelGroup(Protocol):
         """Return the smallest ``value`` of all ranks. Collective over the replica."""
         ...
 
+    def wait_for_all(self) -> None:
+        """Return when every rank has called it. Collective over the replica."""
+        ...
+
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Return hidden states from the stage before."""
         ...
@@ -63,6 +67,9 @@ class LocalGroup:
 
     def least(self, value: int) -> int:
         return value
+
+    def wait_for_all(self) -> None:
+        pass
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         raise AssertionError("one stage only")
@@ -119,6 +126,9 @@ class MegatronGroup:
         least = torch.tensor([value], dtype=torch.int64)
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._control)
         return int(least.item())
+
+    def wait_for_all(self) -> None:
+        dist.all_reduce(torch.zeros(1), group=self._control)
 
     def receive_hidden(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         hidden = torch.empty(shape, dtype=dtype, device=device)

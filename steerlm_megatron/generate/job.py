@@ -6,8 +6,10 @@ advances (``generator.py``). Invariant: a job's future is resolved once, by a re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from steerlm_megatron.generate.adjust import History
 from steerlm_megatron.generate.protocol import Delta, FinishReason, Request, RequestFailed, Result, Top
@@ -18,15 +20,44 @@ from steerlm_megatron.observe.log import get_logger
 log = get_logger(__name__)
 
 
+@dataclass
+class Times:
+    """When a request reached each stage, on the clock of ``time.monotonic``; None until it does."""
+
+    submitted: float = field(default_factory=time.monotonic)
+    began: float | None = None  # the engine took it in
+    first_token: float | None = None
+    last_token: float | None = None
+    longest_gap: float = 0.0  # longest time between two of its tokens
+    tokens: int = 0
+
+    def token(self, now: float) -> None:
+        """Note that a token was drawn."""
+        if self.last_token is None:
+            self.first_token = now
+        else:
+            self.longest_gap = max(self.longest_gap, now - self.last_token)
+        self.last_token = now
+        self.tokens += 1
+
+
 class Handle:
     """A submitted request. ``future`` resolves to its :class:`Result`, to the error that ended it alone
     (``RequestFailed``), or to the one that ended the engine (``EngineDead``)."""
 
     def __init__(self, request: Request, cancel: Callable[[str], None]) -> None:
         self.id = request.id
+        self.times = Times()
         self.future: Future[Result] = Future()
         self.future.set_running_or_notify_cancel()  # from now on the engine alone may resolve it
         self._cancel = cancel
+
+    @property
+    def result(self) -> Result | None:
+        """The result, if there is one by now."""
+        if not self.future.done() or self.future.exception() is not None:
+            return None
+        return self.future.result()
 
     def cancel(self) -> None:
         """Ask the engine to stop the request; its result then has finish_reason ``cancelled``."""
@@ -43,6 +74,7 @@ class Job:
         text: ResponseText,
         on_delta: Callable[[Delta], None] | None,
         stop_ids: frozenset[int] = frozenset(),
+        text_in_deltas: bool = True,
     ) -> None:
         """``stop_ids`` are the template's."""
         self.request, self.handle, self.text, self.on_delta = request, handle, text, on_delta
@@ -75,7 +107,8 @@ class Job:
         self.stop_reason: str | int | None = None
         self.reason: FinishReason | None = None
         self.failed = False  # its logits were not finite
-        self.needs_text = on_delta is not None or bool(params.stop)
+        self.text_in_deltas = text_in_deltas
+        self.needs_text = (on_delta is not None and text_in_deltas) or bool(params.stop)
 
     @property
     def total_tokens(self) -> int:

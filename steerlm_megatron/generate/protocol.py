@@ -211,6 +211,10 @@ class EngineDead(RuntimeError):
     """The engine stopped on an error; no request will be answered any more."""
 
 
+class ShuttingDown(EngineDead):
+    """The engine takes no requests any more, since its server is being stopped; another server can answer them."""
+
+
 def derive_seed(seed: int, index: int) -> int:
     """Return the seed of choice ``index`` of a request for several (index 0 keeps the seed itself)."""
     if index == 0:

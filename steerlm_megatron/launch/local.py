@@ -38,6 +38,7 @@ def run_ranks(ranks: int, arguments: list[str], max_restarts: int) -> int:
 
 
 _LAUNCHER = "STEERLM_LAUNCHER_PID"
+_SERVER_RANKS_SEC = 5  # after a server's fault the other ranks have nothing to save
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -78,6 +79,13 @@ def _launch(ranks: int, arguments: list[str]) -> int:
     # The agent waits this long after SIGTERM before it kills, since its default of 30 s may be too short for saving.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(signals.SAVING_SEC)))
     signal.signal(signal.SIGUSR1, pass_on)  # the agent passes on SIGTERM and SIGINT by itself
+    serves = arguments[0] == "serve"
+    if serves:
+        # A server ends by itself after SIGTERM, in a time of its own choice, and its exit code is the command's; the
+        # agent would kill it meanwhile. A terminal's Ctrl-C reaches the ranks without a launcher.
+        signal.signal(signal.SIGTERM, pass_on)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if sys.stdin.isatty() else pass_on)
+        os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_SERVER_RANKS_SEC)
     if signals.asked():
         raise Interrupted
     nodes, endpoint, meeting = launcher.agents()
@@ -94,6 +102,7 @@ def _launch(ranks: int, arguments: list[str]) -> int:
         local_addr="127.0.0.1" if nodes == 1 else None,
         max_restarts=0,
         monitor_interval=0.2,
+        signals_to_handle="SIGHUP,SIGQUIT" if serves else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",
     )
     try:
         elastic_launch(config, sys.executable)("-m", "steerlm_megatron", *arguments)

@@ -17,46 +17,66 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from steerlm_megatron.serve.errors import ApiError
 
+_SPARE_CONNECTIONS = 64  # beyond the limit, for probes and for refusals that say why
+
 
 class ClientGone(Exception):
     """The client left before its request had arrived completely, so nobody waits for an answer."""
 
 
-def timed_protocol(read_timeout_sec: float) -> type[H11Protocol]:
-    """Return uvicorn's HTTP protocol with a time limit; by itself it waits for the rest of a request's head for ever.
+def timed_protocol(read_timeout_sec: float, idle_timeout_sec: float, max_connections: int) -> type[H11Protocol]:
+    """Return uvicorn's HTTP protocol with time limits; by itself it waits for the rest of a request's head for ever.
 
-    A connection that is not being answered has ``read_timeout_sec`` for the head of its next request. The rest of a
-    body that was refused is read and discarded for the same time: if the connection were closed at once, a client that
-    writes the complete body before it reads would see a reset instead of the refusal.
+    A new connection, and one on which a request has begun to arrive, has ``read_timeout_sec`` for the rest of the
+    head; one that has been answered is kept for ``idle_timeout_sec``. The rest of a body that was refused is read and
+    discarded for ``read_timeout_sec``: if the connection were closed at once, a client that writes the complete body
+    before it reads would see a reset instead of the refusal.
+
+    Of ``max_connections`` and a few more for probes, connections are closed as soon as they are made.
     """
 
     class TimedProtocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _idle = False  # the deadline is that of a connection on which nothing has arrived since its last answer
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self._watch()
+            if len(self.connections) > max_connections + _SPARE_CONNECTIONS:
+                transport.close()
+                return
+            self._watch(read_timeout_sec)
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self._watch()
+            if self._idle:
+                self._unwatch()
+            self._watch(read_timeout_sec)
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
-            self._watch()
+            if self._is_between_requests():
+                self._unwatch()
+                self._watch(idle_timeout_sec)
+                self._idle = self._deadline is not None
+            else:
+                self._watch(read_timeout_sec)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._unwatch()
             super().connection_lost(exc)
 
-        def _watch(self) -> None:
+        def _is_between_requests(self) -> bool:
+            return self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+
+        def _watch(self, seconds: float) -> None:
             answering = self.cycle is not None and not self.cycle.response_complete
             if answering or self.transport.is_closing():
                 self._unwatch()
             elif self._deadline is None:
-                self._deadline = self.loop.call_later(read_timeout_sec, self._expire)
+                self._deadline = self.loop.call_later(seconds, self._expire)
 
         def _unwatch(self) -> None:
+            self._idle = False
             if self._deadline is not None:
                 self._deadline.cancel()
                 self._deadline = None

@@ -1,120 +1,112 @@
 """The sampling server: OpenAI's HTTP API over a generator.
 
-Owns: routes, streaming, disconnects, back pressure, metrics, the port, and shutting down. Does not own: reading
-requests (``read_request.py``), their meaning (``service.py``), the engine's thread (``engine_loop.py``). Invariants:
-every request is answered unless its connection is gone; when the engine dies, all waiting requests are answered with
-HTTP 500, and then the process ends; a client that leaves frees its row; requests beyond ``server.max_queue`` are
-refused with HTTP 429.
+Owns: routes, back pressure, the port, and shutting down. Does not own: what all requests pass (``gate.py``), reading
+requests (``read_request.py``), their meaning (``service.py``), streams (``stream.py``), the engine's thread
+(``engine_loop.py``). Invariants: every request is answered unless its connection is gone; when the engine dies, all
+waiting requests are answered with HTTP 500, and then the process ends; a client that leaves frees its row; requests
+beyond ``server.max_queue`` are refused with HTTP 429, and those that meet a shutdown with HTTP 503.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import math
+import resource
 import signal
 import socket
+import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
+from steerlm_megatron import __version__
 from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.job import Handle
-from steerlm_megatron.generate.protocol import Delta, EngineDead, QueueFull, RequestFailed, Result
+from steerlm_megatron.generate.protocol import EngineDead, QueueFull, RequestFailed, Result, ShuttingDown
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.serve.api import ChatBody, CompletionBody, read
-from steerlm_megatron.serve.engine_loop import EngineLoop
+from steerlm_megatron.serve.engine_loop import SHUTTING_DOWN, EngineLoop, watch_of, watched
 from steerlm_megatron.serve.errors import ApiError
+from steerlm_megatron.serve.gate import RETRY_AFTER_SEC, AccessLog, Gate, error_response, read_keys, shutting_down
+from steerlm_megatron.serve.metrics import Metrics
 from steerlm_megatron.serve.more_routes import add_routes
 from steerlm_megatron.serve.read_request import ClientGone, parse_json, read_body, timed_protocol
 from steerlm_megatron.serve.scoring import ScoreQueue, ScorerLike
 from steerlm_megatron.serve.service import Ask, Service
+from steerlm_megatron.serve.stream import EventStream, Pump, Stream
 from steerlm_megatron.steer.attributes import AttributeSchema
 
 log = get_logger(__name__)
 
-
-class _GeneratorCollector:
-    """Prometheus collector of the generator's numbers, which are read when metrics are requested."""
-
-    def __init__(self, generator: Generator) -> None:
-        self.generator = generator
-
-    def collect(self) -> Iterator[Metric]:
-        generator, scheduler = self.generator, self.generator.scheduler
-        yield GaugeMetricFamily("steerlm_running", "Sequences being generated", value=len(scheduler.running))
-        yield GaugeMetricFamily("steerlm_waiting", "Requests waiting for a row", value=len(scheduler.waiting))
-        yield GaugeMetricFamily("steerlm_cache_tokens", "Tokens in the KV cache", value=scheduler.cached_tokens)
-        yield CounterMetricFamily("steerlm_steps", "Engine steps", value=generator.steps)
-        yield CounterMetricFamily("steerlm_sampled_tokens", "Tokens sampled", value=generator.sampled_tokens)
-
-
-class _Metrics:
-    def __init__(self, generator: Generator) -> None:
-        self.registry = CollectorRegistry()
-        self.registry.register(_GeneratorCollector(generator))
-        self.requests = Counter("steerlm_requests", "HTTP requests", ["endpoint", "status"], registry=self.registry)
-        self.prompt_tokens = Counter("steerlm_prompt_tokens", "Prompt tokens taken in", registry=self.registry)
-        buckets = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-        self.seconds = Histogram(
-            "steerlm_request_seconds", "Time to answer", ["endpoint"], registry=self.registry, buckets=buckets
-        )
+_SHORT_BODY = 4096  # bytes; reading such a body takes less time than handing it to a thread
+_CLIENT_LEFT = 499  # nobody reads this status, but it is counted in the metrics
+_SECOND_SIGNAL_SEC = 2.0
+_FLUSH_SEC = 5  # time for the last answers to be written, after the engine has ended them
+_FILES = 256  # open files beside connections
 
 
 class _Endpoints:
     """The code that the two completion endpoints share."""
 
-    def __init__(self, service: Service, loop: EngineLoop, metrics: _Metrics) -> None:
+    def __init__(self, service: Service, loop: EngineLoop, metrics: Metrics) -> None:
         self.service, self.loop, self.metrics = service, loop, metrics
         self.generator = service.generator
+        self.pump = Pump()
 
     async def answer(self, name: str, understand: Callable[[dict[str, Any]], Ask], http: HttpRequest) -> Response:
-        """Read a request, interpret it, run it, respond and count it. ``understand`` interprets a JSON object in a
-        thread.
-        """
-        began = time.monotonic()
+        """Read a request, interpret it, run it, respond and count it. ``understand`` interprets a JSON object."""
+        visit = _Visit(self.metrics, name, http)
         server = self.service.server
+        response: Response
         try:
             body = await read_body(http, server.max_body_bytes, server.read_timeout_sec)
             # Parsing and tokenising a long body take time, so a thread does it and other clients do not wait.
-            ask = await asyncio.to_thread(lambda: understand(parse_json(body)))
-            response = await (self._stream(ask) if ask.body.stream else self._whole(ask, http))
-            self.metrics.prompt_tokens.inc(sum(len(r.prompt_ids) for r in ask.requests[:: ask.body.n]))
+            if len(body) > _SHORT_BODY:
+                ask = await asyncio.to_thread(lambda: understand(parse_json(body)))
+            else:
+                ask = understand(parse_json(body))
+            visit.took(ask)
+            if ask.body.stream:
+                return await self._stream(ask, visit)
+            response = await self._whole(ask, http, visit)
         except ClientGone:
-            response = Response(status_code=499)
+            response = visit.left()
         except ApiError as e:
-            response = JSONResponse(e.body, e.status, headers={"Connection": "close"} if e.close else None)
+            response = visit.refused(e)
         except UserError as e:
-            response = JSONResponse(ApiError(400, str(e)).body, 400)
+            response = visit.refused(ApiError(400, str(e)))
         except QueueFull as e:
-            error = ApiError(429, f"{e}; try again later", kind="rate_limit_error", code="queue_full").body
-            response = JSONResponse(error, 429, headers={"Retry-After": str(e.retry_after_sec)})
+            error = ApiError(429, f"{e}; try again later", kind="rate_limit_error", code="queue_full")
+            response = visit.refused(error, e.retry_after_sec)
         except (EngineDead, RequestFailed) as e:
-            response = JSONResponse(_failure(e).body, 500)
-        self.metrics.requests.labels(name, str(response.status_code)).inc()
-        self.metrics.seconds.labels(name).observe(time.monotonic() - began)
+            response = visit.refused(_failure(e))
+        visit.end(response.status_code)
         return response
 
-    async def _whole(self, ask: Ask, http: HttpRequest) -> Response:
+    async def _whole(self, ask: Ask, http: HttpRequest, visit: _Visit) -> Response:
         handles = self.generator.submit_all(ask.requests)
+        visit.handles = handles
         results = asyncio.ensure_future(_all_results(handles))
         gone = asyncio.ensure_future(_disconnected(http))
         try:
             await asyncio.wait([results, gone], return_when=asyncio.FIRST_COMPLETED)
             if not results.done():
-                return Response(status_code=499)  # nobody reads it, but it is counted in the metrics
+                return visit.left()
             return JSONResponse(self.service.response(ask, await results))
         finally:
             gone.cancel()
@@ -124,55 +116,93 @@ class _Endpoints:
                 gone, results, return_exceptions=True
             )  # otherwise asyncio logs exceptions that were never retrieved
 
-    async def _stream(self, ask: Ask) -> Response:
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[tuple[int, Delta | Result | BaseException]] = asyncio.Queue()
+    async def _stream(self, ask: Ask, visit: _Visit) -> Response:
+        """Return the response of a stream. Its head is sent with the first token, so that an error until then has a
+        status of its own.
+        """
+        self.pump.attach()
+        stream = Stream(self.pump, self.service, ask)
+        stream.submit(self.generator)
+        visit.handles = stream.handles
 
-        def sink(index: int) -> Callable[[Any], None]:
-            def put(event: Any) -> None:
-                if not loop.is_closed():  # it is closed if a server that was stopped did not wait for this response
-                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
+        def end() -> None:
+            _cancel(stream.handles)
+            if stream.gone and len(stream.results) < len(stream.handles):
+                visit.left()
+            visit.end(200)
 
-            return put
-
-        sinks = [sink(i) for i in range(len(ask.requests))]
-        handles = self.generator.submit_all(ask.requests, sinks)
-        for put, handle in zip(sinks, handles, strict=True):
-            handle.future.add_done_callback(lambda future, put=put: put(future.exception() or future.result()))  # type: ignore[misc]
-        return StreamingResponse(self._events(ask, handles, events), media_type="text/event-stream")
-
-    async def _events(
-        self, ask: Ask, handles: Sequence[Handle], events: asyncio.Queue[tuple[int, Delta | Result | BaseException]]
-    ) -> AsyncIterator[bytes]:
-        results: dict[int, Result] = {}
-        begun: set[int] = set()
+        gone = asyncio.ensure_future(_disconnected(visit.http))
+        gone.add_done_callback(lambda task: None if task.cancelled() else stream.leave())
         try:
-            while len(results) < len(handles):
-                index, event = await events.get()
-                if isinstance(event, BaseException):
-                    yield _sse(_failure(event).body)
-                    return
-                if isinstance(event, Result):
-                    results[index] = event
-                    yield _sse(self.service.chunk(ask, index, None, (), event.finish_reason, result=event))
-                    continue
-                self.service.take(ask, index, event)
-                if event.text or ask.body.return_token_ids or index not in begun:
-                    first = index not in begun
-                    whole = event.whole
-                    yield _sse(self.service.chunk(ask, index, event.text, event.token_ids, first=first, whole=whole))
-                    begun.add(index)
-            if ask.body.stream_options is not None and ask.body.stream_options.include_usage:
-                yield _sse(self.service.usage_chunk(ask, [results[i] for i in range(len(handles))]))
-            yield b"data: [DONE]\n\n"
+            error = await stream.first()
+        except BaseException:
+            _cancel(stream.handles)
+            raise
         finally:
-            _cancel(handles)
+            left = gone.done()
+            gone.cancel()
+        if error is None and not left:
+            return EventStream(stream, lambda e: _failure(e).body, end)
+        _cancel(stream.handles)
+        if error is not None:
+            raise error
+        raise ClientGone
+
+
+class _Visit:
+    """A request to a completion endpoint, from its arrival to the end of its response."""
+
+    def __init__(self, metrics: Metrics, endpoint: str, http: HttpRequest) -> None:
+        self.http = http
+        self.handles: Sequence[Handle] = ()
+        self._metrics, self._endpoint = metrics, endpoint
+        self._began = time.monotonic()
+
+    def took(self, ask: Ask) -> None:
+        """Note what is asked for."""
+        prompts = [len(r.prompt_ids) for r in ask.requests[:: ask.body.n]]
+        self._metrics.prompts(prompts)
+        self._note(prompt_tokens=sum(prompts), choices=len(ask.requests), stream=ask.body.stream)
+
+    def refused(self, error: ApiError, retry_after_sec: int | None = None) -> Response:
+        """Return the response of an error."""
+        self._metrics.rejected.labels(error.body["error"]["code"] or "invalid_request").inc()
+        self._note(error=error.body["error"]["code"])
+        return error_response(error, retry_after_sec)
+
+    def left(self) -> Response:
+        """Note that the client has left; nobody reads the response that is returned."""
+        self._metrics.left.inc()
+        self._note(left=True)
+        log.info("request %s: the client left after %.1f s", self._id(), time.monotonic() - self._began)
+        return Response(status_code=_CLIENT_LEFT)
+
+    def end(self, status: int) -> None:
+        """Count the request, whose response has ended."""
+        self._metrics.requests.labels(self._endpoint, str(status)).inc()
+        self._metrics.seconds.labels(self._endpoint).observe(time.monotonic() - self._began)
+        self._metrics.responses(self.handles)
+        results = [handle.result for handle in self.handles]
+        if results:
+            self._note(
+                completion_tokens=sum(handle.times.tokens for handle in self.handles),
+                finish_reasons=[None if result is None else result.finish_reason for result in results],
+            )
+
+    def _id(self) -> str:
+        return str(self.http.scope.get("state", {}).get("request_id", "?"))
+
+    def _note(self, **entries: Any) -> None:
+        """Add to the line in the log of requests."""
+        self.http.scope.get("state", {}).get("note", {}).update(entries)
 
 
 def _failure(error: BaseException) -> ApiError:
     """Return the error for a client whose response will not come."""
     if isinstance(error, RequestFailed):
         return ApiError(500, f"this request failed: {error}", kind="server_error", code="request_failed")
+    if isinstance(error, ShuttingDown):
+        return shutting_down()
     return ApiError(500, f"the engine stopped: {error}", kind="server_error", code="engine_stopped")
 
 
@@ -186,20 +216,26 @@ def _cancel(handles: Sequence[Handle]) -> None:
         handle.cancel()
 
 
-def _sse(body: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False).encode() + b"\n\n"
-
-
 async def _disconnected(http: HttpRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
-def create_app(service: Service, loop: EngineLoop, scores: ScoreQueue | None = None) -> FastAPI:
-    """Return the ASGI application. The caller starts and stops the engine loop, and ``scores``."""
-    app = FastAPI(title="steerlm_megatron", docs_url=None, redoc_url=None)
-    metrics = _Metrics(service.generator)
+def create_app(service: Service, loop: EngineLoop, scores: ScoreQueue | None = None) -> Gate:
+    """Return the ASGI application. The caller starts and stops the engine loop, and ``scores``.
+
+    Raises UserError if the keys or the log of requests cannot be used."""
+    app = FastAPI(title="steerlm_megatron", docs_url=None, redoc_url=None, openapi_url=None)
+    server = service.server
+    metrics = Metrics(service.generator)
     endpoints = _Endpoints(service, loop, metrics)
+    gate = Gate(
+        app,
+        keys=read_keys(server.api_keys, server.api_key_file),
+        root_path=server.root_path,
+        log_file=None if server.access_log is None else AccessLog(server.access_log),
+        rejected=lambda reason: metrics.rejected.labels(reason).inc(),
+    )
 
     @app.exception_handler(HTTPException)
     async def http_error(http: HttpRequest, e: HTTPException) -> Response:
@@ -232,14 +268,26 @@ def create_app(service: Service, loop: EngineLoop, scores: ScoreQueue | None = N
     async def health() -> Response:
         problem = loop.problem()
         if problem is None:
-            return JSONResponse({"status": "ok", "steps": service.generator.steps})
+            return JSONResponse({"status": "draining" if gate.draining else "ok", "steps": service.generator.steps})
         return JSONResponse({"status": "failed", "reason": problem}, 503)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        problem = SHUTTING_DOWN if gate.draining else loop.problem()
+        if problem is None:
+            return JSONResponse({"status": "ready"})
+        headers = {"Retry-After": str(RETRY_AFTER_SEC)}
+        return JSONResponse({"status": "not ready", "reason": problem}, 503, headers=headers)
+
+    @app.get("/version")
+    async def version() -> dict[str, Any]:
+        return {"version": __version__, "model": server.model_name}
 
     @app.get("/metrics")
     async def metrics_text() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return app
+    return gate
 
 
 @dataclass(frozen=True)
@@ -253,16 +301,58 @@ class Running:
 
 
 class _Uvicorn(uvicorn.Server):
-    """A uvicorn server that reports when it listens. At its end it does not raise a signal again, as uvicorn would."""
+    """A uvicorn server that reports when it listens, answers while it shuts down, and does not raise a signal again at
+    its end, as uvicorn would.
 
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    The first SIGTERM or SIGINT begins the shutdown: new and queued requests are refused, and running ones may finish
+    within ``drain_sec``. Another one, unless it comes at once (a terminal signals the launcher, which passes it on, and
+    its ranks), ends them. ``stop_now`` ends the server without waiting for anything.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, gate: Gate, loop: EngineLoop, drain_sec: float, on_ready: Callable[[], None]
+    ) -> None:
         super().__init__(config)
+        self.gate, self.loop, self.drain_sec = gate, loop, drain_sec
+        self.stop_now = False
+        self._asked_sec: float | None = None
+        self._deadline: float | None = None
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_ready()
+
+    def drain(self) -> None:
+        """Begin to shut down. Any thread, and a signal handler, may call it."""
+        if self._asked_sec is None:
+            self._asked_sec = time.monotonic()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._asked_sec is not None and time.monotonic() - self._asked_sec > _SECOND_SIGNAL_SEC:
+            self._deadline = 0.0
+        self.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look after the engine and the shutdown; uvicorn calls it ten times a second."""
+        await super().on_tick(counter)
+        self.loop.look()
+        if self._asked_sec is not None and not self.gate.draining:
+            self.gate.draining = True
+            refused = self.loop.generator.refuse_waiting(ShuttingDown(SHUTTING_DOWN))
+            log.info("shutting down: %d waiting requests are refused; running ones have %g s", refused, self.drain_sec)
+            if self._deadline is None:
+                self._deadline = time.monotonic() + self.drain_sec
+        if self.stop_now:
+            return True
+        if not self.gate.draining or self._deadline is None:
+            return False
+        if self.gate.active and time.monotonic() > self._deadline:
+            log.warning("%d requests did not finish in server.drain_sec and are ended", self.gate.active)
+            self.loop.abort()
+            return True
+        return not self.gate.active
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -283,54 +373,64 @@ def serve(
     server: ServerConfig,
     sampling: SamplingConfig,
     ready: Callable[[Running], None] | None = None,
-    grace_sec: int = 30,
     linger_sec: float = 5.0,
+    timeout_sec: float = 600.0,
+    identity: Mapping[str, Any] | None = None,
     scorer: ScorerLike | None = None,
 ) -> None:
-    """Serve until SIGTERM, SIGINT or ``Running.stop``; then refuse new connections and give running requests
-    ``grace_sec``.
+    """Serve until SIGTERM, SIGINT or ``Running.stop``; then refuse new requests and those that wait, and give running
+    ones ``server.drain_sec``.
 
     ``server.port`` 0 takes a free port. Ranks other than the replica's leader follow it and return when it ends. An
     error that ends the engine ends the server too: for ``linger_sec`` waiting clients and ``/health`` get the reason,
-    and then EngineDead is raised with it.
-    ``scorer`` answers ``/v1/score``. Raises UserError if the port is taken. Collective over the replica.
+    and then EngineDead is raised with it. So it is if the replica's ranks stand still for most of ``timeout_sec``
+    (``engine.timeout_sec``), or do not end. ``identity`` says in ``/v1/models`` which checkpoint is served; ``scorer``
+    answers ``/v1/score``. Raises UserError if the port, the keys or a file cannot be used. Collective over the replica.
     """
     if not generator.group.is_leader:
-        generator.worker_loop()
+        with watched(generator, watch_of(timeout_sec)):
+            generator.worker_loop()
+        generator.group.wait_for_all()
         return
-    listener = _listen(server.host, server.port)
+    linger_sec = min(linger_sec, timeout_sec / 10)
 
     def end_soon() -> None:
-        timer = threading.Timer(linger_sec, stop)
+        timer = threading.Timer(linger_sec, stop_now)
         timer.daemon = True
         timer.start()
 
-    def stop() -> None:
-        http.should_exit = True
+    def stop_now() -> None:
+        http.stop_now = True
 
-    loop = EngineLoop(generator, on_failure=end_soon)
+    loop = EngineLoop(generator, timeout_sec, on_failure=end_soon)
     scores = None if scorer is None else ScoreQueue(scorer, server.max_queue)
-    service = Service(generator, schema, server, sampling)
-    app = create_app(service, loop, scores)
+    service = Service(generator, schema, server, sampling, identity)
+    gate = create_app(service, loop, scores)
+    listener = _listen(server.host, server.port)
     port = listener.getsockname()[1]
     host = f"[{server.host}]" if ":" in server.host else server.host
-    url = f"http://{host}:{port}"
+    url = f"{'http' if server.tls_cert is None else 'https'}://{host}:{port}"
+    _allow_files(server.max_connections + _FILES)
     config = uvicorn.Config(
-        app,
-        http=timed_protocol(server.read_timeout_sec),
+        _with_cors(gate, server.cors),
+        http=timed_protocol(server.read_timeout_sec, server.idle_timeout_sec, server.max_connections),
         log_level="warning",
         access_log=False,
         lifespan="off",
         ws="none",
-        timeout_graceful_shutdown=grace_sec,
+        timeout_keep_alive=math.ceil(server.idle_timeout_sec) + 1,
+        timeout_graceful_shutdown=_FLUSH_SEC,
+        ssl_certfile=server.tls_cert,
+        ssl_keyfile=server.tls_key,
     )
 
     def on_ready() -> None:
         log.info("serving %s on %s", server.model_name, url)
         if ready is not None:
-            ready(Running(url, stop))
+            ready(Running(url, http.drain))
 
-    http = _Uvicorn(config, on_ready)
+    http = _Uvicorn(config, gate, loop, server.drain_sec, on_ready)
+    gate.crowded = lambda: len(http.server_state.connections) > server.max_connections
     loop.start()
     if scores is not None:
         service.scored_attributes = scores.attributes
@@ -338,12 +438,64 @@ def serve(
     try:
         http.run(sockets=[listener])
     finally:
-        loop.stop()
+        loop.stop(min(30.0, timeout_sec / 4))
         if scores is not None:
             scores.stop()
         listener.close()
     if loop.failure is not None:
         raise EngineDead(loop.failure)
+
+
+def _with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Return ``app`` with the headers by which browsers let pages of ``origins`` call it, its refusals included."""
+    if not origins:
+        return app
+    return CORSMiddleware(
+        app,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["X-Request-Id", "Retry-After"],
+    )
+
+
+def _allow_files(wanted: int) -> None:
+    """Let this process open as many files as ``wanted`` connections need, as far as the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def check_server(server: ServerConfig) -> None:
+    """Raise UserError with everything that keeps a server from starting: its port, keys and files. Commands call it
+    before any long work.
+    """
+    problems = []
+    checks: list[Callable[[], object]] = [
+        lambda: read_keys(server.api_keys, server.api_key_file),
+        lambda: check_port(server.host, server.port) if server.port else None,
+        lambda: _check_tls(server),
+        lambda: None if server.access_log is None else AccessLog(server.access_log).close(),
+    ]
+    for check in checks:
+        try:
+            check()
+        except UserError as e:
+            problems.append(str(e))
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _check_tls(server: ServerConfig) -> None:
+    if server.tls_cert is None:
+        if server.tls_key is not None:
+            raise UserError("server.tls_key is set without server.tls_cert; name the certificate too")
+        return
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(server.tls_cert, server.tls_key)
+    except (OSError, ssl.SSLError) as e:
+        raise UserError(f"server.tls_cert={server.tls_cert} server.tls_key={server.tls_key} cannot be used: {e}") from e
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -61,11 +61,18 @@ class Service:
     """Translate between the API and a generator."""
 
     def __init__(
-        self, generator: Generator, schema: AttributeSchema | None, server: ServerConfig, sampling: SamplingConfig
+        self,
+        generator: Generator,
+        schema: AttributeSchema | None,
+        server: ServerConfig,
+        sampling: SamplingConfig,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
-        """With ``schema`` None the model has no attribute conditioning, and asking for attributes is an error."""
+        """With ``schema`` None the model has no attribute conditioning, and asking for attributes is an error.
+        ``identity`` says which checkpoint is served.
+        """
         self.scored_attributes: Sequence[str] = ()  # those of which ``/v1/score`` gives values
-        self.generator = generator
+        self.generator, self.identity = generator, identity
         self.schema = schema if schema is not None and schema.names else None
         self.server, self.sampling = server, sampling
         self.started = int(time.time())
@@ -360,4 +367,5 @@ class Service:
             "attributes": None if self.schema is None else self.schema.to_dict(),
             "scored_attributes": list(self.scored_attributes),
             "sampling": {name: getattr(self.sampling, name) for name in _DEFAULTS},
+            "checkpoint": None if self.identity is None else dict(self.identity),
         }

@@ -18,7 +18,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.record_reader import Record, RecordReader
-from steerlm_megatron.stages.sampling import Drawn, Prompt, draw, forget, open_sampler, requests_for
+from steerlm_megatron.stages.sampling import Drawn, Prompt, draw, forget, open_drawing, open_sampler, requests_for
 from steerlm_megatron.stages.scoring import Scorer, score_all
 from steerlm_megatron.stages.session import Session, load_model, session
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -138,7 +138,7 @@ def _draw(
     """Return prompts and their responses, and the attributes that they were asked for."""
     config, b = here.config, here.config.bootstrap
     records = reader.read("input", source, "input", each=b.responses_per_prompt)
-    loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="lm", gather_logits=True)
+    loaded = open_drawing(config)
     schema = loaded.conditioned_on
     if schema is None:
         raise UserError(

@@ -9,8 +9,8 @@ from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.stages.record_reader import Record, RecordReader, skipped_in_words
-from steerlm_megatron.stages.sampling import Prompt, draw, forget, open_sampler, requests_for
-from steerlm_megatron.stages.session import NO_ATTRIBUTES, load_model, requested_best, session
+from steerlm_megatron.stages.sampling import Prompt, draw, forget, open_drawing, open_sampler, requests_for
+from steerlm_megatron.stages.session import NO_ATTRIBUTES, requested_best, session
 from steerlm_megatron.steer.records import Conversation, Message, write_records
 
 
@@ -21,7 +21,7 @@ def run(config: Config) -> None:
     with session(config) as here:
         reader = RecordReader(here)
         records = read_prompts(reader, "input", cast(str, config.input), "input")
-        loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="lm", gather_logits=True)
+        loaded = open_drawing(config)
         levels = requested_best(config, loaded.conditioned_on or NO_ATTRIBUTES) or None
         asked = [Prompt(r.conversation.id, r.conversation.messages, levels, r.where) for r in records]
         prompts, requests = requests_for(asked, loaded, config, reader, "input")

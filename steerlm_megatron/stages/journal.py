@@ -18,7 +18,7 @@ from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import PARTS, fingerprint, remove_journal
 from steerlm_megatron.runtime.collectives import broadcast_object, on_main
-from steerlm_megatron.stages.session import LoadedModel, Session
+from steerlm_megatron.stages.session import OpenedCheckpoint, Session
 
 _PARTS_OF_A_JOB = 100_000  # more than the ranks of any job of an array, so that no two jobs write into one file
 
@@ -123,7 +123,7 @@ class Journal:
 
 
 def open_journal(
-    here: Session, name: str, loaded: LoadedModel, inputs: Mapping[str, Any], paths: Sequence[str] = ()
+    here: Session, name: str, loaded: OpenedCheckpoint, inputs: Mapping[str, Any], paths: Sequence[str] = ()
 ) -> tuple[Journal, dict[int, Any]]:
     """Return the journal ``name`` of this run for the work of the model ``loaded`` on ``inputs`` and ``paths``, and the
     entries of an earlier attempt. Collective over the world.

@@ -8,16 +8,19 @@ the last bit (docs/numerics.md).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config, GenerationConfig, SamplingConfig
 from steerlm_megatron.errors import TryLater, UserError
 from steerlm_megatron.generate.cache_size import limits_for
-from steerlm_megatron.generate.generator import Generator
+from steerlm_megatron.generate.generator import Generator, stop_ids_of
 from steerlm_megatron.generate.group import model_group
 from steerlm_megatron.generate.protocol import Request, Result, Sampler, SamplingParams, derive_seed
 from steerlm_megatron.observe.log import get_logger
@@ -26,10 +29,11 @@ from steerlm_megatron.observe.runfolder import JOURNAL, remove_journal
 from steerlm_megatron.runtime.collectives import gather_objects
 from steerlm_megatron.runtime.device import device
 from steerlm_megatron.runtime.independent_work import independent_work
-from steerlm_megatron.serve.client import SamplingClient
+from steerlm_megatron.serve.client import Expected, SamplingClient, ServerFailure
+from steerlm_megatron.serve.gate import read_keys
 from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.record_reader import REJECTED_FILE, RecordReader
-from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint, Session
+from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint, Session, load_model, open_checkpoint
 from steerlm_megatron.steer.records import Conversation, Message
 
 ADDRESS = ".url"  # end of the name of a file with a server's address
@@ -57,14 +61,61 @@ class Drawn:
     tokens: int
 
 
-def open_sampler(config: Config, loaded: LoadedModel) -> Sampler:
-    """Return the sampler: a client of ``server.urls``, or a generator in this process. Collective over the replica."""
-    if config.server.urls or config.server.folder:
+def open_drawing(config: Config) -> OpenedCheckpoint:
+    """Open ``checkpoint`` to draw from it: with its weights, unless servers draw. Collective over the world."""
+    checkpoint = str(config.checkpoint)
+    if _has_servers(config):
+        return open_checkpoint(checkpoint, "checkpoint", head="lm")
+    return load_model(checkpoint, config, "checkpoint", head="lm", gather_logits=True)
+
+
+def _has_servers(config: Config) -> bool:
+    return bool(config.server.urls or config.server.folder)
+
+
+def open_sampler(config: Config, opened: OpenedCheckpoint) -> Sampler:
+    """Return the sampler over what :func:`open_drawing` returned: a client of ``server.urls``, or a generator in this
+    process. Collective over the replica.
+    """
+    if _has_servers(config):
         urls = config.server.urls or find_servers(Path(config.server.folder or ""), config.server.count)
-        client = SamplingClient(urls, config.generation.concurrency)
+        keys = read_keys(config.server.api_keys, config.server.api_key_file)
+        client = SamplingClient(
+            urls,
+            config.generation.concurrency,
+            expected=expected_of(opened),
+            api_key=keys[0] if keys else None,
+            wait_sec=config.server.wait_sec,
+        )
         client.check()
         return client
-    return open_generator(config, loaded)
+    assert isinstance(opened, LoadedModel), "a generator in this process needs the weights"
+    return open_generator(config, opened)
+
+
+def identity(opened: OpenedCheckpoint) -> dict[str, Any]:
+    """Return what tells the model of one checkpoint from that of another: the step, the tokenizer's hash, and a hash of
+    what the checkpoint says of the run that trained it. An export has the identity of its checkpoint.
+    """
+    meta = opened.meta
+    trained = {
+        "model": meta.model, "task": meta.task, "schema": meta.schema, "template": meta.template,
+        "metric": meta.metric, "label_mean": meta.label_mean, "label_counts": meta.label_counts, "base": meta.base,
+    }  # fmt: skip
+    digest = hashlib.sha256(json.dumps(trained, sort_keys=True, default=str).encode()).hexdigest()
+    return {"step": meta.step, "tokenizer": opened.tokenizer.hash, "training": digest}
+
+
+def expected_of(opened: OpenedCheckpoint) -> Expected:
+    """Return what servers of this checkpoint's model, ours or others, have to agree with."""
+    template, tokenizer = opened.template, opened.tokenizer
+    return Expected(
+        identity(opened),
+        tokenizer,
+        frozenset(stop_ids_of(tokenizer, template)),
+        tuple(template.stop_strings),
+        template.response_suffix,
+    )
 
 
 def find_servers(folder: Path, count: int, timeout_sec: float = 1800.0) -> list[str]:
@@ -195,13 +246,16 @@ def _without_oldest(messages: tuple[Message, ...]) -> tuple[Message, ...] | None
 
 
 def draw(
-    here: Session, loaded: LoadedModel, sampler: Sampler, requests: Sequence[Request], name: str, label: str
+    here: Session, loaded: OpenedCheckpoint, sampler: Sampler, requests: Sequence[Request], name: str, label: str
 ) -> list[Drawn]:
     """Draw responses and return them in the order of ``requests``, on every rank. Collective over the world.
 
     Each replica writes its responses into the run's journal ``name`` every two seconds, and the next attempt resumes
     from there. A job of an array draws its part of them, and returns what is drawn so far. The servers are assumed to
     serve the model ``loaded`` in both attempts. ``label`` is for the progress bar.
+
+    Raises:
+        TryLater: servers failed; what was drawn is in the journal.
     """
     at = here.layout
     asked = [(request.id, request.prompt_ids, asdict(request.params)) for request in requests]
@@ -229,7 +283,11 @@ def draw(
             bar.set(min(finished, len(requests)), tokens=tokens)
 
         if mine and (at.is_main or not remote):
-            sampler.generate(mine, take)
+            try:
+                sampler.generate(mine, take)
+            except ServerFailure as error:
+                told = "start the same command again: the responses drawn so far are kept"
+                raise TryLater(f"server.urls: {error}; {told}") from error
     for part in gather_objects(new):
         done.update(part)
     return [done[index] for index in range(len(requests)) if index in done]

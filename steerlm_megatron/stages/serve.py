@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from steerlm_megatron.config.schema import Config, ServerConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_text_atomic
-from steerlm_megatron.generate.protocol import SamplingParams
+from steerlm_megatron.generate.protocol import EngineDead, SamplingParams
 from steerlm_megatron.runtime import launcher
 from steerlm_megatron.runtime.parallel import Layout
-from steerlm_megatron.serve.server import Running, check_port, serve
-from steerlm_megatron.stages.sampling import ADDRESS, open_generator
+from steerlm_megatron.serve.server import Running, check_server, serve
+from steerlm_megatron.stages.sampling import ADDRESS, identity, open_generator
 from steerlm_megatron.stages.scoring import Scorer
 from steerlm_megatron.stages.session import NO_ATTRIBUTES, load_model, open_checkpoint, requested_best, session
 
@@ -29,8 +32,8 @@ def run(config: Config) -> None:
     """
     checkpoint = str(config.checkpoint)
     SamplingParams.from_config(config.sampling)
-    if launcher.global_rank() == 0 and config.server.port:
-        check_port(config.server.host, config.server.port)
+    if launcher.global_rank() == 0:
+        check_server(config.server)
     with session(config) as here:
         if here.layout.dp_size > 1:
             raise UserError(
@@ -48,8 +51,33 @@ def run(config: Config) -> None:
             # A launcher signals every rank. The main rank finishes running requests and then stops the others.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
-        with announced(config.server) as ready:
-            serve(generator, schema, config.server, config.sampling, ready, scorer=scorer)
+        timeout_sec = config.engine.timeout_sec
+        try:
+            with announced(config.server) as ready:
+                serve(
+                    generator, schema, config.server, config.sampling, ready, timeout_sec=timeout_sec,
+                    identity=identity(loaded), scorer=scorer,
+                )  # fmt: skip
+        except EngineDead:
+            if here.layout.world_size > 1:
+                _leave_at_once()
+            raise
+        # A server that was stopped is not complete: the same command starts it again.
+        here.run.finish("interrupted")
+
+
+def _leave_at_once() -> None:
+    """End this process with exit code 1 as soon as Python has said why: a thread may wait below Python for a rank that
+    does not answer, and tearing that wait down could last as long as the wait.
+    """
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):  # the stream is closed, or its reader has gone
+                stream.flush()
+        os._exit(1)
+
+    atexit.register(leave)
 
 
 def open_scorer(config: Config, layout: Layout) -> Scorer | None:

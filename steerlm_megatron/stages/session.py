@@ -118,6 +118,9 @@ class OpenedCheckpoint:
     def model_config(self) -> ModelConfig:
         return self.meta.model_config()
 
+    def free(self) -> None:
+        """Give back the memory of weights, where there are any."""
+
     @property
     def conditioned_on(self) -> AttributeSchema | None:
         """The attributes that responses can be asked for; None for a model that takes none."""

@@ -58,17 +58,22 @@ class Server:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
 
-def make_generator(model: FakeModel | None = None, **changes: float) -> tuple[Generator, ServerConfig]:
+def make_generator(model: FakeModel | None = None, **changes: Any) -> tuple[Generator, ServerConfig]:
     of_engine = {name: changes.pop(name) for name in tuple(changes) if name in Limits.__dataclass_fields__}
     bounds = limits(**{"max_sequence_tokens": 400, "max_cache_tokens": 8192, "max_batch": 16, **of_engine})
-    config = ServerConfig(**{"port": 0, "max_queue": bounds.max_queue, **changes})
+    config = ServerConfig(**{"port": 0, "max_queue": bounds.max_queue, "drain_sec": 60.0, **changes})
     model = model or FakeModel(TOKENIZER.vocab_size, TOKENIZER.control_id("<extra_id_1>"))
     return Generator(model, TOKENIZER, TEMPLATE, bounds), config
 
 
 @contextmanager
 def running(
-    schema: AttributeSchema | None = SCHEMA, step_sec: float = 0.0, scorer: ScorerLike | None = None, **changes: float
+    schema: AttributeSchema | None = SCHEMA,
+    step_sec: float = 0.0,
+    identity: dict[str, Any] | None = None,
+    timeout_sec: float = 600.0,
+    scorer: ScorerLike | None = None,
+    **changes: Any,
 ) -> Iterator[Server]:
     generator, config = make_generator(**changes)
     model = generator.runner.model
@@ -84,8 +89,10 @@ def running(
 
     def run() -> None:
         try:
-            defaults = SamplingConfig(max_tokens=12)
-            serve(generator, schema, config, defaults, ready=ready, grace_sec=60, linger_sec=60, scorer=scorer)
+            serve(
+                generator, schema, config, SamplingConfig(max_tokens=12), ready=ready, linger_sec=60,
+                timeout_sec=timeout_sec, identity=identity, scorer=scorer,
+            )  # fmt: skip
         except EngineDead as error:
             ended.append(error)
 

@@ -162,10 +162,10 @@ def test_a_known_prefix_is_not_computed_again() -> None:
     second = generator.generate([asked])[0]
     known = (len(start) + len(first.token_ids) - 1) // 16 * 16  # the last token was sampled, and never fed
     assert model.calls[0] == len(turn) - known
-    counts = generator.counts()
-    assert (counts["prefix_hit_tokens"], counts["prefix_asked_tokens"]) == (known, len(start) + len(turn))
+    counts = generator.counters()
+    assert (counts["prefix_hit_tokens_total"], counts["prefix_asked_tokens_total"]) == (known, len(start) + len(turn))
     assert counts["cache_blocks_used"] == counts["running"] == counts["waiting"] == 0
-    assert counts["sampled_tokens"] == len(first.token_ids) + len(second.token_ids)
+    assert counts["sampled_tokens_total"] == len(first.token_ids) + len(second.token_ids)
     assert second.token_ids == make().generate([asked])[0].token_ids
 
 

@@ -29,7 +29,7 @@ WHOLE = f"{HEAD}Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with running(read_timeout_sec=1.0, max_body_bytes=100_000, max_queue=50) as one:
+    with running(read_timeout_sec=1.0, idle_timeout_sec=1.0, max_body_bytes=100_000, max_queue=50) as one:
         yield one
 
 
