@@ -1,13 +1,14 @@
 """Run functions on real ranks in tests: one process each, gloo, CPU; all have ended when the call returns.
 
-Ranks are forked from a server that has imported torch and Megatron-Core once, which saves the 5-8 seconds that every
-fresh process takes. The server itself starts no threads and no groups and does not use CUDA.
+Ranks are forked from a server that has imported torch, Megatron-Core and DeepSpeed once, which saves the seconds that
+every fresh process takes. The server itself starts no threads and no groups and does not use CUDA.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import fcntl
+import gc
 import multiprocessing
 import os
 import pickle
@@ -23,7 +24,7 @@ from typing import Any
 
 import pytest
 
-_PRELOAD = ["steerlm_megatron.train.engine_mcore", "steerlm_megatron.data.feed.loader"]
+_PRELOAD = ["steerlm_megatron.train.engine_mcore", "steerlm_megatron.data.feed.loader", "deepspeed", "torch._dynamo"]
 _GRACE_SEC = 2.0  # after one rank has failed, the others have this long to report what they saw
 
 
@@ -135,6 +136,7 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, function: Callable[...
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported is no garbage: collections, of which new groups make one, pass over it
     faulthandler.register(signal.SIGQUIT, file=2, all_threads=False)  # shows where a rank hangs
     try:
         result = pickle.dumps(function(*args))
