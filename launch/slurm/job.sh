@@ -2,7 +2,7 @@
 # into the one script that it submits. It needs bash and SLURM's commands on the node, and no Python outside of the container.
 #
 # What a run folder gets of a job, in launch/:
-#   history/UNIT.jsonl   one line per event: start, end (with exit code, seconds, decision and reason), lost
+#   history/UNIT.jsonl   one line per event: start, end (with exit code, seconds, decision and reason), lost, moved (to another job)
 #   alive/UNIT           seconds that the attempt has run so far, written every 20 s
 #   exits/UNIT/N/        the exit codes of the ranks of attempt N that did not end with 0
 # UNIT is the job's name and, in an array, the task's number. All attempts of one job share it.
@@ -124,7 +124,7 @@ settle_code() {
 # again by itself, or has already, where it took the node for lost; LIMIT: the time is up; ENDING: somebody cancelled the job. A
 # job that ends is COMPLETING for every reason, and the number of restarts, which a requeue raises at once, tells which.
 job_state() {
-  local shown restarts; shown=$(scontrol show job "$job" 2>/dev/null)
+  local shown restarts; shown=$(scontrol show job "$self" 2>/dev/null)
   restarts=$(sed -n 's/.*Restarts=\([0-9]*\).*/\1/p' <<<"$shown" | head -n 1)
   if [ "${restarts:-${SLURM_RESTART_COUNT:-0}}" != "${SLURM_RESTART_COUNT:-0}" ]; then echo AGAIN; return; fi
   case $shown in
@@ -143,24 +143,53 @@ come_back() {
     AGAIN) reason="$reason; SLURM requeues it"; return 0 ;;
   esac
   if [ "$REQUEUE" = scontrol ] && [ $# = 0 ]; then
-    scontrol requeue "$job" && return
+    scontrol requeue "$self" && return
     say "scontrol requeue is refused here: a new job takes this job's place"
   fi
-  local new other dependency array=()
+  local new array=()
   [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || array=("--array=$SLURM_ARRAY_TASK_ID")
-  new=$(LAUNCH_ID=$LAUNCH_ID sbatch --parsable --dependency="afterany:$job" "${array[@]}" "$@" "$SCRIPT" "${by_hand[@]}") || {
+  new=$(LAUNCH_ID=$LAUNCH_ID sbatch --parsable --dependency="afterany:$self" "${array[@]}" "$@" "$SCRIPT" "${by_hand[@]}") || {
     reason="$reason; sbatch refused a new job"; decision=stop; return 0
   }
   new=${new%%;*}
   reason="$reason; job $new goes on"
+  note moved "\"reason\":\"job $new goes on\""
   [ -z "$SERVERS_OF_THIS_JOB" ] || echo "$new" >>"$SERVERS_OF_THIS_JOB/clients"
-  # Jobs that waited for the good end of this one wait for that of the new one.
+  follow "$new"
+}
+
+# follow NEW: jobs that wait for the good end of this one wait for that of the job NEW. What waits for a whole array then waits
+# for NEW and for each other task. Tasks that end at once do this one after the other.
+follow() {
+  local whole="afterok:${SLURM_ARRAY_JOB_ID:-none}" lock=$launch/following tries other dependency word words waits
+  for ((tries = 0; tries < 60; tries++)); do
+    mkdir "$lock" 2>/dev/null && break
+    sleep 1
+  done
   squeue -h -u "$(id -un)" -t PD -o '%A %E' 2>/dev/null | while read -r other dependency; do
-    case $dependency in *afterok:"$job"[!0-9]* | *afterok:"$job")
-      dependency=$(sed "s/([a-z]*)//g; s/afterok:$job\b/afterok:$new/" <<<"$dependency")
-      scontrol update "JobId=$other" "Dependency=$dependency"
-      ;;
-    esac
+    IFS=, read -ra words <<<"$dependency"
+    words=("${words[@]%%(*}") waits=()
+    for word in "${words[@]}"; do
+      case $word in
+        "$whole" | "${whole}_*") mapfile -t -O "${#waits[@]}" waits < <(other_tasks; echo "afterok:$1") ;;
+        "afterok:$job" | "afterok:$self") waits+=("afterok:$1") ;;
+        *) waits+=("$word") ;;
+      esac
+    done
+    [ "${words[*]}" = "${waits[*]}" ] || scontrol update "JobId=$other" "Dependency=$(IFS=,; echo "${waits[*]}")"
+  done
+  rmdir "$lock" 2>/dev/null
+}
+
+# Dependencies on the other tasks of this array, but for those that are done and those that a new job has taken the place of: what
+# waits for the array waits for that job already.
+other_tasks() {
+  local number found
+  for ((number = ${SLURM_ARRAY_TASK_MIN:-0}; number <= ${SLURM_ARRAY_TASK_MAX:-0}; number++)); do
+    [ "$number" != "$SLURM_ARRAY_TASK_ID" ] || continue
+    found=$(grep -sF "\"launch\":\"$LAUNCH_ID\"" "$launch/history/${unit%-*}-$number.jsonl")
+    grep -qF '"event":"moved"' <<<"$found" || tail -n 1 <<<"$found" | grep -qF '"decision":"done"' ||
+      echo "afterok:${SLURM_ARRAY_JOB_ID}_$number"
   done
 }
 
@@ -241,6 +270,9 @@ steerlm_job() {
   [ -n "${by_hand+set}" ] || by_hand=("$@")
   arguments=("$@") run_dir="" exclude=() reason="" ran=0 code=0 stopped=""
   job=${SLURM_JOB_ID:-$$}
+  # The number of an array is also that of its last task, so that tasks are called by their own names.
+  self=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  self=${self:-$job}
   case $ARRAY in
     records) arguments+=("array.task=$SLURM_ARRAY_TASK_ID") ;;
     sweep) mapfile -t more <"$ARGUMENTS/$SLURM_ARRAY_TASK_ID"; arguments+=("${more[@]}") ;;
@@ -252,7 +284,7 @@ steerlm_job() {
   history=$launch/history/$unit.jsonl alive=$launch/alive/$unit
   mkdir -p "$launch/history" "$launch/alive" || exit 2
   attempt=$(events '"event":"start"' | wc -l)
-  if [ "$attempt" -gt 0 ] && ! tail -n 1 "$history" | grep -qE '"event":"(end|lost)"'; then
+  if [ "$attempt" -gt 0 ] && ! tail -n 1 "$history" | grep -qE '"event":"(end|lost|moved)"'; then
     attempt=$((attempt - 1)) note lost "\"ran\":$(cat "$alive" 2>/dev/null || echo 0),\"reason\":\"the attempt before ended without a word: a lost node, or killed\""
     attempt=$(events '"event":"start"' | wc -l)
   fi

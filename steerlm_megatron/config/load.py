@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -21,16 +21,26 @@ from steerlm_megatron.config.schema import KEYS, RENAMED, Config, EngineConfig, 
 from steerlm_megatron.errors import UserError
 
 
-def from_container(data: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
-    """Return a typed config from nested plain data. Unknown keys and wrong types are ``UserError``s naming the key."""
+def from_container(*layers: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
+    """Return a typed config from nested plain data, later layers on top of earlier ones. Unknown keys and wrong types
+    are ``UserError``s naming the key.
+    """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), data)
-        config = OmegaConf.to_object(merged)
+        config = OmegaConf.to_object(OmegaConf.merge(_schema(), *layers))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
         raise UserError(renamed(key) or f"config key {key}: {str(error).splitlines()[0]}") from None
     assert isinstance(config, Config)
     return config
+
+
+@cache
+def _schema() -> DictConfig:
+    """Return what all configurations are merged into: making it takes longer than merging. ``OmegaConf.merge`` copies
+    it, so that nothing writes to it.
+    """
+    schema: DictConfig = OmegaConf.structured(Config)
+    return schema
 
 
 def renamed(key: str) -> str | None:
@@ -43,17 +53,14 @@ def renamed(key: str) -> str | None:
 
 def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """Return a copy of ``config`` with nested ``overrides`` on top, as strictly checked as the command line."""
-    base = OmegaConf.create(to_container(config))
     if "pipeline" in overrides:
         raise UserError("pipeline: a step's overrides cannot hold a pipeline section")
+    base = to_container(config)
     # These mappings are values and not sections, so an override replaces them as a whole.
-    for path in ("attributes.best", "train.label_weights", "data.map"):
-        if OmegaConf.select(OmegaConf.create(dict(overrides)), path) is not None:
-            OmegaConf.update(base, path, {}, merge=False, force_add=True)
-    try:
-        return from_container(OmegaConf.merge(base, dict(overrides)))
-    except OmegaConfBaseException as error:
-        raise UserError(f"config: {str(error).splitlines()[0]}") from None
+    for section, name in (("attributes", "best"), ("train", "label_weights"), ("data", "map")):
+        if isinstance(over := overrides.get(section), Mapping) and over.get(name) is not None:
+            base[section][name] = {}
+    return from_container(base, dict(overrides))
 
 
 def to_container(config: Config) -> dict[str, Any]:

@@ -167,8 +167,7 @@ def _all_ids(folder: Path, jobs: Sequence[Submitted]) -> list[str]:
         for events in record.history(folder, job.name, job.launch).values():
             for event in events:
                 ids.add(str(event["job"]))
-                if " goes on" in str(event.get("reason", "")):
-                    ids.add(str(event["reason"]).split("job ")[-1].split()[0])
+                ids.update(_successors([event]))
     return sorted(ids)
 
 
@@ -191,7 +190,8 @@ def _rows_of(folder: Path, job: Submitted, known: dict[str, slurm.Queued]) -> It
     is_array = job.kind in ("records", "sweep") or job.tasks > 1
     for unit, suffix in [(f"-{task}", f"_{task}") for task in range(job.tasks)] if is_array else [("", "")]:
         events = histories.get(f"{job.name}{unit}", [])
-        ids = [f"{job.job}{suffix}", *(str(event["job"]) for event in events), *_successors(events)]
+        successors = [f"{one}{more}" for one in _successors(events) for more in dict.fromkeys(("", suffix))]
+        ids = [f"{job.job}{suffix}", *(str(event["job"]) for event in events), *successors]
         now = next((known[one] for one in reversed(ids) if one in known), None)
         last = events[-1] if events else {}
         state = now.state if now else {"done": "COMPLETED", "stop": "FAILED"}.get(str(last.get("decision")), "unknown")

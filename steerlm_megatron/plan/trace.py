@@ -21,7 +21,7 @@ from steerlm_megatron.model.arithmetic import Rows, activations, embedding_bytes
 from steerlm_megatron.model.attention import PackedAttention
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk
 from steerlm_megatron.model.lora import Lora, freeze
-from steerlm_megatron.plan.tracker import FlashOnMeta, Tracker, storages, varlen_on_meta
+from steerlm_megatron.plan.tracker import Tracker, flash_on_meta, storages, varlen_on_meta
 from steerlm_megatron.runtime.device import standing_in
 from steerlm_megatron.runtime.parallel import pretended
 from steerlm_megatron.train.engine_mcore import MegatronEngine
@@ -141,7 +141,7 @@ def trace(
             engine.close()
             return held
         mine = [batch.part(at.cp_rank, at.cp_size) for batch in batches]
-        with FlashOnMeta(), Tracker(tensors_of(engine)) as tracker:
+        with flash_on_meta(), Tracker(tensors_of(engine)) as tracker:
             for chunk in engine.chunks:
                 chunk.train()
                 chunk.zero_grad_buffer()

@@ -8,12 +8,12 @@ such tensor is gone; what a kernel allocates and frees inside counts nowhere.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -124,12 +124,23 @@ def varlen_on_meta(
     return out
 
 
-class FlashOnMeta(TorchFunctionMode):
+@contextmanager
+def flash_on_meta() -> Iterator[None]:
     """Inside the ``with``, attention on ``meta`` takes the memory of a flash kernel: torch has no such kernel there and
     would make all scores.
+
+    The function is replaced, since a ``TorchFunctionMode`` is not in force inside ``Tensor.backward``, where attention
+    is computed again under recomputation.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _sdpa and args[0].is_meta:
-            return _Flash.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if q.is_meta:
+            out: torch.Tensor = _Flash.apply(q, k, v)
+            return out
+        return _sdpa(q, k, v, *args, **kwargs)
+
+    torch.nn.functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = _sdpa

@@ -88,7 +88,8 @@ class Step:
         """Return the run's configuration with the step's inputs from earlier steps, and the overrides of this step."""
         config = with_overrides(run.config, self.wiring(run))
         try:
-            config = with_overrides(config, run.config.pipeline.get(self.name) or {})
+            if overrides := run.config.pipeline.get(self.name):
+                config = with_overrides(config, overrides)
             config.pipeline, config.steps = {}, []
             config.command = self.command
             config.run_dir, config.overwrite = str(run.folder(self.name)), False

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from tests.helpers.dist import end, forks
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 # The pipeline is as short as possible, since these tests do not depend on what it learns.
@@ -24,13 +28,40 @@ TINY = (
 
 
 def steerlm(*arguments: str, cwd: Path, code: int = 0, timeout: float = 600.0) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end and check its exit code."""
-    done = subprocess.run(
-        [sys.executable, "-m", "steerlm_megatron", *arguments],
-        cwd=cwd, env=ENVIRONMENT, text=True, capture_output=True, timeout=timeout, check=False,
-    )  # fmt: skip
-    assert done.returncode == code, f"exit code {done.returncode}, not {code}\n{done.stdout}\n{done.stderr}"
-    return done
+    """Run a command to its end and check its exit code.
+
+    Its process is forked from a server that has imported what commands import (``dist.py``), which saves seconds; ranks
+    that it starts are processes like a user's.
+    """
+    with tempfile.TemporaryDirectory(prefix="command_") as name:
+        said = Path(name, "stdout"), Path(name, "stderr")
+        process = forks().Process(target=_command, args=(arguments, cwd, *said))
+        process.start()
+        try:
+            process.join(timeout)
+            found = process.exitcode
+        finally:
+            end(process)
+        stdout, stderr = (path.read_text() if path.exists() else "" for path in said)
+    ended = f"exit code {found}" if found is not None else f"running after {timeout:.0f} s"
+    assert found == code, f"{ended}, not {code}\n{stdout}\n{stderr}"
+    return subprocess.CompletedProcess(["steerlm", *arguments], found, stdout, stderr)
+
+
+def _command(arguments: Sequence[str], cwd: Path, stdout: Path, stderr: Path) -> None:
+    """Be ``python -m steerlm_megatron``, in a process of its own group whose output goes into two files."""
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.update(ENVIRONMENT)
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    import torch
+
+    from steerlm_megatron import cli
+
+    torch.set_num_threads(1)
+    gc.freeze()
+    cli.main(list(arguments))
 
 
 def start(*arguments: str, cwd: Path, launcher: Sequence[str] = ()) -> subprocess.Popen[str]:

@@ -1,13 +1,14 @@
 """Run functions on real ranks in tests: one process each, gloo, CPU; all have ended when the call returns.
 
-Ranks are forked from a server that has imported torch and Megatron-Core once, which saves the 5-8 seconds that every
-fresh process takes. The server itself starts no threads and no groups and does not use CUDA.
+Ranks are forked from a server that has imported torch, Megatron-Core and DeepSpeed once, which saves the seconds that
+every fresh process takes. The server itself starts no threads and no groups and does not use CUDA.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import fcntl
+import gc
 import multiprocessing
 import os
 import pickle
@@ -23,7 +24,11 @@ from typing import Any
 
 import pytest
 
-_PRELOAD = ["steerlm_megatron.train.engine_mcore", "steerlm_megatron.data.feed.loader"]
+from steerlm_megatron.config.commands import COMMANDS
+
+# What ranks and whole commands import. A process that has several kinds of children has one such server for all.
+_PRELOAD = ["deepspeed", "torch._dynamo", "hydra.main", "steerlm_megatron.data.feed.loader", "steerlm_megatron.cli"]
+_PRELOAD += [f"steerlm_megatron.stages.{command.module}" for command in COMMANDS.values()]
 _GRACE_SEC = 2.0  # after one rank has failed, the others have this long to report what they saw
 
 
@@ -33,8 +38,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
     ``function`` is at the top of a module. If a rank raises or dies, or after ``timeout`` seconds, all are ended and an
     ``AssertionError`` carries the failing ranks' tracebacks and last output.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context = forks()
     with tempfile.TemporaryDirectory(prefix="ranks_") as name:
         folder, port = Path(name), _free_port()
         processes = [
@@ -46,10 +50,17 @@ def run_ranks(ranks: int, function: Callable[..., Any], *args: Any, timeout: flo
             problem = _wait(processes, time.monotonic() + timeout, timeout)
         finally:
             for process in processes:
-                _kill(process)
+                end(process)
         if problem:
             raise AssertionError("\n".join([problem, *(_story(folder, rank) for rank in range(ranks))]))
         return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(ranks)]
+
+
+def forks() -> Any:
+    """Return the context of ``multiprocessing`` whose processes are forked from a server that imports ``_PRELOAD``."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    return context
 
 
 def once(factory: pytest.TempPathFactory, name: str, compute: Callable[[], Any]) -> Any:
@@ -105,7 +116,7 @@ def _ask_where(processes: list[Any]) -> None:
     time.sleep(0.2)
 
 
-def _kill(process: Any) -> None:
+def end(process: Any) -> None:
     """Kill the process and its children. It leads a session, unless it has not got that far yet."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -135,6 +146,7 @@ def _rank(rank: int, ranks: int, port: int, folder: Path, function: Callable[...
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the server has imported is no garbage: collections, of which new groups make one, pass over it
     faulthandler.register(signal.SIGQUIT, file=2, all_threads=False)  # shows where a rank hangs
     try:
         result = pickle.dumps(function(*args))

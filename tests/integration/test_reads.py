@@ -53,14 +53,14 @@ def recorded() -> Iterator[set[str]]:
     known: dict[int, Any] = {}  # configurations and their sections, without the model of a checkpoint
     load_one = load.from_container
 
-    def from_container(data: Any) -> Config:
+    def from_container(*layers: Any) -> Config:
         def keep(section: Any) -> None:
             known[id(section)] = section
             for value in vars(section).values():
                 if dataclasses.is_dataclass(value):
                     keep(value)
 
-        config = load_one(data)
+        config = load_one(*layers)
         keep(config)
         return config
 

@@ -37,7 +37,7 @@ from tests.helpers.engines import (
 )
 from tests.helpers.reference import Trainer, forward, learning_rate, loss_sum
 
-STEPS, TOTAL_STEPS, TOLERANCE = 5, 8, 1e-5
+STEPS, TOTAL_STEPS, TOLERANCE = 4, 8, 1e-5  # with fewer steps no gradient is left unclipped
 
 # Name of a case: ranks and case. Each runs with both objectives. VPP2 has two chunks on each of two stages.
 MATRIX: dict[str, tuple[int, dict[str, Any]]] = {
@@ -152,11 +152,11 @@ def adapted(kind: str, **options: Any) -> Case:
 # ---- inside the ranks
 
 
-def train(case: Case, steps: int = STEPS, seed: int = 5) -> dict[str, Any]:
-    engine = make(case, seed, TOTAL_STEPS)
+def train(case: Case) -> dict[str, Any]:
+    engine = make(case, steps=TOTAL_STEPS)
     if case.overlap and engine.layout.pp_rank == 0:  # on other stages the pipeline hides the collectives
         assert len(engine.chunks[0].bucket_groups) > 2
-    results = [engine.train_step(step_batches(step, case.micro_batches)) for step in range(steps)]
+    results = [engine.train_step(step_batches(step, case.micro_batches)) for step in range(STEPS)]
     valid = engine.evaluate([step_batches(step, case.micro_batches) for step in (100, 101)])
     return {
         "loss": [r.loss for r in results],
@@ -286,10 +286,14 @@ def train_with_dropout(ranks: int) -> dict[str, Any]:
     runs = {"first": ("none", 5), "again": ("none", 5), "other seed": ("none", 6)}
     runs |= {kind: (kind, 5) for kind in ("selective", "full")}
     found = {
-        name: train(Case("sft", layout, dropout=0.2, recompute=kind), 3, seed)["loss"]
-        for name, (kind, seed) in runs.items()
+        name: _losses(Case("sft", layout, dropout=0.2, recompute=kind), seed) for name, (kind, seed) in runs.items()
     }
-    return found | {"without": train(Case("sft", layout), 3)["loss"]}
+    return found | {"without": _losses(Case("sft", layout))}
+
+
+def _losses(case: Case, seed: int = 5) -> list[float]:
+    engine = make(case, seed, TOTAL_STEPS)
+    return [engine.train_step(step_batches(step, case.micro_batches)).loss for step in range(3)]
 
 
 def one_rank() -> dict[str, Any]:

@@ -229,7 +229,9 @@ def job(
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_JOB_NAME", "steerlm-x")
 
-    def run_job(codes: list[int], state: str = "RUNNING", starts: int = 9, **settings: object) -> list[str]:
+    def run_job(
+        codes: list[int], state: str = "RUNNING", starts: int = 9, unit: str = "x", **settings: object
+    ) -> list[str]:
         (tmp_path / "codes").write_text("".join(f"{code}\n" for code in codes))
         (tmp_path / "state").write_text(state)
         cluster = replace(ClusterConfig(gpus_per_node=0), **settings)  # type: ignore[arg-type]
@@ -241,7 +243,7 @@ def job(
             subprocess.run(["bash", "script"], cwd=tmp_path, check=False, capture_output=True, timeout=60)
             if not (tmp_path / "requeued").exists():
                 break
-        (events,) = record.history(tmp_path / "r", "x", "1").values()
+        events = record.history(tmp_path / "r", "x", "1")[unit]
         return [f"{event['code']} {event['decision']}: {event['reason']}" for event in events if "decision" in event]
 
     return run_job
@@ -304,6 +306,44 @@ def test_where_requeue_is_off_a_new_job_goes_on_and_those_that_wait_follow(
     said = calls(tmp_path)
     assert any(call.startswith("sbatch --parsable --dependency=afterany:5 ") for call in said)
     assert "scontrol update JobId=7 Dependency=afterok:9" in said
+
+
+@pytest.mark.parametrize(
+    ("others", "waits"),
+    [
+        ({}, "afterok:4_1,afterok:4_2,afterok:9"),
+        ({1: [("end", ',"decision":"done"')]}, "afterok:4_2,afterok:9"),
+        (
+            {2: [("moved", ""), ("start", "")]},
+            "afterok:4_1,afterok:9",
+        ),  # it has been put in the place of task 2 already
+        ({1: [("end", ',"decision":"stop"')], 2: [("start", "")]}, "afterok:4_1,afterok:4_2,afterok:9"),
+    ],
+    ids=["all at work", "one is done", "one has moved", "one has failed"],
+)
+def test_what_waits_for_an_array_waits_for_a_tasks_successor_and_the_other_tasks(
+    job: Callable[..., list[str]],
+    programs: Callable[[str, str], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    others: dict[int, list[tuple[str, str]]],
+    waits: str,
+) -> None:
+    for name, value in (("JOB_ID", 4), ("TASK_ID", 0), ("TASK_MIN", 0), ("TASK_MAX", 2)):
+        monkeypatch.setenv(f"SLURM_ARRAY_{name}", str(value))
+    programs("squeue", "echo '7 afterok:4_*(unfulfilled),afterany:3(unfulfilled)'; echo '8 afterok:44_*(unfulfilled)'")
+    history = tmp_path / "r" / "launch" / "history"
+    history.mkdir(parents=True)
+    for task, events in others.items():
+        lines = [f'{{"event":"{event}","launch":"1","job":"6"{more}}}\n' for event, more in events]
+        (history / f"steerlm-x-{task}.jsonl").write_text("".join(lines))
+    assert job([75], starts=1, requeue="dependent", unit="x-0") == ["75 requeue: saved and stopped"]
+    said = calls(tmp_path)
+    assert any(call.startswith("sbatch --parsable --dependency=afterany:4_0 --array=0 ") for call in said)
+    updates = [call for call in said if call.startswith("scontrol update")]
+    assert updates == [f"scontrol update JobId=7 Dependency={waits},afterany:3"]
+    (events,) = (one for unit, one in record.history(tmp_path / "r", "x", "1").items() if unit == "x-0")
+    assert (events[-1]["event"], events[-1]["reason"]) == ("moved", "job 9 goes on")
 
 
 def test_a_bad_node_is_left_out(

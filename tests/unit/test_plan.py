@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 import yaml
+from torch.utils.checkpoint import checkpoint
 
 from steerlm_megatron.config import compose, load
 from steerlm_megatron.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig
@@ -20,6 +23,7 @@ from steerlm_megatron.plan.hardware import Hardware, hardware
 from steerlm_megatron.plan.search import search
 from steerlm_megatron.plan.timing import step_time
 from steerlm_megatron.plan.trace import Held, batch_of, stages, trace, trace_deep
+from steerlm_megatron.plan.tracker import Tracker, flash_on_meta
 from steerlm_megatron.plan.workload import packed, stated
 from steerlm_megatron.stages.plan import plan_of
 from steerlm_megatron.train.objective import RegressionObjective, TokenObjective
@@ -74,6 +78,22 @@ def test_weights_gradients_and_optimizer_are_exact_to_the_byte() -> None:
         for rank in (0, 1):
             assert said[number][rank] == real[rank][number], (name, rank)
             assert real[rank][number].weights and real[rank][number].gradients and real[rank][number].optimizer
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "computed again"])
+def test_attention_takes_the_memory_of_a_flash_kernel(again: bool) -> None:
+    """All scores would be 4·512² numbers, and q, k, v, the output and their gradients are some 4·512·8 each."""
+    q, k, v = (torch.empty(1, 4, 512, 8, device="meta", requires_grad=True) for _ in "qkv")
+
+    def attend(*inputs: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*inputs, is_causal=True)
+
+    with flash_on_meta(), Tracker([q, k, v]) as tracker:
+        out = checkpoint(attend, q, k, v, use_reentrant=True) if again else attend(q, k, v)
+        out.sum().backward()
+    assert q.grad is not None and 0 < tracker.peak < 4 * 4 * 512 * 512 / 4
+    real = torch.ones(1, 1, 2, 2)
+    assert torch.equal(F.scaled_dot_product_attention(real, real, real), real), "torch's own is back"
 
 
 TRACED = {
