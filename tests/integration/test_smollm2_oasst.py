@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from steerlm_megatron.config import compose, load
 from steerlm_megatron.stages.collect import collect_records
 from steerlm_megatron.steer.records import read_records
 from tests.helpers.cli import run_here as run
-from tests.helpers.commands import ENVIRONMENT, summary
+from tests.helpers.commands import summary
 from tests.helpers.conversion import shared
 from tests.integration.test_hf_base import WORDS
 from tests.integration.test_hf_base import folder as folder
@@ -51,7 +52,7 @@ def write_messages(path: Path, trees: int = 16) -> None:
 
 
 def test_the_recipe_runs_from_a_published_model_to_folders_of_its_kind(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import transformers
 
@@ -71,16 +72,18 @@ def test_the_recipe_runs_from_a_published_model_to_folders_of_its_kind(
     asked = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, quality=3)
     assert "Hi<|im_end|>" in asked
     assert "of the length" in Path("ap/README.md").read_text()
-    check_measuring_example(ROOT / "examples" / "steer_with_transformers.py")
+    check_measuring_example(capsys)
 
 
-def check_measuring_example(script: Path) -> None:
+def check_measuring_example(capsys: pytest.CaptureFixture[str]) -> None:
     """What the example measures with ``transformers`` alone are ``annotate``'s values of the same responses."""
+    example = runpy.run_path(str(ROOT / "examples" / "steer_with_transformers.py"))["main"]
     Path("prompts.txt").write_text(f"{WORDS[0]}\n\n{WORDS[1]}\n")
-    ask = [sys.executable, str(script), "model", "--prompts", "prompts.txt", "--levels", "0", "9", "--max-tokens", "6"]
 
     def said(*more: str) -> str:
-        return subprocess.run([*ask, *more], env=ENVIRONMENT, text=True, capture_output=True, check=True).stdout
+        capsys.readouterr()
+        example(["model", "--prompts", "prompts.txt", "--levels", "0", "9", "--max-tokens", "6", *more])
+        return capsys.readouterr().out
 
     *measured, last = said("--predictor", "ap").splitlines()
     assert last.startswith("rank correlation of level and mean: ")
