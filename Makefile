@@ -2,7 +2,7 @@
 #   make quickstart   the four SteerLM steps on the embedded corpus, ending in a report (≤ 5 minutes on 2 cores)
 #   make test         the test suite             make check   ruff, mypy and codespell    make install   .venv only
 #   make docs         the documentation as a site, in site/                              make format    ruff's layout of all code
-#   make smollm2 OASST=FILE   the four steps on OASST from SmolLM2-135M, ending in a report and two Hugging Face folders (40 minutes on 2 cores)
+#   make smollm2 OASST=FILE   the four steps on OASST from SmolLM2-135M, ending in a report and two Hugging Face folders
 #   RANKS=1 make quickstart: on so many data-parallel ranks; the results do not depend on it, the time does
 #   PYTHON=python3.11 (or a path) chooses the interpreter, and with it constraints-3.11.txt or constraints-3.12.txt;
 #   VENV=.venv311 another place for the environment. Both together keep two environments side by side.
