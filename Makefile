@@ -2,6 +2,7 @@
 #   make quickstart   the four SteerLM steps on the embedded corpus, ending in a report (≤ 5 minutes on 2 cores)
 #   make test         the test suite             make check   ruff, mypy and codespell    make install   .venv only
 #   make docs         the documentation as a site, in site/                              make format    ruff's layout of all code
+#   make smollm2 OASST=FILE   the four steps on OASST from SmolLM2-135M, ending in a report and two Hugging Face folders
 #   RANKS=1 make quickstart: on so many data-parallel ranks; the results do not depend on it, the time does
 #   PYTHON=python3.11 (or a path) chooses the interpreter, and with it constraints-3.11.txt or constraints-3.12.txt;
 #   VENV=.venv311 another place for the environment. Both together keep two environments side by side.
@@ -16,10 +17,10 @@ STAMP := $(VENV)/.installed
 PYTHON ?=
 TESTS ?= tests
 
-.PHONY: help install quickstart test test-model check format docs clean FORCE
+.PHONY: help install quickstart smollm2 test test-model check format docs clean FORCE
 
 help:
-	@sed -n '2,8p' Makefile | sed 's/^#//'
+	@sed -n '2,9p' Makefile | sed 's/^#//'
 
 install: $(STAMP)
 	@true
@@ -44,6 +45,13 @@ RANKS ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo 1 || { n=$$(nproc
 
 quickstart: $(STAMP)
 	@$(VENV)/bin/steerlm run experiment=quickstart parallel.data=$(RANKS)
+
+# OASST=FILE is the corpus; SMOLLM2='train.steps=200 ...' has keys of steerlm run.
+OASST ?=
+SMOLLM2 ?=
+
+smollm2: $(STAMP)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} bash scripts/smollm2.sh $(PY) "$(OASST)" $(RANKS) $(SMOLLM2)
 
 # One thread per process, two workers; tests/conftest.py lets tests of several ranks run alone.
 # worksteal: each worker starts at its own end of the suite, so the two rarely wait for each other.

@@ -70,16 +70,72 @@ def sem(values: ArrayLike) -> float:
     return float(array.std(ddof=1) / np.sqrt(array.size)) if array.size >= 2 else float("nan")
 
 
+def predicted_from(values: ArrayLike, targets: ArrayLike) -> Floats:
+    """Return what a straight line in ``values``, fitted by least squares to all *other* targets, predicts of each one.
+
+    Leaving out the target itself makes the errors those of held-out predictions. With the residual e of the line
+    through all pairs and its leverage h, the residual without a pair is e / (1 - h) (Cook and Weisberg, Residuals and
+    Influence in Regression, 1982, chapter 2). Entries without a target are NaN, and all are for fewer than three
+    targets.
+    """
+    x, y = np.asarray(values, dtype=np.float64).reshape(-1), np.asarray(targets, dtype=np.float64).reshape(-1)
+    out, present = np.full(y.size, np.nan), ~np.isnan(y)
+    if (count := int(present.sum())) < 3:
+        return out
+    from_mean, wanted = x[present] - x[present].mean(), y[present]
+    spread = float(from_mean @ from_mean)
+    slope = float(from_mean @ wanted) / spread if spread else 0.0
+    leverage = 1.0 / count + (from_mean**2 / spread if spread else 0.0)
+    residual = wanted - (wanted.mean() + slope * from_mean)
+    # A pair that alone decides the slope has a leverage of 1, and without it there is no line: its mean is taken.
+    out[present] = wanted - residual / np.maximum(1.0 - leverage, 1.0 / count)
+    return out
+
+
+def mean_interval(values: ArrayLike, groups: Sequence[str], resamples: int = 2000) -> tuple[float, float]:
+    """Return the bounds of the 95 % interval of the mean of ``values``, by a bootstrap over groups (percentiles).
+
+    Whole groups are drawn with replacement (a cluster bootstrap: Davison and Hinkley, Bootstrap Methods and their
+    Application, 1997, §3.8), since responses to one prompt are more alike than others. NaN values do not count. The
+    draws have a fixed seed. NaN for fewer than two groups.
+    """
+    array = np.asarray(values, dtype=np.float64).reshape(-1)
+    present = ~np.isnan(array)
+    _, owner = np.unique(np.asarray(groups)[present], return_inverse=True)
+    sums, counts = np.bincount(owner, array[present]), np.bincount(owner)
+    if sums.size < 2:
+        return float("nan"), float("nan")
+    rng, shares = np.random.default_rng(0), np.full(sums.size, 1.0 / sums.size)
+    means = np.empty(resamples)
+    for i in range(resamples):
+        times = rng.multinomial(sums.size, shares)
+        means[i] = times @ sums / (times @ counts)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
 def attribute_metrics(
-    predictions_PA: ArrayLike, targets_PA: ArrayLike, names: Sequence[str], constants_A: ArrayLike
+    predictions_PA: ArrayLike,
+    targets_PA: ArrayLike,
+    names: Sequence[str],
+    constants_A: ArrayLike,
+    lengths_P: ArrayLike | None = None,
+    groups_P: Sequence[str] = (),
 ) -> dict[str, dict[str, float]]:
     """Return the report's ``ap`` section: per attribute ``mse mae pearson spearman constant_mse n``.
+
+    With lengths there are also ``length_mse`` and ``length_spearman``, of a predictor that knows a response's length
+    alone (:func:`predicted_from` of its logarithm), and ``length_gain_low`` and ``length_gain_high``, the interval of
+    ``length_mse - mse`` (:func:`mean_interval`). The line is fitted to the held-out labels themselves, each predicted
+    by the others, so that it knows their mean and spread, which the model has to guess: this is the harder comparison.
 
     Args:
         predictions_PA: [pairs, attributes] values on the schema's scale.
         targets_PA: [pairs, attributes], NaN where unlabelled.
         names: the attributes, in column order.
         constants_A: the constant predictor's values: the *training* mean of each attribute.
+        lengths_P: [pairs] characters of each response.
+        groups_P: for each pair the prompt that it answers; pairs of one prompt are drawn together.
     """
     predicted = np.asarray(predictions_PA, dtype=np.float64).reshape(-1, len(names))
     wanted = np.asarray(targets_PA, dtype=np.float64).reshape(-1, len(names))
@@ -95,4 +151,13 @@ def attribute_metrics(
             "constant_mse": mse(np.full_like(y, constants[column]), y),
             "n": int(np.count_nonzero(~np.isnan(y))),
         }
+        if lengths_P is not None:
+            by_length = predicted_from(np.log1p(np.asarray(lengths_P, dtype=np.float64)), y)
+            low, high = mean_interval((by_length - y) ** 2 - (x - y) ** 2, groups_P)
+            table[name] |= {
+                "length_mse": mse(by_length, y),
+                "length_spearman": spearman(np.asarray(lengths_P), y),
+                "length_gain_low": low,
+                "length_gain_high": high,
+            }
     return table

@@ -16,6 +16,7 @@ from steerlm_megatron.report.checks import checks
 from steerlm_megatron.report.words import numbers
 
 _AP_KEYS = ("mse", "mae", "pearson", "spearman", "constant_mse", "n")
+_LENGTH_KEYS = ("length_mse", "length_spearman", "length_gain_low", "length_gain_high")  # where it was measured
 _STEERING_KEYS = ("requested", "measured", "spearman", "sample_spearman", "std")
 Results = Mapping[str, Any]
 
@@ -28,7 +29,7 @@ def report_data(results: Results) -> dict[str, Any]:
     """
     data: dict[str, Any] = {}
     if results.get("ap"):
-        data["ap"] = {name: {key: row.get(key) for key in _AP_KEYS} for name, row in results["ap"].items()}
+        data["ap"] = {name: _ap_row(row) for name, row in results["ap"].items()}
     if results.get("steering"):
         data["steering"] = {name: _steering_row(row) for name, row in results["steering"].items()}
     detail = {name: dict(row) for name, row in (results.get("quality_detail") or {}).items()}
@@ -42,6 +43,10 @@ def report_data(results: Results) -> dict[str, Any]:
     data["versions"] = dict(results.get("versions") or versions())
     data["examples"] = list(results.get("examples") or [])
     return to_strict_json(data)
+
+
+def _ap_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: row.get(key) for key in _AP_KEYS} | {key: row[key] for key in _LENGTH_KEYS if key in row}
 
 
 def _steering_row(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from steerlm_megatron.observe.progress import format_seconds
 from steerlm_megatron.report import plots
-from steerlm_megatron.report.words import QUALITY_TITLES, number, verdict_word
+from steerlm_megatron.report.words import QUALITY_TITLES, beside_length, number, verdict_word
 
 TEMPLATES = Path(__file__).parent / "templates"
 _AP_COLUMNS = ("mse", "constant_mse", "mae", "pearson", "spearman")
@@ -83,7 +83,21 @@ def _ap(ap: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Any] | None:
     if not ap:
         return None
     rows = [[name, *(number(row[key]) for key in _AP_COLUMNS), number(row["n"], 0)] for name, row in ap.items()]
-    return {"rows": rows, "plot": _picture(plots.ap_plot(ap))}
+    return {"rows": rows, "plot": _picture(plots.ap_plot(ap)), "length": _length(ap)}
+
+
+def _length(ap: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the comparison with a predictor that knows a response's length alone, None where it was not measured."""
+    verdicts = {name: verdict for verdict, names in beside_length(ap) for name in names}
+    if not verdicts:
+        return None
+    rows = []
+    for name, row in ap.items():
+        bounds = " to ".join(number(row.get(key)) for key in ("length_gain_low", "length_gain_high"))
+        values = [number(row.get(key)) for key in ("mse", "length_mse")]
+        ranks = [number(row.get(key)) for key in ("spearman", "length_spearman")]
+        rows.append([name, *values, bounds, *ranks, verdicts.get(name, number(None))])
+    return {"rows": rows}
 
 
 def _steering(steering: Mapping[str, Mapping[str, Any]] | None, max_level: int | None) -> dict[str, Any] | None:

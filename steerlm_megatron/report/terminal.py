@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from steerlm_megatron.report.data import Results, report_data
-from steerlm_megatron.report.words import QUALITY_TITLES, number, verdict_word
+from steerlm_megatron.report.words import QUALITY_TITLES, beside_length, number, verdict_word
 
 
 def terminal_table(results: Results, html_path: str | Path | None = None) -> RenderableType:
@@ -29,6 +29,9 @@ def terminal_table(results: Results, html_path: str | Path | None = None) -> Ren
     ap, steering = data.get("ap", {}), data.get("steering", {})
     if ap or steering:
         parts.append(_attribute_table(ap, steering))
+    if verdicts := beside_length(ap):
+        said = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in verdicts)
+        parts.append(Text(f"AP's MSE against that of the response's length (95 % intervals): {said}"))
     if data.get("quality"):
         judge = f" (judge: {data['judge']})" if data["judge"] else ""
         line = " · ".join(

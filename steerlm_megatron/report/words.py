@@ -30,6 +30,19 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:,.{digits}f}"
 
 
+def beside_length(ap: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Return pairs of a verdict and the attributes that have it: whether the attribute-prediction model's squared error
+    is below that of a predictor which knows a response's length alone, by the 95 % interval of the difference. Nothing
+    where that was not measured.
+    """
+    found: dict[str, list[str]] = {"below": [], "not told apart": [], "above": []}
+    for name, row in ap.items():
+        low, high = row.get("length_gain_low"), row.get("length_gain_high")
+        if is_number(low) and is_number(high):
+            found["below" if low > 0 else "above" if high < 0 else "not told apart"].append(name)
+    return [(verdict, names) for verdict, names in found.items() if names]
+
+
 def verdict_word(check: Mapping[str, Any]) -> str:
     """Return ``yes``, ``in part`` (what was measured held, some was not measured), ``no`` or ``not measured``."""
     if check["held"] and None in check["cases"].values():

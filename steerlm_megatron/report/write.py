@@ -16,7 +16,8 @@ def write_report(run_dir: str | Path, results: Results) -> tuple[Path, Path]:
     """Write ``report.html`` and ``report.json`` into ``run_dir`` and return their paths, in this order.
 
     ``results`` has any of these keys; a missing part is left out of the JSON and reported as missing in the HTML:
-        ap: {attribute: {mse, mae, pearson, spearman, constant_mse, n}}
+        ap: {attribute: {mse, mae, pearson, spearman, constant_mse, n}}, and length_mse, length_spearman,
+            length_gain_low, length_gain_high where they were measured (``stats.attribute_metrics``)
         steering: {attribute: {requested: [level], measured: [mean], std: [per level], spearman, sample_spearman}};
             ``spearman`` (requested against mean measured) is computed where absent
         quality: {sft, acsft, bootstrapped} means; quality_detail: {name: {mean, sem, n}}, which alone is enough

@@ -81,6 +81,13 @@ def dtype_of(precision: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
+def emulates_bf16() -> bool:
+    """Return whether this process's device is a CPU without instructions for bf16: torch then converts every number on
+    the way into a matrix product, and back.
+    """
+    return not has_cuda() and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+
+
 def set_cpu_threads(ranks_on_host: int) -> None:
     """Share the host's cores between its ranks, unless ``OMP_NUM_THREADS`` says otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:

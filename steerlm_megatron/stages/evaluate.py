@@ -122,18 +122,20 @@ def evaluate(here: Session) -> dict[str, Any]:
 def prediction_quality(
     ap: LoadedModel, records: list[Conversation], batch_tokens: int | None
 ) -> tuple[dict[str, dict[str, float]], int]:
-    """Return MSE, MAE, Pearson and Spearman per attribute against human labels, the constant predictor's MSE, and the
-    number of records without a label to compare with.
+    """Return MSE, MAE, Pearson and Spearman per attribute against human labels, the errors of two predictors that read
+    no text (``stats.attribute_metrics``), and the number of records without a label to compare with.
 
-    The constant is the mean of the training labels, which the checkpoint holds. Attributes of which the model never saw
-    a label are left out. Turns of weight 0 are repeats and do not count, nor do empty turns, which have no text to
-    score.
+    One is constant, the mean of the training labels, which the checkpoint holds; the other knows a response's length.
+    Attributes of which the model never saw a label are left out. Turns of weight 0 are repeats and do not count, nor do
+    empty turns, which have no text to score.
     """
     schema = ap.schema
     assert schema is not None
     scores = score_all(Scorer(ap, batch_tokens), records)
     predicted: list[list[float]] = []
     wanted: list[list[float]] = []
+    lengths: list[int] = []
+    prompts: list[str] = []
     unlabelled = 0
     for record, values in zip(records, scores, strict=True):
         before = len(wanted)
@@ -141,12 +143,17 @@ def prediction_quality(
             if message.role == "assistant" and message.attributes and message.weight and message.content.strip():
                 predicted.append([values[index][name] for name in schema.seen])
                 wanted.append([float(message.attributes.get(name, math.nan)) for name in schema.seen])
+                lengths.append(len(message.content))
+                prompts.append(record.messages[0].content)  # conversations with one beginning are of one tree
         unlabelled += len(wanted) == before
     if not wanted:
         raise UserError("input holds no labelled response to evaluate the attribute-prediction model on")
     means = dict(zip(schema.names, ap.meta.label_mean, strict=True))
     constant = [cast(float, means[name]) for name in schema.seen]  # every attribute that was seen has a mean
-    return stats.attribute_metrics(np.array(predicted), np.array(wanted), schema.seen, constant), unlabelled
+    return (
+        stats.attribute_metrics(np.array(predicted), np.array(wanted), schema.seen, constant, lengths, prompts),
+        unlabelled,
+    )
 
 
 class Judge:

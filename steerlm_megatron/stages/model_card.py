@@ -263,16 +263,17 @@ def _usage(labels: Labels | None, schema: AttributeSchema | None) -> str:
 def _tables(run: RunFacts, scores: bool) -> Iterable[dict[str, Any]]:
     evaluation = run.evaluation
     if scores and evaluation.get("ap"):
+        by_length = any("length_mse" in row for row in evaluation["ap"].values())
+        columns = [("mse", "mean squared error"), ("constant_mse", "of the constant")]
+        columns += [("length_mse", "of the length")] if by_length else []
+        columns += [("pearson", "Pearson"), ("spearman", "Spearman")]
         yield {
             "title": "Evaluation",
-            "words": "Against labels that were held out; the constant is the mean of the training labels.",
-            "columns": ["attribute", "mean squared error", "of the constant", "Pearson", "Spearman", "labels"],
+            "words": "Against labels that were held out; the constant is the mean of the training labels"
+            + (", and the length a predictor that knows a response's length alone." if by_length else "."),
+            "columns": ["attribute", *(words for _, words in columns), "labels"],
             "rows": [
-                [
-                    name,
-                    *(_number(row.get(key)) for key in ("mse", "constant_mse", "pearson", "spearman")),
-                    row.get("n", ""),
-                ]
+                [name, *(_number(row.get(key)) for key, _ in columns), row.get("n", "")]
                 for name, row in evaluation["ap"].items()
             ],
         }

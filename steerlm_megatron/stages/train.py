@@ -98,7 +98,7 @@ def train(here: Session) -> TrainResult:
     base = check_init(config, data, view)
     lora = lora_of(config, data.tokenizer, base)
     check_memory(here, _vocab_size(data, base))
-    counts = _label_counts(config, data, view, base)
+    counts = label_counts(config, data, view, base)
     rows = _pack(config, data, view, config.data.weights)
     store = CheckpointStore(here.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
     latest = store.latest()
@@ -249,7 +249,7 @@ def check_profile(config: Config, ranks: int, done: int, steps: int) -> None:
         )
 
 
-def _label_counts(config: Config, data: Corpora, view: View, base: Base | None) -> dict[str, int]:
+def label_counts(config: Config, data: Corpora, view: View, base: Base | None) -> dict[str, int]:
     """Count the labels of each attribute that the model has seen, including those of the checkpoint that it starts
     from.
 
@@ -272,16 +272,17 @@ def _label_counts(config: Config, data: Corpora, view: View, base: Base | None) 
         before = base.meta.label_counts
         counts = {name: count + before.get(name, 0) for name, count in counts.items()}
     if without := [name for name, count in counts.items() if not count]:
+        it = "it" if len(without) == 1 else "them"
         get_logger(__name__).warning(
             "%s: no trained response has a value of %s: the model %s",
             data.name, ", ".join(without),
-            "learns nothing of it, and annotate leaves it out" if view == "ap" else "is not conditioned on it",
+            f"learns nothing of {it}, and annotate leaves {it} out" if view == "ap" else f"is not conditioned on {it}",
         )  # fmt: skip
     return counts
 
 
 def _new_meta(
-    config: Config, data: Corpora, view: View, label_counts: dict[str, int], base: Base | None, lora: Lora | None
+    config: Config, data: Corpora, view: View, counts: dict[str, int], base: Base | None, lora: Lora | None
 ) -> CheckpointMeta:
     schema = data.schema if view in ("ap", "acsft") else None
     return CheckpointMeta(
@@ -293,7 +294,7 @@ def _new_meta(
         template=data.template.to_dict(),
         tokenizer_hash=data.tokenizer.hash,
         label_mean=[None if math.isnan(v) else float(v) for v in data.label_mean()] if view == "ap" else [],
-        label_counts=label_counts,
+        label_counts=counts,
         base={} if base is None else base.meta.base,
         lora=described(config, lora, base),
         config=to_container(config),

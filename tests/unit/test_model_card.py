@@ -75,6 +75,11 @@ def test_the_card_of_an_attribute_prediction_model() -> None:
     assert "head_bias" in code and "/secret" not in card
     plain = model_card(model, "my-model", FAMILIES["llama"], Labels(SCHEMA.names), RunFacts())
     assert "head_bias" not in plain and "Evaluation" not in plain
+    row = {**EVALUATION["ap"]["quality"], "length_mse": 2.5}
+    beside = model_card(
+        model, "my-model", FAMILIES["llama"], labels, RunFacts(evaluation={**EVALUATION, "ap": {"quality": row}})
+    )
+    assert "| quality | 1.25 | 4 | 2.5 | 0.5 | not measured | 31 |" in beside and "of the length" not in card
 
 
 def test_the_card_of_a_language_model() -> None:

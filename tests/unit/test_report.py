@@ -78,6 +78,31 @@ def test_page_is_escaped_self_contained_and_reproducible(tmp_path: Path) -> None
     assert write_report(tmp_path / "again", RESULTS)[0].read_text() == page
 
 
+def test_the_length_predictor_stands_beside_the_model_where_it_was_measured(tmp_path: Path) -> None:
+    ap = {
+        name: {**RESULTS["ap"]["quality"], "length_mse": 0.5, "length_spearman": 0.4, "length_gain_low": low, **more}
+        for name, low, more in (
+            ("quality", 0.1, {"length_gain_high": 0.3}),
+            ("humor", -0.1, {"length_gain_high": 0.3}),
+            ("toxicity", -0.3, {"length_gain_high": -0.1}),
+            ("violence", math.nan, {"length_gain_high": math.nan}),
+        )
+    }
+    results = changed(ap=ap)
+    html_path, json_path = write_report(tmp_path, results)
+    page, data = Elements(html_path.read_text()), json.loads(json_path.read_text())
+    assert data["ap"]["quality"]["length_mse"] == 0.5 and data["ap"]["violence"]["length_gain_low"] is None
+    assert "length's Spearman" in page.text and "0.100 to 0.300" in page.text
+    assert "length's Spearman" not in write_report(tmp_path / "without", RESULTS)[0].read_text()
+    console = Console(width=160, record=True, quiet=False, file=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(terminal_table(results))
+    assert "below: quality; not told apart: humor; above: toxicity\n" in capture.get()
+    with console.capture() as capture:
+        console.print(terminal_table(RESULTS))
+    assert "95 %" not in capture.get()
+
+
 class Elements(HTMLParser):
     """Parses a page as a browser would: its tags, the values of their attributes, its text."""
 

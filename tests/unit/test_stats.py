@@ -60,3 +60,52 @@ def test_attribute_metrics_per_column() -> None:
     assert table["quality"]["constant_mse"] == pytest.approx(1.0)
     assert table["quality"]["n"] == 3
     assert table["humor"]["n"] == 0 and math.isnan(table["humor"]["mse"])
+
+
+def test_the_length_predictor_leaves_out_what_it_predicts() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(10, 500, size=40).astype(float)
+    targets = 0.01 * lengths + rng.normal(size=40)
+    targets[[3, 17]] = NAN
+    found = stats.predicted_from(lengths, targets)
+    for index in range(40):
+        others = ~np.isnan(targets) & (np.arange(40) != index)
+        slope, start = np.polyfit(lengths[others], targets[others], 1)
+        if np.isnan(targets[index]):
+            assert math.isnan(found[index])
+        else:
+            assert found[index] == pytest.approx(start + slope * lengths[index], abs=1e-9)
+    same = stats.predicted_from([5.0, 5.0, 5.0], [1.0, 2.0, 6.0])
+    np.testing.assert_allclose(same, [4.0, 3.5, 1.5])  # without a slope: the mean of the others
+    assert np.isnan(stats.predicted_from([1.0, 2.0], [1.0, 2.0])).all()
+    assert np.isfinite(stats.predicted_from([0.0, 0.0, 9.0], [1.0, 2.0, 3.0])).all()
+
+
+def test_intervals_are_of_groups_and_not_of_single_values() -> None:
+    rng = np.random.default_rng(1)
+    values, groups = rng.normal(size=400), [f"{i}" for i in range(400)]
+    low, high = stats.mean_interval(values, groups)
+    assert low < values.mean() < high and high - low == pytest.approx(2 * 1.96 * stats.sem(values), rel=0.1)
+    twice = stats.mean_interval(np.repeat(values, 4), [g for g in groups for _ in range(4)])
+    assert twice == pytest.approx((low, high)), "four copies of a response tell no more than one"
+    assert stats.mean_interval([*values, NAN], [*groups, "x"]) == (low, high) == stats.mean_interval(values, groups)
+    assert all(math.isnan(bound) for bound in stats.mean_interval([1.0, 2.0], ["a", "a"]))
+
+
+def test_a_model_that_reads_beats_the_length_and_one_that_only_counts_does_not() -> None:
+    rng = np.random.default_rng(2)
+    lengths = rng.integers(10, 2000, size=300)
+    by_length, words = np.log1p(lengths), rng.normal(size=300)
+    targets = by_length + words
+    table = stats.attribute_metrics(
+        np.stack([by_length + 0.8 * words, by_length + rng.normal(size=300)], axis=1),
+        np.stack([targets, targets], axis=1),
+        ["reads", "counts"],
+        [5.0, 5.0],
+        lengths,
+        [f"{i // 2}" for i in range(300)],
+    )
+    reads, counts = table["reads"], table["counts"]
+    assert reads["length_mse"] == counts["length_mse"] == pytest.approx(1.0, rel=0.2)
+    assert 0 < reads["length_gain_low"] < reads["length_mse"] - reads["mse"] < reads["length_gain_high"]
+    assert counts["length_gain_high"] < 0 and reads["length_spearman"] == stats.spearman(lengths, targets)

@@ -12,10 +12,10 @@ import torch
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.data.feed.collate import collate
-from steerlm_megatron.data.views import Sample
+from steerlm_megatron.data.views import Sample, View
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.stages.train import check_profile, compare_with_constant, flops_of
+from steerlm_megatron.stages.train import check_profile, compare_with_constant, flops_of, label_counts
 from steerlm_megatron.train.loop import Trainer
 from steerlm_megatron.train.objective import RegressionObjective
 from tests.helpers.engines import full_row
@@ -89,3 +89,22 @@ def test_a_predictor_that_knows_no_more_than_the_mean_is_told(monkeypatch: pytes
     assert ["1 of 2 attributes: b (4, the mean's is 0)" in line for line in recorded] == [True]
     compare_with_constant({"mse/a": 0.1, "constant_mse/a": 0.2})
     assert len(recorded) == 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "view", "said"),
+    [
+        ({"a": 3, "b": 0}, "acsft", "no trained response has a value of b: the model is not conditioned on it"),
+        ({"a": 3, "b": 0, "c": 0}, "acsft", "a value of b, c: the model is not conditioned on them"),
+        ({"a": 0, "b": 1}, "ap", "a value of a: the model learns nothing of it, and annotate leaves it out"),
+        ({"a": 0, "b": 1, "c": 0}, "ap", "a value of a, c: the model learns nothing of them, and annotate leaves them"),
+    ],
+)
+def test_attributes_without_a_label_are_named(
+    counts: dict[str, int], view: View, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, recorded = get_logger("steerlm_megatron.stages.train"), []
+    monkeypatch.setattr(logger, "warning", lambda text, *values: recorded.append(text % values))
+    data: Any = SimpleNamespace(name="shards", label_counts=lambda: counts)
+    assert label_counts(Config(), data, view, None) == counts
+    assert len(recorded) == 1 and said in recorded[0]
