@@ -130,7 +130,7 @@ def test_a_server_that_is_killed_and_comes_back_is_used_again(local: Any) -> Non
 
         def restart() -> None:
             wait_for(lambda: len(second.asked) > 15)
-            second.break_after, first.seconds = 0, 0.25
+            second.break_after, first.seconds = 0, 1.0
             comes_and_goes.close()
             time.sleep(0.3)
             back.append(StandIn(seconds=0.02))
