@@ -158,9 +158,9 @@ def asked(vocab: int, sizes: Sequence[tuple[int, int]], seed: int = 0) -> list[A
 
 
 def ragged(vocab: int, count: int) -> list[Ask]:
-    """Requests of log-normal lengths, of about 90 tokens each way."""
+    """Requests of log-normal lengths, of about 60 tokens each way, 200 at most."""
     rng = random.Random(1)
-    sizes = [tuple(min(400, int(rng.lognormvariate(4.2, 0.8)) + 1) for _ in range(2)) for _ in range(count)]
+    sizes = [tuple(min(200, int(rng.lognormvariate(3.9, 0.7)) + 1) for _ in range(2)) for _ in range(count)]
     return asked(vocab, [(prompt, new) for prompt, new in sizes], seed=2)
 
 
@@ -265,9 +265,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64, help="ours: generation.max_batch")
-    parser.add_argument("--peer-batches", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--peer-batches", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--step-batches", type=int, nargs="+", default=[1, 4, 16, 32, 64])
     parser.add_argument("--new", type=int, default=48, help="tokens drawn to measure a step")
     parser.add_argument("--vocab", type=int, default=4096)
