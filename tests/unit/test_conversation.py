@@ -155,8 +155,8 @@ def test_a_request_that_fails_is_told_so_and_others_go_on(stream: bool) -> None:
     with running() as server:
         original = server.generator.new_job
 
-        def new_job(request: Any, on_delta: Any) -> Any:
-            job = original(request, on_delta)
+        def new_job(request: Any, *more: Any) -> Any:
+            job = original(request, *more)
             if request.params.seed == 13:
 
                 def fail(*_: Any) -> Any:
