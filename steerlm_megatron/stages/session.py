@@ -82,7 +82,7 @@ def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
     run = on_main(folder) or folder()  # the others' after the main one's, which may refuse
     setup_logging(run.path, layout.rank)
     run.start(to_yaml(config), inputs=inputs)
-    if config.engine.precision == "bf16" and COMMANDS[config.command].ranks:
+    if COMMANDS[config.command].reads_key("engine.precision") and config.engine.precision == "bf16":
         warn_of_slow_bf16()
     with run:
         yield Session(config, layout, run)
