@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers
+from benchmarks.gpu_parts import NoTemplate, Numbers
 from benchmarks.measure import Spread, commit, interleave, machine, markdown, rates, ratio
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.generate.generator import Generator
@@ -37,32 +38,6 @@ SHAPES = {
         num_layers=30, hidden_size=576, num_heads=9, num_query_groups=3, ffn_hidden_size=1536, max_position=2048
     ),
 }
-
-
-class Numbers:
-    """A tokenizer that writes ids as numbers."""
-
-    controls: dict[str, int] = {}
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return " ".join(map(str, ids))
-
-    def encode(self, text: str) -> list[int]:
-        return [int(word) for word in text.split()]
-
-    def control_id(self, text: str) -> int:
-        raise KeyError(text)
-
-
-class NoTemplate:
-    """A template without control strings."""
-
-    control_strings: tuple[str, ...] = ()
-    stop_strings: tuple[str, ...] = ()
-    response_suffix = ""
 
 
 @dataclass(frozen=True)
