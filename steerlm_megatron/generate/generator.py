@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -32,46 +32,17 @@ from steerlm_megatron.generate.protocol import (
     Request,
     RequestFailed,
     Result,
-    SamplingParams,
 )
 from steerlm_megatron.generate.runner import Drawn, Launched, StepRunner
 from steerlm_megatron.generate.sampling import NOT_DRAWN, NOT_FINITE
 from steerlm_megatron.generate.scheduler import Scheduler, StepPlan
 from steerlm_megatron.generate.text import ResponseText
+from steerlm_megatron.generate.vocabulary import TemplateLike, TokenizerLike, Vocabulary
 
 _NO_TOKEN = {
     NOT_FINITE: "the model's logits are not finite after this prompt",
     NOT_DRAWN: "no token could be drawn with its parameters; the log of the rank that samples has the reason",
 }
-
-
-class TokenizerLike(Protocol):
-    """The part of ``data.text.tokenizer.Tokenizer`` that generation uses."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def control_id(self, text: str) -> int: ...
-
-    @property
-    def controls(self) -> dict[str, int]: ...
-
-
-class TemplateLike(Protocol):
-    """The part of ``steer.templates.Template`` that generation uses."""
-
-    @property
-    def control_strings(self) -> tuple[str, ...]: ...
-
-    @property
-    def stop_strings(self) -> tuple[str, ...]: ...
-
-    @property
-    def response_suffix(self) -> str: ...
 
 
 class Generator:
@@ -89,17 +60,15 @@ class Generator:
         limits: Limits,
         group: ModelGroup | None = None,
     ) -> None:
-        """``model`` is called as ``model(input_ids, position_ids, None, labels=None, packed_seq_params=PackedTokens)``
-        and gives full-vocabulary logits. ``group`` is None for a replica of one process, else ``group.model_group()``.
+        """``model`` says by ``cache_shape()`` what it keeps of a token (``CacheShape``), and gives full-vocabulary
+        logits: through ``model/inference.py``, or called as ``model(input_ids, position_ids, None, labels=None,
+        packed_seq_params=PackedTokens)``. ``group`` is None for a replica of one process, else ``group.model_group()``.
 
         Raises UserError if the limits contradict each other."""
-        check_limits(limits)
-        self.tokenizer, self.template, self.limits = tokenizer, template, limits
+        self.tokenizer, self.template, self.limits = tokenizer, template, limits.checked()
         self.group: ModelGroup = group or LocalGroup()
-        self.stop_ids = frozenset(stop_ids_of(tokenizer, template))
-        special, self.longest_token_chars = _look_through(tokenizer, template)
-        self.banned_ids = frozenset(special - self.stop_ids)  # never drawn
-        self.runner = StepRunner(model, self.group, tokenizer.vocab_size, sorted(self.banned_ids), limits)
+        self.vocabulary = Vocabulary.of(tokenizer, template)
+        self.runner = StepRunner(model, self.group, self.vocabulary, limits)
         pool = BlockPool(limits.blocks, limits.block_tokens)
         self.scheduler: Scheduler[Job] = Scheduler(pool, limits.max_batch, limits.chunk_tokens, limits.reserve)
         self.error: str | None = None
@@ -129,32 +98,12 @@ class Generator:
             )
         return None
 
-    def ids_problem(self, params: SamplingParams) -> str | None:
-        """Return why the token ids in these parameters cannot be used, or None."""
-        vocab_size, allowed = self.tokenizer.vocab_size, params.allowed_token_ids
-        named = {
-            "logit_bias": [i for i, _ in params.logit_bias],
-            "stop_token_ids": params.stop_token_ids,
-            "allowed_token_ids": allowed or (),
-        }
-        for name, ids in named.items():
-            for i in ids:
-                if not 0 <= i < vocab_size:
-                    return f"{name}: the token id {i} is outside [0, {vocab_size})"
-        if allowed is not None:
-            drawable = set(allowed) - self.banned_ids
-            if params.min_tokens:
-                drawable -= self.stop_ids | set(params.stop_token_ids)
-            if not drawable:
-                return "allowed_token_ids leaves no token that may be drawn; name one that is text"
-        return None
-
     def _check_alive(self) -> None:
         if self.error is not None:
             raise EngineDead(self.error)
 
     def _check(self, requests: Sequence[Request]) -> None:
-        vocab_size = self.tokenizer.vocab_size
+        vocab_size = self.vocabulary.size
         # The choices of a request share the prompt, whose ids are checked once.
         inside: set[int] = set()
         for request in requests:
@@ -166,7 +115,7 @@ class Generator:
                 if min(request.prompt_ids) < 0 or max(request.prompt_ids) >= vocab_size:
                     raise UserError(f"request {request.id}: a prompt token id is outside [0, {vocab_size})")
                 inside.add(id(request.prompt_ids))
-            if (problem := self.ids_problem(request.params)) is not None:
+            if (problem := self.vocabulary.problem(request.params)) is not None:
                 raise UserError(f"request {request.id}: {problem}")
         if len({request.id for request in requests}) < len(requests):
             raise UserError("two requests have the same id; ids must be unique")
@@ -209,12 +158,12 @@ class Generator:
 
     def new_job(self, request: Request, on_delta: Callable[[Delta], None] | None, text_in_deltas: bool = True) -> Job:
         handle = Handle(request, self.cancel)
-        return Job(request, handle, self.new_text(request), on_delta, self.stop_ids, text_in_deltas)
+        return Job(request, handle, self.new_text(request), on_delta, self.vocabulary.stop_ids, text_in_deltas)
 
     def new_text(self, request: Request) -> ResponseText:
         """Return the empty text of a response to ``request``."""
         params = request.params
-        silent = self.stop_ids | (set() if params.include_stop_str_in_output else set(params.stop_token_ids))
+        silent = self.vocabulary.stop_ids | (set() if params.include_stop_str_in_output else set(params.stop_token_ids))
         return ResponseText(
             self.tokenizer.decode,
             params.stop,
@@ -373,7 +322,7 @@ class Generator:
 
     def _result(self, job: Job, piece: str = "") -> Result:
         """Return the job's result, after its last text was sent as a delta."""
-        by_control = job.token_ids[-1:] != [] and job.token_ids[-1] in job.stop_ids & self.stop_ids
+        by_control = job.token_ids[-1:] != [] and job.token_ids[-1] in job.stop_ids & self.vocabulary.stop_ids
         text, rest = job.text.finish(job.token_ids, by_control)
         if job.reason == "length" and job.text.stopped_at is not None:
             job.reason = "stop"  # the text that was held back contains a stop string
@@ -495,20 +444,6 @@ class Generator:
         return [results[request.id] for request in requests]
 
 
-def check_limits(limits: Limits) -> None:
-    """Raise UserError if no request could ever run."""
-    for name in ("max_queue", "max_batch", "max_sequence_tokens", "max_cache_tokens", "block_tokens", "chunk_tokens"):
-        value = getattr(limits, name)
-        if value < 1:
-            section = "server" if name == "max_queue" else "generation"
-            raise UserError(f"{section}.{name}={value} must be at least 1")
-    if limits.blocks < limits.blocks_for(limits.max_sequence_tokens):
-        raise UserError(
-            f"generation.max_cache_tokens={limits.max_cache_tokens} is less than generation.max_sequence_tokens="
-            f"{limits.max_sequence_tokens}: the longest sequence would never fit; raise the one or lower the other"
-        )
-
-
 def _delta(job: Job, text: str) -> Delta:
     """Return the delta of the job's last token, whose text and that of tokens before it may be held back."""
     params = job.row_params
@@ -519,21 +454,3 @@ def _delta(job: Job, text: str) -> Delta:
         tuple(job.top_logprobs[-1:]) if params.top_logprobs else None,
         whole=job.text.whole,
     )
-
-
-def stop_ids_of(tokenizer: TokenizerLike, template: TemplateLike) -> set[int]:
-    """Return the ids of the tokens that end a response."""
-    ids = {tokenizer.control_id(s) for s in template.stop_strings}
-    eos = getattr(tokenizer, "eos_id", None)
-    return ids | ({eos} if eos is not None and eos >= 0 else set())
-
-
-def _look_through(tokenizer: TokenizerLike, template: TemplateLike) -> tuple[set[int], int]:
-    """Return the ids that are not text (control strings of the template, and tokens without a text such as ``<s>``),
-    and the largest number of characters of a token, from which a lower bound of a text's tokens follows.
-
-    Each id is decoded twice in a row, since a decoder may drop a blank at the start."""
-    chars = [len(tokenizer.decode([i, i])) for i in range(tokenizer.vocab_size)]
-    # A model that takes no attributes may lack the label marker.
-    ids = {tokenizer.controls[s] for s in template.control_strings if s in tokenizer.controls}
-    return ids | {i for i, count in enumerate(chars) if not count}, -(-max(chars, default=1) // 2)

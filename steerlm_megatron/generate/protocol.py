@@ -185,6 +185,21 @@ class Limits:
     reserve: bool = False  # a sequence is admitted only with room for all of its tokens
     overlap: bool = False  # a step is queued before the tokens of the step before it are read
 
+    def checked(self) -> Limits:
+        """Return self, or raise UserError if no request could ever run."""
+        for name in (
+            "max_queue", "max_batch", "max_sequence_tokens", "max_cache_tokens", "block_tokens", "chunk_tokens",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                section = "server" if name == "max_queue" else "generation"
+                raise UserError(f"{section}.{name}={getattr(self, name)} must be at least 1")
+        if self.blocks < self.blocks_for(self.max_sequence_tokens):
+            raise UserError(
+                f"generation.max_cache_tokens={self.max_cache_tokens} is less than generation.max_sequence_tokens="
+                f"{self.max_sequence_tokens}: the longest sequence would never fit; raise the one or lower the other"
+            )
+        return self
+
     @property
     def blocks(self) -> int:
         """Number of blocks of the key/value cache."""

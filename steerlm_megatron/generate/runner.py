@@ -20,6 +20,7 @@ from steerlm_megatron.generate.kv_cache import BlockTables, KVCache, Span
 from steerlm_megatron.generate.protocol import MAX_TOP_LOGPROBS, Limits, Top
 from steerlm_megatron.generate.sampling import BatchSampler, RowParams, prompt_logprobs
 from steerlm_megatron.generate.scheduler import NewRow, StepPlan
+from steerlm_megatron.generate.vocabulary import Vocabulary
 from steerlm_megatron.model.inference import InferencePath
 from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens
 from steerlm_megatron.observe.log import get_logger
@@ -102,9 +103,7 @@ class Launched:
 class StepRunner:
     """Runs plans on this rank's part of the model. Every rank of the replica calls :meth:`launch` with equal plans."""
 
-    def __init__(
-        self, model: torch.nn.Module, group: ModelGroup, vocab_size: int, banned_ids: Sequence[int], limits: Limits
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, group: ModelGroup, vocabulary: Vocabulary, limits: Limits) -> None:
         """``model`` says by ``cache_shape()`` what its keys and values take; the cache is allocated here."""
         config = getattr(model, "config", None)
         if getattr(config, "sequence_parallel", False):
@@ -116,10 +115,10 @@ class StepRunner:
         shape: CacheShape = self.model.cache_shape()
         self.device, self.dtype = next(model.parameters()).device, shape.dtype
         self.group = group
-        self.vocab_size = vocab_size
+        self.vocab_size = vocabulary.size
         self._path = InferencePath(model) if InferencePath.takes(model) else None
         self.cache = KVCache(shape, limits.blocks, limits.block_tokens, self.device)
-        self.sampler = BatchSampler(vocab_size, banned_ids, self.device)
+        self.sampler = BatchSampler(vocabulary.size, sorted(vocabulary.banned_ids), self.device)
         self._hidden_size: int = getattr(config, "hidden_size", 0)
         self._rows: list[_Row] = []
         self._last_R = torch.zeros(0, dtype=torch.int64, device=self.device)  # the token that each row got last

@@ -108,7 +108,7 @@ class MoreRoutes:
             "vocab_size": tokenizer.vocab_size,
             "hash": tokenizer.hash,
             "control_tokens": tokenizer.controls,
-            "stop_token_ids": sorted(self.service.generator.stop_ids),
+            "stop_token_ids": sorted(self.service.generator.vocabulary.stop_ids),
             "eos_token": None,
             "bos_token": None,
             "pad_token": None,

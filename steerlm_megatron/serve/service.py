@@ -192,7 +192,7 @@ class Service:
 
     def _check_chars(self, chars: int, param: str) -> None:
         """Refuse a text that is too long however it is tokenised, before it is tokenised."""
-        self._check_tokens(-(-chars // self.generator.longest_token_chars), param, "at least ")
+        self._check_tokens(-(-chars // self.generator.vocabulary.longest_token_chars), param, "at least ")
 
     def _check_tokens(self, tokens: int, param: str, about: str = "") -> None:
         limit = self.generator.limits.max_sequence_tokens
@@ -238,7 +238,7 @@ class Service:
         if params.min_tokens > params.max_tokens:
             message = f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}"
             raise ApiError(400, message, "min_tokens")
-        problem = self.generator.ids_problem(params)
+        problem = self.generator.vocabulary.problem(params)
         if problem is not None:
             raise ApiError(400, problem, problem.partition(" ")[0].rstrip(":"))
 
@@ -279,7 +279,7 @@ class Service:
     def _silent(self, ask: Ask) -> Set[int]:
         """Return the tokens that are no text of a response."""
         stops: list[int] = [] if ask.body.include_stop_str_in_output else ask.body.stop_token_ids
-        return self.generator.stop_ids | set(stops)
+        return self.generator.vocabulary.stop_ids | set(stops)
 
     def _logprobs(self, ask: Ask, index: int, result: Result) -> dict[str, Any]:
         pieces = [] if ask.prompt_alone else [self.texts.of_result(result, self._silent(ask))]

@@ -20,9 +20,10 @@ from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config, GenerationConfig, SamplingConfig
 from steerlm_megatron.errors import TryLater, UserError
 from steerlm_megatron.generate.cache_size import limits_for
-from steerlm_megatron.generate.generator import Generator, stop_ids_of
+from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.group import model_group
 from steerlm_megatron.generate.protocol import Request, Result, Sampler, SamplingParams, derive_seed
+from steerlm_megatron.generate.vocabulary import stop_ids_of
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL, remove_journal

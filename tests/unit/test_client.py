@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.generator import stop_ids_of
 from steerlm_megatron.generate.protocol import Request, Result, SamplingParams
+from steerlm_megatron.generate.vocabulary import stop_ids_of
 from steerlm_megatron.serve.client import SamplingClient
 from steerlm_megatron.serve.upstream import Expected, ServerFailure, Upstream, message, refused_key, retry_after
 from steerlm_megatron.stages.sampling import expected_of, identity

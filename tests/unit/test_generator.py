@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.generator import Generator, check_limits
+from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import Delta, EngineDead, QueueFull, Request, Result, SamplingParams
 from steerlm_megatron.generate.text import ResponseText
 from steerlm_megatron.model.packed_tokens import PackedTokens
@@ -312,9 +312,9 @@ def test_submission_from_threads_while_running() -> None:
 
 def test_limits_that_contradict_each_other() -> None:
     with pytest.raises(UserError, match="max_cache_tokens=100"):
-        check_limits(limits(max_cache_tokens=100))
+        limits(max_cache_tokens=100).checked()
     with pytest.raises(UserError, match="max_batch=0"):
-        check_limits(limits(max_batch=0))
+        limits(max_batch=0).checked()
 
 
 def test_real_model_with_cache_equals_without() -> None:

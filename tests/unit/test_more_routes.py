@@ -81,7 +81,7 @@ def test_tokens_of_texts_and_chats(server: Server) -> None:
     assert drawn["usage"] == again["usage"] and drawn["choices"][0]["token_ids"] == again["choices"][0]["token_ids"]
     info = server.client.get(f"{server.url}/tokenizer_info").json()
     assert info["vocab_size"] == TOKENIZER.vocab_size and info["hash"] == TOKENIZER.hash
-    assert info["stop_token_ids"] == sorted(server.generator.stop_ids) and info["eos_token"] is None
+    assert info["stop_token_ids"] == sorted(server.generator.vocabulary.stop_ids) and info["eos_token"] is None
 
 
 def test_conversations_get_values(server: Server) -> None:
