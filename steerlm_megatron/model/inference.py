@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
-from steerlm_megatron.model.fused import rotated
+from steerlm_megatron.model.fused import rotate, rotated
 from steerlm_megatron.model.gpt import LastLayer, LastParallelLayer, PackedGPTModel, ParallelLayer
 from steerlm_megatron.model.norm import NormedResidual, PackedNorm
 from steerlm_megatron.model.packed_tokens import PackedTokens, Rotary
@@ -72,6 +72,8 @@ class _Layer:
             None if norm is None else _Norm(norm) for norm in (attention.q_layernorm, attention.k_layernorm)
         )
         self.rotary: Rotary = core.rotary
+        self.compiled: bool = core.compiled  # engine.compile: one kernel for each norm, rotation and activation
+        self.activate = layer.mlp.activation_func
         self.scale, self.window, self.softcap = core.scale, core.window, core.softcap
         after = (layer.self_attn_bda, layer.mlp_bda)
         self.after_attention, self.after_mlp = (
@@ -96,12 +98,12 @@ class _Layer:
     def _attention(self, x_TD: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
         assert packed.kv is not None
         qkv_TGSH = F.linear(x_TD, self.qkv.weight, self.qkv.bias).view(-1, self.groups, self.share + 2, self.dim)
-        cos_T1R, sin_T1R = packed.rotary(self.rotary, x_TD.dtype)
+        cos_T11R, sin_T11R = (table.unsqueeze(1) for table in packed.rotary(self.rotary, x_TD.dtype))
         if self.q_norm is not None and self.k_norm is not None:
             q_TGSH, k_TGSH = self.q_norm(qkv_TGSH[:, :, : self.share]), self.k_norm(qkv_TGSH[:, :, self.share : -1])
-            q_TGSH, k_TGSH = (rotated(x, cos_T1R[:, None], sin_T1R[:, None]) for x in (q_TGSH, k_TGSH))
+            q_TGSH, k_TGSH = (self._turned(x, cos_T11R, sin_T11R) for x in (q_TGSH, k_TGSH))
         else:  # the queries of a group and its key stand side by side
-            both_TGSH = rotated(qkv_TGSH[:, :, :-1], cos_T1R[:, None], sin_T1R[:, None])
+            both_TGSH = self._turned(qkv_TGSH[:, :, :-1], cos_T11R, sin_T11R)
             q_TGSH, k_TGSH = both_TGSH[:, :, :-1], both_TGSH[:, :, -1:]
         k_TGH, v_TGH = k_TGSH[:, :, 0], qkv_TGSH[:, :, -1]
         out_TNH = packed.kv.attend(
@@ -109,10 +111,18 @@ class _Layer:
         )
         return out_TNH.flatten(1)
 
+    def _turned(self, x_TGSH: torch.Tensor, cos_T11R: torch.Tensor, sin_T11R: torch.Tensor) -> torch.Tensor:
+        if self.compiled:
+            return rotate(x_TGSH, cos_T11R, sin_T11R, compiled=True)
+        return rotated(x_TGSH, cos_T11R, sin_T11R)
+
     def _mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
         inner_TF = F.linear(x_TD, self.fc1.weight, self.fc1.bias)
         if not self.gated:
             out_TF: torch.Tensor = self.activation(inner_TF)
+            return out_TF
+        if self.compiled:
+            out_TF = self.activate(inner_TF)
             return out_TF
         gate_TF, up_TF = inner_TF.chunk(2, -1)
         return (F.gelu(gate_TF, approximate="tanh") if self.tanh else F.silu(gate_TF)).mul_(up_TF)

@@ -38,11 +38,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def built(lora: Lora | None = None, **changes: Any) -> PackedGPTModel:
+def built(lora: Lora | None = None, compiled: bool = False, **changes: Any) -> PackedGPTModel:
     parallel.initialize(ParallelConfig(), seed=1)
     shape = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48}
     config = ModelConfig(**{**shape, "init_std": 0.3, **changes})
-    model = build_model(config, ParallelConfig(), EngineConfig(), VOCAB, gather_logits=True, lora=lora)
+    model = build_model(config, ParallelConfig(), EngineConfig(compile=compiled), VOCAB, gather_logits=True, lora=lora)
     initialize(model, config, VOCAB, seed=3)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -82,6 +82,26 @@ def test_equals_the_model(kind: str) -> None:
     for ours, expected in zip(steps(model, InferencePath(model)), steps(model, theirs), strict=True):
         assert expected.std() > 0.1 and ours.shape == expected.shape
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
+@torch.inference_mode()
+def test_with_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' formulas stand in for them: compiling takes half a minute, and ``test_fused.py`` has it."""
+    kernels: list[str] = []
+
+    def formula_itself(formula: Any) -> Any:
+        kernels.append(formula.__name__)
+        return formula
+
+    monkeypatch.setattr("steerlm_megatron.model.fused._compiled", formula_itself)
+    for kind in ("llama", "gemma3"):
+        expected, found = (built(compiled=compiled, **KINDS[kind]) for compiled in (False, True))
+        kernels.clear()
+        for ours, theirs in zip(
+            steps(found, InferencePath(found)), steps(expected, InferencePath(expected)), strict=True
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+        assert {"_rms_norm_formula", "_rotate_formula"} < set(kernels) and len(set(kernels)) == 3
 
 
 def test_the_cache_takes_what_the_arithmetic_says() -> None:
