@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from typing import Protocol
 
-import psutil
 import torch
 
 from steerlm_megatron.errors import UserError
@@ -17,6 +16,7 @@ from steerlm_megatron.generate.group import ModelGroup
 from steerlm_megatron.generate.protocol import Limits
 from steerlm_megatron.model.packed_tokens import CacheShape
 from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.runtime import host_memory
 
 log = get_logger(__name__)
 
@@ -37,10 +37,10 @@ class GenerationLike(Protocol):
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still allocate: of its GPU, or its share of what the host has available."""
+    """Bytes that this rank may still allocate: of its GPU, or its share of what the host has left for this job."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return host_memory.available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def limits_for(
