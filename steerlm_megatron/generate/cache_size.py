@@ -43,14 +43,24 @@ def free_memory(device: torch.device) -> int:
     return host_memory.available() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def chunk_tokens(wanted: GenerationLike, device: torch.device) -> int:
+    """Return how many tokens of prompts a step takes."""
+    return wanted.chunk_tokens or _CHUNK_TOKENS.get(device.type, _CHUNK_TOKENS["cpu"])
+
+
 def limits_for(
-    wanted: GenerationLike, longest: int, shape: CacheShape, device: torch.device, group: ModelGroup
+    wanted: GenerationLike,
+    longest: int,
+    shape: CacheShape,
+    device: torch.device,
+    group: ModelGroup,
+    still_to_load: int = 0,
 ) -> Limits:
     """Return the engine's limits for a model of ``longest`` positions. Collective over the replica.
 
     The cache has ``max_cache_tokens`` slots if that is set; else as many as ``max_batch`` sequences of full length
     need, within ``memory_fraction`` of the memory that is free. Other sequences' prefixes stay in slots that nobody
-    needs.
+    needs. ``still_to_load``: bytes of the model's weights, if they are not in memory yet.
 
     Raises:
         UserError: the memory does not hold one sequence of full length.
@@ -58,7 +68,7 @@ def limits_for(
     size = wanted.block_tokens
     sequence = min(wanted.max_sequence_tokens, longest)
     block_bytes = size * shape.token_bytes
-    free = free_memory(device)
+    free = max(0, free_memory(device) - still_to_load)
     needed = -(-sequence // size)
     fitting = group.least(int(free * wanted.memory_fraction) // block_bytes)
     if wanted.max_cache_tokens is not None:
@@ -72,11 +82,15 @@ def limits_for(
     else:
         blocks = min(wanted.max_batch * needed, fitting)
     if blocks < needed:
+        remedies = ["spread the model over more ranks (parallel.tensor, parallel.pipeline)"]
+        if fitting:
+            remedies.insert(0, f"lower generation.max_sequence_tokens (to {fitting * size} or less)")
+        if group.least(free // block_bytes) >= needed:
+            remedies.insert(0, "raise generation.memory_fraction")
         raise UserError(
             f"a sequence of {sequence} tokens needs {_size(needed * block_bytes)} of key/value cache a rank, and "
             f"generation.memory_fraction={wanted.memory_fraction:g} of the {_size(free)} that is free beside the "
-            f"model is less: lower generation.max_sequence_tokens (to {max(0, fitting * size)} or less), or spread the "
-            "model over more ranks (parallel.tensor, parallel.pipeline)"
+            f"model is less: {', or '.join(remedies)}"
         )
     log.info(
         "key/value cache: %d blocks of %d tokens, %s a rank; holds %d sequences of %d tokens",
@@ -87,7 +101,7 @@ def limits_for(
         max_sequence_tokens=sequence,
         max_cache_tokens=blocks * size,
         block_tokens=size,
-        chunk_tokens=wanted.chunk_tokens or _CHUNK_TOKENS.get(device.type, _CHUNK_TOKENS["cpu"]),
+        chunk_tokens=chunk_tokens(wanted, device),
         reserve=wanted.admission == "reserve",
         overlap=device.type == "cuda" and group.size == 1,  # other ranks get tokens by way of the host
     )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import count
 
 from steerlm_megatron.generate.adjust import History
 from steerlm_megatron.generate.protocol import Delta, FinishReason, Request, RequestFailed, Result, Top
@@ -18,6 +19,8 @@ from steerlm_megatron.generate.text import ResponseText
 from steerlm_megatron.observe.log import get_logger
 
 log = get_logger(__name__)
+
+_jobs = count()  # an id may be used again once its request has ended, and what was counted for it must not be
 
 
 @dataclass
@@ -96,7 +99,7 @@ class Job:
             allowed_ids=params.allowed_token_ids,
             min_tokens=params.min_tokens,
             stop_ids=tuple(sorted(stop_ids | self.stop_ids)) if params.min_tokens else (),
-            history=History(request.id, request.prompt_ids) if params.penalises else None,
+            history=History(f"{next(_jobs)}", request.prompt_ids) if params.penalises else None,
             prompt_logprobs=params.prompt_logprobs,
         )
         self.token_ids: list[int] = []

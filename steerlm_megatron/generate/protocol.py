@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from steerlm_megatron.errors import UserError
@@ -134,6 +134,9 @@ class Result:
     ``stop_reason``: the stop string or the one of ``stop_token_ids`` that ended it; None if a stop token of the
     template or the length did. ``prompt_logprobs`` and ``prompt_top_logprobs``, where asked for, have an entry for each
     token of the prompt; that of the first token, which nothing precedes, is None.
+
+    ``seconds``: from when the engine took the request in (or, from a server, from when it was sent) to its end; None
+    where nobody measured. Two results are equal whatever their seconds are.
     """
 
     id: str
@@ -147,6 +150,7 @@ class Result:
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None
     prompt_top_logprobs: tuple[Top | None, ...] | None = None
+    seconds: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ class Delta:
 
 
 class Sampler(Protocol):
-    """The interface that ``Generator`` and ``SamplingClient`` share, so that generate and bootstrap take either."""
+    """The interface that ``Engine`` and ``SamplingClient`` share, so that generate and bootstrap take either."""
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
         """Return results in the order of ``requests``."""

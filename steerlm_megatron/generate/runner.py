@@ -1,7 +1,7 @@
 """One generation step on one rank: from a plan to sampled ids.
 
-Owns: the model's inputs, passing hidden states between stages, the cache and the sampler of this rank. Does not own:
-the plan (``scheduler.py``). Invariant: the state is a function of the sequence of plans and of sampled tokens alone, so
+Owns: the model's inputs, the cache and the sampler of this rank. Does not own: the plan (``scheduler.py``), the forward
+pass (``forward.py``). Invariant: the state is a function of the sequence of plans and of sampled tokens alone, so
 that ranks with the same plans hold the same rows.
 """
 
@@ -9,39 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import numpy as np
 import torch
 
-from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.drawn import Drawn
+from steerlm_megatron.generate.forward import CachedForward
 from steerlm_megatron.generate.group import ModelGroup
 from steerlm_megatron.generate.kv_cache import BlockTables, KVCache, Span
 from steerlm_megatron.generate.protocol import MAX_TOP_LOGPROBS, Limits, Top
 from steerlm_megatron.generate.sampling import BatchSampler, RowParams, prompt_logprobs
 from steerlm_megatron.generate.scheduler import NewRow, StepPlan
 from steerlm_megatron.generate.vocabulary import Vocabulary
-from steerlm_megatron.model.inference import InferencePath
-from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens
+from steerlm_megatron.model.packed_tokens import PackedTokens
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.device import HostCopy, to_device
 
 log = get_logger(__name__)
-
-
-@dataclass
-class Drawn:
-    """What a step gives: a token for each row that has been fed all of its tokens, and what rows asked to know of it.
-
-    ``top``: per row the most likely tokens, as many as it asked for; empty if no row asked. ``prompts``, by number
-    among these rows, where the last part of a prompt was computed and the row asked: the log-probability of each token
-    of the prompt but the first, and the most likely tokens in its place.
-    """
-
-    ids: list[int]
-    logprobs: list[float]
-    top: list[Top] = field(default_factory=list)
-    prompts: dict[int, tuple[list[float], list[Top]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -105,21 +89,11 @@ class StepRunner:
 
     def __init__(self, model: torch.nn.Module, group: ModelGroup, vocabulary: Vocabulary, limits: Limits) -> None:
         """``model`` says by ``cache_shape()`` what its keys and values take; the cache is allocated here."""
-        config = getattr(model, "config", None)
-        if getattr(config, "sequence_parallel", False):
-            raise UserError(
-                "parallel.sequence=true cannot generate: a step has one token per sequence; use parallel.sequence=false"
-            )
-        self.model = cast(Any, model)
-        self.model.eval()
-        shape: CacheShape = self.model.cache_shape()
-        self.device, self.dtype = next(model.parameters()).device, shape.dtype
-        self.group = group
+        self._compute = CachedForward(model, group)
+        self.model, self.device, self.group = self._compute.model, self._compute.device, group
         self.vocab_size = vocabulary.size
-        self._path = InferencePath(model) if InferencePath.takes(model) else None
-        self.cache = KVCache(shape, limits.blocks, limits.block_tokens, self.device)
+        self.cache = KVCache(self._compute.shape, limits.blocks, limits.block_tokens, self.device)
         self.sampler = BatchSampler(vocabulary.size, sorted(vocabulary.banned_ids), self.device)
-        self._hidden_size: int = getattr(config, "hidden_size", 0)
         self._rows: list[_Row] = []
         self._last_R = torch.zeros(0, dtype=torch.int64, device=self.device)  # the token that each row got last
         self._tables = BlockTables(limits.max_batch, limits.blocks_for(limits.max_sequence_tokens))
@@ -127,7 +101,7 @@ class StepRunner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Queue a step. It gives a token for each row whose tokens have all been fed, in order; a row from which no
-        token can be drawn gets a negative id (``sampling.NOT_FINITE``, ``NOT_DRAWN``). The next step may be queued
+        token can be drawn gets a negative id (``drawn.NOT_FINITE``, ``NOT_DRAWN``). The next step may be queued
         before this one is read. Collective over the replica.
         """
         self._change_rows(plan)
@@ -246,14 +220,7 @@ class StepRunner:
             kv=self.cache,
             output_index_K=None if every_token else to_device(wanted_K, self.device),
         )
-        hidden_T1D = None
-        if not self.group.is_first_stage:
-            hidden_T1D = self.group.receive_hidden((len(ids_T), 1, self._hidden_size), self.dtype, self.device)
-        output = self._compute(ids_T, packed, hidden_T1D)
-        if self.group.is_last_stage:
-            done.logits_KV = output
-        else:
-            self.group.send_hidden(output)
+        done.logits_KV = self._compute(ids_T, packed)
         return done
 
     def _ids(self, fed: Sequence[tuple[Span, tuple[int, ...]]], chunks: dict[int, int]) -> torch.Tensor:
@@ -266,22 +233,6 @@ class StepRunner:
             at_D, row_D = to_device(np.array(decoding, np.int64).T.copy(), self.device)
             ids_T.index_copy_(0, at_D, self._last_R.index_select(0, row_D))
         return ids_T
-
-    def _compute(self, ids_T: torch.Tensor, packed: PackedTokens, hidden_T1D: torch.Tensor | None) -> torch.Tensor:
-        """Logits [K, V] on the last stage, hidden states [T, 1, D] on the others."""
-        if self._path is not None:
-            return self._path(ids_T, packed, hidden_T1D)
-        if hidden_T1D is not None:
-            self.model.set_input_tensor(hidden_T1D)
-        assert packed.positions_T is not None
-        output: torch.Tensor = self.model(
-            input_ids=ids_T[None],
-            position_ids=packed.positions_T[None],
-            attention_mask=None,
-            labels=None,
-            packed_seq_params=packed,
-        )
-        return output[0] if self.group.is_last_stage else output
 
 
 def _row(new: NewRow) -> _Row:

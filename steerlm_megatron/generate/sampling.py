@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from steerlm_megatron.generate.adjust import Adjustments, History
+from steerlm_megatron.generate.drawn import NOT_DRAWN, NOT_FINITE
 from steerlm_megatron.generate.protocol import MAX_TOP_LOGPROBS, mix64
 from steerlm_megatron.observe.log import get_logger
 
@@ -32,12 +33,8 @@ _TOPK_SIZES = (64, 512, 4096)
 # Below this temperature the most likely token is drawn, since dividing by it would overflow a float.
 GREEDY_BELOW = 1e-5
 
-_LOWEST = torch.finfo(torch.float32).min  # takes the place of -inf, which is not JSON
+LOWEST_LOGPROB = torch.finfo(torch.float32).min  # takes the place of -inf, which is not JSON
 _PROMPT_ROWS = 256  # prompt positions whose log-probabilities are computed at a time, to bound float32 copies of logits
-
-# These numbers take the place of a token in a row that has none:
-NOT_FINITE = -1  # the row's largest logit is NaN or infinite
-NOT_DRAWN = -2  # drawing from the row raised an exception
 
 
 @dataclass(frozen=True)
@@ -181,7 +178,7 @@ class BatchSampler:
             return ids_B, None
         chosen_B = model_BV.gather(1, ids_B.clamp(min=0).unsqueeze(1)).squeeze(1)
         # A high temperature may draw a token whose log-probability is below float32's range; -inf is not JSON.
-        return ids_B, (chosen_B - model_BV.logsumexp(1)).clamp(min=_LOWEST)
+        return ids_B, (chosen_B - model_BV.logsumexp(1)).clamp(min=LOWEST_LOGPROB)
 
     def most_likely(self, logits_BV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the ids int64 [B, N] and log-probabilities float32 [B, N] of each row's N most likely tokens under the
@@ -194,7 +191,8 @@ class BatchSampler:
         if self._banned.numel():
             logits_BV.index_fill_(1, self._banned, float("-inf"))
         top_BN, ids_BN = torch.topk(logits_BV, min(MAX_TOP_LOGPROBS, self.vocab_size), dim=1)
-        return ids_BN, (top_BN - logits_BV.logsumexp(1, keepdim=True)).nan_to_num(nan=_LOWEST).clamp(min=_LOWEST)
+        logprobs_BN = (top_BN - logits_BV.logsumexp(1, keepdim=True)).nan_to_num(nan=LOWEST_LOGPROB)
+        return ids_BN, logprobs_BN.clamp(min=LOWEST_LOGPROB)
 
     def sample_each(
         self, rows: Sequence[RowParams], logits_BV: torch.Tensor, indices: Sequence[int]
@@ -284,7 +282,7 @@ def prompt_logprobs(
         top_TN, top_ids_TN = torch.topk(part_TV, count, dim=1)
         parts.append(((chosen_T1 - total_T1).squeeze(1), top_ids_TN, top_TN - total_T1))
     chosen_T, top_ids_TN, top_TN = (torch.cat(column) for column in zip(*parts, strict=True))
-    return chosen_T.clamp(min=_LOWEST), top_ids_TN, top_TN.clamp(min=_LOWEST)
+    return chosen_T.clamp(min=LOWEST_LOGPROB), top_ids_TN, top_TN.clamp(min=LOWEST_LOGPROB)
 
 
 def _invert(probs_BK: torch.Tensor, u_B1: torch.Tensor) -> torch.Tensor:

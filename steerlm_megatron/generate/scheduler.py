@@ -92,6 +92,7 @@ class Scheduler(Generic[S]):
         self.waiting: deque[S] = deque()
         self.rows: list[Row[S]] = []
         self.preemptions = 0
+        self.shared_prompt_tokens = 0  # of prompts, found in the cache when their sequences were first admitted
         self._told: list[Row[S]] = []  # the rows as of the last plan, which is what the other ranks hold
         self._wipe: list[int] = []  # blocks that the next plan wipes
 
@@ -205,6 +206,7 @@ class Scheduler(Generic[S]):
             self.waiting.popleft()
             self.rows.append(row)
             number, drawn = len(self.rows) - 1, len(sequence.token_ids)
+            self.shared_prompt_tokens += 0 if drawn else start
             plan.new.append(
                 NewRow(sequence.row_params.after(sequence.token_ids), start, ids[start:], drawn, list(blocks), twin)
             )

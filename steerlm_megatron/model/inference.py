@@ -10,7 +10,6 @@ an autograd function for each product, norm and activation, and look a process g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -22,6 +21,10 @@ from steerlm_megatron.model.fused import rotate, rotated
 from steerlm_megatron.model.gpt import LastLayer, LastParallelLayer, PackedGPTModel, ParallelLayer
 from steerlm_megatron.model.norm import NormedResidual, PackedNorm
 from steerlm_megatron.model.packed_tokens import PackedTokens, Rotary
+from steerlm_megatron.model.packed_weights import Linear, can_pack
+from steerlm_megatron.runtime import host_memory
+
+_COPY_SHARE = 1 / 8  # of the free memory: generation.memory_fraction, which is decided before, leaves more
 
 
 class _Norm:
@@ -44,15 +47,9 @@ class _Norm:
         return (x * norm.square_().div_(self.width).add_(self.eps).rsqrt_()).mul_(self.weight)
 
 
-@dataclass
-class _Linear:
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-    @classmethod
-    def of(cls, module: Any) -> _Linear:
-        bias = getattr(module, "bias", None)
-        return cls(module.weight.detach(), None if bias is None or not bias.numel() else bias.detach())
+def _linear(module: Any) -> Linear:
+    bias = getattr(module, "bias", None)
+    return Linear(module.weight.detach(), None if bias is None or not bias.numel() else bias.detach())
 
 
 class _Layer:
@@ -63,8 +60,8 @@ class _Layer:
         self.group = tensor_group
         self.number: int = layer.layer_number
         self.input_norm, self.mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.pre_mlp_layernorm)
-        self.qkv, self.proj = _Linear.of(attention.linear_qkv), _Linear.of(attention.linear_proj)
-        self.fc1, self.fc2 = _Linear.of(layer.mlp.linear_fc1), _Linear.of(layer.mlp.linear_fc2)
+        self.qkv, self.proj = _linear(attention.linear_qkv), _linear(attention.linear_proj)
+        self.fc1, self.fc2 = _linear(layer.mlp.linear_fc1), _linear(layer.mlp.linear_fc2)
         self.groups: int = attention.num_query_groups_per_partition
         self.share: int = attention.num_attention_heads_per_partition // self.groups
         self.dim: int = attention.hidden_size_per_attention_head
@@ -97,7 +94,7 @@ class _Layer:
 
     def _attention(self, x_TD: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
         assert packed.kv is not None
-        qkv_TGSH = F.linear(x_TD, self.qkv.weight, self.qkv.bias).view(-1, self.groups, self.share + 2, self.dim)
+        qkv_TGSH = self.qkv(x_TD).view(-1, self.groups, self.share + 2, self.dim)
         cos_T11R, sin_T11R = (table.unsqueeze(1) for table in packed.rotary(self.rotary, x_TD.dtype))
         if self.q_norm is not None and self.k_norm is not None:
             q_TGSH, k_TGSH = self.q_norm(qkv_TGSH[:, :, : self.share]), self.k_norm(qkv_TGSH[:, :, self.share : -1])
@@ -117,7 +114,7 @@ class _Layer:
         return rotated(x_TGSH, cos_T11R, sin_T11R)
 
     def _mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
-        inner_TF = F.linear(x_TD, self.fc1.weight, self.fc1.bias)
+        inner_TF = self.fc1(x_TD)
         if not self.gated:
             out_TF: torch.Tensor = self.activation(inner_TF)
             return out_TF
@@ -127,17 +124,19 @@ class _Layer:
         gate_TF, up_TF = inner_TF.chunk(2, -1)
         return (F.gelu(gate_TF, approximate="tanh") if self.tanh else F.silu(gate_TF)).mul_(up_TF)
 
-    def _sum(self, x_TF: torch.Tensor, linear: _Linear) -> torch.Tensor:
+    def _sum(self, x_TF: torch.Tensor, linear: Linear) -> torch.Tensor:
         """A linear layer whose input features are spread over the tensor-parallel ranks, bias included."""
         if self.group is None:
-            return F.linear(x_TF, linear.weight, linear.bias)
-        out_TD = F.linear(x_TF, linear.weight)
+            return linear(x_TF)
+        out_TD = linear(x_TF, with_bias=False)
         dist.all_reduce(out_TD, group=self.group)
         return out_TD if linear.bias is None else out_TD.add_(linear.bias)
 
 
 class InferencePath:
-    """A model's forward pass over tokens with a cache. The model's weights are used, not copied."""
+    """A model's forward pass over tokens with a cache. The model's weights are used as they are; on CPUs the layers'
+    matrices are also copied, into a faster order, where that takes little of the memory that is free.
+    """
 
     def __init__(self, gpt: PackedGPTModel) -> None:
         """``gpt`` must be one that :meth:`takes`."""
@@ -145,6 +144,11 @@ class InferencePath:
         group = parallel_state.get_tensor_model_parallel_group() if size > 1 else None
         self.gpt = gpt
         self.layers = [_Layer(layer, group) for layer in gpt.decoder.layers]
+        matrices = [matrix for layer in self.layers for matrix in (layer.qkv, layer.proj, layer.fc1, layer.fc2)]
+        copied = sum(matrix.weight.nbytes for matrix in matrices)
+        if all(can_pack(matrix.weight) for matrix in matrices) and copied < _COPY_SHARE * host_memory.available():
+            for matrix in matrices:
+                matrix.pack()
 
     @staticmethod
     def takes(model: torch.nn.Module) -> TypeGuard[PackedGPTModel]:

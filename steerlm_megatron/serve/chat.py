@@ -8,7 +8,9 @@ turns alone: what was interrupted or failed is not part of it.
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,7 +78,10 @@ class Chat:
                     return
                 self.attributes[name] = int(level) if level == int(level) else level
             elif name in _NUMBERS:
-                self.settings[name] = _NUMBERS[name](value)
+                number = _NUMBERS[name](value)
+                if not math.isfinite(number):
+                    raise ValueError(value)
+                self.settings[name] = number
             else:
                 self.say(f"{name or '/set'}: there are {', '.join([*names, *_NUMBERS])}\n")
                 return
@@ -123,14 +128,17 @@ class Chat:
             self.say("\n[ended; it is not part of the conversation]\n")
             return
         except UserError as error:
-            self.say(f"[{error}]\n")
+            self.say(f"\n[{error}]\n" if answer else f"[{error}]\n")
             return
         self.say("\n" if answer else "[an empty response]\n")
         self.messages = [*messages, {"role": "assistant", "content": answer}]
 
 
 def _stream(http: httpx.Client, url: str, body: dict[str, Any]) -> Iterator[str]:
-    """Yield the pieces of a response. Raises UserError with what the server says is wrong."""
+    """Yield the pieces of a response. Raises UserError with what the server says is wrong, or if the response breaks
+    off.
+    """
+    whole = False
     try:
         with http.stream("POST", url, json=body) as response:
             if response.status_code != 200:
@@ -138,15 +146,32 @@ def _stream(http: httpx.Client, url: str, body: dict[str, Any]) -> Iterator[str]
                 raise UserError(_reason(response))
             for line in response.iter_lines():
                 data = line.removeprefix("data:").strip()
-                if not line.startswith("data:") or data == "[DONE]":
+                if not line.startswith("data:"):
                     continue
-                event = json.loads(data)
-                if "error" in event:
-                    raise UserError(str(event["error"].get("message", event["error"])))
-                for choice in event.get("choices", ()):
-                    yield choice["delta"].get("content") or ""
+                if data == "[DONE]":
+                    whole = True
+                    continue
+                piece, ended = _piece(data)
+                whole = whole or ended
+                yield piece
     except httpx.HTTPError as error:
         raise UserError(f"the server does not answer: {type(error).__name__}: {error}") from error
+    if not whole:
+        raise UserError("the response broke off before its end")
+
+
+def _piece(data: str) -> tuple[str, bool]:
+    """Return the text in an event of a stream, and whether the response ends with it. Raises UserError."""
+    try:
+        event = json.loads(data)
+        if "error" not in event:
+            choices = event.get("choices") or ()
+            text = "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
+            return text, any(choice.get("finish_reason") for choice in choices)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"the server does not answer as OpenAI's API does: {data[:200]}") from error
+    told = event["error"]
+    raise UserError(str(told.get("message", told) if isinstance(told, dict) else told))
 
 
 def _reason(response: httpx.Response) -> str:
@@ -160,7 +185,7 @@ def connect(http: httpx.Client, url: str, say: Callable[[str], None]) -> Chat:
     """Return a conversation with the first model of the server. Raises UserError if there is no such server."""
     try:
         response = http.get(f"{url}/v1/models")
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise UserError(
             f"no server answers at {url} ({type(error).__name__}); start one with: steerlm serve checkpoint=…, "
             "or name another: steerlm chat http://HOST:PORT"
@@ -183,6 +208,12 @@ def chat(arguments: Sequence[str]) -> None:
     known = parser.parse_args(list(arguments))
     url = known.url.rstrip("/").removesuffix("/v1")
     headers = {"Authorization": f"Bearer {known.api_key}"} if known.api_key else {}
+    if known.api_key and not (known.api_key.isascii() and known.api_key.isprintable()):
+        raise UserError("--api-key holds characters that no API key has; a key is ASCII")
+    for stream in (sys.stdin, sys.stdout):
+        # Text that the terminal's encoding lacks is shown as "?", and bytes that are no text are not sent.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     asks = sys.stdin.isatty()
     if asks:
         import readline  # noqa: F401  # it gives input() a history and editing

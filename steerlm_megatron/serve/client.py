@@ -1,4 +1,4 @@
-"""A client for bulk sampling over HTTP, with the interface of ``Generator.generate``.
+"""A client for bulk sampling over HTTP, with the interface of ``Engine.generate``.
 
 Owns: spreading requests over servers, bounded concurrency, tries, watching servers that come and go. Does not own:
 making prompts (it gets token ids), using results, what a server takes and serves (``upstream.py``). Invariants: results
@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -87,7 +88,7 @@ class SamplingClient:
         self._run(self._check)
 
     def generate(self, requests: Sequence[Request], progress: Progress | None = None) -> list[Result]:
-        """Do the same as ``Generator.generate``. ``progress`` is called in the order of finishing, from another thread
+        """Do the same as ``Engine.generate``. ``progress`` is called in the order of finishing, from another thread
         than the caller's only if the caller itself runs inside an event loop.
 
         Raises UserError (a server refused a request, or serves another model), ServerFailure."""
@@ -164,7 +165,9 @@ class SamplingClient:
 
             async def worker() -> None:
                 for i in todo:
-                    results[i] = result = await work.one(requests[i])
+                    sent = time.monotonic()
+                    answer = await work.one(requests[i])
+                    results[i] = result = replace(answer, seconds=time.monotonic() - sent)
                     if progress is not None:
                         progress(result)
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from steerlm_megatron.generate.generator import Generator
+from steerlm_megatron.generate.engine import Engine
 from steerlm_megatron.generate.protocol import EngineDead, ShuttingDown
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.watch import Watch
@@ -35,7 +35,7 @@ class EngineLoop:
     """Step ``generator`` in a separate thread, on the leader of a replica."""
 
     def __init__(
-        self, generator: Generator, timeout_sec: float = 600.0, on_failure: Callable[[], None] | None = None
+        self, generator: Engine, timeout_sec: float = 600.0, on_failure: Callable[[], None] | None = None
     ) -> None:
         """``timeout_sec``: ``engine.timeout_sec``; a replica whose ranks have exchanged no message for most of that
         time is given up. ``on_failure`` is called once, from any thread, when an error has ended the engine.
@@ -108,15 +108,17 @@ class EngineLoop:
         return "" if self._watch.report is None else f" ({self._watch.report.splitlines()[0]})"
 
     def look(self) -> None:
-        """Give up a replica of several ranks that has stood still for most of ``timeout_sec``: one of its ranks is
-        stopped or cut off, and the collective that waits for it cannot be ended otherwise. The server calls it often.
+        """Give up an engine that waits for other processes and has stood still for most of ``timeout_sec``: one of its
+        ranks is stopped or cut off, or vLLM is, and the wait cannot be ended otherwise. The server calls it often.
         """
-        if self.generator.group.size == 1 or self.failure is not None or not self._thread.is_alive():
+        if not self.generator.waits_for_others or self.failure is not None or not self._thread.is_alive():
             return
         silent_sec = self._silent_sec()
         last = _LAST_SHARE if self._watch.report is None else _DEAD_SHARE
         if silent_sec > last * self.timeout_sec:
-            reason = f"the ranks have exchanged no message for {silent_sec:.0f} s{self._waited_for()}"
+            several = self.generator.group.size > 1
+            what = "the ranks have exchanged no message" if several else "the engine has not finished a step"
+            reason = f"{what} for {silent_sec:.0f} s{self._waited_for()}"
             log.error("the engine is given up: %s", reason)
             self._fail(reason)
 
@@ -127,16 +129,17 @@ class EngineLoop:
 
     def stop(self, timeout_sec: float = 30.0) -> None:
         """End the thread after its current step. Pending requests fail, and the replica's other ranks leave
-        ``worker_loop``. A replica of several ranks whose thread does not end in time has failed: one of its ranks is
-        stopped, and the others wait for it.
+        ``worker_loop``. An engine that waits for other processes and whose thread does not end in time has failed: one
+        of these is stopped.
         """
         self._stop.set()
         self.generator.wake()
         if self._thread.is_alive():
             self._thread.join(timeout_sec if self.failure is None else _GIVEN_UP_SEC)
-        if self._thread.is_alive() and self.generator.group.size > 1:
+        if self._thread.is_alive() and self.generator.waits_for_others:
             silent = f"no step has ended for {self._silent_sec():.0f} s{self._waited_for()}"
-            self._fail(f"the ranks did not stop within {timeout_sec:.0f} s: {silent}")
+            who = "ranks" if self.generator.group.size > 1 else "engine"
+            self._fail(f"the {who} did not stop within {timeout_sec:.0f} s: {silent}")
 
 
 def watch_of(timeout_sec: float) -> Watch:
@@ -145,7 +148,7 @@ def watch_of(timeout_sec: float) -> Watch:
 
 
 @contextmanager
-def watched(generator: Generator, watch: Watch) -> Iterator[None]:
+def watched(generator: Engine, watch: Watch) -> Iterator[None]:
     """Let ``watch`` follow the messages between the ranks of ``generator``'s replica. Every rank enters it, in the
     thread that exchanges them.
     """

@@ -7,10 +7,10 @@ refusal has OpenAI's error body; while the server shuts down, it begins no new w
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import re
-import sys
 import threading
 import time
 import uuid
@@ -22,9 +22,13 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.serve.errors import ApiError
 
-OPEN_PATHS = ("/", "/health", "/ready", "/version")  # probes and a page need no key
+log = get_logger(__name__)
+
+OPEN_PATHS = ("/", "/health", "/ready", "/version")  # probes and the page need no key,
+OPEN_FOLDERS = ("/page/",)  # nor do the files of the page
 PROBES = ("/health", "/ready", "/metrics")  # these are answered however many connections there are
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 RETRY_AFTER_SEC = 5
@@ -82,6 +86,11 @@ class Gate:
             else:
                 self._rejected(str(refusal.body["error"]["code"]))
                 await error_response(refusal)(scope, receive, out)
+        except asyncio.CancelledError:
+            # At the end of a shutdown, of which a request that has not arrived completely is not told otherwise.
+            if not self.draining or status:
+                raise
+            await error_response(shutting_down())(scope, receive, out)
         finally:
             self.active -= counts
             if self._log is not None:
@@ -95,7 +104,7 @@ class Gate:
                 )  # fmt: skip
 
     def _refusal(self, scope: Scope, path: str, authorization: bytes) -> ApiError | None:
-        if path in OPEN_PATHS or scope["method"] == "OPTIONS":
+        if path in (*OPEN_PATHS, self._root) or path.startswith(OPEN_FOLDERS) or scope["method"] == "OPTIONS":
             return None
         if self._keys and not self._is_known(authorization):
             told = "is missing; send Authorization: Bearer KEY" if not authorization else "is not one of this server's"
@@ -122,25 +131,40 @@ class AccessLog:
     def __init__(self, path: str) -> None:
         """Raises UserError if the file cannot be written."""
         self._lock = threading.Lock()
-        self._file: IO[str]
+        self._path, self._lost = path, 0  # ``_lost``: lines in a row that could not be written
+        self._file: IO[bytes] | None = None  # None is standard output
         if path == "-":
-            self._file = sys.stdout
             return
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  # it is open while the server is
+            # Without a buffer, a line that cannot be written does not come in the way of later ones.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # it is open while the server is
         except OSError as e:
             raise UserError(f"server.access_log={path} cannot be written: {e.strerror}") from e
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append a line."""
+        """Append a line. One that cannot be written is lost and the request is not: a warning says so, once until
+        lines can be written again.
+        """
+        line = json.dumps(entry) + "\n"
         with self._lock:
-            self._file.write(json.dumps(entry) + "\n")
-            if self._file is sys.stdout:
-                self._file.flush()
+            try:
+                if self._file is None:
+                    print(line, end="", flush=True)
+                else:
+                    self._file.write(line.encode())
+            except OSError as e:
+                self._lost += 1
+                if self._lost == 1:
+                    log.warning("server.access_log=%s cannot be written: %s; lines are lost", self._path, e.strerror)
+            else:
+                if self._lost:
+                    log.warning("server.access_log=%s is written again; %d lines are lost", self._path, self._lost)
+                self._lost = 0
 
     def close(self) -> None:
-        if self._file is not sys.stdout:
+        """Close the file."""
+        if self._file is not None:
             self._file.close()
 
 

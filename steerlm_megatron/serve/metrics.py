@@ -1,6 +1,6 @@
 """The server's numbers for Prometheus.
 
-Owns: their names, and when a request counts. Does not own: the engine's counters (``Generator.counters``), which are
+Owns: their names, and when a request counts. Does not own: the engine's counters (``Engine.counters``), which are
 read when metrics are asked for. Invariant: a request counts once, when its response has ended, streams included.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from steerlm_megatron.generate.generator import Generator
+from steerlm_megatron.generate.engine import Engine
 from steerlm_megatron.generate.job import Handle
 
 _HELP = {
@@ -29,7 +29,7 @@ _GAPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 class _EngineCollector:
     """Prometheus collector of whatever the engine counts: names that end in ``_total`` are counters, others gauges."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Engine) -> None:
         self.generator = generator
 
     def collect(self) -> Iterator[Metric]:
@@ -44,7 +44,7 @@ class _EngineCollector:
 class Metrics:
     """What the server counts by itself, and the engine's counters beside it."""
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Engine) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(_EngineCollector(generator))
         self.requests = Counter("steerlm_requests", "HTTP requests", ["endpoint", "status"], registry=self.registry)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any
 
 from fastapi import FastAPI
@@ -20,15 +20,18 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from pydantic import Field, PlainValidator
 
-from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.protocol import EngineDead, QueueFull, RequestFailed
 from steerlm_megatron.serve.api import Attributes, Body, ChatMessage, read, token_ids
+from steerlm_megatron.serve.completions import CLIENT_LEFT, REFUSALS, api_error
 from steerlm_megatron.serve.errors import ApiError
+from steerlm_megatron.serve.gate import error_response
 from steerlm_megatron.serve.neutral import TOKENIZE
-from steerlm_megatron.serve.read_request import ClientGone, parse_json, read_body
-from steerlm_megatron.serve.scoring import ScoreQueue
+from steerlm_megatron.serve.read_request import ClientGone, disconnected, parse_json, read_body
+from steerlm_megatron.serve.scoring import ScoreQueue, responses_of
 from steerlm_megatron.serve.service import Service
 from steerlm_megatron.steer.records import Conversation, Message
+
+_Work = Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]
+_MOST_CONTEXT = 4  # times ``server.max_body_bytes``: characters of all texts that responses to score follow
 
 
 class TokenizeBody(Body):
@@ -127,10 +130,16 @@ class MoreRoutes:
             asked, where = [body.messages], "messages"
         else:
             asked, where = [one.messages for one in body.conversations], "conversations"
-        if len(asked) > scores.max_waiting:
-            message = f"{len(asked)} conversations are more than can ever wait, server.max_queue={scores.max_waiting}"
-            raise ApiError(400, f"{message}; send several requests", where, code="too_many_conversations")
-        return [_conversation(messages, str(i), where) for i, messages in enumerate(asked)]
+        conversations = [_conversation(messages, str(i), where) for i, messages in enumerate(asked)]
+        if (count := responses_of(conversations)) > scores.max_waiting:
+            message = f"{count} responses are more than can ever wait, server.max_queue={scores.max_waiting}"
+            raise ApiError(400, f"{message}; send several requests", where, code="too_many_responses")
+        # A conversation that is too long for the model is scored response by response, each after the text before it.
+        most = _MOST_CONTEXT * self.service.server.max_body_bytes
+        if (chars := sum(map(_context_chars, conversations))) > most:
+            message = f"the texts that responses follow have {chars} characters together, more than {most}"
+            raise ApiError(400, f"{message}; send fewer responses of a conversation at a time", where)
+        return conversations
 
     def _scores(self) -> ScoreQueue:
         if self.scores is None:
@@ -139,7 +148,7 @@ class MoreRoutes:
         return self.scores
 
     async def score(self, conversations: Sequence[Conversation]) -> dict[str, Any]:
-        """Return attribute values of every assistant message. Raises ApiError, QueueFull, EngineDead, RequestFailed."""
+        """Return values of every assistant message. Raises ApiError, QueueFull, ShuttingDown, RequestFailed."""
         found = await asyncio.wrap_future(self._scores().submit(conversations))
         data = [
             {
@@ -151,6 +160,15 @@ class MoreRoutes:
         ]
         head = {"id": f"score-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
         return {**head, "model": self.service.server.model_name, "data": data}
+
+
+def _context_chars(conversation: Conversation) -> int:
+    """Return the sum of the lengths, in characters, of the texts up to each response."""
+    total = before = 0
+    for message in conversation.messages:
+        before += len(message.content)
+        total += before if message.role == "assistant" else 0
+    return total
 
 
 def _conversation(messages: Sequence[ChatMessage], name: str, where: str) -> Conversation:
@@ -174,33 +192,38 @@ def _conversation(messages: Sequence[ChatMessage], name: str, where: str) -> Con
     return Conversation(name, tuple(turns))
 
 
+async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Any]) -> Response:
+    """Return the response with what ``work`` gives, which is cancelled when the client leaves. Raises ClientGone."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(http))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return JSONResponse(task.result())
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(gone, task, return_exceptions=True)
+
+
 def add_routes(
     app: FastAPI, service: Service, scores: ScoreQueue | None, count: Callable[[str, int], None]
 ) -> MoreRoutes:
     """Add the routes to ``app``. ``count`` is called with the path and the status of each answer."""
     routes = MoreRoutes(service, scores)
 
-    async def answer(http: HttpRequest, path: str, work: Callable[[dict[str, Any]], Awaitable[Any]]) -> Response:
+    async def answer(
+        http: HttpRequest, path: str, work: Callable[[dict[str, Any]], Coroutine[Any, Any, Any]]
+    ) -> Response:
         server = service.server
-        headers: dict[str, str] = {}
         response: Response
         try:
             body = await read_body(http, server.max_body_bytes, server.read_timeout_sec)
-            response = JSONResponse(await work(await asyncio.to_thread(parse_json, body)))
+            response = await _unless_gone(http, work(await asyncio.to_thread(parse_json, body)))
         except ClientGone:
-            response = Response(status_code=499)
-        except (ApiError, UserError, QueueFull, EngineDead, RequestFailed) as e:
-            error = e if isinstance(e, ApiError) else ApiError(400, str(e))
-            if isinstance(e, QueueFull):
-                error = ApiError(429, f"{e}; try again later", kind="rate_limit_error", code="queue_full")
-                headers["Retry-After"] = str(e.retry_after_sec)
-            elif isinstance(e, EngineDead):
-                error = ApiError(503, str(e), kind="server_error", code="engine_stopped")
-            elif isinstance(e, RequestFailed):
-                error = ApiError(500, f"this request failed: {e}", kind="server_error", code="request_failed")
-            if error.close:
-                headers["Connection"] = "close"
-            response = JSONResponse(error.body, error.status, headers=headers)
+            response = Response(status_code=CLIENT_LEFT)
+        except REFUSALS as e:
+            response = error_response(api_error(e), getattr(e, "retry_after_sec", None))
         count(path, response.status_code)
         return response
 

@@ -24,6 +24,66 @@ class ClientGone(Exception):
     """The client left before its request had arrived completely, so nobody waits for an answer."""
 
 
+class _TimedProtocol(H11Protocol):
+    """uvicorn's protocol with the limits of :func:`timed_protocol`."""
+
+    read_timeout_sec: float
+    idle_timeout_sec: float
+    max_connections: int
+    _deadline: asyncio.TimerHandle | None = None
+    _idle = False  # the deadline is that of a connection on which nothing has arrived since its last answer
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections + _SPARE_CONNECTIONS:
+            transport.close()
+            return
+        self._watch(self.read_timeout_sec)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._idle:
+            self._unwatch()
+        self._watch(self.read_timeout_sec)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_between_requests():
+            self._unwatch()
+            self._watch(self.idle_timeout_sec)
+            self._idle = self._deadline is not None
+        else:
+            self._watch(self.read_timeout_sec)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _is_between_requests(self) -> bool:
+        return self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
+
+    def _watch(self, seconds: float) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering or self.transport.is_closing():
+            self._unwatch()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(seconds, self._expire)
+
+    def _unwatch(self) -> None:
+        self._idle = False
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _expire(self) -> None:
+        self._deadline = None
+        if self.transport.is_closing():
+            return
+        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
+            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        self.transport.close()
+
+
 def timed_protocol(read_timeout_sec: float, idle_timeout_sec: float, max_connections: int) -> type[H11Protocol]:
     """Return uvicorn's HTTP protocol with time limits; by itself it waits for the rest of a request's head for ever.
 
@@ -34,62 +94,12 @@ def timed_protocol(read_timeout_sec: float, idle_timeout_sec: float, max_connect
 
     Of ``max_connections`` and a few more for probes, connections are closed as soon as they are made.
     """
-
-    class TimedProtocol(H11Protocol):
-        _deadline: asyncio.TimerHandle | None = None
-        _idle = False  # the deadline is that of a connection on which nothing has arrived since its last answer
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > max_connections + _SPARE_CONNECTIONS:
-                transport.close()
-                return
-            self._watch(read_timeout_sec)
-
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self._idle:
-                self._unwatch()
-            self._watch(read_timeout_sec)
-
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self._is_between_requests():
-                self._unwatch()
-                self._watch(idle_timeout_sec)
-                self._idle = self._deadline is not None
-            else:
-                self._watch(read_timeout_sec)
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._unwatch()
-            super().connection_lost(exc)
-
-        def _is_between_requests(self) -> bool:
-            return self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]
-
-        def _watch(self, seconds: float) -> None:
-            answering = self.cycle is not None and not self.cycle.response_complete
-            if answering or self.transport.is_closing():
-                self._unwatch()
-            elif self._deadline is None:
-                self._deadline = self.loop.call_later(seconds, self._expire)
-
-        def _unwatch(self) -> None:
-            self._idle = False
-            if self._deadline is not None:
-                self._deadline.cancel()
-                self._deadline = None
-
-        def _expire(self) -> None:
-            self._deadline = None
-            if self.transport.is_closing():
-                return
-            if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
-                self.transport.write(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
-            self.transport.close()
-
-    return TimedProtocol
+    limits = {
+        "read_timeout_sec": read_timeout_sec,
+        "idle_timeout_sec": idle_timeout_sec,
+        "max_connections": max_connections,
+    }
+    return type("TimedProtocol", (_TimedProtocol,), limits)
 
 
 async def read_body(http: HttpRequest, max_bytes: int, timeout_sec: float) -> bytes:
@@ -113,6 +123,12 @@ async def read_body(http: HttpRequest, max_bytes: int, timeout_sec: float) -> by
     if not body:
         raise ApiError(400, "the body is empty; it must be a JSON object")
     return bytes(body)
+
+
+async def disconnected(http: HttpRequest) -> None:
+    """Return when the client has left; its body must have been read."""
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _check_headers(http: HttpRequest, max_bytes: int) -> None:

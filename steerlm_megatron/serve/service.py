@@ -17,7 +17,7 @@ from typing import Any
 from steerlm_megatron.config.schema import SamplingConfig, ServerConfig
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.generator import Generator
+from steerlm_megatron.generate.engine import Engine
 from steerlm_megatron.generate.protocol import Delta, Request, Result, SamplingParams, derive_seed
 from steerlm_megatron.serve.api import ChatBody, ChatMessage, CompletionBody, envelope, usage
 from steerlm_megatron.serve.errors import ApiError
@@ -62,7 +62,7 @@ class Service:
 
     def __init__(
         self,
-        generator: Generator,
+        generator: Engine,
         schema: AttributeSchema | None,
         server: ServerConfig,
         sampling: SamplingConfig,
@@ -72,6 +72,7 @@ class Service:
         ``identity`` says which checkpoint is served.
         """
         self.scored_attributes: Sequence[str] = ()  # those of which ``/v1/score`` gives values
+        self.scored_max_level: int | None = None  # the highest level on the scale of these values
         self.generator, self.identity = generator, identity
         self.schema = schema if schema is not None and schema.names else None
         self.server, self.sampling = server, sampling
@@ -366,6 +367,7 @@ class Service:
             "max_model_len": self.generator.limits.max_sequence_tokens,
             "attributes": None if self.schema is None else self.schema.to_dict(),
             "scored_attributes": list(self.scored_attributes),
+            "scored_max_level": self.scored_max_level,
             "sampling": {name: getattr(self.sampling, name) for name in _DEFAULTS},
             "checkpoint": None if self.identity is None else dict(self.identity),
         }

@@ -18,7 +18,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from steerlm_megatron.generate.generator import Generator
+from steerlm_megatron.generate.engine import Engine
 from steerlm_megatron.generate.job import Handle
 from steerlm_megatron.generate.protocol import Delta, Result
 from steerlm_megatron.serve.service import Ask, Service
@@ -87,8 +87,8 @@ class Stream:
         self._begun = [False] * len(ask.requests)
         self._frames: dict[int, tuple[bytes, bytes]] = {}
 
-    def submit(self, generator: Generator) -> None:
-        """Queue the requests; their tokens come to this stream. Raises what ``Generator.submit_all`` does."""
+    def submit(self, generator: Engine) -> None:
+        """Queue the requests; their tokens come to this stream. Raises what ``Engine.submit_all`` does."""
         sinks = [self._sink(i) for i in range(len(self.ask.requests))]
         self.handles = generator.submit_all(self.ask.requests, sinks, text=False)
         for put, handle in zip(sinks, self.handles, strict=True):
@@ -162,7 +162,9 @@ class Stream:
         body = self.ask.body
         if ((body.return_token_ids or body.wants_logprobs) and ids) or not self._begun[index]:
             first, self._begun[index] = not self._begun[index], True
-            whole = result is None and text.whole  # the log-probabilities of the rest come with the finish reason
+            # Of a text that a stop string has cut off, the complete result alone says which bytes of tokens are in it;
+            # the log-probabilities of the rest come with the finish reason.
+            whole = result is None and text.stopped_at is None and text.whole
             return sse(self.service.chunk(self.ask, index, new, ids, first=first, whole=whole))
         if not new:
             return b""

@@ -8,8 +8,9 @@ from typing import cast
 from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.record_reader import Record, RecordReader, skipped_in_words
-from steerlm_megatron.stages.sampling import Prompt, draw, forget, open_drawing, open_sampler, requests_for
+from steerlm_megatron.stages.sampling import Prompt, draw, forget, open_drawing, opened_sampler, requests_for
 from steerlm_megatron.stages.session import NO_ATTRIBUTES, requested_best, session
 from steerlm_megatron.steer.records import Conversation, Message, write_records
 
@@ -20,18 +21,20 @@ def run(config: Config) -> None:
     """
     with session(config) as here:
         reader = RecordReader(here)
-        records = read_prompts(reader, "input", cast(str, config.input), "input")
+        records = read_prompts(reader, "input", config.input, "input")
         loaded = open_drawing(config)
         levels = requested_best(config, loaded.conditioned_on or NO_ATTRIBUTES) or None
         asked = [Prompt(r.conversation.id, r.conversation.messages, levels, r.where) for r in records]
         prompts, requests = requests_for(asked, loaded, config, reader, "input")
         output = Path(cast(str, config.output))
-        results = draw(here, loaded, open_sampler(config, loaded), requests, output.name, "generate")
+        with opened_sampler(here, loaded) as sampler:
+            results = draw(here, loaded, sampler, requests, output.name, "generate")
         if job_of_array(config)[0] is not None:  # the job that puts all parts together writes them
             loaded.free()
             return
-        if here.layout.is_main:
-            extra = {"requested": dict(levels)} if levels else {}
+        levels_asked = {"requested": dict(levels)} if levels else {}
+
+        def write() -> None:
             write_records(
                 output,
                 (
@@ -39,7 +42,7 @@ def run(config: Config) -> None:
                         p.id,
                         (*p.messages, Message("assistant", r.text, extra={"finish_reason": r.finish_reason})),
                         "generate",
-                        extra,
+                        levels_asked,
                     )
                     for p, r in zip(prompts, results, strict=True)
                 ),
@@ -52,8 +55,10 @@ def run(config: Config) -> None:
                 counts["in"], counts["out"], counts["empty_replies"], skipped_in_words(counts), output,
             )  # fmt: skip
 
+        on_main(write)
 
-def read_prompts(reader: RecordReader, part: str, path: str, key: str) -> list[Record]:
+
+def read_prompts(reader: RecordReader, part: str, path: str | list[str], key: str) -> list[Record]:
     """Return the records of ``path``, each cut after its last user message. Collective over the world."""
     return [
         Record(record.where, up_to_last_user(record.conversation))

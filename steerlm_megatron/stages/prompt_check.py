@@ -18,6 +18,7 @@ from steerlm_megatron.stages.base import configured_template
 from steerlm_megatron.stages.bootstrap import choose_prompts
 from steerlm_megatron.stages.generate import read_prompts
 from steerlm_megatron.stages.record_reader import Record, RecordReader
+from steerlm_megatron.stages.response_filters import ResponseFilters
 from steerlm_megatron.stages.sampling import Prompt, check_room, request_for
 from steerlm_megatron.stages.session import OpenedCheckpoint
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -26,12 +27,13 @@ from steerlm_megatron.train.meta import CheckpointMeta
 
 def check_bootstrap_prompts(reader: RecordReader, files: list[str], config: Config, shards: Path) -> None:
     """Check the prompts that ``bootstrap`` under ``config`` will choose among the records of ``files``; the tokenizer
-    is that of ``shards``. With ``data.on_error=skip`` nothing is checked, since prompts that do not fit are skipped
+    is that of ``shards``. With ``data.on_error=skip`` no prompt is checked, since prompts that do not fit are skipped
     later. Collective over the world.
 
     Raises:
-        UserError: a prompt does not fit; no prompt can ever fit.
+        UserError: a prompt does not fit; no prompt can ever fit; a filter names an attribute that the schema lacks.
     """
+    ResponseFilters.from_config(config.bootstrap, AttributeSchema.from_config(config.attributes))
     if reader.on_error == "skip":
         return
     records = reader.read("bootstrap", files, "data.input")

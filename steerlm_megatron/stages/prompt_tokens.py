@@ -8,9 +8,10 @@ where a token would span two pieces, or where a tokenizer puts something before 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from steerlm_megatron.data.text.text_losses import SAMPLE
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Message
@@ -62,10 +63,17 @@ def exported_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def difference(
-    tokenizer: Tokenizer, template: Template, schema: AttributeSchema | None, theirs: Mapping[str, Any]
+    tokenizer: Tokenizer,
+    template: Template,
+    schema: AttributeSchema | None,
+    theirs: Mapping[str, Any],
+    written: Callable[[Sequence[Message]], str | None] | None = None,
 ) -> str | None:
     """Return where the tokenizer of ``theirs``, the content of a ``tokenizer.json``, makes other tokens of a prompt
     than ours of its pieces; None where all prompts have the same tokens.
+
+    Args:
+        written: what the other system writes for messages, where it is not the text of our pieces.
     """
     import tokenizers
 
@@ -74,10 +82,22 @@ def difference(
     other.no_padding()
     for messages in prompts_for(template):
         for levels in levels_to_try(schema):
-            found = other.encode(join(template.prefix(messages, schema, levels)), add_special_tokens=False).ids
+            text = join(template.prefix(messages, schema, levels)) if written is None else written(messages) or ""
+            found = other.encode(text, add_special_tokens=False).ids
             if said := first_difference(found, prompt_ids(tokenizer, template, messages, schema, levels), tokenizer):
                 return said
     return None
+
+
+def text_difference(tokenizer: Tokenizer, theirs: Mapping[str, Any]) -> str | None:
+    """Return where the tokenizer of ``theirs`` makes other tokens of a text than ours; None where both are equal on
+    what texts are made of. The sign for a blank is left out, of which ``tokenizers`` always makes a blank.
+    """
+    import tokenizers
+
+    other = tokenizers.Tokenizer.from_str(json.dumps(theirs))
+    text = SAMPLE.replace("\u2581", "")
+    return first_difference(other.encode(text, add_special_tokens=False).ids, tokenizer.encode(text), tokenizer)
 
 
 def first_difference(found: Sequence[int], expected: Sequence[int], tokenizer: Tokenizer) -> str | None:

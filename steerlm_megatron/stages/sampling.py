@@ -11,19 +11,24 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from steerlm_megatron.config.commands import COMMANDS
 from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config, GenerationConfig, SamplingConfig
 from steerlm_megatron.errors import TryLater, UserError
 from steerlm_megatron.generate.cache_size import limits_for
+from steerlm_megatron.generate.engine import Engine
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.group import model_group
 from steerlm_megatron.generate.protocol import Request, Result, Sampler, SamplingParams, derive_seed
 from steerlm_megatron.generate.vocabulary import stop_ids_of
+from steerlm_megatron.model.arithmetic import forward_flops
+from steerlm_megatron.observe.cost import CostMeter
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL, remove_journal
@@ -35,6 +40,7 @@ from steerlm_megatron.serve.gate import read_keys
 from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.record_reader import REJECTED_FILE, RecordReader
 from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint, Session, load_model, open_checkpoint
+from steerlm_megatron.stages.vllm import open_vllm, remove_exported
 from steerlm_megatron.steer.records import Conversation, Message
 
 ADDRESS = ".url"  # end of the name of a file with a server's address
@@ -62,22 +68,27 @@ class Drawn:
     tokens: int
 
 
-def open_drawing(config: Config) -> OpenedCheckpoint:
-    """Open ``checkpoint`` to draw from it: with its weights, unless servers draw. Collective over the world."""
-    checkpoint = str(config.checkpoint)
-    if _has_servers(config):
-        return open_checkpoint(checkpoint, "checkpoint", head="lm")
-    return load_model(checkpoint, config, "checkpoint", head="lm", gather_logits=True)
+def open_drawing(config: Config, checkpoint: str | None = None, key: str = "checkpoint") -> OpenedCheckpoint:
+    """Open ``checkpoint`` (null: that of the configuration; ``key`` names it) to draw from it: with its weights, unless
+    servers or vLLM have these. Collective over the world.
+    """
+    checkpoint = checkpoint or str(config.checkpoint)
+    if _has_servers(config) or config.generation.engine == "vllm":
+        return open_checkpoint(checkpoint, key, head="lm")
+    return load_model(checkpoint, config, key, head="lm", gather_logits=True)
 
 
 def _has_servers(config: Config) -> bool:
-    return bool(config.server.urls or config.server.folder)
+    reads = COMMANDS[config.command].reads_key("server.urls")  # ``serve`` has server.folder for its address
+    return reads and bool(config.server.urls or config.server.folder)
 
 
-def open_sampler(config: Config, opened: OpenedCheckpoint) -> Sampler:
-    """Return the sampler over what :func:`open_drawing` returned: a client of ``server.urls``, or a generator in this
-    process. Collective over the replica.
+@contextmanager
+def opened_sampler(here: Session, opened: OpenedCheckpoint) -> Iterator[Sampler]:
+    """Yield the sampler over what :func:`open_drawing` returned: a client of ``server.urls``, or an engine that this
+    process has. Collective over the world.
     """
+    config = here.config
     if _has_servers(config):
         urls = config.server.urls or find_servers(Path(config.server.folder or ""), config.server.count)
         keys = read_keys(config.server.api_keys, config.server.api_key_file)
@@ -89,9 +100,14 @@ def open_sampler(config: Config, opened: OpenedCheckpoint) -> Sampler:
             wait_sec=config.server.wait_sec,
         )
         client.check()
-        return client
-    assert isinstance(opened, LoadedModel), "a generator in this process needs the weights"
-    return open_generator(config, opened)
+        yield client
+        return
+    engine = open_engine(here, opened)
+    try:
+        yield engine
+    finally:
+        if engine.group.is_leader:
+            engine.close()
 
 
 def identity(opened: OpenedCheckpoint) -> dict[str, Any]:
@@ -138,9 +154,20 @@ def find_servers(folder: Path, count: int, timeout_sec: float = 1800.0) -> list[
         time.sleep(1.0)
 
 
+def open_engine(here: Session, opened: OpenedCheckpoint, max_queue: int | None = None) -> Engine:
+    """Return the engine that ``generation.engine`` names, over what :func:`open_drawing` returned. ``max_queue`` is set
+    for a server. Collective over the world.
+    """
+    config = here.config
+    if config.generation.engine == "vllm":
+        return open_vllm(here, opened, max_queue)
+    assert isinstance(opened, LoadedModel), "a generator in this process needs the weights"
+    return open_generator(config, opened, max_queue)
+
+
 def open_generator(config: Config, loaded: LoadedModel, max_queue: int | None = None) -> Generator:
-    """Return the in-process sampler over a language model. ``max_queue`` is set for a server. Collective over the
-    replica.
+    """Return the generator over a language model in this process. ``max_queue`` is set for a server. Collective over
+    the replica.
     """
     group, shape = model_group(config.engine.timeout_sec), loaded.model.cache_shape()
     limits = limits_for(config.generation, loaded.model_config.max_position, shape, device(), group)
@@ -260,7 +287,8 @@ def draw(
     """
     at = here.layout
     asked = [(request.id, request.prompt_ids, asdict(request.params)) for request in requests]
-    journal, found = open_journal(here, _journal(name), loaded, {"requests": asked})
+    drawn_by = {} if here.config.generation.engine == "megatron" else {"engine": here.config.generation.engine}
+    journal, found = open_journal(here, _journal(name), loaded, {"requests": asked, **drawn_by})
     done = {index: Drawn(*values) for index, values in found.items()}
     if done:
         get_logger(__name__).info("resuming: %d of %d responses are drawn", len(done), len(requests))
@@ -277,6 +305,7 @@ def draw(
 
         def take(result: Result) -> None:  # runs on the first rank of the replica
             nonlocal finished, tokens
+            count_response(here.cost, result, None if remote else loaded)
             index = int(result.id.split(":", 1)[0])
             new[index] = Drawn(result.text, result.finish_reason, result.completion_tokens)
             note(index, astuple(new[index]))
@@ -284,14 +313,37 @@ def draw(
             bar.set(min(finished, len(requests)), tokens=tokens)
 
         if mine and (at.is_main or not remote):
+            shared = sampler.shared_prompt_tokens if isinstance(sampler, Engine) else 0
             try:
-                sampler.generate(mine, take)
+                with here.cost.work():
+                    sampler.generate(mine, take)
             except ServerFailure as error:
                 told = "start the same command again: the responses drawn so far are kept"
                 raise TryLater(f"server.urls: {error}; {told}") from error
+            finally:
+                if isinstance(sampler, Engine):
+                    count_shared(here.cost, sampler.shared_prompt_tokens - shared, loaded)
     for part in gather_objects(new):
         done.update(part)
     return [done[index] for index in range(len(requests)) if index in done]
+
+
+def count_response(cost: CostMeter, result: Result, opened: OpenedCheckpoint | None) -> None:
+    """Add a response to the account of a run; ``opened`` is the model that drew it here, None if a server did. Its
+    prompt is counted as if no other one shared its start (:func:`count_shared`).
+    """
+    flops, drawn = 0.0, result.completion_tokens
+    if opened is not None:
+        computed = max(0, result.prompt_tokens + drawn - 1)  # nothing follows the last token
+        flops = forward_flops(opened.model_config, opened.meta.vocab_size, computed, computed**2, drawn)
+    cost.request(result.prompt_tokens, drawn, result.seconds, flops)
+
+
+def count_shared(cost: CostMeter, tokens: int, opened: OpenedCheckpoint) -> None:
+    """Take what was not computed off the account of a run: ``tokens`` of prompts that the cache had already. The work
+    of attention among these tokens stays counted, since their lengths are not known; it is a small part.
+    """
+    cost.add(-forward_flops(opened.model_config, opened.meta.vocab_size, tokens, 0, 0), cached=tokens)
 
 
 def _journal(name: str) -> str:
@@ -299,8 +351,9 @@ def _journal(name: str) -> str:
 
 
 def forget(here: Session, names: Iterable[str]) -> None:
-    """Remove the run's journals of these ``names``, once their responses are in the output. Only the main rank calls
-    it.
+    """Remove the run's journals of these ``names``, and models that were written for vLLM, once the responses are in
+    the output. Only the main rank calls it.
     """
     for name in names:
         remove_journal(here.folder / _journal(name))
+    remove_exported(here)

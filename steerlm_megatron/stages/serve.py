@@ -16,12 +16,27 @@ from steerlm_megatron.config.schema import Config, ServerConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_text_atomic
 from steerlm_megatron.generate.protocol import EngineDead, SamplingParams
+from steerlm_megatron.observe.cost import CostMeter
 from steerlm_megatron.runtime import launcher
 from steerlm_megatron.runtime.parallel import Layout
-from steerlm_megatron.serve.server import Running, check_server, serve
-from steerlm_megatron.stages.sampling import ADDRESS, identity, open_generator
+from steerlm_megatron.serve.orderly import check_server
+from steerlm_megatron.serve.server import Running, serve
+from steerlm_megatron.stages.sampling import (
+    ADDRESS,
+    count_response,
+    count_shared,
+    identity,
+    open_drawing,
+    open_engine,
+)
 from steerlm_megatron.stages.scoring import Scorer
-from steerlm_megatron.stages.session import NO_ATTRIBUTES, load_model, open_checkpoint, requested_best, session
+from steerlm_megatron.stages.session import (
+    NO_ATTRIBUTES,
+    load_model,
+    open_checkpoint,
+    requested_best,
+    session,
+)
 
 
 def run(config: Config) -> None:
@@ -42,26 +57,31 @@ def run(config: Config) -> None:
             )
         schema = open_checkpoint(checkpoint, "checkpoint", head="lm").conditioned_on
         best = requested_best(config, schema or NO_ATTRIBUTES)  # checked before weights are read
-        loaded = load_model(checkpoint, config, "checkpoint", head="lm", gather_logits=True)
+        loaded = open_drawing(config)
         if schema is not None:
             schema = replace(schema, best=best)
-        scorer = open_scorer(config, here.layout)
-        generator = open_generator(config, loaded, config.server.max_queue)
+        scorer = open_scorer(config, here.layout, here.cost)
+        engine = open_engine(here, loaded, config.server.max_queue)
+        engine.on_result = lambda result: count_response(here.cost, result, loaded)
         if not here.layout.is_main:
             # A launcher signals every rank. The main rank finishes running requests and then stops the others.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_IGN)
         timeout_sec = config.engine.timeout_sec
         try:
-            with announced(config.server) as ready:
+            with here.cost.work(), announced(config.server) as ready:
                 serve(
-                    generator, schema, config.server, config.sampling, ready, timeout_sec=timeout_sec,
+                    engine, schema, config.server, config.sampling, ready, timeout_sec=timeout_sec,
                     identity=identity(loaded), scorer=scorer,
                 )  # fmt: skip
         except EngineDead:
             if here.layout.world_size > 1:
                 _leave_at_once()
             raise
+        finally:
+            count_shared(here.cost, engine.shared_prompt_tokens, loaded)
+            if engine.group.is_leader:
+                engine.close()
         # A server that was stopped is not complete: the same command starts it again.
         here.run.finish("interrupted")
 
@@ -80,7 +100,7 @@ def _leave_at_once() -> None:
     atexit.register(leave)
 
 
-def open_scorer(config: Config, layout: Layout) -> Scorer | None:
+def open_scorer(config: Config, layout: Layout, cost: CostMeter | None = None) -> Scorer | None:
     """Return what answers ``/v1/score``, if ``ap_checkpoint`` names a model for it.
 
     Raises UserError with several ranks: those that follow the leader wait for its steps and could not compute values.
@@ -92,8 +112,8 @@ def open_scorer(config: Config, layout: Layout) -> Scorer | None:
             f"ap_checkpoint={config.ap_checkpoint}: a server of {layout.world_size} ranks (parallel.*) cannot score "
             "beside drawing; leave ap_checkpoint out, or serve a model that fits one rank"
         )
-    ap = load_model(config.ap_checkpoint, config, "ap_checkpoint", head="regression")
-    return Scorer(ap, config.scoring.batch_tokens)
+    ap = load_model(config.ap_checkpoint, config, "ap_checkpoint", head="ap")
+    return Scorer(ap, config.scoring.batch_tokens, config.scoring.decode, cost)
 
 
 @contextmanager
