@@ -407,6 +407,12 @@ def _whole_rounds(batches: Sequence[RowBatch], stages: int) -> Sequence[RowBatch
         sample_ids=[],
         useful_tokens=0,
         target_tokens=0,
+        **{
+            name: value[:0]
+            for name in ("sample_K", "group_S", "weight_S", "logprob_S", "scale_S")
+            if (value := getattr(last, name)) is not None
+        },
+        groups=0,
     )
     return [*batches, *[nothing] * (-len(batches) % stages)]
 

@@ -19,6 +19,7 @@ from steerlm_megatron.config.schema import TrainConfig
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.data.feed.loader import StepLoader
 from steerlm_megatron.errors import Interrupted
+from steerlm_megatron.observe.cost import CostMeter
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.metrics import MetricsWriter, Throughput
 from steerlm_megatron.observe.profiler import StepProfiler
@@ -66,8 +67,13 @@ class Trainer:
         throughput: Throughput,
         profiler: StepProfiler,
         watch: Watch,
+        cost: CostMeter | None = None,
+        forward_flops: Callable[[int, float], float] | None = None,
     ) -> None:
-        """``meta``: template of the metadata of every checkpoint; its ``step`` is where the engine stands already."""
+        """``meta``: template of the metadata of every checkpoint; its ``step`` is where the engine stands already.
+        ``cost``: the account of the run; ``forward_flops(tokens, sum_squared_lengths)``: of validation.
+        """
+        self.cost, self.forward_flops = cost or CostMeter(), forward_flops or (lambda tokens, squares: 0.0)
         self.train, self.engine, self.loader, self.valid = train, engine, loader, valid
         self.store, self.meta, self.save_tokenizer = store, meta, save_tokenizer
         self.metrics, self.steps, self.throughput = metrics, steps, throughput
@@ -97,7 +103,11 @@ class Trainer:
             loss = math.nan if before.get("loss") is None else before["loss"]
             self.last_valid = {k.removeprefix("valid/"): v for k, v in before.items() if k.startswith("valid/")}
         with StopRequest(self.train.max_minutes) as self.stop:
-            with Progress(self.steps, "train", initial=self.step, enabled=self.is_main) as bar, self.watch:
+            with (
+                Progress(self.steps, "train", initial=self.step, enabled=self.is_main) as bar,
+                self.watch,
+                self.cost.work(),
+            ):
                 if self._validation_was_cut_short():
                     self._validate()
                     self._stop_if_asked()
@@ -120,6 +130,7 @@ class Trainer:
                         self.seconds[part] += seconds
                     loss = result.loss
                     self._count(batches)
+                    self._count_cost(batches)
                     self._look_at_nonfinite(result, batches)
                     bar.advance(1, **self._after_step(result))
                     self.store.poll()
@@ -184,6 +195,11 @@ class Trainer:
             self.counts[2] += batch.row_tokens
             self.counts[3] += batch.squared_tokens
 
+    def _count_cost(self, batches: Sequence[RowBatch]) -> None:
+        useful = sum(batch.useful_tokens for batch in batches)
+        flops = self.throughput.flops(useful, sum(batch.squared_tokens for batch in batches))
+        self.cost.add(flops, trained=useful, padding=sum(batch.row_tokens for batch in batches) - useful)
+
     def _log(self, result: StepResult) -> dict[str, Any]:
         useful, target, slots, squares = sum_over_data_parallel(self.counts)
         self.counts = [0.0, 0.0, 0.0, 0.0]
@@ -247,6 +263,9 @@ class Trainer:
             for number, step in enumerate(valid.eval_batches(self.train.validate_rows), start=1):
                 self.watch.beat(self.step, f"validating (batch {number})")
                 yield step
+                useful = sum(batch.useful_tokens for batch in step)
+                flops = self.forward_flops(useful, sum(batch.squared_tokens for batch in step))
+                self.cost.add(flops, validated=useful)
                 self.unvalidated = any_rank(self.stop.requested)
                 if self.unvalidated:
                     return

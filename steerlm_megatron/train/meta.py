@@ -32,18 +32,22 @@ class Task:
         head: ``lm``, an output layer for tokens, or ``regression``, one value per attribute.
         conditioned: whether responses were trained with label lines.
         view: what of a stored conversation it saw and learnt (``data/views.py``).
+        predicts: whether it predicts the attributes of a response, which is then all that it is for: by the regression
+            head, or as a language model that writes the label string.
     """
 
     head: Literal["lm", "regression"]
     conditioned: bool
-    view: Literal["lm", "sft", "acsft", "ap"]
+    view: Literal["lm", "sft", "acsft", "ap", "ap_text"]
+    predicts: bool = False
 
 
 TASKS: dict[str, Task] = {
     "lm": Task("lm", False, "lm"),
     "sft": Task("lm", False, "sft"),
     "acsft": Task("lm", True, "acsft"),
-    "ap_regression": Task("regression", False, "ap"),
+    "ap_regression": Task("regression", False, "ap", predicts=True),
+    "ap_generative": Task("lm", False, "ap_text", predicts=True),
 }
 
 
@@ -57,12 +61,12 @@ class CheckpointMeta:
     """What a checkpoint says about itself.
 
     ``task``: one of :data:`TASKS`. ``schema``: the attribute schema's dict, None for a model without attributes.
-    ``loader``: where the data stood. ``metric``: validation loss. ``label_mean``: regression only, the training labels'
-    mean per attribute (the constant predictor), None where there were none. ``label_counts``: labels per attribute that
-    this model and those it started from were trained on; empty where they do not enter (plain SFT), and in checkpoints
-    of earlier versions. ``base``: of a model that began as a Hugging Face folder, what of that folder an export gives
-    back (``stages/published.py``). ``lora``: the adapters beside the weights (``model/lora.py``), and as ``base`` the
-    Hugging Face model whose weights these are; None for a model without.
+    ``loader``: where the data stood. ``metric``: validation loss. ``label_mean``: attribute prediction only, the
+    training labels' mean per attribute (the constant predictor), None where there were none. ``label_counts``: labels
+    per attribute that this model and those it started from were trained on; empty where they do not enter (plain SFT),
+    and in checkpoints of earlier versions. ``base``: of a model that began as a Hugging Face folder, what of that
+    folder an export gives back (``stages/published.py``). ``lora``: the adapters beside the weights
+    (``model/lora.py``), and as ``base`` the Hugging Face model whose weights these are; None for a model without.
     """
 
     step: int
@@ -91,6 +95,11 @@ class CheckpointMeta:
     def head(self) -> str:
         """``lm`` (an output layer for tokens) or ``regression``."""
         return TASKS[self.task].head
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the model predicts attributes of responses."""
+        return TASKS[self.task].predicts
 
     @property
     def conditioned(self) -> bool:

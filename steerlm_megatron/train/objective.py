@@ -56,7 +56,7 @@ class TokenObjective(Objective):
     arXiv 2310.05344 §3.3).
     """
 
-    metric_names = ("loss", "tokens")
+    metric_names: tuple[str, ...] = ("loss", "tokens")
 
     def output_index(self, batch: RowBatch) -> torch.Tensor:
         return _at_least_one(batch.target_K)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ import torch
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.data.feed.collate import collate
+from steerlm_megatron.data.groups import Groups
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk
 from steerlm_megatron.model.lora import Lora, freeze
@@ -22,9 +24,10 @@ from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import barrier
 from steerlm_megatron.stages.train import engine_of
 from steerlm_megatron.train.engine_mcore import MegatronEngine
+from steerlm_megatron.train.group_objective import GroupObjective
 from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
 from steerlm_megatron.train.sharded import ShardedWriter
-from tests.helpers.reference import VOCAB, Document, Params
+from tests.helpers.reference import VOCAB, Document, Params, Target
 
 ROW_TOKENS, MICRO_BATCHES, NAMES = 192, 4, ("a", "b", "c")
 LABEL_WEIGHTS = {"b": 2.0}
@@ -43,7 +46,7 @@ GEMMA = replace(
 # float32 ends 4e-5 from itself in float64. eps=1e-5 takes that away, and is still a thousandth of a usual gradient.
 OPTIM = {
     name: OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=2, weight_decay=0.1, clip_grad=clip, eps=1e-5)
-    for name, clip in (("sft", 3.2), ("ap", 23.0))
+    for name, clip in (("sft", 3.2), ("ap", 23.0), ("steerlm2", 26.0))
 }
 # Trained rows on both sides of the border between two tensor-parallel ranks (of 304 padded rows).
 LORA = Lora(3, 6.0, ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"), rows=(149, 155))
@@ -54,7 +57,9 @@ _ENGINES: list[tuple[ParallelConfig, Any]] = []
 
 @dataclass(frozen=True)
 class Case:
-    """One engine: what it minimises (``sft`` or ``ap``), how it is laid out, and what its model and step look like."""
+    """One engine: what it minimises (``sft``, ``ap`` or ``steerlm2``), how it is laid out, and what its model and step
+    look like.
+    """
 
     objective: str
     layout: ParallelConfig = field(default_factory=ParallelConfig)
@@ -147,13 +152,62 @@ def joined(rows: Sequence[RowBatch]) -> RowBatch:
     )
 
 
-def step_batches(step: int, micro_batches: int = MICRO_BATCHES) -> list[RowBatch]:
-    """This data-parallel rank's micro-batches of a global step, always the same rows in all."""
-    rows = [row(step, i) for i in range(MICRO_BATCHES)]
+def grouped_row(step: int, number: int) -> tuple[RowBatch, Groups]:
+    """:func:`row` as groups of two or three responses, with weights and log-probabilities drawn at random. Samples are
+    the documents that have a target.
+    """
+    batch, g = row(step, number), torch.Generator().manual_seed(7000 + 100 * step + number)
+    bounds, tokens = batch.cu_seqlens.tolist(), batch.loss_mask_T.cumsum(0)
+    targets = [
+        int(tokens[end - 1]) - (int(tokens[start - 1]) if start else 0) for start, end in itertools.pairwise(bounds)
+    ]
+    there = [i for i, count in enumerate(targets) if count]
+    names = [batch.sample_ids[i] for i in there]
+    group_N = np.array([max(0, min(i, len(names) - 2)) // 2 for i in range(len(names))], np.int64)
+    drawn = torch.randn(2, len(names), generator=g, dtype=torch.float64).numpy()
+    logprob_N = -5.9 * np.array([targets[i] for i in there], np.float64) + drawn[1]
+    groups = Groups(dict(zip(names, range(len(names)), strict=True)), group_N, 2 * drawn[0], logprob_N, "")
+    return replace(batch, sample_ids=names), groups
+
+
+def step_batches(step: int, micro_batches: int = MICRO_BATCHES, grouped: bool = False) -> list[RowBatch]:
+    """This data-parallel rank's micro-batches of a global step, always the same rows in all; ``grouped``: with what
+    SteerLM 2.0 has to know of them.
+    """
+    pairs = [grouped_row(step, i) for i in range(MICRO_BATCHES)]
+    rows = [batch for batch, _ in pairs] if grouped else [row(step, i) for i in range(MICRO_BATCHES)]
     size = MICRO_BATCHES // micro_batches
     batches = rows if size == 1 else [joined(rows[i : i + size]) for i in range(0, len(rows), size)]
+    if grouped:
+        batches = [_all_groups([groups for _, groups in pairs]).attach(batch) for batch in batches]
     at = parallel.layout()
     return [batch.part(at.cp_rank, at.cp_size) for batch in batches[at.dp_rank :: at.dp_size]]
+
+
+def _all_groups(parts: Sequence[Groups]) -> Groups:
+    names = [name for part in parts for name in part.names]
+    firsts = np.cumsum([0, *(part.count for part in parts)])
+    return Groups(
+        {name: number for number, name in enumerate(names)},
+        np.concatenate([part.group_N + first for part, first in zip(parts, firsts, strict=False)]),
+        np.concatenate([part.log_weight_N for part in parts]),
+        np.concatenate([part.logprob_N for part in parts]),
+        "",
+    )
+
+
+def grouped_documents(step: int) -> list[Document]:
+    """Every sample of a step's groups by itself."""
+    out = []
+    for number in range(MICRO_BATCHES):
+        batch, groups = grouped_row(step, number)
+        share_N = np.exp(groups.log_weight_N)
+        share_N /= np.bincount(groups.group_N, share_N)[groups.group_N]
+        found = [one for one in documents([batch]) if one.mask_T.any()]
+        for i, one in enumerate(found):
+            target = Target(f"{number}.{groups.group_N[i]}", float(share_N[i]), float(groups.logprob_N[i]))
+            out.append(replace(one, target=target))
+    return out
 
 
 def documents(batches: Sequence[RowBatch]) -> list[Document]:
@@ -176,6 +230,8 @@ def documents(batches: Sequence[RowBatch]) -> list[Document]:
 
 
 def objective(case: Case) -> Objective:
+    if case.objective == "steerlm2":
+        return GroupObjective()
     return RegressionObjective(NAMES, LABEL_WEIGHTS) if case.objective == "ap" else TokenObjective()
 
 

@@ -15,6 +15,15 @@ Params = dict[str, torch.Tensor]
 VOCAB = 300  # rows beyond it pad the output layer and have no part in the softmax
 
 
+@dataclass(frozen=True)
+class Target:
+    """A response of SteerLM 2.0: its group, its share w' of it, and log Q' of the model that it was drawn from."""
+
+    group: str
+    share: float
+    logprob: float
+
+
 @dataclass
 class Document:
     """A document of T tokens, with targets weighted by ``mask_T``, and values (NaN if missing) at ``pool_P``."""
@@ -24,6 +33,7 @@ class Document:
     mask_T: torch.Tensor
     pool_P: torch.Tensor
     values_PA: torch.Tensor
+    target: Target | None = None
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -108,6 +118,34 @@ def loss_sum(p: Params, document: Document, model: ModelConfig, weights_A: torch
     return (loss_T * document.mask_T).sum(), float(document.mask_T.sum())
 
 
+def loss_of_all(
+    p: Params, documents: Sequence[Document], model: ModelConfig, weights_A: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Return the summed loss of documents and the number of terms in it."""
+    if any(document.target is not None for document in documents):
+        return divergence(p, documents, model, weights_A)
+    sums = [loss_sum(p, document, model, weights_A) for document in documents]
+    return torch.stack([total for total, _ in sums]).sum(), sum(count for _, count in sums)
+
+
+def divergence(
+    p: Params, documents: Sequence[Document], model: ModelConfig, weights_A: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """Return Σ over groups of Σ_i w'_i log(w'_i / b'_i) (arXiv 2406.08673, Eq. 12), and the number of groups."""
+    groups: dict[str, list[Document]] = {}
+    for document in documents:
+        assert document.target is not None
+        groups.setdefault(document.target.group, []).append(document)
+    total = torch.zeros((), dtype=next(iter(p.values())).dtype)
+    for members in groups.values():
+        targets = [one.target for one in members if one.target is not None]
+        policy = torch.stack([-loss_sum(p, document, model, weights_A)[0] for document in members])
+        before = torch.tensor([target.logprob for target in targets], dtype=policy.dtype)
+        share = torch.tensor([target.share for target in targets], dtype=policy.dtype)
+        total = total + (share * (share.log() - (policy - before).log_softmax(0))).sum()
+    return total, float(len(groups))
+
+
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     """Return the learning rate of step 1, 2, ... of ``steps``: linear warmup, then a cosine down to ``min_lr``."""
     if step <= optim.warmup_steps:
@@ -133,8 +171,8 @@ class Trainer:
         """Train one step and return (loss, gradient norm before clipping)."""
         leaves = {name: p.detach().clone().requires_grad_(self._trained(name)) for name, p in self.params.items()}
         weights = self.weights(leaves)
-        sums = [loss_sum(weights, document, self.model, self.weights_A) for document in documents]
-        loss = torch.stack([total for total, _ in sums]).sum() / sum(count for _, count in sums)
+        total, count = loss_of_all(weights, documents, self.model, self.weights_A)
+        loss = total / count
         loss.backward()
         grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,8 @@ from tests.helpers.engines import (
     Case,
     build,
     documents,
+    grouped_documents,
+    grouped_row,
     head_weights,
     make,
     row,
@@ -35,8 +38,9 @@ from tests.helpers.engines import (
     step_batches,
     unsplit,
 )
-from tests.helpers.reference import Trainer, forward, learning_rate, loss_sum
+from tests.helpers.reference import Document, Trainer, forward, learning_rate, loss_of_all
 
+pytestmark = pytest.mark.beside
 STEPS, TOTAL_STEPS, TOLERANCE = 4, 8, 1e-5  # with fewer steps no gradient is left unclipped
 
 # Name of a case: ranks and case. Each runs with both objectives. VPP2 has two chunks on each of two stages.
@@ -119,6 +123,11 @@ ADAPTED = {
 }
 HEAD_LR = 4e-4
 
+# Layouts at which SteerLM 2.0 is trained: its loss compares the responses of a group, which share a micro-batch.
+GROUPED = (
+    "1 rank", "accumulation x4", "TP2+SP recompute", "PP2", "VPP2 micro-batch of its own", "CP2", "CP2 ZeRO 3",
+    "DP2 overlap", "DP2 ZeRO 2", "TP2xPP2", "PP2xCP2",
+)  # fmt: skip
 GEMMA = ("1 rank", "TP2+SP", "PP2", "CP2", "DP2 ZeRO 3", "TP2xPP2")
 
 
@@ -135,6 +144,8 @@ def cases(ranks: int) -> dict[str, Case]:
             found[key(objective, name)] = Case(objective, **options)
         if name in TIED:
             found[key("sft", name, "tied")] = Case("sft", tied=True, **options)
+        if name in GROUPED:
+            found[key("steerlm2", name)] = Case("steerlm2", **options)
         if name in GEMMA:
             found[key("sft", name, "gemma")] = Case("sft", gemma=True, **options)
         for kind in ADAPTED.get(name, ()):
@@ -156,8 +167,9 @@ def train(case: Case) -> dict[str, Any]:
     engine = make(case, steps=TOTAL_STEPS)
     if case.overlap and engine.layout.pp_rank == 0:  # on other stages the pipeline hides the collectives
         assert len(engine.chunks[0].bucket_groups) > 2
-    results = [engine.train_step(step_batches(step, case.micro_batches)) for step in range(STEPS)]
-    valid = engine.evaluate([step_batches(step, case.micro_batches) for step in (100, 101)])
+    grouped = case.objective == "steerlm2"
+    results = [engine.train_step(step_batches(step, case.micro_batches, grouped)) for step in range(STEPS)]
+    valid = engine.evaluate([step_batches(step, case.micro_batches, grouped) for step in (100, 101)])
     return {
         "loss": [r.loss for r in results],
         "norm": [r.grad_norm for r in results],
@@ -179,10 +191,9 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     if case.lora is not None and case.tied:
         start.pop("output_layer.rows", None)
     trainer = Trainer(dict(start), case.model, case.optim, TOTAL_STEPS, weights_A, lora)
-    results = [trainer.train_step(documents([row(step, i) for i in range(4)])) for step in range(STEPS)]
-    held_out = documents([row(step, i) for step in (100, 101) for i in range(4)])
+    results = [trainer.train_step(documents_of(case, step)) for step in range(STEPS)]
     weights = trainer.weights(trainer.params)
-    sums = [loss_sum(weights, document, case.model, weights_A) for document in held_out]
+    sums = [loss_of_all(weights, documents_of(case, step), case.model, weights_A) for step in (100, 101)]
     losses, norms = zip(*results, strict=True)
     return {
         "loss": losses,
@@ -194,17 +205,23 @@ def reference(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     }
 
 
+def documents_of(case: Case, step: int) -> list[Document]:
+    """Return the documents of all micro-batches of a step."""
+    return grouped_documents(step) if case.objective == "steerlm2" else documents([row(step, i) for i in range(4)])
+
+
 def references() -> dict[str, Any]:
     parallel.initialize(P(), 1)
     wanted = {
         "sft": Case("sft"),
         "ap": Case("ap"),
+        "steerlm2": Case("steerlm2"),
         "sft tied": Case("sft", tied=True),
         "sft gemma": Case("sft", gemma=True),
     }
     wanted |= {kind: adapted(kind) for kind in ADAPTED["1 rank"]}
     found = {name: reference(case) for name, case in wanted.items()}
-    return found | {f"{name} float32": reference(Case(name), torch.float32) for name in ("sft", "ap")}
+    return found | {f"{name} float32": reference(Case(name), torch.float32) for name in OPTIM}
 
 
 LENGTHS = (1, 600, 37, 513, 2, 511, 1, 64, 9, 512, 37)
@@ -364,7 +381,7 @@ def compare(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("objective", ["sft", "ap"])
+@pytest.mark.parametrize("objective", list(OPTIM))
 def test_the_yardstick(objective: str, measured: Callable[[int], list[dict[str, Any]]], record_property: Any) -> None:
     """The reference in float32 shows the effect of rounding alone."""
     found = measured(1)[0]["references"]
@@ -373,7 +390,7 @@ def test_the_yardstick(objective: str, measured: Callable[[int], list[dict[str, 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("objective", ["sft", "ap"])
+@pytest.mark.parametrize("objective", list(OPTIM))
 def test_the_matrix_would_see_a_difference(objective: str, measured: Callable[[int], list[dict[str, Any]]]) -> None:
     """Parameters move far beyond the tolerance, some steps are clipped and some are not, and counts are unequal."""
     found = measured(1)[0]["references"][objective]
@@ -381,6 +398,13 @@ def test_the_matrix_would_see_a_difference(objective: str, measured: Callable[[i
     assert min(found["norm"]) < OPTIM[objective].clip_grad < max(found["norm"])
     engine = measured(1)[0]["trained"][key(objective, "accumulation x4")]
     assert engine["lr"] == pytest.approx(found["lr"]) and engine["lr"][0] == pytest.approx(5e-4)
+    if objective == "steerlm2":
+        drawn = [[grouped_row(step, i)[1] for i in range(4)] for step in range(STEPS)]
+        counts = [[groups.count for groups in step] for step in drawn]
+        assert counts[1][3] == 0 and all(max(c) > 1.3 * min(c) for c in counts), counts
+        sizes = {int(size) for step in drawn for groups in step for size in np.bincount(groups.group_N)}
+        assert sizes == {2, 3}, "groups of different sizes"
+        return
     rows = [[row(step, i) for i in range(4)] for step in range(STEPS)]
     counts = [[r.target_tokens if objective == "sft" else r.values_PA.isfinite().sum() for r in step] for step in rows]
     assert counts[1][3] == 0 and all(max(c) > 1.3 * min(c) for c in counts), counts

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.feed.packing import PackPlan
+from steerlm_megatron.data.groups import Groups
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.data.views import Overlong, Sample, View
 from steerlm_megatron.errors import UserError
@@ -93,8 +94,14 @@ class Corpora:
         overlong: str = "truncate_left_turns",
         weights: Sequence[float] = (),
         store: bool = True,
+        groups: Groups | None = None,
     ) -> Rows:
-        """Pack every corpus (``ShardDataset.plan``) and blend them. ``store``: keep the plans beside the shards."""
+        """Pack every corpus (``ShardDataset.plan``) and blend them. ``store``: keep the plans beside the shards.
+        ``groups``: samples that have to share a row.
+        """
+        if groups is not None:
+            whole = [dataset.group_plan(view, row_tokens, seed, overlong, groups) for dataset in self.datasets]
+            return Rows(self, whole, seed, weights, groups)
         plans = [dataset.plan(view, row_tokens, seed, overlong, cache=store) for dataset in self.datasets]
         return Rows(self, plans, seed, weights)
 
@@ -104,13 +111,21 @@ class Rows:
 
     Args:
         weights: each corpus's share of an epoch's rows, on any positive scale; if empty, every row occurs once.
+        groups: what a loss that compares samples has to know of them.
     """
 
-    def __init__(self, corpora: Corpora, plans: Sequence[PackPlan], seed: int, weights: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        corpora: Corpora,
+        plans: Sequence[PackPlan],
+        seed: int,
+        weights: Sequence[float] = (),
+        groups: Groups | None = None,
+    ) -> None:
         assert len(plans) == len(corpora.datasets) and len(weights) in (0, len(plans)) and all(len(p) for p in plans)
         self.corpora, self.plans, self.weights = corpora, list(plans), list(weights)
         self.row_tokens, self.view = plans[0].row_tokens, plans[0].view
-        self._seed = seed
+        self._seed, self.groups = seed, groups
         self._firsts = np.cumsum([0, *(len(plan) for plan in plans)])
         self._sizes = np.concatenate([np.diff(plan.offsets) for plan in plans])
         self.shares = self._shares()  # number of rows of each corpus in an epoch

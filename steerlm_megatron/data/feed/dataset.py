@@ -15,10 +15,22 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from steerlm_megatron.data.feed.packing import PackPlan, load_plan, pack, save_plan
+from steerlm_megatron.data.feed.packing import PackPlan, load_plan, pack, pack_groups, save_plan
+from steerlm_megatron.data.groups import Groups
+from steerlm_megatron.data.label_tokens import LabelTokens
 from steerlm_megatron.data.shards import Shard, ShardReader
 from steerlm_megatron.data.text.tokenizer import Tokenizer
-from steerlm_megatron.data.views import ASSISTANT, OVERLONG, VIEWS, Document, Overlong, Sample, View, make_sample
+from steerlm_megatron.data.views import (
+    ASSISTANT,
+    OVERLONG,
+    PREDICTION,
+    VIEWS,
+    Document,
+    Overlong,
+    Sample,
+    View,
+    make_sample,
+)
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
@@ -71,7 +83,8 @@ class ShardDataset:
     def lengths(self, view: View) -> npt.NDArray[np.int64]:
         """Return the length of every sample through ``view`` before the over-long policy; 0 without a target."""
         _check(view, VIEWS, "view")
-        parts = [_shard_lengths(shard, view) for shard in self._reader.shards]
+        labels = self._label_tokens if view == "ap_text" else None
+        parts = [_shard_lengths(shard, view, labels) for shard in self._reader.shards]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def sample(
@@ -79,7 +92,8 @@ class ShardDataset:
     ) -> Sample | None:
         """Return sample ``index`` through ``view``; None if it is dropped or has no target (never so in a plan)."""
         document = self._reader.document(index)
-        return make_sample(document, view, max_tokens, overlong, marker_id=self._marker_id)
+        labels = self._label_tokens if view == "ap_text" else None
+        return make_sample(document, view, max_tokens, overlong, marker_id=self._marker_id, labels=labels)
 
     def label_mean(self) -> npt.NDArray[np.float32]:
         """Return float32 [A]: mean of each attribute over the labelled turns of weight 1; NaN where there is none.
@@ -110,9 +124,47 @@ class ShardDataset:
             save_plan(path, plan)
         return plan
 
+    def ids(self) -> list[str]:
+        """Return the ids of all documents in their order."""
+        return [name for shard in self._reader.shards for name in shard.document_ids()]
+
+    def group_plan(self, view: View, row_tokens: int, seed: int, overlong: str, groups: Groups) -> PackPlan:
+        """Pack whole groups of samples into rows. It is not stored: it depends on the groups as well.
+
+        Raises:
+            UserError: a sample without a group; no group of two samples or more that fits a row; one that does not fit,
+                with the policy ``error``.
+        """
+        _check(overlong, OVERLONG, "data.overlong")
+        lengths = self.lengths(view)
+        group_N = groups.group_N[groups.of(self.ids(), self.folder)]
+        offsets, samples, too_long = pack_groups(lengths, group_N, row_tokens, seed)
+        totals = np.bincount(group_N, lengths, groups.count).astype(np.int64)
+        if len(too_long) and (overlong == "error" or not len(samples)):
+            raise UserError(
+                f"{self.folder}: {len(too_long)} groups of responses are longer than train.row_tokens={row_tokens}, "
+                f"the longest has {int(totals[too_long].max())} tokens; a group has to fit a row: raise "
+                "train.row_tokens (with parallel.context or engine.recompute), or draw fewer or shorter responses"
+            )
+        if not len(samples):
+            raise UserError(f"{self.folder}: no group has two responses, so there is nothing to compare")
+        return PackPlan(
+            offsets, samples, row_tokens, view, overlong,
+            useful_tokens=int(lengths[samples].sum()),
+            total=len(self),
+            overlong_dropped=int(np.isin(group_N, too_long).sum()),
+            masked_dropped=len(self) - len(samples) - int(np.isin(group_N, too_long).sum()),
+        )  # fmt: skip
+
     @cached_property
     def _marker_id(self) -> int:
         return int(self.manifest["label_marker_id"])
+
+    @cached_property
+    def _label_tokens(self) -> LabelTokens:
+        if self.schema is None:
+            raise UserError(f"{self.folder}: these shards have no attributes, and so no labels to predict")
+        return LabelTokens.of(self.schema, self.tokenizer, self.template.label_marker)
 
     def _plan_path(self, view: str, row_tokens: int, seed: int, overlong: str) -> Path:
         key = f"{_PLAN_RULES} {self.hash} {view} {row_tokens} {seed} {overlong}"
@@ -148,7 +200,7 @@ class ShardDataset:
         )
 
     def _nothing_left(self, view: str, row_tokens: int, masked: int, dropped: int) -> str:
-        if view == "ap" and masked == len(self):
+        if view in PREDICTION and masked == len(self):
             return (
                 f"{self.folder}: all tokens are masked: no assistant turn of weight 1 has an attribute value to learn"
             )
@@ -163,7 +215,7 @@ def _check(value: str, legal: tuple[str, ...], name: str) -> None:
         raise UserError(f"{name}={value!r}; legal: {' '.join(legal)}")
 
 
-def _shard_lengths(shard: Shard, view: View) -> npt.NDArray[np.int64]:
+def _shard_lengths(shard: Shard, view: View, label_tokens: LabelTokens | None = None) -> npt.NDArray[np.int64]:
     """Return ``ShardDataset.lengths`` of one shard, without a loop over documents."""
     lengths = shard.lengths.astype(np.int64)
     if view in ("acsft", "sft"):
@@ -172,16 +224,18 @@ def _shard_lengths(shard: Shard, view: View) -> npt.NDArray[np.int64]:
             return np.where(has_target, lengths, 0)
     turns, bounds = shard.turns, np.asarray(shard.docs["turns"])
     labels = np.concatenate(([0], np.cumsum(turns["label_end"].astype(np.int64) - turns["label_start"])))
-    if view != "ap":
+    if view not in PREDICTION:
         lengths = lengths - (labels[bounds[1:]] - labels[bounds[:-1]])
         return np.where(lengths > 1 if view == "lm" else has_target, lengths, 0)
     assistant = turns["role"] == ASSISTANT
-    scored = np.flatnonzero(assistant & (turns["weight"] > 0) & ~np.isnan(np.asarray(shard.values)).all(axis=1))
+    values = np.asarray(shard.values)
+    scored = np.flatnonzero(assistant & (turns["weight"] > 0) & ~np.isnan(values).all(axis=1))
     document = np.searchsorted(bounds, scored, side="right") - 1
     last = np.flatnonzero(np.diff(document, append=-1))  # index of each document's last scored turn
     turn, owner = scored[last], document[last]
     out = np.zeros(shard.documents, np.int64)
-    marks = np.concatenate(([0], np.cumsum(assistant)))
+    put = assistant if label_tokens is None else np.where(assistant, label_tokens.sizes(values), 0)
+    marks = np.concatenate(([0], np.cumsum(put)))
     removed, added = labels[turn + 1] - labels[bounds[owner]], marks[turn + 1] - marks[bounds[owner]]
     out[owner] = turns["mark"][turn] - removed + added
     return out

@@ -207,7 +207,10 @@ class StepLoader:
             chosen = mine[number * self._micro_rows : (number + 1) * self._micro_rows]
             content: list[Sequence[Sample]] = [self.rows.samples_of(row) for row in chosen]
             content += [()] * (self._micro_rows - len(content))
-            batch = collate(content, self.rows.row_tokens, self._num_attributes).part(self._cp_rank, self._cp_size)
+            batch = collate(content, self.rows.row_tokens, self._num_attributes)
+            if self.rows.groups is not None:
+                batch = self.rows.groups.attach(batch)
+            batch = batch.part(self._cp_rank, self._cp_size)
             batches.append(batch.pin() if has_cuda() else batch)
         return batches
 

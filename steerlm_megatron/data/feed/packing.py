@@ -137,6 +137,30 @@ def pack(lengths: npt.NDArray[np.integer], row_tokens: int, seed: int) -> tuple[
     return offsets, order[np.argsort(row_of, kind="stable")].astype(np.int64)
 
 
+def pack_groups(
+    lengths: npt.NDArray[np.integer], group_N: Int64, row_tokens: int, seed: int
+) -> tuple[Int64, Int64, Int64]:
+    """Pack so that the samples of a group share a row. Returns ``offsets`` [rows + 1] and ``samples``, as :func:`pack`
+    does, and the groups that are longer than a row, which are in none.
+
+    ``group_N`` is the group of each sample. Samples of length 0 are in no row, nor is a group of one sample, which has
+    nothing to be compared with.
+    """
+    present = np.flatnonzero(np.asarray(lengths) > 0)
+    groups, member = np.unique(group_N[present], return_inverse=True)
+    total = np.bincount(member, lengths[present], len(groups)).astype(np.int64)
+    several = np.bincount(member, minlength=len(groups)) > 1
+    fits = several & (total <= row_tokens)
+    row_offsets, units = pack(np.where(fits, total, 0), row_tokens, seed)
+    by_group = present[np.argsort(member, kind="stable")]
+    ends = np.cumsum(np.bincount(member, minlength=len(groups)))
+    parts = [by_group[end - size : end] for end, size in zip(ends, np.diff(ends, prepend=0), strict=True)]
+    sizes = np.array([len(parts[unit]) for unit in units], np.int64)
+    offsets = np.concatenate(([0], np.cumsum(sizes)))[row_offsets]
+    samples = np.concatenate([parts[unit] for unit in units]) if len(units) else np.zeros(0, np.int64)
+    return offsets.astype(np.int64), samples.astype(np.int64), groups[several & ~fits]
+
+
 def save_plan(path: Path, plan: PackPlan) -> bool:
     """Store a plan as one ``.npy`` array, atomically. Return False if it cannot be written, as it is only a cache."""
     header = [_PLAN_FORMAT, plan.row_tokens, len(plan), len(plan.samples), *(getattr(plan, name) for name in _COUNTS)]
