@@ -19,7 +19,6 @@ that all answers to one prompt are in one split, whatever the order of the files
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from data_tools import oasst
+from data_tools.command_line import print_report
 from data_tools.filters import Filters, Sieve
 from data_tools.sources import hf, nemo
 from data_tools.sources.base import STEERLM_NAMES, Context, Converter, Found
@@ -372,27 +372,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line: print the report as JSON. Returns 2 after a user's error."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
-        schema = _schema(args)
-        if args.export:
-            if args.source != "nemo" or schema is None:
-                raise UserError(f"--export is of source nemo and needs a schema, not of {args.source}")
-            report = nemo.export(args.inputs, args.output, schema, args.on_error)
-        else:
-            filters = Filters(
-                args.languages, args.roles, args.min_turns, args.max_turns, args.min_chars, args.max_chars, args.labels,
-                args.dedupe,
-            )  # fmt: skip
-            options = Options(
-                args.paths, filters, args.valid_input, args.valid_fraction, args.seed, args.on_error, args.map,
-                args.label_max, args.rows, args.subset, args.split,
-            )  # fmt: skip
-            report = convert(args.source, args.inputs, args.output, schema, options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(report, indent=2, ensure_ascii=False))
-    return 0
+    return print_report(lambda: _converted(args))
+
+
+def _converted(args: argparse.Namespace) -> dict[str, Any]:
+    """Do what the command line asks for, and return the report."""
+    schema = _schema(args)
+    if args.export:
+        if args.source != "nemo" or schema is None:
+            raise UserError(f"--export is of source nemo and needs a schema, not of {args.source}")
+        return nemo.export(args.inputs, args.output, schema, args.on_error)
+    filters = Filters(
+        args.languages, args.roles, args.min_turns, args.max_turns, args.min_chars, args.max_chars, args.labels,
+        args.dedupe,
+    )  # fmt: skip
+    options = Options(
+        args.paths, filters, args.valid_input, args.valid_fraction, args.seed, args.on_error, args.map,
+        args.label_max, args.rows, args.subset, args.split,
+    )  # fmt: skip
+    return convert(args.source, args.inputs, args.output, schema, options)
 
 
 if __name__ == "__main__":

@@ -77,17 +77,26 @@ class Filters:
                 raise UserError(
                     f"data.{low}={least}, data.{high}={most}: must be 0 <= {low} <= {high}, {high} at least 1"
                 )
-        found = []
-        for rule in self.labels:
-            match = _RULE.fullmatch(rule)
-            if match is None:
-                raise UserError(f"data.labels: {rule!r} is not of the form name>=number; legal: {' '.join(_COMPARE)}")
-            if schema is not None and match[1] not in schema.names:
-                raise UserError(
-                    f"data.labels: {rule!r}: schema {schema.name!r} has: {' '.join(schema.names) or 'nothing'}"
-                )
-            found.append((match[1], _COMPARE[match[2]], float(match[3])))
-        return found
+        return label_rules(self.labels, schema, "data.labels")
+
+
+def label_rules(
+    rules: Sequence[str], schema: AttributeSchema | None, key: str
+) -> list[tuple[str, Callable[[float, float], bool], float]]:
+    """Return rules such as ``quality>=6`` as attribute, comparison and bound. ``key`` names them in errors.
+
+    Raises:
+        UserError: a rule of another form, or an attribute that ``schema`` lacks.
+    """
+    found = []
+    for rule in rules:
+        match = _RULE.fullmatch(rule)
+        if match is None:
+            raise UserError(f"{key}: {rule!r} is not of the form name>=number; legal: {' '.join(_COMPARE)}")
+        if schema is not None and match[1] not in schema.names:
+            raise UserError(f"{key}: {rule!r}: schema {schema.name!r} has: {' '.join(schema.names) or 'nothing'}")
+        found.append((match[1], _COMPARE[match[2]], float(match[3])))
+    return found
 
 
 COUNTS = (

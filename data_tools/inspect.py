@@ -6,7 +6,7 @@ values, and where a document begins and ends. Without colour, trained text is in
 
 Owns: the output. Does not own: formats, views, packing (``steerlm_megatron.data``). Invariant: in the ``acsft`` view it
 shows all tokens that Megatron-Core's ``IndexedDataset`` yields for a document, in order; the other views remove label
-lines, and ``ap`` adds markers.
+lines, ``ap`` adds markers, and ``ap_text`` puts label lines after the responses.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.text import Text
 
 from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.shards import ShardReader
-from steerlm_megatron.data.views import ASSISTANT, VIEWS, View, make_sample
+from steerlm_megatron.data.views import ASSISTANT, VIEWS, View
 from steerlm_megatron.errors import UserError
 
 _BAR = 40  # length of the longest bar in characters
@@ -83,7 +83,7 @@ class Shown:
 def shown(dataset: ShardDataset, index: int, view: View) -> Shown:
     """Return document ``index`` through ``view``, uncut. If it has no target there, all of it is shown as masked."""
     document = dataset.document(index)
-    sample = make_sample(document, view, marker_id=int(dataset.manifest["label_marker_id"]))
+    sample = dataset.sample(index, view)
     tokens = np.asarray(document.tokens_T if sample is None else sample.tokens_T, np.int64)
     mask = np.zeros(len(tokens), np.bool_) if sample is None else sample.loss_mask_T
     kinds = np.where(mask, Kind.TRAINED, Kind.MASKED).astype(np.int8)

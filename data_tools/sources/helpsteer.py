@@ -1,7 +1,7 @@
 """Convert HelpSteer, HelpSteer2 (ratings, disagreements, preference) and HelpSteer3 (preference).
 
 * ratings: ``prompt``, ``response`` and the five labels on 0–4 (a list of ratings, as in ``disagreements``, becomes its
-  mean); scaled to the schema's ``max_level``.
+  mean, and the single ratings are kept as ``annotations``); scaled to the schema's ``max_level``.
 * preference: ``response_1``/``response_2`` + ``preference_strength`` (HelpSteer2) or ``response1``/``response2`` +
   ``overall_preference`` (HelpSteer3, ``context`` a list of messages): two conversations, one per response. Both keep
   ``pair`` and ``preference`` (``strength`` −3…3, negative: response 1 is better; ``response``: 1 or 2; ``preferred``).
@@ -15,6 +15,8 @@ HelpSteer2's preference file have a ``split``, which is kept.
 from __future__ import annotations
 
 import os
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from data_tools.rows import Row
@@ -32,6 +34,7 @@ from data_tools.sources.base import (
     text_of,
 )
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.annotations import KEY as ANNOTATIONS
 from steerlm_megatron.steer.attributes import is_number
 
 _SPLITS = {"train": "train", "val": "valid", "valid": "valid", "validation": "valid"}
@@ -47,9 +50,22 @@ def convert_row(row: Row, where: str, context: Context) -> list[Found]:
     prompt = parse_markers(text_of(row, "prompt", where), where, context)
     response = text_of(row, "response", where)
     labels = {name: scaled(row.get(name), name, 4, where, context) for name in HELPSTEER_NAMES}
-    reply = {"role": "assistant", "content": response, "attributes": labels}
+    reply = {"role": "assistant", "content": response, "attributes": labels, **_annotations(row, where, context)}
     extra = extras(row, "id", "prompt", "response", "split", *HELPSTEER_NAMES)
     return [_found(row, where, context, [*prompt, reply], extra, row.get("id"), "")]
+
+
+def _annotations(row: Row, where: str, context: Context) -> dict[str, Any]:
+    """Return the values of single annotators, as ``steer/annotations.py`` has them, of a row whose labels are lists."""
+    lists = {name: row[name] for name in HELPSTEER_NAMES if isinstance(row.get(name), list)}
+    silent = replace(context, notes=Counter())  # what is not in the schema is counted once, with the means
+    made = [
+        {name: scaled(ratings[i], name, 4, where, silent) for name, ratings in lists.items() if i < len(ratings)}
+        for i in range(max(map(len, lists.values()), default=0))
+    ]
+    kept = [{name: value for name, value in one.items() if value is not None} for one in made]
+    kept = [one for one in kept if one]
+    return {ANNOTATIONS: kept} if kept else {}
 
 
 def _context(row: Row, where: str) -> list[dict[str, Any]]:

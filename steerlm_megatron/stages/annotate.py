@@ -1,6 +1,7 @@
 """``annotate``: an attribute-prediction model labels every response of a record file (arXiv 2310.05344 §3.2).
 
-Owns: distributing records to data-parallel ranks, resuming, the output file. Does not own: scoring (``scoring.py``).
+Owns: the output file. Does not own: scoring (``scoring.py``), distributing records to replicas and resuming
+(``chunked_work.py``).
 Invariants: the output has each input record once, in order; a killed run loses at most the chunk in flight.
 """
 
@@ -13,32 +14,26 @@ from typing import Any, cast
 
 from steerlm_megatron.config.load import job_of_array
 from steerlm_megatron.config.schema import Config
-from steerlm_megatron.errors import Interrupted
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.observe.progress import Progress
 from steerlm_megatron.observe.runfolder import JOURNAL
-from steerlm_megatron.runtime.collectives import any_rank, barrier, gather_objects, on_main
-from steerlm_megatron.runtime.signals import StopRequest
+from steerlm_megatron.runtime.collectives import gather_objects, on_main
+from steerlm_megatron.stages.chunked_work import compute_in_chunks
 from steerlm_megatron.stages.journal import open_journal
 from steerlm_megatron.stages.record_reader import Record, RecordReader
-from steerlm_megatron.stages.scoring import Scorer, Values
+from steerlm_megatron.stages.scoring import Scorer, Values, described
 from steerlm_megatron.stages.session import LoadedModel, Session, load_model, session
 from steerlm_megatron.steer.messages import Message, has_text
 from steerlm_megatron.steer.records import Conversation, expand_paths, write_records
-
-_CHUNK = 512  # conversations scored between two writes of the journal
 
 
 def run(config: Config) -> None:
     """Score the records of ``input`` by ``checkpoint`` and write ``output``. Collective over the world."""
     with session(config) as here:
         reader = RecordReader(here)
-        records = reader.read("input", cast(str, config.input), "input")
-        loaded = load_model(
-            cast(str, config.checkpoint), config, "checkpoint", head="regression", attributes=config.attributes
-        )
+        records = reader.read("input", config.input, "input")
+        loaded = load_model(cast(str, config.checkpoint), config, "checkpoint", head="ap", attributes=config.attributes)
         records = reader.writable("input", records, loaded.template)
-        found = annotate(here, loaded, records, cast(str, config.input), Path(cast(str, config.output)))
+        found = annotate(here, loaded, records, config.input, Path(cast(str, config.output)))
         here.run.update(counts=reader.counts() | found)
         loaded.free()
 
@@ -52,38 +47,24 @@ def annotate(
     Returns the numbers of scored ``turns``, of ``truncated_turns``, and of ``empty_replies``, which have no text to
     score and are written unchanged.
     """
-    layout, config = here.layout, here.config
+    config = here.config
     records = [record.conversation for record in read]
-    scorer = Scorer(loaded, config.scoring.batch_tokens)
+    scorer = Scorer(loaded, config.scoring.batch_tokens, config.scoring.decode, here.cost)
     paths = expand_paths(source)
-    journal, done = open_journal(here, f"{JOURNAL}{output.name}", loaded, {"records": len(records)}, paths)
-    task, tasks = job_of_array(config)
-    left = [i for i in range(len(records)) if task is None or i % tasks == task]
-    mine = [i for i in left[layout.dp_rank :: layout.dp_size] if i not in done]
-    # Records of similar length are scored together, so that rows fill better and chunks take equal time.
-    mine.sort(key=lambda i: sum(len(m.content) for m in records[i].messages))
-    total, started = len(left), sum(i in done for i in left)
-    if started:
-        get_logger(__name__).info("resuming: %d of %d records are scored", started, total)
-    chunks = [mine[start : start + _CHUNK] for start in range(0, len(mine), _CHUNK)]
-    with (
-        StopRequest() as stop,
-        Progress(total, "annotate", unit="record", initial=started, enabled=layout.is_main) as bar,
-    ):
-        while any_rank(bool(chunks)):
-            chunk = chunks.pop(0) if chunks else []
-            values = scorer.score([records[i] for i in chunk])
-            if layout.is_model_head:
-                journal.append((i, {str(m): v for m, v in one.items()}) for i, one in zip(chunk, values, strict=True))
-            bar.set(min(total, bar.completed + len(chunk) * layout.dp_size))
-            if any_rank(stop.requested):
-                barrier()
-                raise Interrupted(stop.reason or "what asked another rank to")
+    inputs = {"records": len(records), "values": described(loaded, config.scoring.decode)}
+    journal, done = open_journal(here, f"{JOURNAL}{output.name}", loaded, inputs, paths)
+    sizes = [sum(len(m.content) for m in record.messages) for record in records]
+
+    def score(chunk: list[int]) -> list[dict[str, Values]]:
+        values = scorer.score([records[i] for i in chunk])
+        return [{str(message): found for message, found in one.items()} for one in values]
+
+    total = compute_in_chunks(here, journal, done, sizes, score, "annotate")
     empty = sum(_is_empty(message) for record in records for message in record.messages)
     replies = sum(message.role == "assistant" for record in records for message in record.messages)
     counts = {"turns": replies - empty, "truncated_turns": scorer.truncated_turns, "empty_replies": empty}
 
-    outside = sum(gather_objects(scorer.outside if layout.is_model_head else 0))
+    outside = sum(gather_objects(scorer.outside if here.layout.is_model_head else 0))
     if loaded.scored_at_end and outside:
         get_logger(__name__).warning(
             "%d values lie outside 0-%d, the scale of attributes=%s, and were set to its ends",
@@ -101,8 +82,7 @@ def annotate(
             total, counts["turns"], f", {empty} empty ones left as they are" if empty else "", output,
         )  # fmt: skip
 
-    barrier()  # wait until every journal is written
-    if task is None:
+    if job_of_array(config)[0] is None:
         on_main(write)
     return counts
 

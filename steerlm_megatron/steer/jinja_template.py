@@ -14,6 +14,7 @@ so that its tokens are those of the whole text; only a response is a segment of 
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -43,6 +44,18 @@ _BLANKS = ("", "lstrip", "rstrip", "strip")
 def _roles(messages: Sequence[Spoken]) -> str:
     shown = " ".join(message.role for message in messages[:_TRIED_TURNS])
     return shown if len(messages) <= _TRIED_TURNS else f"{shown} and {len(messages) - _TRIED_TURNS} more"
+
+
+def _another_history(asked: str, earlier: str) -> str:
+    """Return what is wrong with a chat template that writes ``asked`` before a response that it asks for, and
+    ``earlier`` before the same response as a part of the history.
+    """
+    said = "the chat template writes a history in another way than it was generated"
+    common = os.path.commonprefix([asked, earlier])
+    opens, opened = asked[len(common) :], earlier[len(common) :]
+    if opens != opened and not _MARK.search(opens + opened):
+        said += f": it opens a response with {opens!r} where it asks for one, and with {opened!r} in the history"
+    return f"{said}; train the model in a format of ours (template=chatml, template=steerlm)"
 
 
 class _Piece(NamedTuple):
@@ -356,7 +369,7 @@ class JinjaTemplate(Template):
             if messages[i].role == "assistant" and tried:
                 before = self._marked(messages[:i], True)
                 if not text.startswith(before + mark + self._between[0]):
-                    raise UserError("the chat template writes a history in another way than it was generated")
+                    raise UserError(_another_history(before, text.partition(mark)[0]))
         pieces: list[_Piece] = []
         header = self._header(text, messages)
         owner, closes = -1, False  # the turn of what comes, and whether that is still what closes its text

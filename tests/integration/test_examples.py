@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.commands import ENVIRONMENT
+from data_tools import make_demo_corpus
+from steerlm_megatron.steer.records import read_records
+from tests.helpers.commands import ENVIRONMENT, steerlm
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -29,6 +32,7 @@ def test_each_script_is_run_here_and_says_what_it_shows() -> None:
     scripts = sorted(path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".sh"))
     assert scripts == [
         "annotate_jsonl.py",
+        "label_by_program.py",
         "load_checkpoint.py",
         "serve_and_ask.py",
         "steer_with_transformers.py",
@@ -67,3 +71,22 @@ def test_annotate_jsonl(work: Path, tmp_path: Path) -> None:
 def test_load_checkpoint(run: str, words: str, work: Path) -> None:
     said = example("load_checkpoint.py", f"run/{run}", "--max-tokens", "4", cwd=work)
     assert words in said and " parameters\n" in said and "attributes: " in said
+
+
+def test_a_program_labels_records_with_attributes_that_a_file_of_ours_names(tmp_path: Path) -> None:
+    """These are the first commands of docs/own_attribute.md; the file is given to the ranks of a command as well."""
+    make_demo_corpus.write(tmp_path / "texts", 60, 7)
+    said = example("label_by_program.py", "texts/train.jsonl", "labelled.jsonl", cwd=tmp_path)
+    assert "labelled with politeness brevity" in said
+    records = list(read_records(tmp_path / "labelled.jsonl"))
+    labels = [m.attributes for c in records for m in c.messages if m.role == "assistant"]
+    assert all(one is not None and set(one) == {"politeness", "brevity"} for one in labels)
+    levels = {one["politeness"] for one in labels if one}
+    assert len(levels) > 2 and min(levels) >= 0 and max(levels) <= 5
+    schema = f"attributes={os.path.relpath(EXAMPLES / 'politeness.yaml', tmp_path)}"
+    made = ("data.input=labelled.jsonl", "data.output_dir=shards", "tokenizer.train=true", "tokenizer.vocab_size=400")
+    steerlm("preprocess", schema, *made, cwd=tmp_path)
+    small = ("data.train=shards/train", "train.steps=1", "train.row_tokens=256", "parallel.data=2", "run_dir=ap")
+    steerlm("train_ap", schema, *small, cwd=tmp_path)
+    (meta,) = (tmp_path / "ap").glob("checkpoints/step_*/meta.json")
+    assert json.loads(meta.read_text())["label_counts"].keys() == {"politeness", "brevity"}
