@@ -220,6 +220,10 @@ class Throughput:
         self.total_tokens = 0
         self._reset()
 
+    def flops(self, tokens: int, sum_squared_lengths: float) -> float:
+        """Return the model FLOPs of so many tokens by ``flops_of``; 0 where there is no formula."""
+        return 0.0 if self._flops_of is None else self._flops_of(tokens, sum_squared_lengths)
+
     def _reset(self) -> None:
         self._since = self._clock()
         self._paused_sec = 0.0

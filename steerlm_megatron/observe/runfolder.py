@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import socket
@@ -31,6 +32,7 @@ from steerlm_megatron.files import file_sha256, to_strict_json, write_json_atomi
 from steerlm_megatron.observe.log import get_logger
 
 STATUSES = ("running", "complete", "failed", "interrupted")
+_IN_HUB_CACHE = re.compile(r"/models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]+)$")
 REQUEUE_EXIT_CODE = 75  # the run was stopped after saving, and the scheduler should start the same command again
 _PACKAGES = (
     "torch megatron-core deepspeed transformer-engine numpy hydra-core omegaconf sentencepiece tokenizers transformers "
@@ -43,7 +45,8 @@ _VARIABLES = (
 JOURNAL = "journal-"  # prefix of folders with the finished work of a stopped attempt
 PARTS = "part-*.jsonl"
 _OWN_ENTRIES = (
-    "config.yaml command.txt env.json metrics.jsonl summary.json report.html report.json log checkpoints tensorboard"
+    "config.yaml command.txt env.json metrics.jsonl summary.json report.html report.md report.json log checkpoints "
+    "tensorboard hub.json cost"
 ).split()
 
 
@@ -52,7 +55,7 @@ def fingerprint(values: Mapping[str, Any], paths: Iterable[str | Path] = ()) -> 
 
     A file counts by its content. A run folder counts by the fingerprint in its own summary. Any other folder counts by
     the names, sizes and modification times in it, since reading a checkpoint would take longer than the step that it
-    saves; hidden files and folders are of tools, and do not count.
+    saves; hidden files and folders are of tools, and do not count. A folder in the hub's cache counts by its commit.
 
     Raises:
         UserError: a path does not exist.
@@ -63,12 +66,20 @@ def fingerprint(values: Mapping[str, Any], paths: Iterable[str | Path] = ()) -> 
         digest.update(b"\0" + str(path.name).encode() + b"\0")
         if path.is_file():
             digest.update(bytes.fromhex(file_sha256(path)))
+        elif path.is_dir() and (source := hub_source(path)) is not None:
+            digest.update(f"{source}".encode())
         elif path.is_dir():
             own = (read_summary(path) or {}).get("fingerprint")
             digest.update(str(own).encode() if own else _folder_listing(path).encode())
         else:
             raise UserError(f"{path}: no such file or folder; it is an input of this step")
     return digest.hexdigest()
+
+
+def hub_source(folder: str | Path) -> tuple[str, str] | None:
+    """Return (``owner/name``, commit) of a model's folder in the cache of the Hugging Face hub; None for any other."""
+    found = _IN_HUB_CACHE.search(str(Path(folder).absolute()))
+    return None if found is None else (f"{found[1]}/{found[2]}", found[3])
 
 
 def _folder_listing(path: Path) -> str:
@@ -238,6 +249,7 @@ class RunFolder:
     Attributes:
         path: the folder.
         resumed: whether the folder holds an earlier attempt that did not complete.
+        attempts: how many attempts there were with this one; rank 0 alone knows.
     """
 
     def __init__(self, path: str | Path, command: str, *, overwrite: bool = False, rank: int = 0) -> None:
@@ -252,6 +264,7 @@ class RunFolder:
         self.command = command
         self.rank = rank
         self.resumed = False
+        self.attempts = 1
         self._summary: dict[str, Any] = {}
         self._started = time.monotonic()
         if rank != 0:
@@ -273,7 +286,7 @@ class RunFolder:
             self._remove_run_files()
             earlier = None
         self.resumed = earlier is not None
-        self._attempts = int((earlier or {}).get("attempts", 0)) + 1
+        self.attempts = int((earlier or {}).get("attempts", 0)) + 1
 
     def _refuse_complete(self) -> None:
         earlier = read_summary(self.path)
@@ -311,7 +324,7 @@ class RunFolder:
             "command": self.command,
             "fingerprint": inputs,
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "attempts": self._attempts,
+            "attempts": self.attempts,
             "counts": {},
             "metrics": {},
             "timings": {},
@@ -320,6 +333,12 @@ class RunFolder:
         }
         self._write()
         return self
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The fingerprint that :meth:`start` was given, on rank 0."""
+        inputs: str | None = self._summary.get("fingerprint")
+        return inputs
 
     def update(self, **sections: Mapping[str, Any]) -> None:
         """Merge into sections of the summary, as in ``update(counts={"in": 5}, timings={"score_sec": 2.5})``, and write

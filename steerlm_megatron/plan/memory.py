@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from steerlm_megatron.config.load import finalize, lays_out_training
+from steerlm_megatron.config.load import finalize, head_values, lays_out_training
 from steerlm_megatron.config.schema import Config, ParallelConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.arithmetic import (
@@ -123,7 +123,7 @@ def check_before_launch(config: Config, ranks: int) -> None:
     if not config.plan.check or not lays_out_training(config):
         return
     gpu = hardware(config.plan.hardware)
-    attributes = len(config.attributes.names) if config.command == "train_ap" else None
+    attributes = head_values(config)
     run = layout_of(config, ranks, config.plan.vocab_size or 1, attributes, targets=1)  # at least that is certain
     host = int(1e9 * gpu.host_memory_gb)
     refuse_what_cannot_fit(config, run, gpu.memory, f"plan.hardware={gpu.name}", host, gpu.gpus_per_node)

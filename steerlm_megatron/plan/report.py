@@ -11,6 +11,7 @@ from typing import Any
 
 from steerlm_megatron.plan.hardware import Hardware
 from steerlm_megatron.plan.memory import GIB, RESERVED
+from steerlm_megatron.plan.methods import Method, table
 from steerlm_megatron.plan.timing import StepTime
 from steerlm_megatron.plan.workload import Workload
 
@@ -35,6 +36,19 @@ class Stage:
         return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
+@dataclass(frozen=True)
+class StepCost:
+    """What a step of ``run`` costs: ``tokens`` and ``flops`` of all GPUs, ``seconds`` of wall time. ``work``: what it
+    has a model do, in words.
+    """
+
+    step: str
+    work: str
+    tokens: float
+    flops: float
+    seconds: float
+
+
 @dataclass
 class Plan:
     """What ``steerlm plan`` says. Bytes, seconds; ``notes`` are sentences."""
@@ -53,6 +67,8 @@ class Plan:
     proposals: list[dict[str, Any]] = field(default_factory=list)
     fallen: Mapping[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    steps_of_run: list[StepCost] = field(default_factory=list)
+    methods: list[Method] = field(default_factory=list)
 
     @property
     def peak(self) -> int:
@@ -67,6 +83,7 @@ class Plan:
         """Return plain data for JSON."""
         out = asdict(self)
         out["fits"], out["peak_bytes"] = self.fits, self.peak
+        out["methods"] = [method.to_dict() for method in self.methods]
         for stage, plain in zip(self.stages, out["stages"], strict=True):
             plain["total"] = stage.total
         if self.time is not None:
@@ -117,6 +134,11 @@ def text(plan: Plan) -> str:
         )
     if plan.time is not None and plan.work is not None:
         lines += ["", *_time(plan, plan.time, plan.work)]
+    if plan.steps_of_run:
+        lines += ["", *_steps(plan)]
+    if plan.methods:
+        header, rows = table(plan.methods)
+        lines += ["", "by count of passes, each of one sequence", *_table(header, rows, words=3)]
     if plan.proposals:
         lines += ["", "fastest layouts that fit", *_table(
             ("s/step", "tokens/s", "MFU", "GiB", "overrides"),
@@ -152,14 +174,37 @@ def _time(plan: Plan, time: StepTime, work: Workload) -> Iterable[str]:
         )
 
 
+def _steps(plan: Plan) -> Iterable[str]:
+    """Yield the table of the steps of a run, and their sum."""
+    costs = plan.steps_of_run
+    whole = StepCost("all", "", *(sum(getattr(one, name) for one in costs) for name in ("tokens", "flops", "seconds")))
+    yield f"what the steps of run cost on {plan.ranks} x {plan.hardware.name}"
+    yield from _table(
+        ("step", "work", "tokens", "FLOP", "hours", "GPU-hours", "FLOP/s a GPU"),
+        [
+            (
+                one.step, one.work, f"{one.tokens:,.0f}", f"{one.flops:.3g}", f"{one.seconds / 3600:.3g}",
+                f"{one.seconds / 3600 * plan.ranks:.3g}", f"{one.flops / one.seconds / plan.ranks:.3g}",
+            )
+            for one in [*costs, whole]
+        ],
+        words=2,
+    )  # fmt: skip
+
+
 def _gib(size: int | float) -> str:
     return f"{size / GIB:.2f}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 0) -> list[str]:
+    """Return the lines of a table whose first ``words`` columns stand left, and numbers right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     last = len(head) - 1
     return [
-        "  " + "  ".join(f"{cell:>{widths[i]}}" if i < last or len(head) > 6 else cell for i, cell in enumerate(row))
+        "  "
+        + "  ".join(
+            f"{cell:{'<' if i < words else '>'}{widths[i]}}" if i < last or len(head) > 6 else cell
+            for i, cell in enumerate(row)
+        )
         for row in (head, *rows)
     ]

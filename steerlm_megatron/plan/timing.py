@@ -106,15 +106,9 @@ def step_time(
     waited, computing = step.waited(tensor_overlap), products + attention + memory
     reduction = step.reduction(gradient_bytes, computing)
     optimizer, host = step.optimizer()
-    m = step.micro_batches
-    useful = rows_per_step * work.tokens
-    flops = model_flops(
-        multiplied_parameters(model, vocab_size, head),
-        model.num_layers,
-        step.widths.N * step.widths.H,
-        1,
-        work.squares / work.tokens,
-    )
+    m, useful = step.micro_batches, rows_per_step * work.tokens
+    multiplied, width = multiplied_parameters(model, vocab_size, head), step.widths.N * step.widths.H
+    flops = model_flops(multiplied, model.num_layers, width, 1, work.squares / work.tokens)
     return StepTime(
         products=products * m,
         attention=attention * m,

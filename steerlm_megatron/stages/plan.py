@@ -1,4 +1,4 @@
-"""``steerlm plan COMMAND …``: memory and time of a run, before there is one.
+"""``steerlm plan COMMAND …``: memory and time of a run, before there is one; for ``run`` the cost of its steps, too.
 
 Owns: what of a configuration, its data and its checkpoint the plan is made of; the order of work; the output. Does not
 own: the arithmetic (``model/arithmetic.py``, ``plan/``). Invariant: nothing is written but ``plan.output``, and no GPU
@@ -24,6 +24,8 @@ from steerlm_megatron.plan.report import Plan, Stage, text
 from steerlm_megatron.plan.search import search
 from steerlm_megatron.plan.timing import step_time
 from steerlm_megatron.plan.workload import Workload, packed, stated
+from steerlm_megatron.stages import hub
+from steerlm_megatron.stages.plan_run import add_costs
 
 _SAMPLED_ROWS = 256
 
@@ -52,6 +54,7 @@ def plan_of(arguments: Sequence[str]) -> Plan:
         raise UserError("\n".join(f"{key}: no such key{compose.nearest(key, KEYS)}" for key in wrong))
     compose.check(command, [override for override in overrides if override not in own])
     config = load.from_container(compose.composed(command, overrides))
+    hub.resolve(config)
     if config.init_from is not None:
         from steerlm_megatron.stages.base import adopt_shape
 
@@ -73,7 +76,7 @@ def training_plan(config: Config, ranks: int) -> Plan:
         raise UserError(
             "plan.vocab_size is not set, and neither data.train nor init_from says how many tokens there are"
         )
-    attributes = len(config.attributes.names) if config.command == "train_ap" else None
+    attributes = load.head_values(config)
     rows = work.rows_per_step(config.train.global_batch_samples)
     p, micro_rows = config.parallel, config.train.micro_batch_rows
     data = max(1, ranks // (p.tensor * p.pipeline * p.context))
@@ -87,6 +90,8 @@ def training_plan(config: Config, ranks: int) -> Plan:
         steps=_steps(config, work, rows),
         checkpoint_bytes=checkpoint_bytes(config.model, vocab_size, config.engine.precision, attributes),
     )  # fmt: skip
+    if config.command == "run":
+        add_costs(made, config, work, gpu, ranks, vocab_size)
     nodes = max(1, -(-ranks // gpu.gpus_per_node))
     made.checkpoint_seconds = made.checkpoint_bytes / (1e9 * gpu.disk_gb_per_sec * nodes)
     if data > rows:
@@ -138,7 +143,7 @@ def workload_of(config: Config) -> tuple[Workload, int | None]:
     lengths = np.minimum(lengths[lengths > 0], config.train.row_tokens)
     chosen = np.unique(np.linspace(0, len(rows) - 1, _SAMPLED_ROWS).astype(np.int64))
     targets = [
-        sum(int(s.loss_mask_T.sum()) if view_of(config) != "ap" else len(s.pool_P) for s in rows.samples_of(row))
+        sum(len(s.pool_P) if view_of(config) == "ap" else int(s.loss_mask_T.sum()) for s in rows.samples_of(row))
         for row in chosen.tolist()
     ]
     work = packed(lengths, config.train.row_tokens, 1.0, None, data.name)
