@@ -86,10 +86,16 @@ def _command(command: str, arguments: list[str]) -> None:
 
 def _job(command: str, cfg: Any) -> None:
     """Run a command in this process, or on the ranks that its configuration asks for."""
+    import psutil
+
     from steerlm_megatron.config import compose, load
     from steerlm_megatron.launch import local
+    from steerlm_megatron.observe import cost
+    from steerlm_megatron.stages import hub
 
     config = load.from_container(cfg)
+    hub.resolve(config)
+    os.environ.update(hub.environment())  # for the ranks that this process starts
     if config.init_from is not None:
         from steerlm_megatron.stages.base import adopt_shape
 
@@ -114,6 +120,7 @@ def _job(command: str, cfg: Any) -> None:
         if code:
             raise SystemExit(code)
         return
+    cost.process_began(psutil.Process().create_time())
     importlib.import_module(f"steerlm_megatron.stages.{COMMANDS[command].module}").run(config)
     if world is not None and "steerlm_megatron.runtime.parallel" in sys.modules:
         # A rank that ends while another one still waits for it would make the other one abort.

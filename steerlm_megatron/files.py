@@ -1,4 +1,4 @@
-"""Atomic writing of files, replacing a folder, strict JSON, and checksums. It imports the standard library only.
+"""Atomic writing of files, replacing a folder, strict JSON, and checksums. It imports no library but Python's.
 
 Owns: the one way in which this package replaces a file, strict JSON, size and SHA-256 of a file. Does not own: what a
 folder is called while it is written (shards, checkpoints), files that are appended to (``metrics.jsonl``, logs,
@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from steerlm_megatron.errors import UserError
 
 _BLOCK_BYTES = 1 << 20
 
@@ -98,6 +100,21 @@ def write_json_atomic(path: str | os.PathLike[str], obj: Any) -> None:
     write_text_atomic(
         path, text.encode("utf-8", "backslashreplace").decode()
     )  # a lone surrogate is written as its escape
+
+
+def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the object in a file of JSON; an empty one if there is no such file, or if it holds something else.
+
+    Raises:
+        UserError: it cannot be read, or is no JSON.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    return found if isinstance(found, dict) else {}
 
 
 def to_strict_json(obj: Any) -> Any:

@@ -51,8 +51,8 @@ _TRAINING = (
 _LIMITS = tuple(
     f"generation.{key}"
     for key in (
-        "max_batch", "max_sequence_tokens", "max_cache_tokens", "memory_fraction", "block_tokens", "chunk_tokens",
-        "admission",
+        "engine", "max_batch", "max_sequence_tokens", "max_cache_tokens", "memory_fraction", "block_tokens",
+        "chunk_tokens", "admission",
     )
 )  # fmt: skip
 _DRAWING = ("sampling", *_LIMITS, *_RANKS)
@@ -65,11 +65,20 @@ _SERVER = (
         for key in (
             "host", "port", "folder", "max_queue", "model_name", "max_body_bytes", "read_timeout_sec",
             "idle_timeout_sec", "max_connections", "drain_sec", "access_log", "cors", "tls_cert", "tls_key",
-            "root_path",
+            "root_path", "page",
         )
     ),
 )  # fmt: skip
 _RECORDS = ("input", "output", "data.on_error")
+_BOOTSTRAP = tuple(
+    f"bootstrap.{key}"
+    for key in (
+        "prompts", "responses_per_prompt", "combinations", "drop_truncated", "max_repetition", "repetition_ngram",
+        "drop_duplicates", "labels", "max_distance", "keep_best", "best_by", "write_dropped",
+    )
+)  # fmt: skip
+_ROUNDS = ("bootstrap.rounds", "bootstrap.mix")  # what only run does with bootstrapping
+_STEERLM2 = ("steerlm2.iterations", "steerlm2.responses")
 
 _TRAINED = "the run folder of train_sft, or one of its checkpoints"
 _AP = "the run folder of train_ap, or one of its checkpoints"
@@ -79,7 +88,9 @@ _ALL = (
         "preprocess", "records or a corpus → indexed binary shards", "preprocess", False,
         _CORPUS, {"data.output_dir": "the folder for the shards"},
     ),
-    Command("train_ap", "train the attribute-prediction model (step 1)", "train", True, _TRAINING, trains=True),
+    Command(
+        "train_ap", "train the attribute-prediction model (step 1)", "train", True, (*_TRAINING, "ap"), trains=True
+    ),
     Command(
         "annotate", "score every response of a record file (step 2)", "annotate", True,
         (*_RECORDS, "checkpoint", "attributes", "annotate", "array", "scoring", *_RANKS),
@@ -87,14 +98,25 @@ _ALL = (
     ),
     Command(
         "train_sft", "attribute-conditioned SFT, plain SFT with attributes=none (step 3)", "train", True,
-        _TRAINING, trains=True,
+        (*_TRAINING, "steerlm2.normalize"), trains=True,
     ),
     Command(
         "bootstrap", "sample at the best attribute values and score the responses (step 4)", "bootstrap", True,
-        (*_RECORDS, "checkpoint", "ap_checkpoint", "array", "bootstrap", "scoring", *_SERVERS, *_DRAWING),
+        (*_RECORDS, "checkpoint", "ap_checkpoint", "array", *_BOOTSTRAP, "scoring", *_SERVERS, *_DRAWING),
         {
             "input": "annotated record files", "output": "the record file to write", "checkpoint": _TRAINED,
             "ap_checkpoint": _AP,
+        },
+    ),
+    Command(
+        "weigh", "weights of sampled responses, for SteerLM 2.0", "weigh", True,
+        (
+            *_RECORDS, "checkpoint", "array", "scoring.batch_tokens", *_RANKS,
+            *(f"steerlm2.{key}" for key in ("base", "attributes", "concentration", "bins")),
+        ),
+        {
+            "input": "record files of steerlm bootstrap", "output": "the record file to write",
+            "checkpoint": "the model that the responses were drawn from", "steerlm2.base": "a plain SFT model",
         },
     ),
     Command(
@@ -116,18 +138,18 @@ _ALL = (
         {"checkpoint": "a run folder or checkpoint", "output": "the folder to write"},
     ),
     Command(
-        "report", "report.html and report.json from an evaluation", "report", False,
-        ("input",), {"input": "the run folder of steerlm evaluate, or its evaluation.json"},
+        "report", "report.html, .md and .json of a run, or of several compared", "report", False,
+        ("input",), {"input": "a run folder, or a list of them to compare: 'input=[runs/a,runs/b]'"},
     ),
 )  # fmt: skip
 
 
 def _run() -> Command:
     """Declare ``run``: the pipeline reads what its steps read, except the keys that steps pass on to each other."""
-    sets = ("output", "checkpoint", "ap_checkpoint")
+    sets = ("output", "checkpoint", "ap_checkpoint", "steerlm2.base")
     steps = [c for c in _ALL if c.name not in ("serve", "generate", "export")]
     reads = dict.fromkeys(read for c in steps for read in c.reads if read not in sets)
-    reads_all = ("pipeline", "steps", *reads)
+    reads_all = ("pipeline", "steps", *_ROUNDS, *_STEERLM2, "ablation", *reads)
     return Command("run", "all steps from one config", "pipeline", True, reads_all, trains=True, sets=sets)
 
 

@@ -33,9 +33,12 @@ _FORCED = (
 # The schema cannot know the keys of these mappings. Their content is checked later: a step's overrides against its
 # configuration, names of attributes against the attribute schema in use.
 _FREE = (
-    "pipeline.", "train.label_weights", "attributes.best", "data.map.",
-    "cluster.steps.", "cluster.environment.", "cluster.nccl.",
+    "pipeline.", "train.label_weights", "attributes.best", "data.map.", "bootstrap.max_distance", "bootstrap.best_by",
+    "evaluate.judge_attributes", "evaluate.llm_judge.answers", "cluster.steps.", "cluster.environment.",
+    "cluster.nccl.",
 )  # fmt: skip
+
+_PATHS: dict[str, str] = {}  # override by the name of a user's file → override by its path, for other processes
 
 
 def conf_dir() -> Path:
@@ -76,7 +79,7 @@ def composed(command: str, overrides: list[str]) -> Any:
     from omegaconf import OmegaConf
 
     with _hydra() as compose:
-        return OmegaConf.to_container(compose(config_name=command, overrides=_marked(overrides)))
+        return OmegaConf.to_container(compose(config_name=command, overrides=_marked(_take_files(overrides))))
 
 
 def _marked(arguments: list[str]) -> list[str]:
@@ -100,7 +103,7 @@ def check(command: str, arguments: list[str], launched: bool = False) -> None:
     Raises:
         UserError: with one line for each override that is wrong, or that the command does not read.
     """
-    flags = flags_of(arguments)
+    flags = flags_of(_take_files(arguments))
     if flags.hydra_help or flags.info or flags.shell_completion:
         return
     parsed = [_parsed(override, flags.multirun) for override in flags.overrides]
@@ -131,6 +134,12 @@ def _parsed(override: str, sweep: bool) -> Any:
     if one.is_sweep_override() and not sweep:
         raise UserError(f"{override}: several values; write a list in brackets: '{key}=[{value}]'")
     return one
+
+
+def quoted(text: str) -> str:
+    """Return ``text`` as a value on a command line of Hydra, where some characters mean something."""
+    # Only before a quotation mark is a backslash an escape.
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def misplaced_key(command: str, key: str, launched: bool = False) -> str | None:
@@ -225,31 +234,56 @@ def is_of_cluster(override: str) -> bool:
     return override.lstrip("+~").partition("=")[0].split(".")[0] == "cluster"
 
 
-def take_cluster_file(overrides: list[str]) -> list[str]:
-    """Return ``overrides`` with ``cluster=/path/my.yaml`` replaced by a name by which Hydra finds that file's content.
+def _file_of(override: str) -> tuple[str, str] | None:
+    """Return group and path of an override that names a file of the user's for a group, such as
+    ``attributes=/path/mine.yaml``; None for others.
+    """
+    group, _, path = override.partition("=")
+    if not group.isidentifier() or not path.endswith((".yaml", ".yml")) or not (conf_dir() / group).is_dir():
+        return None
+    return group, path
+
+
+def absolute_files(overrides: list[str]) -> list[str]:
+    """Return ``overrides`` with absolute paths of files for groups, for a process that starts in another folder."""
+    found = {one: _file_of(one) for one in overrides}
+    return [
+        override if file is None else f"{file[0]}={Path(file[1]).expanduser().absolute()}"
+        for override, file in found.items()
+    ]
+
+
+def _take_files(arguments: list[str]) -> list[str]:
+    """Return ``arguments`` in which a file for a group (``attributes=/path/mine.yaml``) is replaced by a name by which
+    Hydra finds the file's content. As in files of ``conf/``, a first line ``# @package _global_`` lets it set keys of
+    other sections, which an experiment does.
 
     Raises:
-        UserError: the file cannot be read, or is no mapping.
+        UserError: a file cannot be read, or is no mapping.
     """
     from hydra.core.config_store import ConfigStore
     from omegaconf import DictConfig, OmegaConf
     from yaml import YAMLError
 
     found = []
-    for override in overrides:
-        key, _, path = override.partition("=")
-        if key != "cluster" or not path.endswith((".yaml", ".yml")):
-            found.append(override)
+    for argument in arguments:
+        file = _file_of(argument)
+        if file is None:
+            found.append(argument)
             continue
+        group, path = file
         try:
-            content = OmegaConf.load(Path(path).expanduser())
+            text = Path(path).expanduser().read_text(encoding="utf-8")
+            content = OmegaConf.create(text)
         except (OSError, ValueError, YAMLError) as error:
-            raise UserError(f"cluster={path} cannot be read: {' '.join(str(error).split())}") from None
-        if not isinstance(content, DictConfig):
-            raise UserError(f"cluster={path} has no keys; write nodes: 2 and the like, one a line")
-        name = f"file_{Path(path).stem}"
-        ConfigStore.instance().store(group="cluster", name=name, node=content)
-        found.append(f"cluster={name}")
+            raise UserError(f"{group}={path} cannot be read: {' '.join(str(error).split())}") from None
+        if not isinstance(content, DictConfig) or not content:
+            raise UserError(f"{group}={path} has no keys; write them as the files in conf/{group} do, one a line")
+        name = f"file_{re.sub(r'[^A-Za-z0-9_]', '_', Path(path).stem)}"
+        header = re.search(r"^# *@package +(\S+)", text, re.MULTILINE)
+        ConfigStore.instance().store(group=group, name=name, node=content, package=header.group(1) if header else None)
+        _PATHS[f"{group}={name}"] = f"{group}={Path(path).expanduser().absolute()}"
+        found.append(f"{group}={name}")
     return found
 
 
@@ -270,7 +304,7 @@ def job_overrides() -> list[str]:
     """Return the overrides of this job; in a ``--multirun`` each key has one value here."""
     from hydra.core.hydra_config import HydraConfig
 
-    return list(HydraConfig.get().overrides.task)
+    return [_PATHS.get(override, override) for override in HydraConfig.get().overrides.task]
 
 
 def run(command: str, arguments: list[str], job: Callable[[Any], None]) -> None:
@@ -279,6 +313,7 @@ def run(command: str, arguments: list[str], job: Callable[[Any], None]) -> None:
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="schema", node=Config)
+    arguments = _take_files(arguments)
     marked = _marked(arguments)
     overrides = flags_of(arguments).overrides
     # argparse accepts positional arguments in one run only, so flags go first, in whatever order they were typed.

@@ -44,7 +44,9 @@ class TokenizerConfig:
     """A SentencePiece model, a Hugging Face tokenizer, or bytes."""
 
     path: str | None = option(
-        None, "a .model file, a tokenizer.json or its folder, a shard folder or checkpoint with one, or bytes"
+        None,
+        "a .model file, a tokenizer.json or its folder, a shard folder, checkpoint or run with one, owner/name on "
+        "Hugging Face's hub, or bytes",
     )
     extend: bool = option(True, "control strings that it lacks get ids after its vocabulary; false: that is an error")
     train: bool = option(False, "train a SentencePiece model on the input first")
@@ -61,6 +63,7 @@ class DataConfig:
     output_dir: str | None = option(None, "folder for records and shards")
     train: Any = option(None, "a shard folder, a folder with train/ and valid/ in it, or a list of them: a blend")
     valid: Any = option(None, "the same for validation; null: the valid/ beside the training shards")
+    targets: str | None = option(None, "SteerLM 2.0: the record file of steerlm weigh that data.train was made of")
     weights: list[float] = option([], "share of each of data.train in an epoch; empty: by size")
     map: Any = option(None, 'messages: "prompt=KEY,response=KEY" or "turns=KEY,text=KEY,...", or a mapping')
     label_max: float | None = option(None, "nemo: the labels are on 0..label_max; null: on the schema's scale")

@@ -66,6 +66,28 @@ def one_of(*choices: str) -> Rule:
     return Rule(" | ".join(choices), broken, choices)
 
 
+def each_of(*choices: str) -> Rule:
+    """Require a list whose items are of ``choices``, none of them twice."""
+
+    def broken(value: Any) -> str | None:
+        if unknown := [str(item) for item in value if item not in choices]:
+            return f"has {' '.join(unknown)}, which is not one of: {' '.join(choices)}"
+        return "names one twice" if len(set(value)) < len(value) else None
+
+    return Rule(f"each of {' | '.join(choices)}", broken)
+
+
+def a_path_or_several() -> Rule:
+    """Require a path or a list of paths, none of them empty; null passes."""
+
+    def broken(value: Any) -> str | None:
+        several = list(value) if isinstance(value, list | tuple) else [value]
+        fine = value is None or (several and all(isinstance(path, str) and path for path in several))
+        return None if fine else "is not a path or a list of paths"
+
+    return Rule("a path or a list of paths", broken)
+
+
 def option(default: Any, *about: Rule | str) -> Any:
     """Declare a dataclass field by its default, its rules and, last, its meaning.
 

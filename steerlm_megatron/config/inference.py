@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from steerlm_megatron.config.fields import above, at_least, between, one_of, option
+from steerlm_megatron.config.fields import above, at_least, between, each_of, one_of, option
+from steerlm_megatron.config.judging import LLMJudgeConfig
+
+# The registries of steerlm_megatron/evaluate have the same names; a test compares them.
+JUDGES = ("ap", "demo", "textstat", "vader", "profanity")
+MEASURES = (
+    "prediction", "preferences", "annotators", "steering", "quality", "diversity", "best_of", "shift", "wins",
+    "grades",
+)  # fmt: skip
 
 
 @dataclass
@@ -20,8 +28,11 @@ class SamplingConfig:
 
 @dataclass
 class GenerationConfig:
-    """Limits of the engine that draws responses, in this process or behind the server."""
+    """The engine that draws responses, in this process or behind the server, and its limits."""
 
+    engine: str = option(
+        "megatron", one_of("megatron", "vllm"), "vllm: vLLM draws, from a Hugging Face folder that is written for it"
+    )
     max_batch: int = option(64, at_least(1), "sequences that are decoded together")
     max_sequence_tokens: int = option(4096, at_least(8), "prompt and response together")
     max_cache_tokens: int | None = option(
@@ -73,6 +84,7 @@ class ServerConfig:
     tls_cert: str | None = option(None, "PEM file with the certificate and its chain; the server then speaks HTTPS")
     tls_key: str | None = option(None, "PEM file with the key of server.tls_cert")
     root_path: str = option("", "path below which a proxy shows the server, such as /steerlm")
+    page: bool = option(True, "a page at / to chat with the model in a browser; false: programs alone are served")
 
 
 @dataclass
@@ -80,6 +92,9 @@ class ScoringConfig:
     """Computing values with an attribute-prediction model."""
 
     batch_tokens: int | None = option(None, at_least(8), "packed tokens of a pass; null: 2048 on CPUs, 16384 on GPUs")
+    decode: str = option(
+        "greedy", one_of("greedy", "expected"), "a generative model's value: the likeliest level, or the mean of levels"
+    )
 
 
 @dataclass
@@ -95,6 +110,37 @@ class BootstrapConfig:
 
     prompts: int | None = option(None, at_least(1), "prompts that are drawn of the input; null: all")
     responses_per_prompt: int = option(1, at_least(1), "responses for each of them")
+    combinations: str = option(
+        "uniform", one_of("uniform", "frequency", "best"),
+        "how one of the best combinations is drawn: all alike, as in the paper, or as often as the input has them; "
+        "best: the model's best levels for all responses",
+    )  # fmt: skip
+    drop_truncated: bool = option(
+        True, "leave out responses that reached sampling.max_tokens; kept, they end in the middle of a sentence"
+    )
+    max_repetition: float | None = option(
+        None, between(0, 1), "largest share of a response's n-grams of words that occurred in it before; null: any"
+    )
+    repetition_ngram: int = option(4, at_least(1), "n of max_repetition")
+    drop_duplicates: str = option(
+        "none", one_of("none", "prompt", "all"),
+        "leave out a response like an earlier one, or like one of the input: to the same prompt, or to all",
+    )  # fmt: skip
+    labels: list[str] = option([], '"quality>=6": responses whose measured values fail are left out')
+    max_distance: dict[str, float] = option({}, "attribute to the most that measured value and asked level may differ")
+    keep_best: int | None = option(
+        None, at_least(1), "keep so many responses to a prompt: those with the highest value of best_by; null: all"
+    )
+    best_by: dict[str, float] = option({}, "attribute to its weight in that value; empty: the schema's quality alone")
+    write_dropped: bool = option(False, "write the responses that are left out into the run folder's dropped.jsonl")
+    rounds: int = option(
+        1, at_least(1), "run: how often to sample, score and train; round 2 is the steps bootstrap_2 to bootstrapped_2"
+    )
+    mix: float = option(
+        0.0,
+        between(0, 1),
+        "run: share of a round's training rows that are annotated data; 0: none, as in the paper",
+    )
 
 
 @dataclass
@@ -103,7 +149,9 @@ class EvaluateModels:
 
     sft: str | None = option(None, "plain SFT")
     acsft: str | None = option(None, "attribute-conditioned SFT")
-    bootstrapped: str | None = option(None, "the second round")
+    bootstrapped: str | None = option(None, "trained again, on responses that were sampled")
+    rounds: list[str] = option([], "those of later rounds in their order, called bootstrapped_2 and so on")
+    steerlm2: list[str] = option([], "those of SteerLM 2.0 in their order, called steerlm2, steerlm2_2 and so on")
 
 
 @dataclass
@@ -117,7 +165,35 @@ class EvaluateConfig:
     max_prompts: int = option(64, at_least(1), "prompts that are taken of the file")
     levels: list[int] = option([], "levels asked for; empty: each of up to 5, else 5 spread over the scale")
     attributes: list[str] = option([], "attributes with a curve; empty: all of the model's")
-    judge: str = option("ap", one_of("ap", "demo"), "demo: the program that made the embedded corpus")
+    judge: str = option(
+        "ap", one_of(*JUDGES), "by which models are compared; demo: the program that made the embedded corpus"
+    )
+    judges: list[str] = option(
+        [], each_of(*JUDGES), "further judges, whose values stand beside those of evaluate.judge"
+    )
+    judge_attributes: dict[str, str] = option(
+        {}, "what a judge measures to the attribute that it stands for, such as words: verbosity"
+    )
+    llm_judge: LLMJudgeConfig = option(LLMJudgeConfig, "a language model that judges answers")
+    measures: list[str] = option(
+        [], each_of(*MEASURES), "what is measured; empty: all for which there is what they need"
+    )
+    preferences: str | None = option(
+        None,
+        "file of pairs of responses of which people chose one, which the attribute-prediction model is to tell apart",
+    )
+    combinations: list[str] = option(
+        [], '"quality:4,humor:2": label strings that are asked for beside the curves; the rest is at its best levels'
+    )
+    best_of: int = option(
+        1, at_least(1), "responses to a prompt of which the attribute-prediction model takes the best; 1: not measured"
+    )
+    shift_samples: int = option(
+        0, at_least(0), "responses to a prompt on which the divergence from the model before is measured; 0: it is not"
+    )
+    best_of_temperature: float = option(
+        1.0, above(0), "of all of these responses but the first, which is drawn as sampling.* says"
+    )
 
 
 @dataclass

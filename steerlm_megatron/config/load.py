@@ -1,23 +1,26 @@
 """Turn plain data into a checked :class:`Config`.
 
-Owns: strict merging and every rule that can be checked before work starts. Does not own: Hydra (``compose.py``).
+Owns: strict merging and every rule that can be checked before work starts. Does not own: Hydra (``compose.py``), rules
+between keys of training (``training_rules.py``).
 Invariant: :func:`finalize` reports all problems at once, each as ``key=value rule; remedy``.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from steerlm_megatron.config.commands import COMMANDS, unset
 from steerlm_megatron.config.fields import broken_rules
-from steerlm_megatron.config.schema import KEYS, RENAMED, Config, EngineConfig, LoraConfig
+from steerlm_megatron.config.schema import KEYS, RENAMED, BootstrapConfig, Config
+from steerlm_megatron.config.training_rules import check_engine, check_lora, check_objective, check_trainable
 from steerlm_megatron.errors import UserError
 
 
@@ -25,19 +28,41 @@ def from_container(*layers: Mapping[str, Any] | DictConfig | ListConfig) -> Conf
     """Return a typed config from nested plain data, later layers on top of earlier ones. Unknown keys and wrong types
     are ``UserError``s naming the key.
     """
+    return filled(Config(), *layers)
+
+
+def filled(config: Config, *layers: Mapping[str, Any] | DictConfig | ListConfig) -> Config:
+    """Set what ``layers`` name in ``config``, as :func:`from_container` does in a new one, and return it."""
+    for key, value in _merged(layers).items():
+        setattr(config, key, value)
+    return config
+
+
+def _merged(layers: Sequence[Mapping[str, Any] | DictConfig | ListConfig]) -> dict[str, Any]:
+    """Return the sections and keys outside of sections that ``layers`` name, typed and checked. What no layer names is
+    left out, because merging all of a configuration takes a tenth of a second, and a run merges one for every step.
+    """
+    named = list(dict.fromkeys(str(key) for layer in layers for key in layer))
+    known = [key for key in named if key in _TOP]
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(_schema(), *layers))
+        schema = OmegaConf.masked_copy(_schema(), known) if len(known) == len(named) else _schema()
+        merged = cast(DictConfig, OmegaConf.merge(schema, *layers))
+        found = {
+            key: OmegaConf.to_object(value) if OmegaConf.is_config(value := merged[key]) else value for key in known
+        }
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
         raise UserError(renamed(key) or f"config key {key}: {str(error).splitlines()[0]}") from None
-    assert isinstance(config, Config)
-    return config
+    return found
+
+
+_TOP = frozenset(field.name for field in dataclasses.fields(Config))
 
 
 @cache
 def _schema() -> DictConfig:
-    """Return what all configurations are merged into: making it takes longer than merging. ``OmegaConf.merge`` copies
-    it, so that nothing writes to it.
+    """Return what all configurations are merged into: making it takes longer than merging. ``OmegaConf.merge`` and
+    ``masked_copy`` copy it, so that nothing writes to it.
     """
     schema: DictConfig = OmegaConf.structured(Config)
     return schema
@@ -55,12 +80,21 @@ def with_overrides(config: Config, overrides: Mapping[str, Any]) -> Config:
     """Return a copy of ``config`` with nested ``overrides`` on top, as strictly checked as the command line."""
     if "pipeline" in overrides:
         raise UserError("pipeline: a step's overrides cannot hold a pipeline section")
-    base = to_container(config)
+    result = copy.deepcopy(config)
+    base = {key: _plain(getattr(result, key)) for key in overrides if key in _TOP}
     # These mappings are values and not sections, so an override replaces them as a whole.
-    for section, name in (("attributes", "best"), ("train", "label_weights"), ("data", "map")):
+    for section, name in (
+        ("attributes", "best"), ("train", "label_weights"), ("data", "map"), ("bootstrap", "max_distance"),
+        ("bootstrap", "best_by"), ("evaluate", "judge_attributes"),
+    ):  # fmt: skip
         if isinstance(over := overrides.get(section), Mapping) and over.get(name) is not None:
             base[section][name] = {}
-    return from_container(base, dict(overrides))
+    return filled(result, base, dict(overrides))
+
+
+def _plain(value: Any) -> Any:
+    """Return the plain data of a section, or the value of a key outside of sections."""
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 def to_container(config: Config) -> dict[str, Any]:
@@ -121,14 +155,15 @@ def finalize(config: Config, world: int | None = None, alone: bool = False) -> C
         *_check_model(config),
         *_check_parallel(config, world),
         *_check_attributes(config),
-        *_check_engine(config),
+        *check_engine(config),
         *_check_train(config),
         *_check_blend(config),
         *check_profile(config),
-        *_check_trainable(config),
-        *_check_lora(config, alone),
-        *_check_objective(config),
+        *check_trainable(config),
+        *check_lora(config, alone),
+        *check_objective(config, alone),
         *_check_array(config),
+        *_check_bootstrap(config),
     ]
     if problems:
         raise UserError("\n".join(problems))
@@ -146,6 +181,11 @@ def _as_list(value: Any) -> list[str]:
 def lays_out_training(config: Config) -> bool:
     """Return whether the command lays out a training run. A config without a command was built by hand and may."""
     return config.command not in COMMANDS or COMMANDS[config.command].trains
+
+
+def head_values(config: Config) -> int | None:
+    """Return how many values the head of the model that is trained gives; None for a language model."""
+    return len(config.attributes.names) if config.command == "train_ap" and config.ap.kind == "regression" else None
 
 
 def _divisors(number: int) -> str:
@@ -257,52 +297,14 @@ def _check_attributes(config: Config) -> list[str]:
             problems.append(f"train.label_weights.{key} is not one of attributes.names: {' '.join(a.names)}")
         if not 0 <= weight < math.inf:
             problems.append(f"train.label_weights.{key}={weight} must be a finite number, at least 0")
+    for measure, key in config.evaluate.judge_attributes.items():
+        if key not in a.names:
+            problems.append(
+                f"evaluate.judge_attributes.{measure}={key} is not one of attributes.names: {' '.join(a.names)}"
+            )
     for key in config.evaluate.attributes:
         if key not in a.names:
             problems.append(f"evaluate.attributes: {key} is not one of attributes.names: {' '.join(a.names)}")
-    return problems
-
-
-def _check_engine(config: Config) -> list[str]:
-    engine, layout, defaults = config.engine, config.parallel, EngineConfig()
-    other, keys = "deepspeed", ["zero_stage", "offload"]
-    if engine.name == "deepspeed":
-        other, keys = "megatron", ["overlap_grad_reduce", "overlap_param_gather", "bucket_parameters"]
-    problems = [
-        f"engine.{key}={getattr(engine, key)} is of engine={other}; leave it out, or take that engine"
-        for key in keys
-        if getattr(engine, key) != getattr(defaults, key)
-    ]
-    if engine.name != "deepspeed":
-        if engine.overlap_param_gather and engine.overlap_grad_reduce is False:
-            problems.append(
-                "engine.overlap_param_gather=true with engine.overlap_grad_reduce=false: Megatron-Core gathers beside "
-                "computing only where it reduces so; leave the second out"
-            )
-        return problems
-    if engine.zero_stage not in (1, 2, 3):
-        problems.append(f"engine.zero_stage={engine.zero_stage}; legal: 1 2 3")
-    if engine.offload == "all" and engine.zero_stage != 3:
-        problems.append(
-            f"engine.offload=all needs engine.zero_stage=3, not {engine.zero_stage}; or take offload=optimizer"
-        )
-    if layout.pipeline > 1 or layout.virtual_pipeline is not None:
-        problems.append(
-            f"parallel.pipeline={layout.pipeline} with engine=deepspeed: ZeRO takes the place of pipelines; set "
-            "parallel.pipeline=1 and engine.zero_stage=3, or take engine=megatron"
-        )
-    return problems
-
-
-def _check_objective(config: Config) -> list[str]:
-    """Return an error for each key of one training command that was given to the other, which does not read it."""
-    train, problems = config.train, []
-    if config.command == "train_ap" and train.objective != "sft":
-        problems.append(f"train.objective={train.objective} is of train_sft; train_ap learns labels: leave it out")
-    if config.command == "train_sft" and train.label_weights:
-        problems.append(
-            f"train.label_weights={train.label_weights} is of train_ap; train_sft has no labels: leave it out"
-        )
     return problems
 
 
@@ -313,44 +315,33 @@ def _check_array(config: Config) -> list[str]:
     return []
 
 
-def _check_trainable(config: Config) -> list[str]:
-    if config.train.trainable != "head":
-        return []
-    problems = []
-    if config.command not in ("train_ap", "run", ""):
-        problems.append(f"train.trainable=head is of train_ap; {config.command} trains the whole model: leave it out")
-    if config.parallel.pipeline > 1:
+def _check_bootstrap(config: Config) -> list[str]:
+    """Return errors of keys of bootstrapping. Names of attributes are compared with the model's when it is open."""
+    b, problems = config.bootstrap, []
+    if b.keep_best is not None and b.keep_best >= b.responses_per_prompt:
         problems.append(
-            f"train.trainable=head with parallel.pipeline={config.parallel.pipeline}: stages without a head have "
-            "nothing to train; set parallel.pipeline=1, with parallel.tensor or engine.zero_stage=3 (engine=deepspeed)"
+            f"bootstrap.keep_best={b.keep_best} of bootstrap.responses_per_prompt={b.responses_per_prompt} leaves "
+            "nothing out; raise the second, or set keep_best=null"
         )
-    return problems
-
-
-def _check_lora(config: Config, alone: bool) -> list[str]:
-    """Return errors of adapters, and of a rate of the regression head where there is none."""
-    problems, training = [], config.command in ("train_ap", "train_sft")
-    adapts = config.train.trainable == "lora"
-    if config.command == "train_sft" and config.optim.head_lr is not None:
+    if b.best_by and b.keep_best is None:
+        problems.append(f"bootstrap.best_by={b.best_by} does nothing without bootstrap.keep_best; leave it out")
+    problems += [
+        f"bootstrap.best_by.{name}={weight} must be a finite number"
+        for name, weight in b.best_by.items()
+        if not math.isfinite(weight)
+    ]
+    problems += [
+        f"bootstrap.max_distance.{name}={most} must be a finite number, at least 0"
+        for name, most in b.max_distance.items()
+        if not 0 <= most < math.inf
+    ]
+    if b.repetition_ngram != BootstrapConfig().repetition_ngram and b.max_repetition is None:
         problems.append(
-            f"optim.head_lr={config.optim.head_lr:g} is of train_ap; train_sft has no regression head: leave it out"
+            f"bootstrap.repetition_ngram={b.repetition_ngram} does nothing without bootstrap.max_repetition; leave it "
+            "out"
         )
-    if training and alone and adapts and config.init_from is None:
-        problems.append("train.trainable=lora adapts a model that is there: name it with init_from=")
-    if training and alone and not adapts:
-        given = [name for name, value in vars(LoraConfig()).items() if getattr(config.lora, name) != value]
-        free = ("base",)  # says where a PEFT adapter's base is, which is merged then
-        problems += [
-            f"lora.{name}={getattr(config.lora, name)} does nothing without train.trainable=lora; leave it out"
-            for name in given
-            if name not in free
-        ]
-    if config.command == "export":
-        e = config.export
-        if e.adapter and e.format != "hf":
-            problems.append(f"export.adapter=true with export.format={e.format}: an adapter alone has format=hf")
-        if e.base is not None and not e.adapter:
-            problems.append(f"export.base={e.base} is of export.adapter=true; leave it out")
+    if b.mix == 1:
+        problems.append("bootstrap.mix=1 trains on nothing that was sampled; choose a share below 1")
     return problems
 
 

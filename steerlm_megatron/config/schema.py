@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from steerlm_megatron.config.ablation import AblationConfig
 from steerlm_megatron.config.cluster import ArrayConfig, ClusterConfig
 from steerlm_megatron.config.corpora import SOURCES, AttributesConfig, DataConfig, TemplateConfig, TokenizerConfig
-from steerlm_megatron.config.fields import Key, keys_of, option
+from steerlm_megatron.config.fields import Key, a_path_or_several, keys_of, option
 from steerlm_megatron.config.inference import (
     AnnotateConfig,
     BootstrapConfig,
@@ -24,7 +25,9 @@ from steerlm_megatron.config.inference import (
     ScoringConfig,
     ServerConfig,
 )
+from steerlm_megatron.config.steerlm2 import Steerlm2Config
 from steerlm_megatron.config.training import (
+    ApConfig,
     EngineConfig,
     LoraConfig,
     ModelConfig,
@@ -37,12 +40,11 @@ from steerlm_megatron.config.training import (
 )
 
 __all__ = [
-    "KEYS", "RENAMED", "SOURCES", "AnnotateConfig", "ArrayConfig", "AttributesConfig", "BootstrapConfig",
-    "ClusterConfig", "Config", "DataConfig", "EngineConfig", "EvaluateConfig", "EvaluateModels",
+    "KEYS", "RENAMED", "SOURCES", "AblationConfig", "AnnotateConfig", "ApConfig", "ArrayConfig", "AttributesConfig",
+    "BootstrapConfig", "ClusterConfig", "Config", "DataConfig", "EngineConfig", "EvaluateConfig", "EvaluateModels",
     "ExportConfig", "GenerationConfig", "LoraConfig", "ModelConfig", "OptimConfig", "ParallelConfig", "PlanConfig",
-    "ProfileConfig",
-    "SamplingConfig", "ScoringConfig", "ServerConfig", "TemplateConfig", "TokenizerConfig", "TrackingConfig",
-    "TrainConfig",
+    "ProfileConfig", "SamplingConfig", "ScoringConfig", "ServerConfig", "Steerlm2Config", "TemplateConfig",
+    "TokenizerConfig", "TrackingConfig", "TrainConfig",
 ]  # fmt: skip
 
 
@@ -54,10 +56,18 @@ class Config:
     run_dir: str | None = option(None, "the run's folder; null: runs/<command>/<time>")
     overwrite: bool = option(False, "replace a complete run, shards or an export that stand there")
     steps: list[str] = option([], "run: only these steps, after those that they need; empty: all")
-    init_from: str | None = option(None, "run folder or checkpoint that training starts from; null: from scratch")
-    checkpoint: str | None = option(None, "run folder or checkpoint of the model that is used")
-    ap_checkpoint: str | None = option(None, "run folder or checkpoint of the attribute-prediction model")
-    input: str | None = option(None, "record file, or a glob of several; report: the folder of an evaluation")
+    init_from: str | None = option(
+        None, "what training starts from: run folder, checkpoint, Hugging Face folder or owner/name; null: from scratch"
+    )
+    checkpoint: str | None = option(
+        None, "run folder, checkpoint, Hugging Face folder or owner/name on its hub of the model that is used"
+    )
+    ap_checkpoint: str | None = option(None, "the same of the attribute-prediction model")
+    input: Any = option(
+        None,
+        a_path_or_several(),
+        "record files: one, a glob, or a list; report: a run folder, or several to compare",
+    )
     output: str | None = option(None, "record file to write; export: the folder")
     model: ModelConfig = option(ModelConfig, "the model")
     parallel: ParallelConfig = option(ParallelConfig, "the layout of ranks")
@@ -69,13 +79,16 @@ class Config:
     tokenizer: TokenizerConfig = option(TokenizerConfig, "the tokenizer")
     data: DataConfig = option(DataConfig, "corpora and shards")
     train: TrainConfig = option(TrainConfig, "size and cadence of training")
+    ap: ApConfig = option(ApConfig, "the attribute-prediction model that is trained")
     sampling: SamplingConfig = option(SamplingConfig, "how responses are drawn")
     generation: GenerationConfig = option(GenerationConfig, "limits of drawing")
     server: ServerConfig = option(ServerConfig, "the server")
     scoring: ScoringConfig = option(ScoringConfig, "scoring responses")
     annotate: AnnotateConfig = option(AnnotateConfig, "annotation")
     bootstrap: BootstrapConfig = option(BootstrapConfig, "bootstrapping")
+    steerlm2: Steerlm2Config = option(Steerlm2Config, "SteerLM 2.0")
     evaluate: EvaluateConfig = option(EvaluateConfig, "evaluation")
+    ablation: AblationConfig = option(AblationConfig, "the rows of an ablation")
     export: ExportConfig = option(ExportConfig, "export")
     tracking: TrackingConfig = option(TrackingConfig, "where metrics go")
     profile: ProfileConfig = option(ProfileConfig, "a profile of some steps")

@@ -119,6 +119,17 @@ class EngineConfig:
 
 
 @dataclass
+class ApConfig:
+    """The attribute-prediction model that train_ap trains. Commands that use one read its kind in the checkpoint."""
+
+    kind: str = option(
+        "regression",
+        one_of("regression", "generative"),
+        "regression: a head with a value per attribute; generative: a language model that writes the label string",
+    )
+
+
+@dataclass
 class OptimConfig:
     """AdamW and its learning-rate schedule. The SteerLM paper (arXiv 2310.05344, §4.3): lr 5e-6, weight decay 0.01."""
 
@@ -163,7 +174,7 @@ class LoraConfig:
         "auto", one_of("auto", "none"), "rows of embedding and output layer; auto: those added to the base's vocabulary"
     )
     base: str | None = option(
-        None, "folder of the model that a PEFT adapter in init_from is of; null: as it says itself"
+        None, "folder, or owner/name, of the model that a PEFT adapter in init_from is of; null: as it says itself"
     )
     merge: bool = option(
         False, "an adapter that init_from has is merged, and a new one starts; false: it is trained on"
@@ -180,7 +191,10 @@ class TrainConfig:
     micro_batch_rows: int = option(1, at_least(1), "most packed rows in one forward pass")
     row_tokens: int = option(4096, at_least(8), "length of a packed row")
     seed: int = option(1234, at_least(0), "seed of initial weights, dropout and the order of samples")
-    objective: str = option("sft", one_of("sft", "lm"), "train_sft: loss on responses only, or on all tokens")
+    objective: str = option(
+        "sft", one_of("sft", "lm", "steerlm2"),
+        "train_sft: loss on responses only, on all tokens, or of weighted groups of responses (data.targets)",
+    )  # fmt: skip
     log_every_steps: int = option(10, at_least(1), "steps between two lines of metrics.jsonl")
     validate_every_steps: int = option(100, at_least(1), "steps between two validations")
     validate_rows: int | None = option(None, at_least(1), "rows of the validation set that are looked at; null: all")
@@ -227,6 +241,14 @@ class PlanConfig:
     samples: int | None = option(None, at_least(1), "plan: conversations of the corpus where data.train is not there")
     loss_share: float = option(1.0, between(0, 1), "plan: share of tokens with loss where data.train is not there")
     vocab_size: int | None = option(None, at_least(1), "plan: of the tokenizer where neither data nor init_from has it")
+    pairs: int | None = option(
+        None, at_least(1), "plan run: preference pairs of DPO and of PPO's reward model; null: one a conversation"
+    )
+    dpo_epochs: float = option(1.0, above(0), "plan run: passes of DPO over its pairs")
+    rollouts: int | None = option(
+        None, at_least(1), "plan run: responses that PPO draws in all; null: one a conversation"
+    )
+    ppo_epochs: float = option(1.0, above(0), "plan run: passes of PPO over what it has drawn")
 
 
 @dataclass

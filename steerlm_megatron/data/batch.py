@@ -58,6 +58,10 @@ class RowBatch:
             counted.
         chunks: the chunks of the complete sequence that this context-parallel rank holds; empty without context
             parallelism.
+        sample_K: int64 [K], of groups of responses (``data/groups.py``): which of the S samples each target is of.
+        group_S: int64 [S], which of ``groups`` groups each sample is of.
+        weight_S, logprob_S, scale_S: float64 [S]: target share in the group, log-probability under the model that
+            drew the response, what the group's loss is multiplied by.
         cu_queries, cu_keys: int32 [documents in chunks + 1]: their boundaries among the rank's T tokens, and among the
             keys of all its chunks.
     """
@@ -77,6 +81,12 @@ class RowBatch:
     chunks: tuple[ContextChunk, ...] = ()
     cu_queries: torch.Tensor | None = None
     cu_keys: torch.Tensor | None = None
+    sample_K: torch.Tensor | None = None
+    group_S: torch.Tensor | None = None
+    weight_S: torch.Tensor | None = None
+    logprob_S: torch.Tensor | None = None
+    scale_S: torch.Tensor | None = None
+    groups: int = 0
 
     @property
     def row_tokens(self) -> int:
@@ -101,6 +111,11 @@ class RowBatch:
         pool_P = here[self.pool_P.numpy()]
         mask_T = self.loss_mask_T.numpy()[index_T]
         index = torch.from_numpy(index_T)
+        sample_K = None
+        if self.sample_K is not None:
+            sample_T = torch.zeros(self.row_tokens, dtype=torch.int64)
+            sample_T[self.target_K] = self.sample_K
+            sample_K = sample_T[index][torch.from_numpy(mask_T != 0)]
         return replace(
             self,
             tokens_T=self.tokens_T[index],
@@ -110,6 +125,7 @@ class RowBatch:
             positions_T=self.positions_T[index],
             pool_P=torch.from_numpy(pool_P[pool_P >= 0]),
             values_PA=self.values_PA[torch.from_numpy(pool_P >= 0)],
+            sample_K=sample_K,
             chunks=chunks,
             cu_queries=_boundaries([n for c in chunks for n in c.lengths]),
             cu_keys=_boundaries([n for c in chunks for n in (c.carried + c.lengths[0], *c.lengths[1:])]),

@@ -326,6 +326,11 @@ class Shard:
             self.values[turns],
         )
 
+    def document_ids(self) -> list[str]:
+        """Return the ids of the documents of this shard."""
+        data, bounds = bytes(self.ids), np.asarray(self.docs["id"]).tolist()
+        return [data[start:end].decode() for start, end in zip(bounds, bounds[1:], strict=False)]
+
     @cached_property
     def _pointers(self) -> Array:
         return np.memmap(self._path("idx"), np.int64, "r", _IDX_HEAD.size + 4 * self.documents, (self.documents,))

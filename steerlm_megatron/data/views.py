@@ -1,8 +1,15 @@
-"""Four views of a stored document: the tokens, targets and pooled positions of a sample.
+"""Five views of a stored document: the tokens, targets and pooled positions of a sample.
 
 A document is stored once, as the tokens of ``template.render(conversation, schema)``. From it come ``acsft`` (as
-stored), ``sft`` (label lines removed), ``lm`` (label lines removed, loss on every token) and ``ap`` (label lines
-removed; a label marker after each scored response, whose hidden state is regressed; cut after the last marker).
+stored), ``sft`` (label lines removed), ``lm`` (label lines removed, loss on every token), ``ap`` (label lines
+removed; a label marker after each scored response, whose hidden state is regressed; cut after the last marker) and
+``ap_text`` (the label line of each labelled response after it instead of before it, with loss on the label string and
+its newline alone; cut after the last label line that is learnt).
+
+In ``ap_text`` a label is predicted with the labels of earlier responses in view, as in the SteerLM paper (arXiv
+2310.05344, appendix A.1: response and label repeat for each pair of turns) and in its released annotator, which leaves
+each predicted label in the context of later turns. So a conversation is one sample, however many labels it has.
+Responses of weight 0 have their labels there as context, without loss.
 
 Owns: ``Document``, ``Sample``, the views, and the policies for over-long samples. Does not own: storing documents
 (``shards.py``), packing (``feed/packing.py``). Invariant: only complete label lines are removed, and tokens by the
@@ -12,13 +19,14 @@ Over-long policy (``data.overlong``), for a sample of more than ``max_tokens``:
 
 * ``drop``: the sample is left out.
 * ``error``: ``UserError``.
-* ``truncate_response``: the first ``max_tokens`` tokens stay (``ap``: up to the last marker among them).
+* ``truncate_response``: the first ``max_tokens`` tokens stay (``ap``, ``ap_text``: up to the last marker, or the last
+  complete label line, among them).
 * ``truncate_left_turns`` (default): context after the last target is removed first, then the oldest turns after the
   header, so that the sample begins with a user turn, but never the last exchange (the last target response and the
   user turns that it answers). If that is still too long, the beginning of that prompt's text is removed, down to a
   quarter of ``max_tokens``; then the end of the response (with its end-of-turn, so that the model does not learn to
-  stop early; ``ap`` keeps what closes the turn). The first token after such a cut is no target, since the text before
-  it is gone.
+  stop early; ``ap`` and ``ap_text`` keep what closes the turn, and its label). The first token after such a cut is no
+  target, since the text before it is gone.
 
 A sample that has no target left is left out. The caller counts what was cut and left out.
 """
@@ -36,16 +44,19 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.templates import Part
 
 if TYPE_CHECKING:
+    from steerlm_megatron.data.label_tokens import LabelTokens
     from steerlm_megatron.data.text.tokenizer import Tokenizer
     from steerlm_megatron.steer.attributes import AttributeSchema
     from steerlm_megatron.steer.records import Conversation, Message
     from steerlm_megatron.steer.templates import Segment, Template
 
-View = Literal["acsft", "sft", "ap", "lm"]
+View = Literal["acsft", "sft", "ap", "lm", "ap_text"]
 Overlong = Literal["drop", "truncate_left_turns", "truncate_response", "error"]
 Scored = Literal["labelled", "all"]  # ap: turns of weight 1 with at least one value | every assistant turn
 VIEWS: tuple[str, ...] = get_args(View)
 OVERLONG: tuple[str, ...] = get_args(Overlong)
+PREDICTION: tuple[View, ...] = ("ap", "ap_text")  # views whose targets are the labels of responses
+LABELLED: tuple[View, ...] = (*PREDICTION, "acsft")  # views from which a model learns of attributes
 
 Array = npt.NDArray[Any]
 
@@ -213,6 +224,16 @@ def scored_turns(document: Document, scored: Scored) -> npt.NDArray[np.int64]:
     return np.flatnonzero(assistant)
 
 
+def labels_shown(document: Document) -> npt.NDArray[np.int64]:
+    """Return the indices of turns after which the ``ap_text`` view puts a label line: assistant turns with a value, of
+    any weight, up to the last one that is learnt.
+    """
+    shown = (document.turns_N["role"] == ASSISTANT) & ~np.isnan(document.values_NA).all(axis=1)
+    learnt = np.flatnonzero(shown & labelled_turns(document))
+    shown[int(learnt[-1]) + 1 if len(learnt) else 0 :] = False
+    return np.flatnonzero(shown)
+
+
 def labelled_turns(document: Document) -> npt.NDArray[np.bool_]:
     """Return bool [N]: turns of weight 1 with at least one value."""
     return (document.turns_N["weight"] > 0) & ~np.isnan(document.values_NA).all(axis=1)
@@ -225,12 +246,14 @@ def make_sample(
     overlong: Overlong = "truncate_left_turns",
     marker_id: int | None = None,
     scored: Scored = "labelled",
+    labels: LabelTokens | None = None,
 ) -> Sample | None:
     """Return a document seen through a view, at most ``max_tokens`` long; None if it is dropped or has no target left.
 
-    ``marker_id`` (the id of ``template.label_marker``) is needed for ``ap``. ``UserError`` under ``overlong="error"``.
+    ``marker_id`` (the id of ``template.label_marker``) is needed for ``ap``, ``labels`` for ``ap_text``. ``scored`` is
+    of ``ap``. ``UserError`` under ``overlong="error"``.
     """
-    cut = _Cut(document, view, scored)
+    cut = _Cut(document, view, scored, labels)
     if not cut.has_target():
         return None
     before = cut.length()
@@ -251,31 +274,44 @@ def make_sample(
     kept = np.flatnonzero(cut.keep)
     tokens, mask = document.tokens_T[kept].astype(np.int32), cut.mask[kept]
     pool = np.zeros(0, np.int32)
+    at = np.searchsorted(kept, document.turns_N["mark"][cut.marks])
     if view == "ap":
         assert marker_id is not None, "the ap view needs marker_id"
-        at = np.searchsorted(kept, document.turns_N["mark"][cut.marks])
         tokens, mask = np.insert(tokens, at, marker_id), np.insert(mask, at, False)
         pool = (at + np.arange(len(at))).astype(np.int32)
+    elif view == "ap_text":
+        assert labels is not None, "the ap_text view needs labels"
+        lines = [labels.line(document.values_NA[turn]) for turn in cut.marks]
+        learnt = document.turns_N["weight"][cut.marks] > 0
+        where = np.repeat(at, [len(line) for line in lines])
+        tokens = np.insert(tokens, where, [token for line in lines for token in line])
+        trained = [on and number > 0 for on, line in zip(learnt, lines, strict=True) for number in range(len(line))]
+        mask = np.insert(mask, where, trained)
     mask[0] = False
     return Sample(
         document.id,
         tokens,
         mask,
         pool,
-        np.where((document.turns_N["weight"] > 0)[:, None], document.values_NA, np.nan)[cut.marks].astype(np.float32),
+        np.where((document.turns_N["weight"] > 0)[:, None], document.values_NA, np.nan)[
+            cut.marks if view == "ap" else cut.marks[:0]
+        ].astype(np.float32),
         before - len(tokens),
     )
 
 
 class _Cut:
-    """A sample in the making: tokens to keep (``keep``), targets (``mask``), turns with a marker (``marks``)."""
+    """A sample in the making: tokens to keep (``keep``), targets (``mask``), turns with a marker or a label line after
+    them (``marks``), and the tokens of it for each turn (``added_N``).
+    """
 
-    def __init__(self, document: Document, view: View, scored: Scored) -> None:
+    def __init__(self, document: Document, view: View, scored: Scored, labels: LabelTokens | None = None) -> None:
         size, turns = len(document.tokens_T), document.turns_N
         self.document, self.turns, self.view = document, turns, view
         self.keep = np.ones(size, np.bool_)
         self.mask = np.zeros(size, np.bool_)
         self.marks = np.zeros(0, np.int64)
+        self.added_N = np.ones(len(turns), np.int64)
         self.counts = labelled_turns(document) if scored == "labelled" else turns["role"] == ASSISTANT
         if view != "acsft":
             for turn in turns[turns["label_end"] > turns["label_start"]]:
@@ -285,21 +321,29 @@ class _Cut:
         elif view == "ap":
             self.marks = scored_turns(document, scored)
             self._end_at_last_mark()
+        elif view == "ap_text":
+            assert labels is not None, "the ap_text view needs labels"
+            self.marks, self.added_N = labels_shown(document), labels.sizes(document.values_NA)
+            self._end_at_last_mark()
         else:
             for start, end in document.spans:
                 self.mask[start:end] = True
 
     def length(self) -> int:
-        return int(np.count_nonzero(self.keep)) + len(self.marks)
+        return int(np.count_nonzero(self.keep)) + int(self.added_N[self.marks].sum())
 
     def has_target(self) -> bool:
-        return bool(self.counts[self.marks].any()) if self.view == "ap" else bool((self.mask & self.keep)[1:].any())
+        if self.view in PREDICTION:
+            return bool(self.counts[self.marks].any())
+        return bool((self.mask & self.keep)[1:].any())
 
     def right(self, max_tokens: int) -> None:
-        """Keep the first ``max_tokens`` (``ap``: as many markers as fit, and everything before them)."""
-        if self.view == "ap":
+        """Keep the first ``max_tokens`` (``ap`` and ``ap_text``: as many markers or label lines as fit, and everything
+        before them).
+        """
+        if self.view in PREDICTION:
             before = np.concatenate(([0], np.cumsum(self.keep)))[self.turns["mark"][self.marks]]
-            self.marks = self.marks[before + np.arange(len(self.marks)) < max_tokens]
+            self.marks = self.marks[before + np.cumsum(self.added_N[self.marks]) <= max_tokens]
             self._end_at_last_mark()
         else:
             self.keep[np.flatnonzero(self.keep)[max_tokens:]] = False
@@ -326,7 +370,7 @@ class _Cut:
             self._shorten_response(final, max_tokens)
 
     def _final_turn(self) -> int:
-        if self.view == "ap":
+        if self.view in PREDICTION:
             return int(self.marks[-1])
         wanted = self.turns["role"] == ASSISTANT
         if self.view != "lm":
@@ -344,7 +388,11 @@ class _Cut:
 
     def _length_from(self, turn: int) -> int:
         start, end = self._gap(turn)
-        return self.length() - int(np.count_nonzero(self.keep[start:end])) - int(np.count_nonzero(self.marks < turn))
+        return (
+            self.length()
+            - int(np.count_nonzero(self.keep[start:end]))
+            - int(self.added_N[self.marks[self.marks < turn]].sum())
+        )
 
     def _drop_before(self, turn: int) -> None:
         start, end = self._gap(turn)
@@ -364,7 +412,7 @@ class _Cut:
             self.mask[text[excess] if excess < len(text) else text[-1]] = False
 
     def _shorten_response(self, final: int, max_tokens: int) -> None:
-        if self.view != "ap":
+        if self.view not in PREDICTION:
             self.right(max_tokens)
             return
         turn = self.turns[final]

@@ -63,29 +63,14 @@ def _launch(ranks: int, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    def pass_on(number: int, _frame: Any) -> None:
-        import psutil
-
-        ranks = psutil.Process().children()
-        if not ranks:
-            raise Interrupted(signal.Signals(number).name)
-        for rank in ranks:
-            rank.send_signal(number)
-
     # The rank's own messages, the exit code and, after a fault, the lines below tell how a rank ended.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     os.environ[_LAUNCHER] = str(os.getpid())
     # The agent waits this long after SIGTERM before it kills, since its default of 30 s may be too short for saving.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(int(signals.SAVING_SEC)))
-    signal.signal(signal.SIGUSR1, pass_on)  # the agent passes on SIGTERM and SIGINT by itself
     serves = arguments[0] == "serve"
-    if serves:
-        # A server ends by itself after SIGTERM, in a time of its own choice, and its exit code is the command's; the
-        # agent would kill it meanwhile. A terminal's Ctrl-C reaches the ranks without a launcher.
-        signal.signal(signal.SIGTERM, pass_on)
-        signal.signal(signal.SIGINT, signal.SIG_IGN if sys.stdin.isatty() else pass_on)
-        os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_SERVER_RANKS_SEC)
+    _listen(serves)
     if signals.asked():
         raise Interrupted
     nodes, endpoint, meeting = launcher.agents()
@@ -107,24 +92,50 @@ def _launch(ranks: int, arguments: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "steerlm_megatron", *arguments)
     except ChildFailedError as error:
-        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        if UserError.code in codes.values():
-            return UserError.code
-        # Ranks that were killed before they listened to signals had nothing to save. After a fault of one rank the
-        # agent stops the others, whose code 75 is then not the run's.
-        stopped = (Interrupted.CODE, -signal.SIGTERM, -signal.SIGUSR1)
-        faults = {rank: code for rank, code in codes.items() if code not in stopped}
-        if not faults:
-            return Interrupted.CODE
-        first, _ = error.get_first_failure()
-        rank = first if first in faults else min(faults)
-        print(f"steerlm: rank {rank} {how_it_ended(faults[rank])}; its log is in run_dir/log", file=sys.stderr)
-        return 1 if faults[rank] <= 0 else faults[rank]
+        return _code_of(error)
     except SignalException as error:
         return Interrupted.CODE if error.sigval == signal.SIGTERM else 128 + int(error.sigval)
     finally:
         del os.environ[_LAUNCHER]
     return 0
+
+
+def _listen(serves: bool) -> None:
+    """Pass signals on to the ranks, as far as the agent does not."""
+
+    def pass_on(number: int, _frame: Any) -> None:
+        import psutil
+
+        ranks = psutil.Process().children()
+        if not ranks:
+            raise Interrupted(signal.Signals(number).name)
+        for rank in ranks:
+            rank.send_signal(number)
+
+    signal.signal(signal.SIGUSR1, pass_on)  # the agent passes on SIGTERM and SIGINT by itself
+    if serves:
+        # A server ends by itself after SIGTERM, in a time of its own choice, and its exit code is the command's; the
+        # agent would kill it meanwhile. A terminal's Ctrl-C reaches the ranks without a launcher.
+        signal.signal(signal.SIGTERM, pass_on)
+        signal.signal(signal.SIGINT, signal.SIG_IGN if sys.stdin.isatty() else pass_on)
+        os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(_SERVER_RANKS_SEC)
+
+
+def _code_of(error: Any) -> int:
+    """Return the command's exit code after ``ChildFailedError``: some rank has not ended with 0."""
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    if UserError.code in codes.values():
+        return UserError.code
+    # Ranks that were killed before they listened to signals had nothing to save. After a fault of one rank the
+    # agent stops the others, whose code 75 is then not the run's.
+    stopped = (Interrupted.CODE, -signal.SIGTERM, -signal.SIGUSR1)
+    faults = {rank: code for rank, code in codes.items() if code not in stopped}
+    if not faults:
+        return Interrupted.CODE
+    first, _ = error.get_first_failure()
+    rank = first if first in faults else min(faults)
+    print(f"steerlm: rank {rank} {how_it_ended(faults[rank])}; its log is in run_dir/log", file=sys.stderr)
+    return 1 if faults[rank] <= 0 else faults[rank]
 
 
 def how_it_ended(code: int) -> str:

@@ -26,10 +26,11 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_text_atomic
 from steerlm_megatron.launch import record, slurm
 from steerlm_megatron.launch.script import Job, render, script_path, tasks_per_node
-from steerlm_megatron.observe.runfolder import default_run_dir, read_summary
+from steerlm_megatron.observe.runfolder import default_run_dir, hub_source, read_summary
 from steerlm_megatron.plan.memory import check_before_launch
+from steerlm_megatron.stages import hub
 
-_SHARED = ("annotate", "generate", "bootstrap")  # their records can be split over an array
+_SHARED = ("annotate", "generate", "bootstrap", "weigh")  # their records can be split over an array
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
@@ -57,7 +58,7 @@ def launch(arguments: list[str]) -> None:
     if command not in COMMANDS:
         raise UserError(f"launch {command}: no such command{compose.nearest(command, COMMANDS)}")
     dry = "--dry-run" in rest
-    rest = compose.take_cluster_file([one for one in rest if one != "--dry-run"])
+    rest = compose.absolute_files([one for one in rest if one != "--dry-run"])
     compose.check(command, rest, launched=True)
     jobs = compose.sweep(rest)
     configs = [load.from_container(compose.composed(command, overrides)) for overrides in jobs]
@@ -81,7 +82,9 @@ def launch(arguments: list[str]) -> None:
         print("\n".join(render(one.job) for one in planned), end="")
         return
     here.snapshot(config)
+    hub.record(run_dir)  # jobs take the commits of this host
     for number, one in enumerate(jobs if len(jobs) > 1 else []):
+        hub.record(run_dir / str(number))
         lines = [*own(one), f"run_dir={run_dir / str(number)}"]
         write_text_atomic(here.folder / "arguments" / str(number), "".join(f"{line}\n" for line in lines))
     submit(here, planned)
@@ -146,7 +149,8 @@ class Place:
 def _read_before(config: Config) -> list[str]:
     """Return the files and folders that a command reads at its start, for the check of the nodes."""
     values = (config.init_from, config.checkpoint, config.ap_checkpoint, config.tokenizer.path)
-    return [value for value in values if value is not None]
+    # A node may have a cache of the hub of its own, which it fills.
+    return [value for value in values if value is not None and hub_source(value) is None]
 
 
 def _check(command: str, config: Config, overrides: list[str]) -> None:
@@ -158,6 +162,7 @@ def _check(command: str, config: Config, overrides: list[str]) -> None:
     problems = cluster_problems(command, config)
     world = config.cluster.nodes * tasks_per_node(config.cluster)
     try:
+        hub.resolve(config)  # on this host, whose cache nodes without a network may share
         if config.init_from is not None:
             if not Path(config.init_from).exists():
                 raise UserError(f"init_from={config.init_from}: no such folder")

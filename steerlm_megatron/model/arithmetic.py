@@ -150,6 +150,21 @@ def model_flops(
     return total if training else total / 3.0
 
 
+def forward_flops(
+    model: ModelConfig, vocab_size: int, tokens: float, sum_squared_lengths: float, outputs: float
+) -> float:
+    """Return the floating-point operations of forward passes in which ``outputs`` of the ``tokens`` have logits.
+
+    It is :func:`model_flops` without a backward pass, where the output layer (2·D·V a token) counts for the tokens that
+    it computes: in training for each, of a prompt for the last one, under a regression head for none. A response of d
+    tokens to a prompt of p has p + d - 1 tokens that are computed, of which d have logits: the keys and values of each
+    token are computed once, and each sees all before it, as in one pass over the whole (arXiv 1911.02150 §2.4).
+    """
+    w = Widths.of(model)
+    layers = 2.0 * multiplied_parameters(model, vocab_size, head=True) * tokens
+    return layers + 2.0 * w.L * w.N * w.H * sum_squared_lengths + 2.0 * w.D * vocab_size * outputs
+
+
 # ---- bytes of weights, gradients and optimizer
 
 

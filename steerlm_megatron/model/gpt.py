@@ -145,16 +145,18 @@ class LastParallelLayer(ParallelLayer):
         return _wanted(hidden_states, packed_seq_params)
 
 
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
 def transformer_config(
     model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, *, per_token_loss: bool = True
 ) -> TransformerConfig:
     """Megatron-Core's configuration of ``model`` laid out by ``parallel``, run as ``engine`` says."""
     dtype = dtype_of(engine.precision)
-    recompute: dict[str, Any] = {}
-    if engine.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif engine.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -204,7 +206,7 @@ def transformer_config(
         bias_activation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
-        **recompute,
+        **_RECOMPUTE[engine.recompute],
     )
 
 
@@ -310,8 +312,7 @@ def build_model(
     chunks = parallel.virtual_pipeline or 1
     first = stage == 0 and (vp_stage or 0) == 0
     last = stage == parallel.pipeline - 1 and (vp_stage or 0) == chunks - 1
-    layers = get_num_layers_to_build(config, vp_stage)
-    layer_specs = [layer_spec(model, engine, config, lora=lora)] * layers
+    layer_specs = [layer_spec(model, engine, config, lora=lora)] * get_num_layers_to_build(config, vp_stage)
     if last and not config.sequence_parallel:  # under it a rank has a part of the sequence only
         layer_specs[-1] = layer_spec(model, engine, config, last=True, lora=lora)
     spec = TransformerBlockSubmodules(layer_specs=layer_specs, layer_norm=_norm(engine))

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from steerlm_megatron.errors import ReportedElsewhere, UserError
+from steerlm_megatron.runtime import launcher
 
 T = TypeVar("T")
 _POLL_SEC = 0.05
 _MAIN_FIRST_SEC = 1.0
-_calls = count()  # of on_main, the same number on every rank
+_calls = count()  # of on_main and on_each_host, the same number on every rank
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
@@ -70,26 +71,66 @@ def on_main(action: Callable[[], T]) -> T | None:
             time.sleep(_POLL_SEC)
         outcome = json.loads(store.get(key))
         barrier()
-        if outcome is None:
-            return None
-        if outcome["kind"] == "UserError":
-            error = ReportedElsewhere(outcome["text"])
-            error.code = outcome["code"]
-            raise error
-        if outcome["kind"] == "SystemExit":
-            raise SystemExit(outcome["code"])
-        raise RuntimeError(f"rank 0 failed: {outcome['text']}")
+        _end_as(outcome, 0)
+        return None
     outcome = None
     try:
         return action()
     except BaseException as error:
-        kind = next((k.__name__ for k in (UserError, SystemExit) if isinstance(error, k)), type(error).__name__)
-        outcome = {"kind": kind, "code": getattr(error, "code", None), "text": f"{error}"}
+        outcome = _outcome_of(error)
         raise
     finally:
         store.set(key, json.dumps(outcome))
         barrier()
         store.delete_key(key)
+
+
+def on_each_host(action: Callable[[], object]) -> None:
+    """Call ``action()`` on the first rank of each host.
+
+    The other ranks wait for as long as it takes: no collective's timeout ends them. An exception on one host ends every
+    rank in the same way. Collective over the world.
+    """
+    if dist.get_world_size() == 1:
+        action()
+        return
+    rank = dist.get_rank()
+    first = [found for found, is_first in enumerate(gather_objects(launcher.local_rank() == 0)) if is_first]
+    keys, store = f"on_each_host_{next(_calls)}_", dist.distributed_c10d._get_default_store()
+    failed: BaseException | None = None
+    if rank in first:
+        try:
+            action()
+        except BaseException as error:
+            failed = error
+        store.set(f"{keys}{rank}", json.dumps(None if failed is None else _outcome_of(failed)))
+    while not store.check([f"{keys}{found}" for found in first]):
+        time.sleep(_POLL_SEC)
+    outcomes = {found: json.loads(store.get(f"{keys}{found}")) for found in first}
+    barrier()  # the rank that has the store waits until all have read it
+    if failed is not None:
+        raise failed
+    for found, outcome in outcomes.items():
+        _end_as(outcome, found)
+
+
+def _outcome_of(error: BaseException) -> dict[str, Any]:
+    """Return what other ranks have to know of an exception, as plain data."""
+    kind = next((k.__name__ for k in (UserError, SystemExit) if isinstance(error, k)), type(error).__name__)
+    return {"kind": kind, "code": getattr(error, "code", None), "text": f"{error}"}
+
+
+def _end_as(outcome: dict[str, Any] | None, rank: int) -> None:
+    """Raise what rank ``rank`` raised, which reports it itself; nothing if it raised nothing."""
+    if outcome is None:
+        return
+    if outcome["kind"] == "UserError":
+        error = ReportedElsewhere(outcome["text"])
+        error.code = outcome["code"]
+        raise error
+    if outcome["kind"] == "SystemExit":
+        raise SystemExit(outcome["code"])
+    raise RuntimeError(f"rank {rank} failed: {outcome['text']}")
 
 
 def first_to_report(text: str) -> bool:
@@ -136,6 +177,11 @@ def sum_over_data_parallel(values: list[float], with_context: bool = False) -> l
     total = torch.tensor(values, dtype=torch.float64)  # on the host, so that no GPU stream is waited for
     dist.all_reduce(total, group=group)
     return total.tolist()
+
+
+def sum_over_context(values: torch.Tensor) -> None:
+    """Add up ``values`` of the ranks that share rows, in place. Collective over the context-parallel group."""
+    dist.all_reduce(values, group=parallel_state.get_context_parallel_group())
 
 
 def broadcast_in_replica(value: T, from_last_stage: bool = True) -> T:

@@ -7,11 +7,13 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime import launcher
 
 # What tensors on ``meta`` stand for inside of :func:`standing_in`: "cpu" or "cuda"; None outside.
@@ -65,10 +67,24 @@ def total_memory() -> int:
 
 
 def peak_memory_gib() -> float:
-    """Return the peak memory so far, in GiB: allocated on this rank's GPU, or resident in this process."""
+    """Return the peak memory so far (since :func:`forget_peak_memory`), in GiB: allocated on this rank's GPU, or
+    resident in this process.
+    """
     if has_cuda():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def forget_peak_memory() -> None:
+    """Let :func:`peak_memory_gib` count from here on, as far as the system allows it."""
+    if has_cuda():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        # man 5 proc: 5 sets a process's peak resident size to what it has at this moment.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError as error:  # no Linux, or a container that forbids it: the peak is then that of the whole process
+        get_logger(__name__).debug("the peak of resident memory cannot be set back: %s", error)
 
 
 def backend() -> str:

@@ -19,6 +19,14 @@ from steerlm_megatron.errors import UserError
 # The ranks' store takes ports above those of services and below those that Linux gives to outgoing connections.
 _FIRST_PORT, _PORTS = 15000, 15000
 
+# The variables that make a process a rank, or one that starts ranks. A process that a rank starts for a work of its own
+# must not inherit them: it would wait for the other ranks, or count as the rank's own end.
+OF_A_RANK = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
+    "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE", "SLURM_STEP_ID",
+    "STEERLM_RANKS_PER_NODE", "STEERLM_EXITS",
+)  # fmt: skip
+
 
 def is_rank() -> bool:
     """Return whether a launcher (torchrun, srun) started this process as one of several."""

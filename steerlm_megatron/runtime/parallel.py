@@ -112,6 +112,18 @@ def _store_after_restart(timeout: timedelta) -> dict[str, Any]:
     return {"store": dist.PrefixStore(f"attempt_{attempt}", store), "rank": rank, "world_size": ranks}
 
 
+def connect(timeout_sec: int = 600) -> None:
+    """Connect this rank with the others, before the layout is known; nothing if it is connected. Collective over the
+    world.
+    """
+    mcore_compat.apply()
+    launcher.set_torch_variables()
+    device.set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if device.has_cuda():
+        torch.cuda.set_device(device.device())
+    _start_torch_distributed(timeout_sec)
+
+
 def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> Layout:
     """Start (or reuse) the groups of ``parallel`` and seed this rank. Collective over the world.
 
@@ -120,12 +132,7 @@ def initialize(parallel: ParallelConfig, seed: int, timeout_sec: int = 600) -> L
     tensor-parallel rank inside, and differ per pipeline stage. Context-parallel ranks have different seeds as well:
     they hold different tokens, which must not share a dropout mask.
     """
-    mcore_compat.apply()
-    launcher.set_torch_variables()
-    device.set_cpu_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if device.has_cuda():
-        torch.cuda.set_device(device.device())
-    _start_torch_distributed(timeout_sec)
+    connect(timeout_sec)
     sizes = (parallel.tensor, parallel.pipeline, parallel.virtual_pipeline, parallel.context)
     if parallel_state.is_initialized() and getattr(initialize, "sizes", None) != sizes:
         _destroy_groups()

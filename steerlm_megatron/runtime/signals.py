@@ -86,8 +86,9 @@ def _at_the_end() -> None:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     global _leaving
+    first = not _asked  # read before any call: a call is where Python may handle a further signal within this handler
     _asked.append(signal.Signals(number).name)
-    if len(_asked) == 1:
+    if first:
         _leaving = True
         raise Interrupted(_asked[0])
 

@@ -8,6 +8,7 @@ Invariant: adapters that a run starts from are either trained on, as they are, o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from steerlm_megatron.model.hf.tables import EMBEDDING, OUTPUT
 from steerlm_megatron.model.lora import Lora, is_adapter, merge
 from steerlm_megatron.model.weights import global_names
 from steerlm_megatron.runtime.device import dtype_of
-from steerlm_megatron.stages.base import Base
+from steerlm_megatron.stages.base import Base, told_of
+from steerlm_megatron.stages.hub import HubName
 from steerlm_megatron.train.sharded import load_sharded
 
 
@@ -79,7 +81,7 @@ def described(config: Config, lora: Lora | None, base: Base | None) -> dict[str,
     if base.lora is not None:
         of = None if config.lora.merge else base.adapted
     elif base.hf is not None:
-        of = config.init_from
+        of = told_of(Path(str(config.init_from)))
     return lora.to_dict() | {"base": of}
 
 
@@ -164,4 +166,6 @@ def adapter_of(config: Config, base: Base, of: str) -> tuple[dict[str, torch.Ten
     tensors = adapter_tensors(family, model, adapters, rows)
     if config.export.precision != "stored":
         tensors = {name: value.to(dtype_of(config.export.precision)) for name, value in tensors.items()}
-    return tensors, adapter_config(family, lora, of, tables, lora.rows)
+    name = HubName.of(of)
+    base_name, revision = (of, None) if name is None else (name.repo, name.revision)
+    return tensors, adapter_config(family, lora, base_name, tables, lora.rows, revision)

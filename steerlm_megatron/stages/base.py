@@ -16,17 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from steerlm_megatron.config.schema import Config, ModelConfig
+from steerlm_megatron.data.text.hugging_face import prefix_rule
+from steerlm_megatron.data.text.sentencepiece_json import converted, is_converted
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import read_json_object
 from steerlm_megatron.model.hf import HFFolder, PeftFolder, base_of, is_hf_folder, is_peft_folder
 from steerlm_megatron.model.lora import Lora
 from steerlm_megatron.observe.log import get_logger
-from steerlm_megatron.stages.prompt_tokens import difference
+from steerlm_megatron.observe.runfolder import hub_source
+from steerlm_megatron.stages import hub
+from steerlm_megatron.stages.prompt_tokens import PROMPTS, difference
 from steerlm_megatron.stages.published import kept_of, told_of_classifier
 from steerlm_megatron.steer.jinja_sandbox import render_chat_template
 from steerlm_megatron.steer.jinja_template import JinjaTemplate
+from steerlm_megatron.steer.prefix_blanks import are_apart, with_blanks
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import AUTO, LABEL_AT, TEMPLATES, Template, join
+from steerlm_megatron.steer.thoughts import opened_thoughts, without_opened_thoughts
 from steerlm_megatron.train.checkpoint import resolve
 from steerlm_megatron.train.meta import CheckpointMeta, read_meta
 
@@ -59,10 +66,16 @@ class Base:
 
     @property
     def adapted(self) -> str | None:
-        """The Hugging Face model that the adapters are of, where there is one."""
+        """The Hugging Face model that the adapters are of, where there is one: a folder, or ``owner/name@commit``."""
         if isinstance(self.hf, PeftFolder):
-            return str(self.hf.base.folder)
+            return told_of(self.hf.base.folder)
         return None if self.meta.lora is None else self.meta.lora.get("base")
+
+
+def told_of(folder: Path) -> str:
+    """Return what names a folder on other hosts as well, where there is such a name: ``owner/name@commit``."""
+    source = hub_source(folder)
+    return str(folder) if source is None else f"{source[0]}@{source[1]}"
 
 
 def open_base(path: str, key: str, under: str | None = None) -> Base:
@@ -109,8 +122,8 @@ def _base_of_adapter(path: Path, key: str, under: str | None) -> HFFolder:
     said = under or base_of(path)
     if said is None:
         raise UserError(f"{key}={path}: adapter_config.json does not say base_model_name_or_path; put it there")
-    for folder in (Path(said), path / said):
-        if is_hf_folder(folder):
+    for folder in (Path(said), path / said, hub.fetched(said)):
+        if folder is not None and is_hf_folder(folder):
             return HFFolder.open(folder, key)
     remedy = "" if under else "; put the folder's place there, or, in training, set lora.base"
     raise UserError(f"{key}={path} is an adapter of {said}, which is no folder of a Hugging Face model here{remedy}")
@@ -147,7 +160,12 @@ def model_differences(config: Config, meta: CheckpointMeta, more_free: Iterable[
 
 
 def chat_template_of(
-    folder: Path, key: str, known: Iterable[str] = (), system: str = "", label_at: str = LABEL_AT[0]
+    folder: Path,
+    key: str,
+    known: Iterable[str] = (),
+    system: str = "",
+    label_at: str = LABEL_AT[0],
+    trained: bool = False,
 ) -> Template | None:
     """Return the template that renders conversations as the folder's own chat template does: one of ours where it is
     alike, else the chat template itself. A folder without one has None: its model continues text.
@@ -159,6 +177,7 @@ def chat_template_of(
         known: the strings that the folder's tokenizer has one token for.
         system: the system text of conversations without one; empty: what the chat template puts there.
         label_at: as in ``config.schema.TemplateConfig``.
+        trained: whether a model is to be trained with it, which is then asked without thoughts in any case.
 
     Raises:
         UserError: the chat template cannot be used (``JinjaTemplate``).
@@ -167,12 +186,36 @@ def chat_template_of(
     if source is None:
         return None
     tokens = _special_tokens(folder)
-    if label_at == LABEL_AT[0] and (found := _like(source, tokens)) is not None:
-        return dataclasses.replace(found, system=system) if system else found
+    if trained and (opened := opened_thoughts(_rendered(source, tokens, PROMPTS[0]) or "")):
+        get_logger(__name__).info(
+            "%s=%s: its chat template opens thoughts (%r) before a response; the model is trained, and asked, without",
+            key, folder, opened,
+        )  # fmt: skip
+        source = without_opened_thoughts(source, opened)
     try:
+        blanks = _with_blanks(source, tokens, known, prefix_rule(_tokenizer_json(folder)))
+        if blanks is not None:
+            return JinjaTemplate.of(blanks, tokens, known, system, label_at)
+        if label_at == LABEL_AT[0] and (found := _like(source, tokens)) is not None:
+            return dataclasses.replace(found, system=system) if system else found
         return JinjaTemplate.of(source, tokens, known, system, label_at)
     except UserError as error:
         raise UserError(f"{key}={folder}: {error}") from None
+
+
+def _with_blanks(source: str, tokens: Mapping[str, str], known: Iterable[str], rule: str | None) -> str | None:
+    """Return a chat template with the blanks that the folder's tokenizer puts before texts; None where it puts none
+    into prompts.
+    """
+    known = list(known)
+    if rule is None or not known:
+        return None
+    controls = JinjaTemplate.of(source, tokens, known).controls
+    if not are_apart(controls):
+        return None  # prompts_of() says that the tokens are other ones, if they are
+    blanks = with_blanks(source, controls, rule)
+    written = [[_rendered(text, tokens, messages) for messages in PROMPTS] for text in (source, blanks)]
+    return None if written[0] == written[1] else blanks
 
 
 def _like(source: str, tokens: Mapping[str, str]) -> Template | None:
@@ -205,7 +248,12 @@ def configured_template(config: Config) -> Template:
         raise UserError(f"template=auto takes the chat template of tokenizer.path, which is {path}; name a folder")
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     found = chat_template_of(
-        folder, "tokenizer.path", _known_tokens(folder), config.template.system, config.template.label_at
+        folder,
+        "tokenizer.path",
+        _known_tokens(folder),
+        config.template.system,
+        config.template.label_at,
+        trained=True,
     )
     if found is None:
         raise UserError(
@@ -217,7 +265,7 @@ def configured_template(config: Config) -> Template:
 
 def _known_tokens(folder: Path) -> list[str]:
     """Return the strings that the folder's tokenizer has one token for, beyond its vocabulary of texts."""
-    added = _json(folder / "tokenizer.json").get("added_tokens") or []
+    added = _tokenizer_json(folder).get("added_tokens") or []
     named = [token["content"] for token in added if isinstance(token, dict) and isinstance(token.get("content"), str)]
     return [*named, *_special_tokens(folder).values()]
 
@@ -238,7 +286,9 @@ def prompts_of(folder: Path, key: str) -> tuple[Template | None, Tokenizer]:
             f"{key}={folder}: its chat template writes {' '.join(lacking)}, which its tokenizer has no tokens for"
         )
     if tokenizer.model_kind == "huggingface":
-        if said := difference(tokenizer, template, None, json.loads(tokenizer.model_data)):
+        source, tokens = _chat_template(folder) or "", _special_tokens(folder)
+        theirs = json.loads(tokenizer.model_data)
+        if said := difference(tokenizer, template, None, theirs, lambda told: _rendered(source, tokens, told)):
             raise UserError(
                 f"{key}={folder}: its tokenizer makes other tokens of a prompt than ours would ({said}): the model "
                 "would be asked in a way that it does not know; train it first (init_from=), with a format of your own"
@@ -255,7 +305,7 @@ def scored_by(folder: Path, key: str) -> tuple[Template, Tokenizer, str]:
             the template that renders its prompts.
     """
     template, tokenizer = prompts_of(folder, key)
-    source = _chat_template(folder)
+    source = template.source if isinstance(template, JinjaTemplate) else _chat_template(folder)
     if template is None or source is None:
         raise UserError(f"{key}={folder} has no chat template: nothing says how a conversation is written for it")
     turns = (Message("user", "Hi."), Message("assistant", "Hello!"))
@@ -281,7 +331,7 @@ def _chat_template(folder: Path) -> str | None:
             return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    found = _json(folder / "tokenizer_config.json").get("chat_template")
+    found = read_json_object(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, list):  # of several, by name
         named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
         found = named[0].get("template") if named else None
@@ -291,21 +341,18 @@ def _chat_template(folder: Path) -> str | None:
 def _special_tokens(folder: Path) -> dict[str, str]:
     """Return ``bos_token`` and the like, which chat templates write."""
     out = {}
-    for key, value in _json(folder / "tokenizer_config.json").items():
+    for key, value in read_json_object(folder / "tokenizer_config.json").items():
         text = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(text, str):
             out[key] = text
     return out
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    return found if isinstance(found, dict) else {}
+def _tokenizer_json(folder: Path) -> dict[str, Any]:
+    """Return the content of the folder's ``tokenizer.json``, or what its SentencePiece model makes of one."""
+    if not (folder / "tokenizer.json").is_file() and is_converted(folder):
+        return converted(folder)
+    return read_json_object(folder / "tokenizer.json")
 
 
 def _rendered(source: str, tokens: Mapping[str, str], messages: Iterable[Message], ask: bool = True) -> str | None:

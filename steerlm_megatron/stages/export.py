@@ -65,7 +65,7 @@ def run(config: Config) -> None:
             before = sum(entry["bytes"] for entry in read_meta(source).files.values())
             get_logger(__name__).info(
                 "%s: %s model of step %d in %s, %s MB (the checkpoint: %s MB)",
-                target, "attribute-prediction" if meta.head == "regression" else "language", meta.step, precision,
+                target, "attribute-prediction" if meta.predicts else "language", meta.step, precision,
                 f"{size / 1e6:,.1f}", f"{before / 1e6:,.1f}",
             )  # fmt: skip
 

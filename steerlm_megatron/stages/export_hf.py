@@ -46,6 +46,7 @@ from steerlm_megatron.stages.prompt_tokens import (
     levels_to_try,
     prompt_ids,
     prompts_for,
+    text_difference,
 )
 from steerlm_megatron.stages.published import section_of
 from steerlm_megatron.stages.scored_tokens import scored_difference, scored_for, scored_ids, scored_segments
@@ -95,10 +96,17 @@ def check(config: Config, opened: OpenedCheckpoint) -> None:
     """Refuse what has no such form, before weights are read.
 
     Raises:
-        UserError: a tokenizer that is not Hugging Face's or makes other tokens of a conversation than the model was
-            trained on, more than one rank, attributes that cannot be variables, a template without such a form.
+        UserError: a generative attribute-prediction model, a tokenizer that has no such form or makes other tokens of a
+            conversation than the model was trained on, more than one rank, attributes that cannot be variables, a
+            template without such a form.
     """
     told = f"export.format=hf: {config.checkpoint}"
+    if opened.meta.predicts and opened.meta.head == "lm":
+        raise UserError(
+            f"{told} is a generative attribute-prediction model: a chat template asks for responses, and has no form "
+            "for the labels that it writes after them. Take export.format=steerlm, which annotate, evaluate, bootstrap "
+            "and serve read; or train with ap.kind=regression, which leaves as a classifier of transformers"
+        )
     if config.parallel.tensor * config.parallel.pipeline > 1:
         raise UserError(
             "export.format=hf writes from one rank; leave parallel.tensor and parallel.pipeline at 1 (no GPU is needed)"
@@ -106,13 +114,16 @@ def check(config: Config, opened: OpenedCheckpoint) -> None:
     if opened.hf is not None:
         return
     _family(opened)
-    if opened.tokenizer.model_kind != "huggingface":
-        raise UserError(
-            f"{told} has a tokenizer of kind {opened.tokenizer.model_kind}; such a folder needs a tokenizer.json: "
-            "train from a model that has one"
-        )
     _chat_template(opened)
-    theirs = exported_tokenizer(opened.tokenizer)
+    try:
+        theirs = exported_tokenizer(opened.tokenizer)
+    except UserError as error:
+        raise UserError(f"{told}: {error}") from None
+    if opened.tokenizer.model_kind == "sentencepiece" and (said := text_difference(opened.tokenizer, theirs)):
+        raise UserError(
+            f"{told}: as a tokenizer.json, its tokenizer would make other tokens of some texts ({said}); train with "
+            "another one"
+        )
     if opened.meta.head == "regression":
         said = scored_difference(opened.tokenizer, opened.template, theirs)
         _check_scored_text(opened, told)

@@ -20,6 +20,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.hf import Family, Labels
 from steerlm_megatron.observe.runfolder import read_summary
 from steerlm_megatron.report.model_card import render_card
+from steerlm_megatron.stages.report_lineage import CORPORA
 from steerlm_megatron.stages.session import OpenedCheckpoint
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.chat_template import variable
@@ -43,12 +44,6 @@ _MEANINGS = {
     "political_content": "political content",
     "moral_judgement": "the response judges morally",
     "lang_mismatch": "the response is in another language than asked",
-}
-# By data.source: the corpus, and the licence that its publishers name.
-_CORPORA = {
-    "oasst": ("OpenAssistant Conversations (OASST)", "Apache-2.0"),
-    "helpsteer": ("HelpSteer", "CC-BY-4.0"),
-    "hh_rlhf": ("HH-RLHF", "MIT"),
 }
 _VIEWS = {
     "ap_regression": "labelled responses, as a regression on the attributes' values",
@@ -146,7 +141,7 @@ def model_card(opened: OpenedCheckpoint, name: str, family: Family, labels: Labe
         ),
         "facts": [
             ("class in transformers", f"`{family.classifier if scores else family.architecture}`"),
-            ("base", f"{base} ({family.name})" if base else f"none: trained from scratch ({family.name})"),
+            ("base", f"{f'{base}{_commit(opened, base)}' if base else 'none: trained from scratch'} ({family.name})"),
             ("training", f"{_steps(meta.step)} on {_VIEWS[meta.task]}"),
             ("longest sequence", f"{opened.model_config.max_position} tokens"),
             ("prompt format", f"{opened.template.name}, in the tokenizer's chat template"),
@@ -167,6 +162,12 @@ def model_card(opened: OpenedCheckpoint, name: str, family: Family, labels: Labe
 
 def _steps(count: int) -> str:
     return "1 step" if count == 1 else f"{count:,} steps"
+
+
+def _commit(opened: OpenedCheckpoint, base: str) -> str:
+    """Return which commit of the hub the base was."""
+    kept = opened.meta.base
+    return f" at {kept['revision'][:12]}" if kept.get("revision") and kept.get("name") == base else ""
 
 
 def _header(licence: Mapping[str, str], base: str | None, scores: bool) -> str:
@@ -319,8 +320,8 @@ def _training(opened: OpenedCheckpoint, run: RunFacts) -> Iterable[str]:
     meta = opened.meta
     config = meta.config
     data, train, optim = (config.get(key) or {} for key in ("data", "train", "optim"))
-    if data.get("input") and data.get("source") in _CORPORA:
-        yield f"Data: {_CORPORA[data['source']][0]}."
+    if data.get("input") and data.get("source") in CORPORA:
+        yield f"Data: {CORPORA[data['source']][0]}."
     elif data.get("train"):
         paths = data["train"] if isinstance(data["train"], list) else [data["train"]]
         yield f"Data: {', '.join(Path(str(path)).name for path in paths)}."
@@ -355,8 +356,8 @@ def _licences(opened: OpenedCheckpoint, base: str | None) -> Iterable[str]:
         yield f"Base: {base}, under {named}{link}, which holds for this model as well."
     else:
         yield f"Base: {base}, whose licence its folder does not name; it holds for this model as well."
-    if data.get("input") and data.get("source") in _CORPORA:
-        title, name = _CORPORA[data["source"]]
+    if data.get("input") and data.get("source") in CORPORA:
+        title, name = CORPORA[data["source"]]
         yield f"Data: {title} is published under {name}."
     else:
         yield "Data: its licence is not known here; whoever publishes the model has to find out."

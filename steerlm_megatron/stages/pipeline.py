@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,8 @@ from steerlm_megatron.report.terminal import terminal_table
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.collectives import any_rank, broadcast_object, on_main
 from steerlm_megatron.runtime.signals import asked
-from steerlm_megatron.stages.pipeline_steps import STEPS, Run, Step
+from steerlm_megatron.stages.pipeline_run import Run, Step, refuse_unknown
+from steerlm_megatron.stages.pipeline_steps import overridable, steps_of
 from steerlm_megatron.stages.session import ARRAY, Session, session
 from steerlm_megatron.stages.shards import check_tokenizer
 from steerlm_megatron.steer.records import expand_paths
@@ -35,9 +37,9 @@ _WRITES_NOTHING = 1  # RunFolder's rank: only rank 0 writes
 
 def run(config: Config) -> None:
     """Run all steps. Collective over the world."""
-    for key, names in (("pipeline", list(config.pipeline)), ("steps", config.steps)):
-        if unknown := sorted(set(names) - set(STEPS)):
-            raise UserError(f"{key}: {' '.join(unknown)} unknown; legal: {' '.join(STEPS)}")
+    steps = steps_of(config)
+    refuse_unknown("pipeline", config.pipeline, overridable(config))
+    refuse_unknown("steps", config.steps, list(steps))
     if config.data.source != "demo":
         for path in _input_files(config):
             if not Path(path).exists():
@@ -56,11 +58,11 @@ def run(config: Config) -> None:
     if config.steps and _LAST not in config.steps:
         # Other jobs may do other steps now. Each has its step's folder alone, and the last one ends the whole run.
         folder = RunFolder(root, config.command, rank=_WRITES_NOTHING)
-        _all_steps(Run(config, Session(config, parallel.layout(), folder)))
+        _all_steps(Run(config, Session(config, parallel.layout(), folder), steps))
         return
     on_main(lambda: _reopen(Path(root)))
     with session(config) as here:
-        _all_steps(Run(config, here))
+        _all_steps(Run(config, here, steps))
 
 
 def _reopen(root: Path) -> None:
@@ -85,12 +87,13 @@ def _remove_if_other(folder: Path, key: str) -> None:
 
 
 def _all_steps(state: Run) -> None:
-    steps = list(STEPS.values())
+    steps = list(state.steps.values())
     if state.config.init_from is not None:
-        steps.remove(STEPS["base"])
+        steps.remove(state.steps["base"])
         state.keys["base"] = fingerprint({}, [Path(state.config.init_from).resolve()])
     if not state.config.attributes.names:
         raise UserError("attributes=none: steerlm run conditions on attributes; choose a schema")
+    get_logger(__name__).info("%d steps: %s", len(steps), " ".join(step.name for step in steps))
     for step in steps:
         step.config(state)  # a wrong override of the last step is an error before the first one starts
     for number, step in enumerate(steps, 1):
@@ -99,7 +102,9 @@ def _all_steps(state: Run) -> None:
             _one_step(state, number, len(steps), step)
         else:
             state.keys[step.name] = _fingerprint(state, step, step.config(state))
-            state.timings[step.name] = float((read_summary(state.folder(step.name)) or {}).get("wall_sec", 0.0))
+            summary = read_summary(state.folder(step.name)) or {}
+            state.timings[step.name] = float(summary.get("wall_sec", 0.0))
+            _note_cost(state, step.name, summary)
     if not state.does(_LAST):
         return
     html = state.folder("report") / "report.html"
@@ -108,13 +113,13 @@ def _all_steps(state: Run) -> None:
         timings=state.timings, outputs={"report": str(html), "report_json": str(html.with_suffix(".json"))}
     )
     if state.here.layout.is_main:
-        results = json.loads((state.folder("evaluate") / "evaluation.json").read_text(encoding="utf-8"))
+        results = json.loads(html.with_suffix(".json").read_text(encoding="utf-8"))
         console().print(terminal_table(results, html))
 
 
 def _require(state: Run, step: Step) -> None:
     """Refuse a step of several jobs whose inputs are not there. Collective over the world."""
-    needed = [name for name in STEPS if name in step.after and name in state.keys and not state.does(name)]
+    needed = [name for name in state.steps if name in step.after and name in state.keys and not state.does(name)]
     if state.config.init_from is not None:
         needed = [name for name in needed if name != "base"]
     lacking = [name for name in needed if not is_complete(state.folder(name), state.keys[name])]
@@ -136,14 +141,24 @@ def _one_step(state: Run, number: int, count: int, step: Step) -> None:
     if broadcast_object(is_complete(folder, key)):
         summary = read_summary(folder) or {}
         state.timings[step.name] = float(summary.get("wall_sec", 0.0))
+        _note_cost(state, step.name, summary)
         get_logger(__name__).info("step %d/%d %s: complete, skipped", number, count, step.name)
         return
     if job_of_array(config)[0] is None:
         on_main(lambda: _remove_if_other(folder, key))
     start = time.monotonic()
-    with pipeline_step(number, count, f"{step.name}: {step.title}"), session(config, inputs=key) as here:
-        step.body(state, here)
+    with state.here.cost.away(), pipeline_step(number, count, f"{step.name}: {step.title}"):
+        with session(config, inputs=key) as here:
+            step.body(state, here)
     state.timings[step.name] = round(time.monotonic() - start, 2)
+    if state.here.layout.is_main:
+        _note_cost(state, step.name, read_summary(folder) or {})
+
+
+def _note_cost(state: Run, step: str, summary: Mapping[str, Any]) -> None:
+    """Note what a step cost, by its summary; a run of an earlier version has no cost."""
+    if cost := summary.get("cost"):
+        state.here.cost.steps[step] = cost
 
 
 def _fingerprint(state: Run, step: Step, config: Config) -> str:

@@ -6,7 +6,6 @@ Does not own: the model's shape and the labels' names (``model/hf``), writing a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,52 +13,41 @@ from typing import Any
 
 from steerlm_megatron.config.schema import AttributesConfig
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.files import read_json_object
 from steerlm_megatron.model.hf import SECTION, HFFolder, unnamed
+from steerlm_megatron.observe.runfolder import hub_source
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
 from steerlm_megatron.train.meta import CheckpointMeta
 
 # Of the tokenizer's settings: a model that was trained has its own chat template and its own list of tokens.
 _NOT_KEPT = ("chat_template", "added_tokens_decoder")
-_CACHED = re.compile(r"models--([^/]+)--([^/]+)")  # a folder in the hub's cache
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def kept_of(folder: Path, hf: HFFolder) -> dict[str, Any]:
     """Return what a model that is trained from a folder keeps of it, as plain data: ``name``, ``family``, the content
-    of ``config.json``, ``generation_config.json`` and ``tokenizer_config.json``, and the licence that its model card
-    names.
+    of ``config.json``, ``generation_config.json`` and ``tokenizer_config.json``, the licence that its model card names,
+    and the commit (``revision``) of a model that came from the hub.
     """
     section = hf.config.get(SECTION)
+    source = hub_source(folder)
     out: dict[str, Any] = {
-        "name": _name(folder),
+        "name": folder.resolve().name if source is None else source[0],
         "family": hf.family.name,
         "config": {key: value for key, value in hf.config.items() if key != SECTION},
-        "generation_config": _read(folder / "generation_config.json"),
-        "tokenizer_config": {k: v for k, v in _read(folder / "tokenizer_config.json").items() if k not in _NOT_KEPT},
+        "generation_config": read_json_object(folder / "generation_config.json"),
+        "tokenizer_config": {
+            k: v for k, v in read_json_object(folder / "tokenizer_config.json").items() if k not in _NOT_KEPT
+        },
         "licence": _licence(folder),
     }
+    if source is not None:
+        out["revision"] = source[1]
     if isinstance(section, Mapping) and section.get("base"):
         out["trained_from"] = str(section["base"])
     return out
-
-
-def _name(folder: Path) -> str:
-    """Return a name that does not tell where the folder stood: that of the hub for a folder in its cache."""
-    path = str(folder.resolve())
-    found = _CACHED.search(path)
-    return f"{found[1]}/{found[2]}" if found else Path(path).name
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    return found if isinstance(found, dict) else {}
 
 
 def _licence(folder: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from steerlm_megatron.runtime.collectives import on_main
 from steerlm_megatron.stages.session import Session
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.lines import OnError, Rejected, json_line, rejected_json
+from steerlm_megatron.steer.preferences import Pair, read_pairs
 from steerlm_megatron.steer.records import Conversation, expand_paths, parse_records, raw_lines, to_json
 from steerlm_megatron.steer.templates import Template
 
@@ -95,6 +96,21 @@ class RecordReader:
         if not found:
             told = f"; {len(rejects)} lines were rejected, the first: {rejects[0]}" if rejects else ""
             raise UserError(f"{key}={paths} holds no record that can be used{told}")
+        return found
+
+    def read_pairs(self, part: str, paths: str) -> list[Pair]:
+        """Read and check all pairs of ``evaluate.preferences``. Arguments and errors are those of :meth:`read`.
+        Collective over the world.
+        """
+        rejected: Rejected = []
+        found = [pair for _, pair in read_pairs(paths, self.on_error, rejected)]
+        self._parts.setdefault(part, _Part()).read += len(found) + len(rejected)
+        for where, reason in rejected:
+            self.skip(part, "rejected", where, reason)
+        self.list_rejected()
+        if not found:
+            told = f"; {len(rejected)} lines were rejected, the first: {': '.join(rejected[0])}" if rejected else ""
+            raise UserError(f"evaluate.preferences={paths} holds no pair that can be used{told}")
         return found
 
     def skip(

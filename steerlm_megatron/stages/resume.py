@@ -13,7 +13,8 @@ from typing import Any
 
 from steerlm_megatron.config.schema import Config
 from steerlm_megatron.data.feed.blend import Corpora
-from steerlm_megatron.data.views import View
+from steerlm_megatron.data.groups import Groups
+from steerlm_megatron.data.views import LABELLED, PREDICTION, View
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.arithmetic import padded_vocab_size
 from steerlm_megatron.model.lora import Lora
@@ -30,9 +31,12 @@ _OF_ADAPTERS = {
 }
 
 
-def data_order(config: Config, data: Corpora, view: View) -> dict[str, Any]:
+def data_order(config: Config, data: Corpora, view: View, groups: Groups | None = None) -> dict[str, Any]:
     """Return the settings that decide which samples a step has, by their names in errors. Checkpoints store them."""
+    targets = {} if groups is None else {"data.targets": groups.hash, "steerlm2.normalize": groups.normalize}
     return {
+        **targets,
+        "train.objective": "steerlm2" if groups is not None else "tokens",
         "task": view,
         "train.seed": config.train.seed,
         "train.row_tokens": config.train.row_tokens,
@@ -64,6 +68,11 @@ def check_init(config: Config, data: Corpora, view: View) -> Base | None:
         raise UserError(f"init_from={config.init_from} holds another model: {', '.join(wrong)}")
     if meta.head == "regression":
         _check_head(config, base, view)
+    elif meta.predicts and view not in PREDICTION:
+        raise UserError(
+            f"init_from={config.init_from} holds an attribute-prediction model, which writes labels after responses; "
+            f"start {config.command} from a language model (what that model was trained from, or a run of train_sft)"
+        )
     return base
 
 
@@ -112,8 +121,9 @@ def padding_differences(config: Config, meta: CheckpointMeta, view: View) -> lis
 
 
 def check_resume(
-    config: Config, data: Corpora, view: View, folder: Path, meta: CheckpointMeta, lora: Lora | None = None
-) -> None:
+    config: Config, data: Corpora, view: View, folder: Path, meta: CheckpointMeta, lora: Lora | None = None,
+    groups: Groups | None = None,
+) -> None:  # fmt: skip
     """Refuse to resume from ``folder`` with settings that would make it another run, ``lora`` with other adapters. All
     differences are reported at once.
     """
@@ -125,7 +135,7 @@ def check_resume(
         wrong.append(f"a model with head '{head}' (checkpoint: '{meta.head}')")
     if meta.tokenizer_hash != data.tokenizer.hash:
         wrong.append(f"the tokenizer of {data.name} (checkpoint: another)")
-    if meta.schema is not None and data.schema is not None and view in ("ap", "acsft"):
+    if meta.schema is not None and data.schema is not None and view in LABELLED:
         ours, theirs = data.schema.to_dict(), meta.schema
         wrong += [
             f"attributes.{k}={ours[k]} (checkpoint: {theirs.get(k)})"
@@ -133,15 +143,15 @@ def check_resume(
             if ours[k] != theirs.get(k)
         ]
     before = {"train.trainable": meta.config.get("train", {}).get("trainable"), **meta.data}
-    now = {"train.trainable": config.train.trainable, **data_order(config, data, view)}
+    now = {"train.trainable": config.train.trainable, **data_order(config, data, view, groups)}
     if lora is not None and meta.lora is not None:
         before |= {key: meta.lora[name] for name, key in _OF_ADAPTERS.items()}
         now |= {key: lora.to_dict()[name] for name, key in _OF_ADAPTERS.items()}
     for key, value in now.items():
         if before.get(key) is None or before[key] == value:  # checkpoints of earlier versions do not have the key
             continue
-        shards = key == "data.train"
-        wrong.append("other shards in data.train" if shards else f"{key}={value} (checkpoint: {before[key]})")
+        hashed = {"data.train": "other shards in data.train", "data.targets": "other weights in data.targets"}
+        wrong.append(hashed[key] if key in hashed else f"{key}={value} (checkpoint: {before[key]})")
     if wrong:
         raise UserError(
             f"run_dir={config.run_dir} would go on from {folder}, but now has {', '.join(wrong)}; set them as they "

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,12 +26,20 @@ from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.model.hf import HFFolder
 from steerlm_megatron.model.lora import Lora, merge
 from steerlm_megatron.model.weights import fill
+from steerlm_megatron.observe.cost import CostMeter, combined, read_shares, remove_shares, total
 from steerlm_megatron.observe.log import get_logger, setup_logging
-from steerlm_megatron.observe.runfolder import RunFolder, default_run_dir
+from steerlm_megatron.observe.runfolder import RunFolder, default_run_dir, is_complete, read_summary
 from steerlm_megatron.runtime import parallel
-from steerlm_megatron.runtime.collectives import broadcast_object, on_main
-from steerlm_megatron.runtime.device import dtype_of, emulates_bf16
+from steerlm_megatron.runtime.collectives import broadcast_object, gather_objects, on_main
+from steerlm_megatron.runtime.device import (
+    device_name,
+    dtype_of,
+    emulates_bf16,
+    forget_peak_memory,
+    peak_memory_gib,
+)
 from steerlm_megatron.runtime.parallel import Layout
+from steerlm_megatron.stages import hub
 from steerlm_megatron.stages.base import Base, open_base, prompts_of, scored_by
 from steerlm_megatron.stages.published import schema_of_labels
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -50,6 +59,7 @@ class Session:
     config: Config
     layout: Layout
     run: RunFolder
+    cost: CostMeter = field(default_factory=CostMeter)
 
     @property
     def folder(self) -> Path:
@@ -82,10 +92,63 @@ def session(config: Config, inputs: str | None = None) -> Iterator[Session]:
     run = on_main(folder) or folder()  # the others' after the main one's, which may refuse
     setup_logging(run.path, layout.rank)
     run.start(to_yaml(config), inputs=inputs)
+    on_main(lambda: hub.record(run.path))
     if COMMANDS[config.command].reads_key("engine.precision") and config.engine.precision == "bf16":
         warn_of_slow_bf16()
-    with run:
-        yield Session(config, layout, run)
+    with run, metered(layout, run) as cost:
+        yield Session(config, layout, run, cost)
+    if layout.is_main and is_complete(run.path):
+        remove_shares(run.path)
+
+
+@contextmanager
+def metered(layout: Layout, run: RunFolder) -> Iterator[CostMeter]:
+    """Yield this rank's account of the run's cost, and put the sum of all accounts into the summary in the end. If the
+    body raises, the sum is of what ranks have written so far, since others may not have come here. Collective over the
+    world.
+    """
+    forget_peak_memory()
+    meter = CostMeter(
+        run.path,
+        attempt=broadcast_object(run.attempts),
+        rank=layout.rank,
+        ranks=layout.world_size,
+        counts=layout.is_model_head,
+        device=device_name(),
+        peak_memory_gib=peak_memory_gib,
+    )
+    try:
+        yield meter
+    except BaseException:
+        meter.keep()
+        if layout.is_main:
+            try:
+                run.update(cost=cost_so_far(run, read_shares(run.path), meter.steps))
+            except OSError as error:  # as on a full disk; what ended the run must not be hidden by this
+                get_logger(__name__).warning("%s: the run's cost could not be written: %s", run.path, error)
+        raise
+    on_main(lambda: None)  # which may write for longer than a collective waits
+    meter.keep()
+    ended = {(one["attempt"], one["rank"]): one for one in gather_objects(meter.share())}
+    if layout.is_main:
+        earlier = {(one["attempt"], one["rank"]): one for one in read_shares(run.path)}
+        run.update(cost=cost_so_far(run, list((earlier | ended).values()), meter.steps))
+
+
+def cost_so_far(
+    run: RunFolder, shares: Sequence[Mapping[str, Any]], steps: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the cost of a run: by the accounts ``shares`` of its ranks, with the costs of its ``steps``, which it also
+    has one by one, and those of the jobs of an array that worked for it, which have the run's fingerprint.
+    """
+    cost, jobs = total(shares), []
+    for path in sorted((run.path / ARRAY).glob("*/summary.json")):
+        found = read_summary(path.parent) or {}
+        if found.get("fingerprint") == run.fingerprint and found.get("cost"):
+            jobs.append(found["cost"])
+    if jobs:
+        cost = combined([combined(jobs, at_once=True), cost])
+    return {**combined([cost, *steps.values()]), "steps": dict(steps)} if steps else cost
 
 
 @cache
@@ -170,15 +233,17 @@ def open_checkpoint(
 ) -> OpenedCheckpoint:
     """Read everything of a checkpoint but its weights.
 
-    ``head``: ``lm`` or ``regression``; another kind is a UserError naming ``key``. None: either. ``asked``: whether the
+    ``head``: ``lm``, a language model that responds, or ``ap``, an attribute-prediction model of either kind; another
+    model is a UserError naming ``key``. None: any. ``asked``: whether the
     model will be sent prompts; a Hugging Face folder without a chat template is then a UserError. ``attributes``: what
     gives the values of somebody else's classifier names and a scale; one that has neither is a UserError if ``asked``.
     """
     base = open_base(path, key)
     folder, meta = base.folder, base.meta
-    if head is not None and meta.head != head:
-        wanted = "an attribute-prediction model (train_ap)" if head == "regression" else "a language model (train_sft)"
-        raise UserError(f"{key}={path} holds a model with head '{meta.head}', needed is {wanted}")
+    if head is not None and meta.predicts != (head == "ap"):
+        wanted = "an attribute-prediction model (train_ap)" if head == "ap" else "a language model (train_sft)"
+        held = "an attribute-prediction model" if meta.predicts else "a language model"
+        raise UserError(f"{key}={path} holds {held} (task '{meta.task}'), needed is {wanted}")
     if base.hf is not None and base.hf.head == "regression":
         return _open_classifier(base, base.hf, key, asked, attributes)
     if base.hf is not None:
@@ -245,7 +310,7 @@ def load_model(
         config.engine,
         meta.vocab_size,
         attributes=_values_of(opened),
-        gather_logits=gather_logits,
+        gather_logits=gather_logits or head == "ap",
         lora=None if meta.lora is None else Lora.from_dict(meta.lora),
     )
     if opened.hf is not None:

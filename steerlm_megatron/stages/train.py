@@ -14,17 +14,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import psutil
 import torch
 
-from steerlm_megatron.config.load import paths_of, to_container
+from steerlm_megatron.config.load import head_values, paths_of, to_container
 from steerlm_megatron.config.schema import Config, EngineConfig
 from steerlm_megatron.data.feed.blend import Corpora, Rows
 from steerlm_megatron.data.feed.dataset import ShardDataset
 from steerlm_megatron.data.feed.loader import StepLoader, end_row
-from steerlm_megatron.data.views import View
+from steerlm_megatron.data.groups import Groups, read_groups
+from steerlm_megatron.data.views import LABELLED, PREDICTION, View
 from steerlm_megatron.data.write.preprocess import is_complete
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.arithmetic import model_flops, multiplied_parameters
@@ -51,6 +52,7 @@ from steerlm_megatron.steer.templates import AUTO, Template
 from steerlm_megatron.train.checkpoint import CheckpointStore, verify
 from steerlm_megatron.train.engine import Engine
 from steerlm_megatron.train.engine_mcore import MegatronEngine
+from steerlm_megatron.train.group_objective import GroupObjective
 from steerlm_megatron.train.loop import Trainer, TrainResult
 from steerlm_megatron.train.meta import CheckpointMeta, read_meta, task_of
 from steerlm_megatron.train.objective import Objective, RegressionObjective, TokenObjective
@@ -67,6 +69,7 @@ _LEFT_OUT = {
 
 _VIEW_TITLES = {
     "ap": "attribute prediction",
+    "ap_text": "attribute prediction as text",
     "acsft": "attribute-conditioned SFT",
     "sft": "plain SFT",
     "lm": "language modelling",
@@ -82,7 +85,7 @@ def run(config: Config) -> TrainResult:
 def view_of(config: Config) -> View:
     """Return the view of a stored conversation that this command trains on (``data/views.py``)."""
     if config.command == "train_ap":
-        return "ap"
+        return "ap" if config.ap.kind == "regression" else "ap_text"
     if config.train.objective == "lm":
         return "lm"
     return "acsft" if config.attributes.names else "sft"
@@ -99,13 +102,14 @@ def train(here: Session) -> TrainResult:
     lora = lora_of(config, data.tokenizer, base)
     check_memory(here, _vocab_size(data, base))
     counts = label_counts(config, data, view, base)
-    rows = _pack(config, data, view, config.data.weights)
+    groups = _groups(config, valid)
+    rows = _pack(config, data, view, config.data.weights, groups)
     store = CheckpointStore(here.folder / "checkpoints", config.train.keep_last, config.train.keep_best)
     latest = store.latest()
-    meta = _new_meta(config, data, view, counts, base, lora)
+    meta = _new_meta(config, data, view, counts, base, lora, groups)
     if latest:
         earlier = read_meta(latest)
-        on_main(partial(check_resume, config, data, view, latest, earlier, lora))
+        on_main(partial(check_resume, config, data, view, latest, earlier, lora, groups))
         meta = dataclasses.replace(meta, step=earlier.step, loader=earlier.loader)
     end = None if config.train.steps else end_row(rows, config.train.epochs)
     loaders = [_loader(here, rows, meta.loader.get("consumed_rows", 0), end)]
@@ -134,7 +138,7 @@ def train(here: Session) -> TrainResult:
         trainer = Trainer(
             config.train, engine, loaders[0], loaders[1] if valid is not None else None, store, meta,
             data.tokenizer.save, metrics, steps, Throughput(flops_of=flops, peak_flops=_peak(config, here)), profiler,
-            Watch(config.engine.timeout_sec),
+            Watch(config.engine.timeout_sec), here.cost, flops_of(config, _vocab_size(data, base), view, trains=False),
         )  # fmt: skip
         here.run.update(plan={"steps": steps})
         try:
@@ -173,14 +177,32 @@ def _is_split(path: Path) -> bool:
     return not is_complete(path) and is_complete(path / "train")
 
 
-def _pack(config: Config, data: Corpora, view: View, weights: Sequence[float] = ()) -> Rows:
+def _groups(config: Config, valid: Corpora | None) -> Groups | None:
+    """Return the groups of weighted responses that SteerLM 2.0 trains on; None for other objectives.
+
+    Raises:
+        UserError: there are validation shards, which have no weights.
+    """
+    if config.train.objective != "steerlm2":
+        return None
+    if valid is not None:
+        raise UserError(
+            f"train.objective=steerlm2: {valid.name} has validation data, and groups of responses have none; "
+            "preprocess data.targets with data.valid_fraction=0, and leave data.valid out"
+        )
+    return read_groups(cast(str, config.data.targets), config.steerlm2.normalize)
+
+
+def _pack(
+    config: Config, data: Corpora, view: View, weights: Sequence[float] = (), groups: Groups | None = None
+) -> Rows:
     """Return the packed rows of ``data``. The main rank packs and stores them, and the others read that. Collective
     over the world.
     """
     train = config.train
 
     def rows(store: bool) -> Rows:
-        return data.rows(view, train.row_tokens, train.seed, config.data.overlong, weights, store)
+        return data.rows(view, train.row_tokens, train.seed, config.data.overlong, weights, store, groups)
 
     return on_main(lambda: rows(True)) or rows(True)
 
@@ -192,7 +214,7 @@ def check_memory(here: Session, vocab_size: int) -> None:
     config = here.config
     if not config.plan.check:
         return
-    attributes = len(config.attributes.names) if config.command == "train_ap" else None
+    attributes = head_values(config)
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     host = psutil.virtual_memory().total
     where, share = f"{device_name()}", total_memory() if has_cuda() else host // ranks
@@ -221,10 +243,10 @@ def _check_data(config: Config, data: Corpora, view: View) -> None:
                 f"template.{key}={value!r}, but {data.name} was preprocessed with {found.get(key)!r}; "
                 f"set template.{key} to that or preprocess again"
             )
-    if view not in ("ap", "acsft"):
+    if view not in LABELLED:
         return
     schema = AttributeSchema.from_config(config.attributes)
-    if view == "ap" and not schema.names:
+    if view in PREDICTION and not schema.names:
         raise UserError("attributes=none: an attribute-prediction model needs attributes; choose a schema")
     stored = data.schema
     if stored is None or stored.names != schema.names or stored.max_level != schema.max_level:
@@ -251,12 +273,12 @@ def check_profile(config: Config, ranks: int, done: int, steps: int) -> None:
 
 def label_counts(config: Config, data: Corpora, view: View, base: Base | None) -> dict[str, int]:
     """Count the labels of each attribute that the model has seen, including those of the checkpoint that it starts
-    from.
+    from, if that learnt to do with them what this model does (predict them, or respond by them).
 
     Attributes without labels are neither conditioned on nor predicted: a warning names them, and a ``UserError`` is
     raised if no attribute has labels.
     """
-    if view not in ("ap", "acsft"):
+    if view not in LABELLED:
         return {}
     counts = data.label_counts()
     if not any(counts.values()):
@@ -268,23 +290,26 @@ def label_counts(config: Config, data: Corpora, view: View, base: Base | None) -
         raise UserError(
             f"data.train={data.name}: no trained response has a value of attributes={config.attributes.name}; {remedy}"
         )
-    if base is not None:
+    if base is not None and base.meta.predicts == (view in PREDICTION):
         before = base.meta.label_counts
         counts = {name: count + before.get(name, 0) for name, count in counts.items()}
     if without := [name for name, count in counts.items() if not count]:
         it = "it" if len(without) == 1 else "them"
+        outcome = f"is not conditioned on {it}"
+        if view in PREDICTION:
+            outcome = f"learns nothing of {it}, and annotate leaves {it} out"
         get_logger(__name__).warning(
             "%s: no trained response has a value of %s: the model %s",
-            data.name, ", ".join(without),
-            f"learns nothing of {it}, and annotate leaves {it} out" if view == "ap" else f"is not conditioned on {it}",
+            data.name, ", ".join(without), outcome,
         )  # fmt: skip
     return counts
 
 
 def _new_meta(
-    config: Config, data: Corpora, view: View, counts: dict[str, int], base: Base | None, lora: Lora | None
-) -> CheckpointMeta:
-    schema = data.schema if view in ("ap", "acsft") else None
+    config: Config, data: Corpora, view: View, counts: dict[str, int], base: Base | None, lora: Lora | None,
+    groups: Groups | None = None,
+) -> CheckpointMeta:  # fmt: skip
+    schema = data.schema if view in LABELLED else None
     return CheckpointMeta(
         step=0,
         task=task_of(view),
@@ -293,12 +318,12 @@ def _new_meta(
         schema=schema.to_dict() if schema else None,
         template=data.template.to_dict(),
         tokenizer_hash=data.tokenizer.hash,
-        label_mean=[None if math.isnan(v) else float(v) for v in data.label_mean()] if view == "ap" else [],
+        label_mean=[None if math.isnan(v) else float(v) for v in data.label_mean()] if view in PREDICTION else [],
         label_counts=counts,
         base={} if base is None else base.meta.base,
         lora=described(config, lora, base),
         config=to_container(config),
-        data=data_order(config, data, view),
+        data=data_order(config, data, view, groups),
         parallel=dataclasses.asdict(config.parallel),
         versions=versions(),
     )
@@ -308,7 +333,7 @@ def _objective(config: Config, data: Corpora, view: View) -> Objective:
     if view == "ap":
         mean_A = torch.from_numpy(data.label_mean())
         return RegressionObjective(config.attributes.names, config.train.label_weights, mean_A)
-    return TokenObjective()
+    return GroupObjective() if config.train.objective == "steerlm2" else TokenObjective()
 
 
 def _build_engine(
@@ -353,14 +378,15 @@ def _vocab_size(data: Corpora, base: Base | None) -> int:
     return max(data.tokenizer.vocab_size, 0 if base is None else base.meta.vocab_size)
 
 
-def flops_of(config: Config, vocab_size: int, view: View) -> Callable[[int, float], float]:
+def flops_of(config: Config, vocab_size: int, view: View, trains: bool = True) -> Callable[[int, float], float]:
     """Return a function from useful tokens and Σ s² to model FLOPs (docs/numerics.md). A frozen trunk has no backward
     pass and takes a third of them; below adapters there are gradients of activations, and none of the weights.
+    ``trains=False``: those of a forward pass alone.
     """
     model, multiplied = config.model, multiplied_parameters(config.model, vocab_size, head=view == "ap")
     width = (model.head_dim or model.hidden_size // model.num_heads) * model.num_heads
-    backward = config.train.trainable != "head"
-    spared = 2.0 * multiplied if config.train.trainable == "lora" else 0.0
+    backward = trains and config.train.trainable != "head"
+    spared = 2.0 * multiplied if trains and config.train.trainable == "lora" else 0.0
 
     def flops(tokens: int, squares: float) -> float:
         total = model_flops(multiplied, model.num_layers, width, tokens, squares, training=backward)
@@ -387,9 +413,10 @@ def _peak(config: Config, here: Session) -> float | None:
 
 def _announce(config: Config, view: View, rows: Rows, loader: StepLoader, steps: int) -> None:
     report = rows.report()
+    title = "SteerLM 2.0" if config.train.objective == "steerlm2" else _VIEW_TITLES[view]
     get_logger(__name__).info(
         "%s on %s samples in %d rows of %d tokens, fill %.3f; %d rows a step, %d steps",
-        _VIEW_TITLES[view],
+        title,
         report["samples"], len(rows), rows.row_tokens, report["fill"], loader.rows_per_step, steps,
     )  # fmt: skip
     if rows.samples < config.train.global_batch_samples:
@@ -405,6 +432,11 @@ def _announce(config: Config, view: View, rows: Rows, loader: StepLoader, steps:
     for key, words in _LEFT_OUT.items():
         if report[key]:
             get_logger(__name__).info("%d samples %s", report[key], words.format(config.data.overlong))
+    if rows.groups is not None and report["dropped_overlong"]:
+        get_logger(__name__).warning(
+            "SteerLM 2.0: %d of %d samples are in groups that are longer than train.row_tokens=%d, and are not trained "
+            "on", report["dropped_overlong"], report["samples_total"], rows.row_tokens,
+        )  # fmt: skip
 
 
 def compare_with_constant(valid: Mapping[str, float]) -> None:

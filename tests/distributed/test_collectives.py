@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch.distributed as dist
 
 from steerlm_megatron.config.schema import ParallelConfig
+from steerlm_megatron.errors import UserError
 from steerlm_megatron.runtime import parallel
-from steerlm_megatron.runtime.collectives import barrier, first_to_report, sum_over_data_parallel
+from steerlm_megatron.runtime.collectives import barrier, first_to_report, on_each_host, sum_over_data_parallel
 from tests.helpers.dist import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -23,6 +26,25 @@ def ranks_talk() -> dict[str, object]:
     return {"said": said, "again": again, "alone": alone, "summed": summed}
 
 
+def hosts_work() -> dict[str, object]:
+    at = parallel.initialize(ParallelConfig(), 0)
+    # Three ranks on two hosts: two of them are the first of theirs.
+    os.environ["LOCAL_RANK"] = str({0: 0, 1: 1, 2: 0}[at.rank])
+    worked: list[int] = []
+    on_each_host(lambda: worked.append(at.rank))
+
+    def refuse() -> None:
+        if at.rank == 2:
+            raise UserError("no room on this host")
+
+    try:
+        on_each_host(refuse)
+        ended: object = None
+    except UserError as error:
+        ended = (type(error).__name__, str(error))
+    return {"worked": worked, "ended": ended}
+
+
 def groups_of_layouts() -> list[int]:
     counts = []
     for layout in (ParallelConfig(context=2), ParallelConfig(), ParallelConfig(tensor=2), ParallelConfig(context=2)):
@@ -30,6 +52,13 @@ def groups_of_layouts() -> list[int]:
         assert sum_over_data_parallel([1.0], with_context=True) == [2.0 / layout.tensor]
         counts.append(len(dist.distributed_c10d._world.pg_map))
     return counts
+
+
+def test_the_first_rank_of_each_host_works_and_its_error_ends_all() -> None:
+    found = run_ranks(3, hosts_work)
+    assert [one["worked"] for one in found] == [[0], [], [2]]
+    text = "no room on this host"
+    assert [one["ended"] for one in found] == [("ReportedElsewhere", text)] * 2 + [("UserError", text)]
 
 
 def test_another_layout_takes_the_place_of_the_last() -> None:

@@ -25,6 +25,7 @@ from tests.helpers.engines import VOCAB as ENGINE_VOCAB
 pytestmark = pytest.mark.distributed
 
 ADDED = 3
+SCORED = ("llama3.1", "gpt_neox", "gemma2_tied")  # classifiers as well
 LAYOUTS = {
     "TP2": P(tensor=2),
     "TP2 SP": P(tensor=2, sequence=True),
@@ -39,7 +40,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, t
     """A folder per case, one of them in shards, and the logits of transformers."""
     root = tmp_path_factory.mktemp("hf")
     models = {case: hf.make(case, root / case, shard="20KB" if case == "llama3.1" else "5GB") for case in hf.CASES}
-    return root, {case: hf.their_logits(model, hf.row()) for case, model in models.items()}
+    logits = {case: hf.their_logits(model, hf.row()) for case, model in models.items()}
+    batch = hf.row((150, 1, 41))
+    bounds = batch.cu_seqlens.tolist()
+    documents = [batch.tokens_T[None, a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    for case in SCORED:
+        scores = hf.make(case, root / _scores(case), values=3)
+        with torch.no_grad():
+            logits[_scores(case)] = torch.cat([scores(tokens).logits.float() for tokens in documents])
+    return root, logits
+
+
+def _scores(case: str) -> str:
+    return f"{case} scores"
 
 
 def read(root: Path, layout: P) -> dict[str, Any]:
@@ -59,6 +72,15 @@ def read(root: Path, layout: P) -> dict[str, Any]:
         batch = hf.row((150, 1, 41))  # sequence parallelism wants an even number
         found = None if layout.virtual_pipeline else predict_values(chunks[0], batch)
         out[case] = shards(chunks), None if found is None else found[:, : hf.VOCAB]
+    for case in map(_scores, SCORED):
+        folder, chunks = HFFolder.open(root / case, "checkpoint"), []
+        for stage in range(layout.virtual_pipeline or 1):
+            at = stage if layout.virtual_pipeline else None
+            chunks.append(build_model(folder.model, layout, EngineConfig(), hf.VOCAB, attributes=3, vp_stage=at))
+            fill(folder.weights(chunks[-1], hf.VOCAB))
+            chunks[-1].eval()
+        ends = replace(hf.row((150, 1, 41)), pool_P=torch.tensor([149, 150, 191]))
+        out[case] = shards(chunks), None if layout.virtual_pipeline else predict_values(chunks[0], ends)
     return out
 
 
@@ -73,9 +95,16 @@ def alone(folders: tuple[Path, dict[str, torch.Tensor]]) -> dict[str, Any]:
 def test_every_layout_reads_the_same_model(
     layout: str, folders: tuple[Path, dict[str, torch.Tensor]], alone: dict[str, Any]
 ) -> None:
-    root, _ = folders
+    root, theirs = folders
     where = LAYOUTS[layout]
     found = run_ranks(where.tensor * where.pipeline, read, root, where)
+    for case in map(_scores, SCORED):
+        together = unsplit([rank[case][0] for rank in found])
+        whole = {name: part.tensor for name, part in alone[case][0].items()}
+        assert sorted(together) == sorted(whole)
+        assert all(torch.equal(together[name], value) for name, value in whole.items()), case
+        for values in (rank[case][1] for rank in found if rank[case][1] is not None):
+            torch.testing.assert_close(values, theirs[case], rtol=0, atol=1e-4)
     for case in hf.CASES:
         whole = {name: part.tensor for name, part in alone[case][0].items()}
         together = unsplit([rank[case][0] for rank in found])

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from steerlm_megatron.config.schema import ModelConfig
+from steerlm_megatron.model.arithmetic import forward_flops
 from steerlm_megatron.runtime.parallel import layout
 from steerlm_megatron.stages import train as train_stage
 from steerlm_megatron.train import engine as engine_module
@@ -86,6 +88,23 @@ def test_validation_gives_way_to_a_signal_and_is_done_when_the_run_goes_on(tmp_p
         ended, whole = found[f"{name} summary"], found["whole summary"]
         assert ended["status"] == "complete" and ended["counts"]["tokens"] == whole["counts"]["tokens"] > 0
         assert ended["metrics"] == whole["metrics"]
+        cost, undisturbed = ended["cost"], whole["cost"]
+        assert (cost["attempts"], undisturbed["attempts"]) == (2, 1) and cost["devices"] == 2
+        assert cost["tokens"]["trained"] == undisturbed["tokens"]["trained"] == whole["counts"]["tokens"]
+        # The validation that was cut short costs what it has computed, and is done again.
+        assert cost["tokens"]["validated"] > undisturbed["tokens"]["validated"] and cost["flops"] > undisturbed["flops"]
+
+    cost = found["whole summary"]["cost"]
+    assert len(cost["peak_memory_gib_by_rank"]) == 2 and min(cost["peak_memory_gib_by_rank"]) > 0
+    assert cost["wall_sec"] < cost["device_sec"] <= 2.01 * cost["wall_sec"] and 0 < cost["work_sec"] < cost["wall_sec"]
+    trained = sum(2 * row["flops_per_sec"] * row["step_sec"] for row in found["whole"] if "loss" in row)  # of two steps
+    meta = json.loads(next((tmp_path / "whole" / "checkpoints").glob("step_*/meta.json")).read_text())
+    model, tokens = ModelConfig(**meta["model"]), cost["tokens"]["validated"]
+    least, most = (
+        forward_flops(model, meta["vocab_size"], tokens, squares, tokens)
+        for squares in (0, tokens * model.max_position)
+    )
+    assert least < cost["flops"] - trained < most, "the rest is validation, by forward passes"
 
 
 class stopped_within_step:

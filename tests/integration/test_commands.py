@@ -37,6 +37,13 @@ def test_the_pipeline_ends_in_a_report(work: Path) -> None:
     assert "step 1/12 data" in said and "step 12/12 report" in said and "report.html" in said
     report = json.loads((work / "run/12-report/report.json").read_text())
     assert set(report["quality"]) == {"sft", "acsft", "bootstrapped"} and set(report["steering"]) == set(report["ap"])
+    cost, steps = summary(work / "run")["cost"], report["cost"]["steps"]
+    assert list(steps) == list(cost["steps"])[:-1], "the report's own step goes on while the report is written"
+    assert all(one["devices"] == 2 and one["device_sec"] > one["work_device_sec"] for one in steps.values())
+    assert steps["bootstrap"]["tokens"]["drawn"] > 0 and steps["annotate"]["tokens"]["scored"] > 0
+    assert steps["bootstrap"]["latency_sec"]["requests"] == 24 and steps["acsft"]["flops_per_device_sec"] > 0
+    assert cost["device_sec"] > sum(one["device_sec"] for one in cost["steps"].values()) and cost["flops"] > 0
+    assert not list((work / "run").rglob("cost")), "accounts of ranks are in the summaries"
     html = (work / "run/12-report/report.html").read_text()
     assert "data:image/svg+xml" in html and not re.search(r"""(?:src|href)=["']?https?:""", html)
     assert not list((work / "run").glob("*/journal-*")), "what was drawn and scored is in the steps' outputs"

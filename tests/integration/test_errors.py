@@ -227,7 +227,7 @@ def test_vocabulary_mismatch_and_wrong_schema(shards: str, tmp_path: Path, capfd
     assert run("train_ap", f"data.train={shards}", "run_dir=c", "attributes=helpsteer", *TINY) == 2
     assert "preprocessed with" in capfd.readouterr().err
     assert run("annotate", "checkpoint=a", f"input={other}", "output=x.jsonl") == 2
-    assert "head 'lm'" in capfd.readouterr().err
+    assert "needed is an attribute-prediction model (train_ap)" in capfd.readouterr().err
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

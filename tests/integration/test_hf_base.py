@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -306,3 +307,33 @@ def test_a_folder_that_cannot_be_asked_says_why(folder: Path, capsys: pytest.Cap
     copy = changed(folder, "tokenizer.json", more_tokens)
     assert run(*asked, f"checkpoint={copy}") == 2
     assert "they are not of one model" in capsys.readouterr().err
+
+
+def test_vllm_draws_what_the_generator_draws(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a checkpoint, which is written as a folder first; and from a folder, on two ranks."""
+    stand_in = str(Path(__file__).parents[1] / "helpers" / "vllm_stand_in")
+    monkeypatch.syspath_prepend(stand_in)
+    repository = str(Path(__file__).parents[2])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([stand_in, repository]))
+    data = ("data.source=messages", "data.valid_fraction=0", "template=chatml", "attributes=demo")
+    run("preprocess", *data, "data.input=records.jsonl", "data.output_dir=shards", f"tokenizer.path={folder}")
+    train = (*data[2:], "data.train=shards/train", f"init_from={folder}", "train.row_tokens=256", "train.steps=1",
+             "train.global_batch_samples=8", "run_dir=trained", "engine.precision=fp32")  # fmt: skip
+    assert run("train_sft", *train) == 0
+    asked = ("input=prompts.jsonl", "sampling=greedy", "sampling.max_tokens=12", "engine.precision=fp32")
+    for name, checkpoint, *more in (
+        ("written", "trained", "generation.engine=vllm"), ("own", "trained"), ("megatron", str(folder))
+    ):  # fmt: skip
+        output = (f"output={name}.jsonl", f"run_dir=run-{name}")
+        assert run("generate", f"checkpoint={checkpoint}", *output, *asked, *more) == 0
+    assert Path("written.jsonl").read_text() == Path("own.jsonl").read_text()
+    assert not Path("run-written/vllm").exists(), "what was written for vLLM is not needed any more"
+    two = ("generation.engine=vllm", "parallel.tensor=2", "output=two.jsonl", "run_dir=run-two")
+    command = [sys.executable, "-m", "steerlm_megatron", "generate", f"checkpoint={folder}", *asked, *two]
+    # A process of its own: the server from which commands are forked has no stand-in on its path.
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.environ["PYTHONPATH"]}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert Path("two.jsonl").read_text() == Path("megatron.jsonl").read_text()
+    # A model without such a form is refused before anything is drawn.
+    assert run("generate", "checkpoint=trained", "output=no.jsonl", *asked, "generation.engine=vlm", "run_dir=no") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,19 +62,7 @@ def test_adapters_from_a_folder_to_a_folder(folder: Path, capsys: pytest.Capture
     assert run("export", f"checkpoint={folder}", "output=no", *alone[1:3], "run_dir=export4") == 2
     assert "has no adapter" in capsys.readouterr().err
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained("adapter")
-    asked = [{"role": "user", "content": "Tell me about the red fox."}]
-    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    assert int(ids["input_ids"].max()) >= first, "the prompt has control tokens whose rows were trained"
-    merged = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
-    with torch.no_grad():
-        logits = merged(**ids).logits
-
-    # What peft loads is the same model: the tokenizer beside the adapter tells it how many rows there are.
-    peft = pytest.importorskip("peft", reason="peft is not installed (setup.py[dev])")
-    model = peft.AutoPeftModelForCausalLM.from_pretrained("adapter", dtype=torch.float32).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(**ids).logits, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
+    ids, logits = _what_peft_loads_is_the_merged_model(first)
 
     # The adapter comes in again: as a model, merged; to be trained on, whose shape nobody repeats.
     assert run("export", "checkpoint=adapter", "output=again", "export.format=hf", "run_dir=export5") == 0
@@ -97,6 +86,26 @@ def test_adapters_from_a_folder_to_a_folder(folder: Path, capsys: pytest.Capture
     assert (fresh["rank"], fresh["base"]) == (2, None)
     assert run("export", "checkpoint=fresh", "output=adapter2", *alone[1:3], "run_dir=export6") == 2
     assert "export.base" in capsys.readouterr().err
+
+
+def _what_peft_loads_is_the_merged_model(first: int) -> tuple[Any, torch.Tensor]:
+    """Compare the folders ``merged`` and ``adapter``; return a prompt's inputs, and its logits."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained("adapter")
+    asked = [{"role": "user", "content": "Tell me about the red fox."}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    assert int(ids["input_ids"].max()) >= first, "the prompt has control tokens whose rows were trained"
+    merged = transformers.AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    with torch.no_grad():
+        logits = merged(**ids).logits
+
+    # What peft loads is the same model: the tokenizer beside the adapter tells it how many rows there are.
+    peft = pytest.importorskip("peft", reason="peft is not installed (setup.py[dev])")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained("adapter", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(**ids).logits, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
+    return ids, logits
 
 
 def test_an_attribute_prediction_model_is_adapted(folder: Path) -> None:

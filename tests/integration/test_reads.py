@@ -16,10 +16,11 @@ import pytest
 from steerlm_megatron.config import load
 from steerlm_megatron.config.commands import COMMANDS, declared
 from steerlm_megatron.config.schema import Config
+from steerlm_megatron.stages import report_lineage
 from tests.helpers.cli import run_here
 from tests.helpers.commands import TINY
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.reads_work]
 # These modules read the complete configuration, to store, copy or check it.
 _WHOLE = ("dataclasses", "copy", "omegaconf", "steerlm_megatron.config", "steerlm_megatron.cli")
 _SHAPE = ("model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "train.row_tokens=512")
@@ -29,7 +30,7 @@ _EVALUATED = ("ap_checkpoint=run/03-train_ap", "input=some.jsonl", "evaluate.pro
               "sampling.max_tokens=4")  # fmt: skip
 _DRAW = ("checkpoint=run/07-acsft", "input=some.jsonl", "output=out.jsonl")
 COMMAND_LINES: dict[str, tuple[str, ...]] = {
-    "preprocess": ("data.input=some.jsonl", "data.output_dir=shards", "attributes=demo",
+    "preprocess": ("data.input=some.jsonl", "data.output_dir=made", "attributes=demo",
                    "tokenizer.path=run/01-data/shards/train"),
     "preprocess the embedded corpus": ("experiment=quickstart", "data.demo_conversations=60", "data.output_dir=demo"),
     "train_ap": _TRAIN,
@@ -38,6 +39,11 @@ COMMAND_LINES: dict[str, tuple[str, ...]] = {
     "annotate": ("checkpoint=run/03-train_ap", "input=some.jsonl", "output=out.jsonl"),
     "generate": (*_DRAW, "sampling.max_tokens=4"),
     "bootstrap": (*_DRAW, "ap_checkpoint=run/03-train_ap", "sampling.max_tokens=64", "sampling.temperature=9"),
+    "weigh": ("checkpoint=run/07-acsft", "steerlm2.base=run/06-sft", "input=drawn.jsonl", "output=out.jsonl"),
+    "train_sft on weighed responses": (
+        *_TRAIN[:-1], "data.train=shards", "data.targets=weighed.jsonl", "train.objective=steerlm2",
+        "init_from=run/07-acsft",
+    ),
     "serve": ("checkpoint=run/07-acsft", "server.port=0"),
     "evaluate": _EVALUATED,
     "export": ("checkpoint=run/07-acsft", "output=exported"),
@@ -51,16 +57,16 @@ def recorded() -> Iterator[set[str]]:
     """Record the keys that are read of configurations inside the ``with``, except by modules in ``_WHOLE``."""
     seen: set[str] = set()
     known: dict[int, Any] = {}  # configurations and their sections, without the model of a checkpoint
-    load_one = load.from_container
+    fill_one = load.filled
 
-    def from_container(*layers: Any) -> Config:
+    def filled(config: Config, *layers: Any) -> Config:
         def keep(section: Any) -> None:
             known[id(section)] = section
             for value in vars(section).values():
                 if dataclasses.is_dataclass(value):
                     keep(value)
 
-        config = load_one(*layers)
+        fill_one(config, *layers)
         keep(config)
         return config
 
@@ -88,7 +94,9 @@ def recorded() -> Iterator[set[str]]:
     for section in sections:
         section.__getattribute__ = reader  # type: ignore[method-assign]
     try:
-        with mock.patch.object(load, "from_container", from_container):
+        # The configuration of a run that is reported is an input, as the model of a checkpoint is.
+        reported = mock.patch.object(report_lineage, "from_container", lambda *layers: fill_one(Config(), *layers))
+        with mock.patch.object(load, "filled", filled), reported:
             yield seen
     finally:
         for section in sections:
@@ -97,9 +105,10 @@ def recorded() -> Iterator[set[str]]:
 
 @pytest.mark.parametrize("case", COMMAND_LINES)
 def test_what_a_command_reads_is_declared(
-    case: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, work: Path, weighed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "run").symlink_to(work / "run")
+    for name in ("run", "drawn.jsonl", "weighed.jsonl", "shards"):
+        (tmp_path / name).symlink_to(weighed / name)
     monkeypatch.chdir(tmp_path)
     records = (work / "run/04-annotate/train.jsonl").read_text().splitlines()[:8]
     Path("some.jsonl").write_text("\n".join(records) + "\n")

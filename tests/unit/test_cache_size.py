@@ -34,6 +34,8 @@ def test_what_every_sequence_could_need_or_what_fits(monkeypatch: pytest.MonkeyP
 def test_too_little_is_refused_with_the_number_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"1024 tokens needs 1 MiB.*max_sequence_tokens \(to 400 or less\)"):
         limits(512 * 1024, monkeypatch, memory_fraction=0.8)
+    with pytest.raises(UserError, match=r"is less: raise generation.memory_fraction, or spread"):
+        limits(4 * MIB, monkeypatch, memory_fraction=0.0)
     with pytest.raises(UserError, match="max_cache_tokens=8192: 512 blocks of 16 tokens take 8 MiB"):
         limits(4 * MIB, monkeypatch, max_cache_tokens=8192)
     assert limits(4 * MIB, monkeypatch, max_cache_tokens=100).max_cache_tokens == 1024, "one sequence always fits"

@@ -108,3 +108,47 @@ def test_as_a_command(server: Server, monkeypatch: pytest.MonkeyPatch, capsys: p
     with httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, json={"data": []}))) as other:
         with pytest.raises(UserError, match="does not answer as OpenAI"):
             connect(other, "http://x", print)
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        ('data: {"choices": [{"delta": {"content": "Well"}}]}\n\n', "Well\n[the response broke off"),
+        ("data: {oops\n\n", "[the server does not answer as OpenAI's API does: {oops]"),
+        ("data: []\n\n", "does not answer as OpenAI"),
+        ('data: {"choices": [5]}\n\n', "does not answer as OpenAI"),
+        ('data: {"choices": null}\n\n', "broke off"),
+        ('data: {"error": "bad"}\n\n', "[bad]"),
+        ('data: {"error": {"message": "worse"}}\n\n', "[worse]"),
+    ],
+)
+def test_a_response_that_breaks_off_or_is_none_ends_no_chat(sent: str, words: str) -> None:
+    told: list[str] = []
+    with httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, text=sent))) as http:
+        talk = Chat(http, "http://x", "m", None, told.append)
+        assert talk.line("hello")
+    assert words in "".join(told) and talk.messages == []
+
+
+@pytest.mark.parametrize("end", ["data: [DONE]\n\n", 'data: {"choices": [{"delta": {}, "finish_reason": "stop"}]}\n\n'])
+def test_a_response_is_whole_when_it_says_so(end: str) -> None:
+    sent = 'data: {"choices": [{"delta": {"content": "Well"}}]}\n\n' + end
+    with httpx.Client(transport=httpx.MockTransport(lambda _: httpx.Response(200, text=sent))) as http:
+        talk = Chat(http, "http://x", "m", None, lambda text: None)
+        talk.line("hello")
+    assert talk.messages[-1] == {"role": "assistant", "content": "Well"}
+
+
+def test_what_cannot_be_sent_is_told(
+    server: Server, talk: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in ("nan", "inf", "-inf"):
+        talk.line(f"/set temperature {value}")
+        assert "takes a number" in said(talk) and "temperature" not in talk.settings
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"/set max_tokens 4\n\xff\xfehello\n"), "utf-8"))
+    chat([server.url])
+    assert capsys.readouterr().out.count("\n") == 2, "the settings, and a response"
+    with pytest.raises(UserError, match="--api-key holds characters"):
+        chat([server.url, "--api-key", "schlüssel"])
+    with pytest.raises(UserError, match="no server answers at http://"):
+        chat(["http://[::1"])

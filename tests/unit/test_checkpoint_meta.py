@@ -53,7 +53,7 @@ def test_a_checkpoint_of_the_format_before_opens(
     ("change", "words"),
     [
         ({"format": 2}, "format 2, this version reads 3 and 4"),
-        ({"task": "ap_generative"}, "this version knows: lm sft"),
+        ({"task": "ranking"}, "this version knows: lm sft"),
     ],
 )
 def test_what_this_version_does_not_know_is_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from steerlm_megatron.config import compose, document, help
 from steerlm_megatron.config.commands import COMMANDS, readers
 from steerlm_megatron.config.fields import above, at_least, between, one_of
 from steerlm_megatron.config.schema import KEYS, RENAMED
+from steerlm_megatron.errors import UserError
 from tests.helpers.cli import run_here as run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +128,7 @@ def test_help_of_a_wrong_command_line_says_what_is_wrong(capsys: pytest.CaptureF
         ("steerlm tr", {"train_ap", "train_sft"}),
         ("steerlm train_sft optim.l", {"optim.lr="}),
         ("steerlm train_sft server.p", set()),
-        ("steerlm serve server.p", {"server.port="}),
+        ("steerlm serve server.p", {"server.port=", "server.page=true", "server.page=false"}),
         (
             "steerlm train_sft experiment=",
             {f"experiment={file.stem}" for file in compose.conf_dir().glob("experiment/*.yaml")},
@@ -169,3 +170,49 @@ def test_rules_of_numbers(value: float, limit: float) -> None:
 def test_rules_of_words() -> None:
     assert one_of("a", "b").broken("b") is None
     assert one_of("a", "b").broken("c") == "is not one of: a b" and one_of("a", "b").words == "a | b"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["plain", "it's", "a b,c=[d]{e}", "back\\slash", "end\\", "\\'", 'two "marks"', "(x)*~!", "", "\\\\''"],
+)
+def test_a_quoted_value_is_what_it_was(text: str) -> None:
+    assert compose._parsed(f"run_dir={compose.quoted(text)}", sweep=False).value() == text
+
+
+def test_a_file_of_ones_own_is_taken_for_any_group(tmp_path: Path) -> None:
+    schema, recipe = tmp_path / "my schema.yaml", tmp_path / "recipe.yaml"
+    schema.write_text("name: mine\nnames: [politeness]\nmax_level: 5\nquality: politeness\nbest: {politeness: 5}\n")
+    recipe.write_text(
+        "# @package _global_\ndefaults:\n  - override /optim: tiny\ntrain: {row_tokens: 512}\n"
+        "pipeline: {acsft: {train: {epochs: 2.0}}}\n"
+    )
+    overrides = [f"experiment={recipe}", f"attributes={schema}", "train.epochs=3.0"]
+    found = compose.composed("run", overrides)
+    assert found["attributes"]["names"] == ["politeness"] and found["attributes"]["max_level"] == 5
+    assert found["train"]["row_tokens"] == 512 and found["pipeline"] == {"acsft": {"train": {"epochs": 2.0}}}
+    assert found["optim"] == compose.composed("run", ["optim=tiny"])["optim"]
+    assert found["train"]["epochs"] == 3.0
+    compose.check("run", overrides)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("none.yaml", None, "cannot be read"),
+        ("list.yaml", "- 1\n", "has no keys; write them as the files in conf/attributes do"),
+        ("torn.yaml", "names: [a", "cannot be read"),
+        ("key.yaml", "nmaes: [a]\n", "nmaes"),
+    ],
+)
+def test_a_wrong_file_of_ones_own_is_named(name: str, text: str | None, said: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        compose.check("run", [f"attributes={tmp_path / name}"])
+
+
+def test_paths_of_ones_own_files_are_absolute_for_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["attributes=mine.yaml", "data.input=a.yaml", "evaluate.prompts=x.yaml", "model=tiny"]
+    assert compose.absolute_files(given) == [f"attributes={tmp_path}/mine.yaml", *given[1:]]

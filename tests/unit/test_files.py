@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import (
     atomic_path,
     describe_file,
     file_sha256,
     put_folder,
+    read_json_object,
     take_back,
     write_bytes_atomic,
     write_json_atomic,
@@ -95,3 +97,15 @@ def test_a_folder_is_replaced_or_put_back(tmp_path: Path, monkeypatch: pytest.Mo
     take_back(target, aside)
     take_back(target, aside)
     assert (target / "a").read_text() == "2" and not aside.exists()
+
+
+def test_an_object_is_read_from_json(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    assert read_json_object(path) == {}
+    path.write_text('{"a": [1]}')
+    assert read_json_object(path) == {"a": [1]}
+    path.write_text("[1]")
+    assert read_json_object(path) == {}
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"one\.json cannot be read"):
+        read_json_object(path)

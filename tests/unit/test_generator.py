@@ -49,6 +49,14 @@ def greedy_without_cache(model: FakeModel, prompt: tuple[int, ...], max_tokens: 
     return ids[len(prompt) :]
 
 
+def test_an_id_that_is_used_again_is_another_request() -> None:
+    """What penalties have counted for the first one is not the second one's."""
+    generator = make()
+    params = SamplingParams(temperature=0.0, max_tokens=20, frequency_penalty=2.0)
+    first, second = (generator.generate([Request("again", (5, 6, 7), params)])[0] for _ in range(2))
+    assert first == second
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_greedy_equals_recomputation_without_cache(groups: int) -> None:
     model = FakeModel(groups=groups)

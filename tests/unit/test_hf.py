@@ -797,3 +797,38 @@ def test_the_batch_goes_in_as_it_is() -> None:
     """The row that is compared is packed: its positions start anew in every document."""
     here, packed = on_device(hf.row())
     assert packed.lengths == list(hf.LENGTHS) and int(here.positions_T.max()) == max(hf.LENGTHS) - 1
+
+
+def test_the_text_part_of_a_model_that_sees_images(tmp_path: Path, cpu: None, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import AutoModelForImageTextToText, Gemma3Config
+
+    text = {
+        "vocab_size": hf.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 24, "query_pre_attn_scalar": 24,
+        "max_position_embeddings": 256, "initializer_range": 0.2,
+    }  # fmt: skip
+    images = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    torch.manual_seed(2)
+    config = Gemma3Config(text_config=text, vision_config=images, mm_tokens_per_image=4)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    told = json.loads(path.read_text())
+    for key in ("layer_types", "rope_parameters", "rms_norm_eps"):  # published folders leave out what is usual
+        del told["text_config"][key]
+    path.write_text(json.dumps(told))
+    folder = HFFolder.open(tmp_path, "init_from")
+    assert (folder.family.name, folder.config["architectures"]) == ("gemma3_text", ["Gemma3ForCausalLM"])
+    assert re.search(
+        r"sees images as well; \d+ tensors of multi_modal_projector vision_tower are left out", caplog.text
+    )
+    gpt, batch = filled(folder), hf.row()
+    torch.testing.assert_close(logits(gpt, batch), hf.their_logits(model, batch), rtol=0, atol=1e-4)
+    out = dict(hf_tensors(gpt, folder.model, folder.family, hf.VOCAB))
+    same(out, dict(model.model.language_model.state_dict(prefix="model.")))
+    path.write_text(json.dumps({**told, "text_config": {}}))
+    with pytest.raises(UserError, match="Gemma3ForConditionalGeneration without text_config.model_type"):
+        HFFolder.open(tmp_path, "init_from")

@@ -21,10 +21,11 @@ LEVELS = {
     "runtime": 1, "observe": 1,
     "data": 2, "model": 2,
     "train": 3, "generate": 3, "serve": 3, "report": 3, "plan": 3,
-    "stages": 4,
-    "launch": 5,
-    "cli": 6,
-    "__main__": 7,
+    "evaluate": 4,
+    "stages": 5,
+    "launch": 6,
+    "cli": 7,
+    "__main__": 8,
 }  # fmt: skip
 NEVER = {("train", "generate"), ("generate", "train"), ("train", "serve"), ("serve", "train")}
 
@@ -37,9 +38,11 @@ PLACES = {
         "train/sharded.py", "train/ranges.py", "train/schedule.py", "train/rng.py", "train/engine_deepspeed.py",
         "generate/",
     ),
-    "data_tools": ("stages/",),
+    "data_tools": ("stages/", "evaluate/"),
+    "huggingface_hub": ("stages/hub.py",),
     "matplotlib": ("report/",),
-    "jinja2": ("report/", "steer/jinja_sandbox.py"),  # a page; what a chat template writes
+    "jinja2": ("report/", "steer/jinja_sandbox.py", "evaluate/judge_prompts.py"),  # pages, chat templates, prompts
+    "sacrebleu": ("observe/diversity.py",),
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "httpx", "h11", "prometheus_client"), ("serve/",)),
 }  # fmt: skip
 # Libraries that the domain imports where they are needed: to read compressed records, and a model's own chat template.

@@ -14,8 +14,9 @@ from steerlm_megatron.model.gpt import PackedGPTModel, build_model
 from steerlm_megatron.model.inference import InferencePath
 from steerlm_megatron.model.lora import Lora
 from steerlm_megatron.model.packed_tokens import PackedTokens
+from steerlm_megatron.model.packed_weights import Linear, can_pack
 from steerlm_megatron.model.weights import initialize
-from steerlm_megatron.runtime import parallel
+from steerlm_megatron.runtime import host_memory, parallel
 
 VOCAB = 50
 KINDS: dict[str, dict[str, Any]] = {
@@ -116,3 +117,29 @@ def test_a_model_with_adapters_has_its_own_forward_pass() -> None:
     assert InferencePath.takes(built())
     assert not InferencePath.takes(built(Lora(2, 4.0, ("linear_qkv",))))
     assert not InferencePath.takes(torch.nn.Linear(2, 2))
+
+
+def test_weights_in_another_order_give_the_same_products() -> None:
+    """The operators are torch's private ones: this fails when they move, and not only when they are wrong."""
+    generator = torch.Generator().manual_seed(3)
+    weight, bias = (torch.randn(shape, generator=generator) for shape in ((48, 40), (48,)))
+    assert can_pack(weight) and not can_pack(weight.double()) and not can_pack(weight.to("meta"))
+    for given in (bias, None):
+        plain, packed = Linear(weight, given), Linear(weight, given)
+        packed.pack()
+        for rows in (1, 2, 7, 32, 33):
+            x = torch.randn(rows, 40, generator=generator)
+            torch.testing.assert_close(packed(x), plain(x), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(packed(x, with_bias=False), x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_copied_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = built().float()
+    roomy = InferencePath(model)
+    monkeypatch.setattr(host_memory, "available", lambda: 1000)
+    tight = InferencePath(model)
+    matrices = [(path.layers[0].qkv, path.layers[-1].fc2) for path in (roomy, tight)]
+    assert [m._packed is not None for pair in matrices for m in pair] == [True, True, False, False]
+    with torch.inference_mode():
+        for mine, other in zip(steps(model, roomy), steps(model, tight), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.drawn import NOT_DRAWN, NOT_FINITE
 from steerlm_megatron.generate.generator import Generator
 from steerlm_megatron.generate.protocol import MAX_SEED, Delta, Request, RequestFailed, SamplingParams
-from steerlm_megatron.generate.sampling import NOT_DRAWN, NOT_FINITE, BatchSampler, RowParams
+from steerlm_megatron.generate.sampling import BatchSampler, RowParams
 from tests.helpers.fake_model import VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
 
 CPU = torch.device("cpu")

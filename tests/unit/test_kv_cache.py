@@ -6,6 +6,7 @@ import math
 import random
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -85,3 +86,15 @@ def test_sequences_of_like_length_share_a_call() -> None:
     assert [group.tolist() for group in groups] == [[0, 2, 3, 5], [1], [4]]
     assert [group.tolist() for group in alike(np.array([4, 4, 4]), 8)] == [[0, 1], [2]]
     assert [group.tolist() for group in alike(np.array([4, 4, 4]), None)] == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_on_a_cpu_is_taken_where_it_is_written(dtype: torch.dtype) -> None:
+    blocks, process = 1 << 18, psutil.Process()
+    size = 2 * GROUPS * blocks * SIZE * DIM * dtype.itemsize
+    shape, before = CacheShape(tuple(range(2**30 // size)), GROUPS, DIM, dtype), process.memory_info().rss
+    cache = KVCache(shape, blocks, SIZE, torch.device("cpu"))
+    assert process.memory_info().rss - before < 2**26, "a GiB of blocks, none of which is used"
+    cache.copy([(5, 9)])
+    cache.wipe([7])
+    assert process.memory_info().rss - before < 2**28, "a page or two of each layer and group"

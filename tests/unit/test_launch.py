@@ -190,6 +190,31 @@ def test_the_steps_are_a_chain(cluster: object, tmp_path: Path, capsys: pytest.C
     assert "cluster.steps: other unknown; legal: data base" in capsys.readouterr().err
 
 
+def test_later_rounds_are_jobs_after_the_first(
+    cluster: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("cluster.array=2", "cluster.servers=2", "cluster.steps.bootstrap.array=3", "bootstrap.rounds=2",
+             "cluster.steps.bootstrapped_2.nodes=4", "cluster.steps.servers_2.memory=9G")  # fmt: skip
+    assert run("launch", "run", "experiment=quickstart", *HERE, *sizes) == 0
+    jobs = {job.name: job for job in record.submitted(tmp_path / "r")}
+    names = {job.job: name for name, job in jobs.items()}
+    after = {name: {names[one] for one in job.after} for name, job in jobs.items()}
+    assert after["servers"] == {"acsft"} and after["servers_2"] == {"bootstrapped"}
+    assert after["bootstrap_2"] >= {"bootstrap_2-array", "bootstrapped"} and after["bootstrapped_2"] >= {"bootstrapped"}
+    assert after["evaluate"] >= {"bootstrapped", "bootstrapped_2"} and after["report"] >= {"bootstrap_2", "evaluate"}
+    assert (jobs["bootstrap-array"].tasks, jobs["bootstrap_2-array"].tasks) == (3, 3), "as the first round"
+    assert (jobs["bootstrapped"].ranks, jobs["bootstrapped_2"].ranks) == ("2x1", "4x1")
+    folder = tmp_path / "r" / "launch" / jobs["data"].launch
+    drawing, server = (folder / "bootstrap_2-array.sbatch").read_text(), (folder / "servers_2.sbatch").read_text()
+    assert f"server.folder={folder}/servers_2" in drawing and "steps=[bootstrap_2]" in drawing
+    assert "checkpoint=" + str(tmp_path / "r" / "10-bootstrapped") in server and "#SBATCH --mem=9G" in server
+    assert "#SBATCH --mem" not in (folder / "servers.sbatch").read_text()
+    clients = (folder / "servers_2" / "clients").read_text().split()
+    assert clients == [jobs["bootstrap_2"].job, jobs["bootstrap_2-array"].job]
+    assert run("launch", "run", "experiment=quickstart", *HERE, "cluster.steps.bootstrap_2.nodes=1") == 2
+    assert "cluster.steps: bootstrap_2 unknown; legal: data base" in capsys.readouterr().err
+
+
 def a_job(**more: object) -> Job:
     cluster = ClusterConfig(gpus_per_node=8, cpus_per_task=7, memory="0", exclusive=True, nccl={"IB_HCA": "mlx5"})
     job = Job(

@@ -150,6 +150,14 @@ def test_an_agent_of_a_node_is_no_rank(environment: Any) -> None:
     del os.environ["STEERLM_RANKS_PER_NODE"]
 
 
+@pytest.mark.parametrize("variables", [_STEP, _TORCHRUN, _STEP | _TORCHRUN, _STEP | {"STEERLM_RANKS_PER_NODE": "8"}])
+def test_without_the_variables_of_a_rank_a_process_is_alone(environment: Any, variables: dict[str, str]) -> None:
+    environment({name: value for name, value in variables.items() if name not in launcher.OF_A_RANK})
+    assert not launcher.is_rank() and launcher.world_size() == 1 and launcher.ranks_of_agent() is None
+    launcher.set_torch_variables()
+    assert "RANK" not in os.environ and "WORLD_SIZE" not in os.environ
+
+
 def test_exit_codes_are_left_for_the_jobs_script(
     environment: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 
 from steerlm_megatron.config.schema import Config, ParallelConfig
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.generate.protocol import EngineDead, QueueFull, RequestFailed
+from steerlm_megatron.generate.protocol import EngineDead, QueueFull, RequestFailed, ShuttingDown
 from steerlm_megatron.runtime.parallel import Layout
 from steerlm_megatron.serve.scoring import ScoreQueue
 from steerlm_megatron.stages.serve import open_scorer
@@ -30,9 +31,13 @@ class Scorer:
         self.asked, self.go = threading.Event(), threading.Event()
         self.go.set()
 
-    def score(self, conversations: Sequence[Conversation]) -> list[Mapping[int, Mapping[str, float]]]:
+    def score(
+        self, conversations: Sequence[Conversation], progress: Callable[[int], None] | None = None
+    ) -> list[Mapping[int, Mapping[str, float]]]:
         self.asked.set()
         assert self.go.wait(60)
+        if progress is not None:
+            progress(1)
         self.batches.append(len(conversations))
         if any("broken" in m.content for c in conversations for m in c.messages):
             raise ZeroDivisionError("of one conversation")
@@ -201,6 +206,51 @@ def test_a_queue_that_ends_answers_what_waits() -> None:
     with pytest.raises(RequestFailed, match="ZeroDivisionError"):
         alone.submit([Conversation("b", (Message("assistant", "broken"),))]).result(60)
     alone.stop()
+
+
+def test_what_nobody_waits_for_is_not_computed() -> None:
+    """A client that leaves makes room; what is computed for it, or when requests are ended, is given up."""
+    conversation = Conversation("a", (Message("user", "a"), Message("assistant", "bb")))
+    scorer = Scorer()
+    with running(scorer=scorer, max_queue=2) as server:
+        scorer.go.clear()
+        body = {"conversations": [{"messages": talk("hello", "one")}, {"messages": talk("hello", "two")}]}
+        for left in range(1, 4):  # the second would not fit, if the first still waited
+            scorer.asked.clear()
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(f"{server.url}/v1/score", json=body, timeout=0.5, trust_env=False)
+            noticed = f'endpoint="/v1/score",status="499"}} {left}.0'
+            wait_for(lambda noticed=noticed: noticed in server.client.get(f"{server.url}/metrics").text)  # type: ignore[misc]
+        scorer.go.set()
+        assert ask(server, "/v1/score", **body).status_code == 200
+    assert scorer.batches == [2], "only what is waited for was computed"
+    queue = ScoreQueue(scorer, max_waiting=3)
+    scorer.go.clear()
+    scorer.asked.clear()
+    queue.start()
+    runs = queue.submit([conversation])
+    assert scorer.asked.wait(60)
+    waits = queue.submit([conversation])
+    queue.abort()
+    for future in (runs, waits):
+        with pytest.raises(ShuttingDown):
+            future.result(0)
+    scorer.go.set()
+    queue.stop()
+    assert scorer.batches == [2]
+
+
+def test_what_is_too_much_to_score_is_refused_before_any_work() -> None:
+    with running(scorer=Scorer(), max_queue=4, max_body_bytes=2000) as server:
+        answer = ask(server, "/v1/score", messages=talk(*["a"] * 10))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_many_responses")
+        assert "5 responses" in answer.json()["error"]["message"]
+        assert ask(server, "/v1/score", messages=talk(*["a"] * 8)).status_code == 200
+        long = ["a" * 1500, *"bcdefgh"]  # four responses, each of which follows the long text
+        assert ask(server, "/v1/score", messages=talk(*long)).status_code == 200
+    with running(scorer=Scorer(), max_queue=40, max_body_bytes=2000) as server:
+        answer = ask(server, "/v1/score", messages=talk("a" * 1500, *"bcdefghijklm"))
+        assert answer.status_code == 400 and "characters together, more than 8000" in answer.json()["error"]["message"]
 
 
 def test_several_ranks_cannot_score_beside_drawing() -> None:

@@ -22,7 +22,7 @@ from steerlm_megatron.generate.protocol import EngineDead, ShuttingDown
 from steerlm_megatron.serve.engine_loop import EngineLoop
 from steerlm_megatron.serve.errors import ApiError
 from steerlm_megatron.serve.gate import AccessLog, error_response, read_keys
-from steerlm_megatron.serve.server import check_server
+from steerlm_megatron.serve.orderly import check_server
 from tests.helpers.server import USER, Server, make_generator, running, wait_for
 
 ASK = {"prompt": "hello", "max_tokens": 40, "seed": 1}
@@ -114,6 +114,38 @@ def test_what_does_not_finish_in_time_ends_with_an_error_of_openais_form(
     assert is_openai_error(json.loads(events[-2].removeprefix("data: ")), "shutting_down")
     assert not [record for record in caplog.records if record.exc_info or record.levelno >= logging.ERROR]
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_request_that_has_not_arrived_at_the_end_of_a_shutdown_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("steerlm_megatron.serve.server._FLUSH_SEC", 1)
+    with running(drain_sec=0.2) as server:
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n{"
+        )
+        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as half:
+            half.sendall(head.encode())
+            time.sleep(0.2)  # the head has arrived
+            server.stop()
+            half.settimeout(30)
+            answer = b"".join(iter(lambda: half.recv(65536), b"")).decode()
+        server.thread.join(60)
+        assert not server.ended
+    assert answer.startswith("HTTP/1.1 503") and is_openai_error(
+        json.loads(answer.partition("\r\n\r\n")[2]), "shutting_down"
+    )
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_full_disk_loses_lines_of_the_log_and_no_request(caplog: pytest.LogCaptureFixture) -> None:
+    with running(access_log="/dev/full") as server:
+        for _ in range(3):
+            assert server.post("completions", **ASK).status_code == 200
+        assert server.client.get(f"{server.url}/version").status_code == 200
+    told = [r.getMessage() for r in caplog.records if "server.access_log=/dev/full cannot be written" in r.getMessage()]
+    assert len(told) == 1 and "No space left" in told[0]
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 class StoppedRank(LocalGroup):

@@ -16,13 +16,16 @@ from hypothesis import strategies as st
 from steerlm_megatron.config.schema import SamplingConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.generator import Generator
+from steerlm_megatron.generate.job import Handle
 from steerlm_megatron.generate.protocol import Delta, Request, Result, SamplingParams
-from steerlm_megatron.serve.api import CompletionBody, read
+from steerlm_megatron.serve.api import ChatBody, CompletionBody, read
 from steerlm_megatron.serve.client import SamplingClient
 from steerlm_megatron.serve.logprobs import Pending, TokenTexts
 from steerlm_megatron.serve.sampling_fields import fields_of, params_of
+from steerlm_megatron.serve.service import Service
+from steerlm_megatron.serve.stream import Pump, Stream
 from tests.helpers.fake_model import LABEL, TURN, VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
-from tests.helpers.server import TOKENIZER, USER, Server, make_generator, running
+from tests.helpers.server import SCHEMA, TOKENIZER, USER, Server, make_generator, running
 
 
 @pytest.fixture(scope="module")
@@ -410,3 +413,31 @@ def test_models_say_what_a_client_needs(server: Server) -> None:
     assert described["max_model_len"] == 400 and described["attributes"]["best"] == {"quality": 9, "toxicity": 0}
     assert described["sampling"] == {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "max_tokens": 12}
     assert described["scored_attributes"] == []
+
+
+def test_a_token_that_a_stop_string_cuts_has_the_bytes_that_are_sent() -> None:
+    """Also if its delta is sent before the engine has said that the response ended."""
+    generator, config = make_generator()
+    service = Service(generator, SCHEMA, config, SamplingConfig())
+    given = {"messages": USER, "max_tokens": 30, "seed": 3, "logprobs": True, "stream": True}
+    (free,) = generator.generate(service.chat(read(ChatBody, given)).requests)
+    long = next(text for text in map(TOKENIZER.decode, zip(free.token_ids)) if len(text) > 1 and text.isascii())
+    ask = service.chat(read(ChatBody, {**given, "stop": long[1:]}))
+    (result,) = generator.generate(ask.requests)
+    assert result.stop_reason == long[1:] and result.logprobs is not None
+    stream = Stream(Pump(), service, ask)
+    stream.handles = [Handle(ask.requests[0], lambda _: None)]
+    put = stream._sink(0)
+
+    async def chunks() -> list[bytes]:
+        put(Delta("", result.token_ids, result.logprobs))
+        sent = stream.chunks(lambda error: {})
+        first = await anext(sent)
+        put(result)
+        return [first, *[chunk async for chunk in sent]]
+
+    events = [e.removeprefix("data: ") for e in b"".join(asyncio.run(chunks())).decode().split("\n\n")[:-2]]
+    shown = [json.loads(event)["choices"][0]["logprobs"] for event in events]
+    tokens = [token for part in shown if part for token in part["content"]]
+    assert tokens == service.response(ask, [result])["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for token in tokens for byte in token["bytes"]).decode(errors="replace") == result.text

@@ -19,7 +19,8 @@ from steerlm_megatron.config.schema import SamplingConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.protocol import Request, SamplingParams, derive_seed
 from steerlm_megatron.serve.client import SamplingClient, ServerFailure
-from steerlm_megatron.serve.server import check_port, serve
+from steerlm_megatron.serve.orderly import check_port
+from steerlm_megatron.serve.server import serve
 from steerlm_megatron.steer.records import Message
 from tests.helpers.server import SCHEMA, TOKENIZER, USER, Server, expected, make_generator, running, wait_for
 

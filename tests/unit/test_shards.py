@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from steerlm_megatron.data.feed.dataset import ShardDataset
+from steerlm_megatron.data.label_tokens import LabelTokens
 from steerlm_megatron.data.shards import MANIFEST, ShardReader, ShardWriter, write_index
-from steerlm_megatron.data.views import VIEWS, Document, build_documents, make_sample
+from steerlm_megatron.data.views import PREDICTION, VIEWS, Document, build_documents, make_sample
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.records import Conversation, Message
@@ -322,11 +323,12 @@ def test_left_turns_go_first(template_name: str, view: str) -> None:
     template = corpora.TEMPLATES[template_name]
     tok = corpora.tokenizer("trained", template.control_strings)
     marker = tok.control_id(template.label_marker)
+    labels = LabelTokens.of(corpora.SCHEMA, tok, template.label_marker)
     document = three_turns(template)
-    full = make_sample(document, view, marker_id=marker)
+    full = make_sample(document, view, marker_id=marker, labels=labels)
     sizes = set()
     for limit in range(len(full.tokens_T), 0, -1):
-        sample = make_sample(document, view, limit, marker_id=marker)
+        sample = make_sample(document, view, limit, marker_id=marker, labels=labels)
         if sample is None:
             break
         assert len(sample.tokens_T) <= limit
@@ -400,14 +402,16 @@ def test_a_long_response_loses_its_end() -> None:
 def test_truncate_response_keeps_the_beginning() -> None:
     tok = corpora.tokenizer("trained")
     marker = tok.control_id("<extra_id_2>")
+    labels = LabelTokens.of(corpora.SCHEMA, tok, "<extra_id_2>")
+    ends = {"ap": marker, "ap_text": labels.end[-1]}
     document = three_turns(corpora.STEERLM)
     for view in VIEWS:
-        full = make_sample(document, view, marker_id=marker)
+        full = make_sample(document, view, marker_id=marker, labels=labels)
         for limit in range(1, len(full.tokens_T)):
-            sample = make_sample(document, view, limit, "truncate_response", marker)
+            sample = make_sample(document, view, limit, "truncate_response", marker, labels=labels)
             if sample is None:
                 continue
             size = len(sample.tokens_T)
-            assert size == limit or (view == "ap" and size < limit and sample.tokens_T[-1] == marker)
+            assert size == limit or (view in PREDICTION and size < limit and sample.tokens_T[-1] == ends[view])
             assert sample.tokens_T.tolist() == full.tokens_T[:size].tolist()
             assert sample.loss_mask_T.tolist() == full.loss_mask_T[:size].tolist()

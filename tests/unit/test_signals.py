@@ -25,6 +25,8 @@ BODIES = {
     "destructor": "Slow(600); time.sleep(600)",
     # Python removes handlers when it ends, which takes a second with torch.
     "end": "left = Slow(1); os.kill(os.getpid(), signals.signal.SIGTERM)",
+    # A further signal is handled while the handler notes the first.
+    "handler": "signals._asked = Asked(); os.kill(os.getpid(), signals.signal.SIGTERM); time.sleep(600)",
 }
 PROGRAM = """
 import ctypes, os, time
@@ -34,6 +36,11 @@ class Slow:
         self.seconds = seconds
     def __del__(self, sleep=time.sleep):
         sleep(self.seconds)
+class Asked(list):
+    def append(self, name):
+        super().append(name)
+        if len(self) == 1:
+            signals.signal.raise_signal(signals.signal.SIGUSR1)
 signals._HANDLED_SEC = 0.3
 signals.listen()
 print("ready", flush=True)

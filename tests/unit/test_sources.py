@@ -13,6 +13,7 @@ import pytest
 from data_tools import rows
 from data_tools.convert import Options, convert, main
 from data_tools.oasst import OASST
+from data_tools.preferences import write_pairs
 from data_tools.sources import nemo
 from data_tools.sources.base import HELPSTEER_NAMES, Context
 from data_tools.sources.chat import look_up, parse_map
@@ -20,6 +21,7 @@ from data_tools.sources.hh_rlhf import parse_transcript
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_json_atomic
 from steerlm_megatron.steer.attributes import AttributeSchema
+from steerlm_megatron.steer.preferences import read_pairs
 from steerlm_megatron.steer.records import Conversation, Message, read_records, write_records
 from tests.helpers.conversion import DOLLY, HELPSTEER, TOPICAL, chat, check_sums, rated, roles, run, texts
 
@@ -66,8 +68,43 @@ def test_helpsteer_scale_schema_and_disagreements(tmp_path: Path) -> None:
     found, report = run(tmp_path, "helpsteer", [rated("a", "b", [4, 2, 3], 1, 1, 1, 1)], schema)
     assert found[0].messages[1].attributes == {"helpfulness": 3 * 9 / 4}
     assert report["notes"] == {f"label_not_in_schema:{name}": 1 for name in HELPSTEER_NAMES[1:]}
+    assert found[0].messages[1].extra == {"annotations": [{"helpfulness": value * 9 / 4} for value in (4, 2, 3)]}
+    found, _ = run(tmp_path, "helpsteer", [rated("a", "b", [4, 2, 3], [1, 2], 1, 1, 1)])
+    assert found[0].messages[1].extra["annotations"] == [
+        {"helpfulness": 4.0, "correctness": 1.0}, {"helpfulness": 2.0, "correctness": 2.0}, {"helpfulness": 3.0}
+    ]  # fmt: skip
     found, _ = run(tmp_path, "helpsteer", [rated("a", "b", 4, 1, 1, 1, 1)])
     assert found[0].messages[1].attributes == dict(zip(HELPSTEER_NAMES, (4, 1, 1, 1, 1), strict=True))
+
+
+def test_pairs_of_published_preferences(tmp_path: Path) -> None:
+    ask = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Tell me.\n\nAssistant:"
+    hh = [
+        {"chosen": f"{ask} No.", "rejected": f"{ask} What?"},
+        {"chosen": f"{ask} No.", "rejected": f"{ask} No."},
+        {"chosen": f"{ask} No.", "rejected": "\n\nHuman: Else?\n\nAssistant: What?"},
+        {"chosen": f"{ask} No.", "rejected": f"{ask} "},
+    ]
+    preferred = [
+        {"prompt": "a", "response_1": "x", "response_2": "y", "preference_strength": strength}
+        for strength in (-2, 3, 0)
+    ]
+    for source, lines in (("hh_rlhf", hh), ("helpsteer", preferred)):
+        (tmp_path / f"{source}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    report = write_pairs("hh_rlhf", [str(tmp_path / "hh_rlhf.jsonl")], str(tmp_path / "new/hh.jsonl"))
+    assert (report["in"], report["out"]) == (4, 1)
+    assert report["skipped"] == {"equal_responses": 1, "prompts_differ": 1, "empty_response": 1}
+    ((_, pair),) = read_pairs(report["file"])
+    assert [m.content for m in pair.messages] == ["Hi", "Yes?", "Tell me."]
+    assert (pair.chosen, pair.rejected) == ("No.", "What?")
+    report = write_pairs("helpsteer", [str(tmp_path / "helpsteer.jsonl")], str(tmp_path / "helpsteer_pairs.jsonl"))
+    assert [(pair.chosen, pair.rejected) for _, pair in read_pairs(report["file"])] == [("x", "y"), ("y", "x")]
+    assert report["skipped"] == {"no_preference": 1}
+    (tmp_path / "bad.jsonl").write_text('{"chosen": 1, "rejected": "x"}\n')
+    with pytest.raises(UserError, match=r"bad\.jsonl:1: chosen=1"):
+        write_pairs("hh_rlhf", [str(tmp_path / "bad.jsonl")], str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match="no pair is left; skipped: rejected 1"):
+        write_pairs("hh_rlhf", [str(tmp_path / "bad.jsonl")], str(tmp_path / "none.jsonl"), "skip")
 
 
 def test_helpsteer_marked_prompts_are_turns_not_text(tmp_path: Path) -> None:

@@ -175,6 +175,17 @@ def test_segment_lengths_add_up() -> None:
     assert tok.decode(ids) == "".join(segment.text for segment in segments)
 
 
+def test_the_tokenizer_of_a_checkpoint_or_run_is_found(tmp_path) -> None:
+    saved = Tokenizer.from_path("bytes", ["<a>"])
+    for step in ("step_00000010", "step_00000020"):
+        saved.save(tmp_path / "run" / "checkpoints" / step / "tokenizer")
+    for path in ("run", "run/checkpoints/step_00000010", "run/checkpoints/step_00000020/tokenizer"):
+        found = Tokenizer.from_path(tmp_path / path, ["<a>", "<b>"])
+        assert found.control_id("<a>") == saved.control_id("<a>") and found.vocab_size == saved.vocab_size + 1
+    with pytest.raises(UserError, match="neither tokenizer.json nor tokenizer.model"):
+        Tokenizer.from_path(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["trained", "nfkc", "user_defined", "hf_metaspace", "hf_byte_level", "bytes"])
 def test_save_and_load(name: str, tmp_path) -> None:
     tok = corpora.tokenizer(name)

@@ -52,6 +52,9 @@ def test_flops_of_a_model_counted_by_hand(activation: str) -> None:
     assert flops_of(config, 100, "ap")(100, 5200) == 2 * 3 * layer * 100 + attention / 3
     config.engine.recompute = "full"
     assert flops_of(config, 100, "ap")(100, 5200) == 2 * 3 * layer * 100 + attention / 3
+    for trainable in ("all", "lora"):  # a forward pass alone is the same, whatever is trained
+        config.train.trainable = trainable
+        assert flops_of(config, 100, "ap", trains=False)(100, 5200) == 2 * 3 * layer * 100 + attention / 3
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ from steerlm_megatron.data.text.text_losses import losses_of_file, text_parts
 from steerlm_megatron.data.text.token_bytes import text_inside
 from steerlm_megatron.data.text.word_cache import WordCache
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.steer.prefix_blanks import ALWAYS, FIRST, UNLESS_BLANK
 
+_SPACE = "\u2581"  # how SentencePiece writes a blank
 _BYTE_PIECES = [f"<0x{b:02X}>" for b in range(256)]
 
 
@@ -144,6 +146,22 @@ class HuggingFaceModel:
                 continue  # with ``normalized``, it may be the sign that stands for a blank
             if self.encode([text], 1)[0] == [i]:
                 yield i, text
+
+
+def prefix_rule(raw: dict[str, Any]) -> str | None:
+    """Return when the tokenizer of a file puts a blank before a text, as ``steer/prefix_blanks.py`` names the rule;
+    None for one that does not.
+    """
+    for part in text_parts(raw, "normalizer"):
+        if part["type"] == "Prepend" and part.get("prepend") == _SPACE:
+            return ALWAYS
+    for part in text_parts(raw, "pre_tokenizer"):
+        if part["type"] == "Metaspace":
+            scheme = part.get("prepend_scheme") or ("always" if part.get("add_prefix_space", True) else "never")
+            return {"always": UNLESS_BLANK, "first": FIRST}.get(scheme)
+        if part["type"] == "ByteLevel" and part.get("add_prefix_space"):
+            return UNLESS_BLANK
+    return None
 
 
 def _has_byte_letters(raw: dict[str, Any]) -> bool:

@@ -9,16 +9,18 @@ text".
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 from google.protobuf.message import DecodeError
 from sentencepiece.sentencepiece_model_pb2 import ModelProto, NormalizerSpec
 
 from steerlm_megatron.data.text.hugging_face import HuggingFaceModel
+from steerlm_megatron.data.text.sentencepiece_json import MODEL, converted, is_converted, tokenizer_json
 from steerlm_megatron.data.text.token_bytes import text_inside
 from steerlm_megatron.data.text.word_cache import WordCache, applies
 from steerlm_megatron.errors import UserError
@@ -65,6 +67,9 @@ class TextModel(Protocol):
 
     def losses(self) -> list[str]:
         """What of a text does not come back, by the setting of the model's file that loses it."""
+
+    def plain_json(self) -> dict[str, Any]:
+        """The content of a ``tokenizer.json`` that encodes a text as ``encode`` does."""
 
 
 class SentencePieceModel:
@@ -124,6 +129,10 @@ class SentencePieceModel:
             return i, False
         return (i, True) if i in self._user_defined else None
 
+    def plain_json(self) -> dict[str, Any]:
+        """Return the content of a ``tokenizer.json`` that encodes texts as this does."""
+        return tokenizer_json(self.data + _NO_CLEANUP, "the tokenizer")
+
     def losses(self) -> list[str]:
         found = [f"normalizer_spec {self._normalizes}: characters become others"] if self._normalizes else []
         return found if self.byte_ids else [*found, "vocabulary: it has no bytes for characters that it lacks"]
@@ -159,12 +168,19 @@ class ByteModel:
     def losses(self) -> list[str]:
         return []
 
+    def plain_json(self) -> dict[str, Any]:
+        raise UserError("a tokenizer of bytes has no tokenizer.json; train with a SentencePiece or Hugging Face one")
+
 
 def open_model(path: str | Path, key: str = "tokenizer.path") -> TextModel:
-    """What ``path`` means: ``bytes``, a SentencePiece file, a ``tokenizer.json``, or a folder with one of them."""
+    """What ``path`` means: ``bytes``, a SentencePiece file, a ``tokenizer.json``, or a folder with one of them. The
+    SentencePiece model of a Hugging Face folder is read as the ``tokenizer.json`` that it stands for.
+    """
     if str(path) == BYTES:  # a file or folder of that name is ./bytes
         return ByteModel()
     path = Path(path)
+    if is_converted(path):
+        return HuggingFaceModel(json.dumps(converted(path)).encode(), str(path / MODEL))
     if path.is_dir():
         names = ("tokenizer.json", "tokenizer.model")
         found = next((path / name for name in names if (path / name).is_file()), None)

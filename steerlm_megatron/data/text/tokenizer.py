@@ -42,6 +42,17 @@ FORMAT = 2
 _REPLACEMENT = "\ufffd"
 
 
+def _saved_in(path: str | Path) -> str | Path:
+    """Return the folder that ``Tokenizer.save`` wrote for a checkpoint, or for a run, all of whose checkpoints have the
+    same one; ``path`` itself for anything else.
+    """
+    folder = Path(path)
+    if (folder / META_FILE).is_file():
+        return path
+    found = [*folder.glob(f"checkpoints/*/tokenizer/{META_FILE}"), *folder.glob(f"tokenizer/{META_FILE}")]
+    return max(found).parent if found else path
+
+
 class Tokenizer:
     """A text model plus added ids. Immutable once made.
 
@@ -120,9 +131,10 @@ class Tokenizer:
 
     @classmethod
     def from_path(cls, path: str | Path, control_strings: Sequence[str] = ()) -> Tokenizer:
-        """A SentencePiece file, a Hugging Face ``tokenizer.json`` or its folder, a folder written by ``save`` (control
-        strings that it lacks are added), or ``bytes``.
+        """A SentencePiece file, a Hugging Face ``tokenizer.json`` or its folder, a folder written by ``save`` or a
+        checkpoint or run folder with one in it (control strings that it lacks are added), or ``bytes``.
         """
+        path = _saved_in(path)
         if not (Path(path) / META_FILE).is_file():
             opened = cls(open_model(path), control_strings, source=str(path))
             if opened.losses:
@@ -229,10 +241,11 @@ class Tokenizer:
         return self._model.data
 
     def plain_json(self) -> dict[str, Any]:
-        """Return the content of a ``tokenizer.json`` that encodes a text as it is; only that kind of model has one."""
-        from steerlm_megatron.data.text.hugging_face import HuggingFaceModel
+        """Return the content of a ``tokenizer.json`` that encodes a text as it is.
 
-        assert isinstance(self._model, HuggingFaceModel), self._model.kind
+        Raises:
+            UserError: a model of bytes, or a SentencePiece model of words or characters, which have none.
+        """
         return self._model.plain_json()
 
     @property

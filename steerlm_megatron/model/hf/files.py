@@ -27,11 +27,12 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: which file, dtype as safetensors writes it, shape."""
+    """A tensor in a file: which file, dtype as safetensors writes it, shape, its name there."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    name: str
 
 
 def header_of(path: Path) -> dict[str, Stored]:
@@ -58,7 +59,7 @@ def header_of(path: Path) -> dict[str, Stored]:
             if (item := _ITEM_BYTES.get(entry["dtype"])) and stop - start != item * math.prod(shape):
                 raise Damaged(f"{path.name}: the header's bytes of {name} are not those of its shape {list(shape)}")
             ranges.append((start, stop))
-            out[name] = Stored(path, entry["dtype"], shape)
+            out[name] = Stored(path, entry["dtype"], shape, name)
         at = 0
         for start, stop in sorted(ranges):
             if start != at or stop < start:

@@ -25,6 +25,7 @@ from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.hf.config_json import model_of
 from steerlm_megatron.model.hf.files import Damaged, Stored, tensors_of
 from steerlm_megatron.model.hf.labels import Labels, labels_of
+from steerlm_megatron.model.hf.multimodal import TEXT_PARTS, text_config, text_tensors
 from steerlm_megatron.model.hf.tables import (
     CUSTOM_CLASSIFIERS,
     EMBEDDING,
@@ -40,6 +41,7 @@ from steerlm_megatron.model.hf.tables import (
 )
 from steerlm_megatron.model.lora import is_adapter
 from steerlm_megatron.model.weights import global_names
+from steerlm_megatron.observe.log import get_logger
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BLOCK_BYTES = 64 << 20
@@ -105,7 +107,7 @@ class HFFolder:
         """
         path = Path(path)
         told = f"{key}={path}"
-        config, family, head = _family_of(path, told)
+        config, family, head, of_text = _family_of(path, told)
         custom = head if isinstance(head, CustomClassifier) else None
         model, problems = model_of(config, family)
         if head != "lm" and custom is None:
@@ -116,6 +118,12 @@ class HFFolder:
             tensors = tensors_of(path)
         except Damaged as error:
             raise UserError(f"{told}: {error}") from None
+        if of_text:
+            tensors, left = text_tensors(tensors)
+            kinds = sorted({name.removeprefix("model.").partition(".")[0] for name in left})
+            get_logger(__name__).warning(
+                "%s: the model sees images as well; %d tensors of %s are left out", told, len(left), " ".join(kinds)
+            )
         rows = config.get("vocab_size")
         if not isinstance(rows, int) or rows < 1:
             raise UserError(f"{told}: config.json: vocab_size={rows!r} is not a whole number above 0")
@@ -249,7 +257,7 @@ class HFFolder:
         counts as this process's memory only as long as it is used.
         """
         with safe_open(self.tensors[tensor].file, framework="pt") as file:
-            rows = file.get_slice(tensor)
+            rows = file.get_slice(self.tensors[tensor].name)
             found: torch.Tensor = rows[start:stop] if columns is None else rows[start:stop, columns[0] : columns[1]]
         return found
 
@@ -288,9 +296,10 @@ def _split(parameter: torch.nn.Parameter) -> tuple[int, list[tuple[int, int]], t
     return axis, ranges, tuple(shape)
 
 
-def _family_of(path: Path, told: str) -> tuple[dict[str, Any], Family, CustomClassifier | str]:
-    """``config.json``, the family that it names, and the kind of its output layer (as ``HFFolder.head`` says it, or a
-    class that is not one of ``transformers``); unless it is of a kind that we do not read.
+def _family_of(path: Path, told: str) -> tuple[dict[str, Any], Family, CustomClassifier | str, bool]:
+    """``config.json``, the family that it names, the kind of its output layer (as ``HFFolder.head`` says it, or a class
+    that is not one of ``transformers``), and whether they are of a part of the folder's model, its text part; unless it
+    is of a kind that we do not read.
     """
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -300,8 +309,11 @@ def _family_of(path: Path, told: str) -> tuple[dict[str, Any], Family, CustomCla
         raise UserError(f"{told}: config.json is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{told}: config.json is not an object")
+    text = text_config(config, told)
+    config = config if text is None else text
     supported = " ".join(family.architecture for family in FAMILIES.values())
     supported += f" (and …ForSequenceClassification of each), {' '.join(CUSTOM_CLASSIFIERS)}"
+    supported += f", and the text part of {' '.join(TEXT_PARTS)}"
     names = config.get("architectures")
     custom = CUSTOM_CLASSIFIERS.get(str(names[0])) if isinstance(names, list) and len(names) == 1 else None
     if custom is not None and config.get("model_type") != custom.family:
@@ -319,12 +331,12 @@ def _family_of(path: Path, told: str) -> tuple[dict[str, Any], Family, CustomCla
             )
     family = FAMILIES.get(str(config.get("model_type")))
     if family is not None and custom is not None:
-        return config, family, custom
+        return config, family, custom, False
     names = names or [family.architecture if family else f"model_type={config.get('model_type')}"]
     if family is None or names not in ([family.architecture], [family.classifier]):
         said = " ".join(map(str, names)) if isinstance(names, list) else str(names)
         raise UserError(f"{told}: {said} is not supported; supported: {supported}")
-    return config, family, "lm" if names == [family.architecture] else "regression"
+    return config, family, "lm" if names == [family.architecture] else "regression", text is not None
 
 
 def _labels(config: dict[str, Any], custom: CustomClassifier | None, tensors: dict[str, Stored]) -> Labels:
