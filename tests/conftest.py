@@ -30,16 +30,26 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Let a test of several ranks, or of a SLURM, be the only one that starts processes. Tests of whole commands, which
     mostly have one process, run beside each other, but for those that work in one folder (``work``).
     """
-    alone = item.get_closest_marker("distributed") or item.get_closest_marker("slurm")
-    if not (alone or item.get_closest_marker("integration")):
+    alone = _is_alone(item)
+    if not (alone or _starts_ranks(item) or item.get_closest_marker("integration")):
         return (yield)
     folder = item.config.rootpath / ".pytest_cache"
     folder.mkdir(exist_ok=True)
     with ExitStack() as locks:
         if "work" in getattr(item, "fixturenames", ()):
-            locks.enter_context(_locked(folder / "work.lock", fcntl.LOCK_EX))
+            kind = fcntl.LOCK_SH if item.get_closest_marker("reads_work") else fcntl.LOCK_EX
+            locks.enter_context(_locked(folder / "work.lock", kind))
         locks.enter_context(_locked(folder / "starts_processes.lock", fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
         return (yield)
+
+
+def _is_alone(item: pytest.Item) -> bool:
+    """Return whether a test is the only one that starts processes."""
+    return _starts_ranks(item) and not item.get_closest_marker("beside")
+
+
+def _starts_ranks(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("distributed", "slurm"))
 
 
 @contextmanager
@@ -79,8 +89,25 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
+@pytest.hookimpl(trylast=True)  # after pytest has brought together what shares a fixture
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip ``gpu`` tests where there is no GPU. Torch is imported only if there are such tests."""
+    """Let tests that are alone come first, then others of several ranks, then those of commands in the shared folder,
+    then other commands. A worker that runs the first leaves one processor to the other, which starts at the other end:
+    at tests that start no processes; when these are done, it takes commands outside the shared folder, beside which all
+    kinds but the first can run. Skip ``gpu`` tests where there is no GPU; torch is imported only if there are such
+    tests.
+    """
+
+    def place(item: pytest.Item) -> int:
+        if _starts_ranks(item):
+            return 0 if _is_alone(item) else 1
+        if not item.get_closest_marker("integration"):
+            return 5
+        if "work" not in getattr(item, "fixturenames", ()):
+            return 4
+        return 3 if item.get_closest_marker("reads_work") else 2
+
+    items.sort(key=place)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items:
         import torch
