@@ -21,6 +21,7 @@ from steerlm_megatron.observe import stats
 
 _FEWEST = 20  # responses of a slice, or of a bin of the calibration curve
 _MOST_BINS = 10
+_MOST_POINTS = 400  # of the scatter plot of an attribute
 _OTHER = "other"
 _BASELINES = ("constant", "length", "majority")
 
@@ -29,7 +30,7 @@ class Prediction:
     """Agreement with labels, beside predictors that read no text."""
 
     name = "prediction"
-    version = 1
+    version = 2  # 2: with the points of a scatter plot
     needs: tuple[Need, ...] = (LABELLED,)
 
     def run(self, material: Material) -> Section:
@@ -57,7 +58,7 @@ class Prediction:
 
 
 def _attribute(labelled: Labelled, column: int, draws: Resamples) -> dict[str, Any]:
-    """Return ``n``, ``metrics``, ``baselines``, ``calibration`` and ``confusion`` of one attribute."""
+    """Return ``n``, ``metrics``, ``baselines``, ``calibration``, ``confusion`` and ``points`` of one attribute."""
     present = ~np.isnan(labelled.wanted_PA[:, column])
     mine = draws.take(present)
     predicted, wanted = labelled.predicted_PA[present, column], labelled.wanted_PA[present, column]
@@ -71,7 +72,14 @@ def _attribute(labelled: Labelled, column: int, draws: Resamples) -> dict[str, A
         "baselines": _baselines(labelled, column, present, found, mine),
         "calibration": calibration(predicted, wanted, mine),
         "confusion": confusion.tolist(),
+        "points": _points(predicted, wanted),
     }
+
+
+def _points(predicted: Floats, wanted: Floats) -> list[list[float]]:
+    """Return ``[prediction, label]`` of at most 400 responses, evenly spaced among all, for a scatter plot."""
+    chosen = np.unique(np.linspace(0, len(wanted) - 1, min(len(wanted), _MOST_POINTS)).round().astype(int))
+    return np.stack((predicted[chosen], wanted[chosen]), axis=1).round(3).tolist()
 
 
 def _baselines(

@@ -261,8 +261,8 @@ def _section_plots(name: str, section: Mapping[str, Any], max_level: int | None)
         top = max([max_level or 0, *(len(row["confusion"]) - 1 for row in found.values())])
         return [
             (
-                f"calibration of {key}: mean label over prediction",
-                _picture(plots.calibration_plot(key, row["calibration"], top)),
+                f"calibration of {key}: labels over predictions, means of bins and single responses",
+                _picture(plots.calibration_plot(key, row["calibration"], top, row.get("points") or ())),
                 False,
             )
             for key, row in found.items()

@@ -188,9 +188,12 @@ def _bounds(
     return (below, above) if any(one == one for one in above) else None
 
 
-def calibration_plot(name: str, calibration: Mapping[str, Any], max_level: int) -> str:
-    """Plot the mean label over the mean prediction of each bin, with its 95 % interval, and the diagonal on which a
-    calibrated model lies.
+def calibration_plot(
+    name: str, calibration: Mapping[str, Any], max_level: int, points: Sequence[Sequence[float]] = ()
+) -> str:
+    """Plot labels over predictions: the mean of each bin with its 95 % interval, the diagonal on which a calibrated
+    model lies, and single responses (``points``: prediction and label of each). Labels are levels, so points are moved
+    up or down by at most 0.18 of a level: else they would cover each other.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(3.4, 2.9))
@@ -199,14 +202,22 @@ def calibration_plot(name: str, calibration: Mapping[str, Any], max_level: int) 
         predicted, labels = _floats([one["predicted"] for one in bins]), [one["label"] for one in bins]
         means = _floats([label["value"] for label in labels])
         axes.plot([0, max_level], [0, max_level], color=FAINT, linestyle=(0, (4, 3)), linewidth=1.2, label="calibrated")
+        if points:
+            # Multiples of the golden ratio are spread evenly and are the same in each run, unlike random numbers.
+            moved = [label + 0.36 * ((place * 0.6180339887) % 1 - 0.5) for place, (_, label) in enumerate(points)]
+            axes.plot(
+                [prediction for prediction, _ in points], moved, color=FAINT, marker=".", markersize=3, alpha=0.7,
+                linestyle="none", label="responses",
+            )  # fmt: skip
         bounds = _bounds(means, [label["low"] for label in labels], [label["high"] for label in labels])
         axes.errorbar(
             predicted, means, yerr=bounds, color=BLUE, marker="o", markersize=4, capsize=3, linewidth=1.2,
             label="mean label, 95 % interval",
         )  # fmt: skip
-        axes.set(title=name, xlabel="predicted value", ylabel="mean label")
+        axes.set(title=name, xlabel="predicted value", ylabel="label")
+        margin = max(0.04 * max_level, 0.25 if points else 0.0)
         axes.set_xlim(-0.04 * max_level, 1.04 * max_level)
-        axes.set_ylim(-0.04 * max_level, 1.04 * max_level)
+        axes.set_ylim(-margin, max_level + margin)
         axes.set_aspect("equal")
         axes.legend(loc="upper left", fontsize=7, framealpha=0.75, edgecolor="none", facecolor="white")
         return _svg(figure)

@@ -97,15 +97,18 @@ def test_parts_of_an_array_and_split_models_find_the_same_weights() -> None:
     parts = ("output=parts.jsonl", "run_dir=parts")
     assert run_here(*WEIGH, *parts, "array.tasks=2", "array.task=1") == 0
     assert run_here(*WEIGH, *parts) == 0  # does the rest, and puts all together
-    assert Path("parts.jsonl").read_bytes() == Path("weighed.jsonl").read_bytes()
+    assert [record.id for record in read_records("parts.jsonl")] == [r.id for r in read_records("weighed.jsonl")]
     assert not list(Path("parts").glob("journal-*"))
     steerlm(
         *WEIGH, "output=split.jsonl", "run_dir=split", "parallel.tensor=2", "scoring.batch_tokens=64", cwd=Path.cwd()
     )
-    one, two = weights("weighed.jsonl"), weights("split.jsonl")
-    assert one.keys() == two.keys()
-    for name, row in one.items():
-        assert all(row[key] == pytest.approx(two[name][key], abs=1e-3) for key in row if key != "group")
+    # Rows are filled otherwise by a part of an array, which processors of some kinds round otherwise.
+    for path, most in (("parts.jsonl", 1e-5), ("split.jsonl", 1e-3)):
+        one, other = weights("weighed.jsonl"), weights(path)
+        assert one.keys() == other.keys()
+        for name, row in one.items():
+            assert row["group"] == other[name]["group"]
+            assert all(row[key] == pytest.approx(other[name][key], abs=most) for key in row if key != "group"), path
 
 
 def test_training_goes_on_from_the_model_that_drew_the_responses() -> None:

@@ -192,6 +192,15 @@ def test_calibration_lies_on_the_diagonal_only_for_a_calibrated_model(sections: 
     assert all(one["label"]["low"] <= one["label"]["value"] <= one["label"]["high"] for one in quality["bins"])
 
 
+def test_points_of_a_scatter_plot_are_responses_evenly_spaced(sections: dict[str, Any]) -> None:
+    points = sections["prediction"]["attributes"]["quality"]["points"]
+    assert len(points) == 400
+    squares = [(prediction - label) ** 2 for prediction, label in points]
+    mse = sections["prediction"]["attributes"]["quality"]["metrics"]["mse"]["value"]
+    assert np.mean(squares) == pytest.approx(mse, rel=1e-2), "all 400 responses are shown, each with its own label"
+    assert len(sections["prediction"]["attributes"]["humor"]["points"]) == 320
+
+
 def test_slices_fold_what_is_rare(sections: dict[str, Any]) -> None:
     rows = sections["prediction"]["slices"]
     by_language = {

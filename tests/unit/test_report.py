@@ -19,6 +19,7 @@ from steerlm_megatron.files import to_strict_json
 from steerlm_megatron.report.data import report_data
 from steerlm_megatron.report.markdown import render_markdown
 from steerlm_megatron.report.page import policy
+from steerlm_megatron.report.plots import calibration_plot
 from steerlm_megatron.report.run_sections import run_sections
 from steerlm_megatron.report.terminal import terminal_table
 from steerlm_megatron.report.words import cell, model_title, verdict_word
@@ -315,6 +316,14 @@ SECTIONS: dict[str, Any] = {
         ],
     },
 }
+
+
+def test_a_calibration_plot_shows_single_responses_where_there_are_any() -> None:
+    calibration = SECTIONS["prediction"]["attributes"]["humor"]["calibration"]
+    points = [[0.5 + 0.01 * place, float(place % 5)] for place in range(100)]
+    without, shown = calibration_plot("humor", calibration, 4), calibration_plot("humor", calibration, 4, points)
+    assert shown.count("<use ") - without.count("<use ") >= 100
+    assert shown == calibration_plot("humor", calibration, 4, points), "nothing in it is random"
 
 
 def test_sections_of_measures_are_shown_and_one_that_is_unknown_as_tables(tmp_path: Path) -> None:
