@@ -14,6 +14,11 @@ MEASURES = (
     "grades",
 )  # fmt: skip
 
+# By kind of device, where the configuration has null: tokens of prompts in a step of generation, enough to fill the
+# device and few enough not to hold up sequences that decode; and tokens of a pass of scoring.
+CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
+SCORED_TOKENS = {"cpu": 2048, "cuda": 16384}
+
 
 @dataclass
 class SamplingConfig:

@@ -238,9 +238,13 @@ class PlanConfig:
     top: int = option(5, at_least(1), "plan.search: layouts that are shown")
     output: str | None = option(None, "plan: JSON file that the plan is written to as well")
     lengths: list[int] = option([], "plan: lengths of documents where data.train is not there; empty: full rows")
-    samples: int | None = option(None, at_least(1), "plan: conversations of the corpus where data.train is not there")
-    loss_share: float = option(1.0, between(0, 1), "plan: share of tokens with loss where data.train is not there")
-    vocab_size: int | None = option(None, at_least(1), "plan: of the tokenizer where neither data nor init_from has it")
+    samples: int | None = option(
+        None, at_least(1), "plan: conversations of the corpus where data.train is not there; prompts to draw for"
+    )
+    loss_share: float = option(
+        1.0, between(0, 1), "plan: share of tokens with loss, which responses have, without data.train"
+    )
+    vocab_size: int | None = option(None, at_least(1), "plan: of the tokenizer where neither data nor a model has it")
     pairs: int | None = option(
         None, at_least(1), "plan run: preference pairs of DPO and of PPO's reward model; null: one a conversation"
     )

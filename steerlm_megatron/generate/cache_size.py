@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from steerlm_megatron.config.inference import CHUNK_TOKENS
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.group import ModelGroup
 from steerlm_megatron.generate.protocol import Limits
@@ -19,9 +20,6 @@ from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime import host_memory
 
 log = get_logger(__name__)
-
-# Tokens of prompts in a step, by kind of device: enough to fill it, few enough not to hold up those that decode.
-_CHUNK_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 class GenerationLike(Protocol):
@@ -45,7 +43,7 @@ def free_memory(device: torch.device) -> int:
 
 def chunk_tokens(wanted: GenerationLike, device: torch.device) -> int:
     """Return how many tokens of prompts a step takes."""
-    return wanted.chunk_tokens or _CHUNK_TOKENS.get(device.type, _CHUNK_TOKENS["cpu"])
+    return wanted.chunk_tokens or CHUNK_TOKENS.get(device.type, CHUNK_TOKENS["cpu"])
 
 
 def limits_for(

@@ -63,7 +63,6 @@ class Plan:
     steps: int | None = None
     checkpoint_bytes: int = 0
     checkpoint_seconds: float = 0.0
-    kv_cache_bytes: int = 0
     proposals: list[dict[str, Any]] = field(default_factory=list)
     fallen: Mapping[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -113,7 +112,7 @@ def text(plan: Plan) -> str:
         f"{plan.command} on {plan.ranks} x {gpu.name} ({gpu.memory / GIB:.1f} GiB): {plan.layout}",
         "",
         "memory of a rank, GiB",
-        *_table(
+        *aligned(
             ("stage", "parameters", "weights", "gradients", "optimizer", "activations", "of it logits", "buffers",
              "total", "pinned host"),
             [
@@ -125,8 +124,6 @@ def text(plan: Plan) -> str:
         f"{'fits' if plan.fits else 'DOES NOT FIT'}: {_gib(plan.peak)} of {gpu.memory / GIB:.1f} GiB with "
         f"{_gib(RESERVED)} for CUDA, NCCL and the allocator",
     ]  # fmt: skip
-    if plan.kv_cache_bytes:
-        lines.append(f"key/value cache: {_gib(plan.kv_cache_bytes)} GiB a rank, in activations above")
     if plan.checkpoint_bytes:
         lines.append(
             f"checkpoint: {_gib(plan.checkpoint_bytes)} GiB, written in {plan.checkpoint_seconds:.0f} s at "
@@ -138,9 +135,9 @@ def text(plan: Plan) -> str:
         lines += ["", *_steps(plan)]
     if plan.methods:
         header, rows = table(plan.methods)
-        lines += ["", "by count of passes, each of one sequence", *_table(header, rows, words=3)]
+        lines += ["", "by count of passes, each of one sequence", *aligned(header, rows, words=3)]
     if plan.proposals:
-        lines += ["", "fastest layouts that fit", *_table(
+        lines += ["", "fastest layouts that fit", *aligned(
             ("s/step", "tokens/s", "MFU", "GiB", "overrides"),
             [(f"{p['seconds']:.3g}", f"{p['tokens_per_sec']:,.0f}", f"{p['mfu']:.1%}", _gib(p["bytes"]), p["overrides"])
              for p in plan.proposals],
@@ -179,7 +176,7 @@ def _steps(plan: Plan) -> Iterable[str]:
     costs = plan.steps_of_run
     whole = StepCost("all", "", *(sum(getattr(one, name) for one in costs) for name in ("tokens", "flops", "seconds")))
     yield f"what the steps of run cost on {plan.ranks} x {plan.hardware.name}"
-    yield from _table(
+    yield from aligned(
         ("step", "work", "tokens", "FLOP", "hours", "GPU-hours", "FLOP/s a GPU"),
         [
             (
@@ -196,7 +193,7 @@ def _gib(size: int | float) -> str:
     return f"{size / GIB:.2f}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 0) -> list[str]:
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], words: int = 0) -> list[str]:
     """Return the lines of a table whose first ``words`` columns stand left, and numbers right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     last = len(head) - 1

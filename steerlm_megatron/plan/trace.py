@@ -13,13 +13,14 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from steerlm_megatron.config.schema import Config, EngineConfig
+from steerlm_megatron.config.schema import Config, EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.data.batch import RowBatch
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.views import Sample
 from steerlm_megatron.model.arithmetic import Rows, activations, embedding_bytes, in_flight
 from steerlm_megatron.model.attention import PackedAttention
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model, freeze_trunk
+from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.model.lora import Lora, freeze
 from steerlm_megatron.plan.tracker import Tracker, flash_on_meta, storages, varlen_on_meta
 from steerlm_megatron.runtime.device import standing_in
@@ -194,6 +195,41 @@ def trace_deep(
         others = (flying - 1) * (layers // flying * layer + ends)
         held.activations = max(held.activations, others + embedding_bytes(config.model, p, config.engine, vocab_size))
     return held
+
+
+def forward_peak(
+    model: ModelConfig,
+    tensor: int,
+    engine: EngineConfig,
+    vocab_size: int,
+    attributes: int | None,
+    batch: RowBatch,
+    kind: str = "cuda",
+    labels: bool = False,
+) -> int:
+    """Return the most bytes that one of ``tensor`` ranks holds beside its weights in a forward pass without gradients.
+
+    Two layers are built on ``meta``, since nothing of a layer outlives it.
+
+    Args:
+        batch: on the host, of complete rows. A language model has logits for its ``target_K``, a regression model
+            values for its ``pool_P``.
+        kind: whose kernels run: "cuda" or "cpu".
+        labels: whether a language model gives the log-probabilities of the next tokens, in the place of logits.
+    """
+    layout = ParallelConfig(tensor=tensor)
+    with standing_in(kind), pretended(layout, 0, tensor):
+        settings = planned_engine(engine, kind)
+        shape = replace(model, num_layers=2, full_attention_layers=[n for n in model.full_attention_layers if n < 2])
+        chunk = build_model(shape, layout, settings, vocab_size, attributes, where="meta").eval()
+        if kind == "cuda" and engine.attention != "sdpa" and engine.precision == "bf16":
+            _take_varlen([chunk])
+        here, packed = on_device(batch)
+        packed.output_index_K = here.target_K if attributes is None else here.pool_P
+        wanted = here.labels_T.index_select(0, here.target_K)[None] if labels and attributes is None else None
+        with torch.no_grad(), flash_on_meta(), Tracker(chunk.parameters()) as tracker:
+            chunk(here.tokens_T[None], here.positions_T[None], None, labels=wanted, packed_seq_params=packed)
+    return tracker.peak
 
 
 def _take_varlen(chunks: Sequence[PackedGPTModel]) -> None:

@@ -1,8 +1,8 @@
 """``steerlm plan COMMAND …``: memory and time of a run, before there is one; for ``run`` the cost of its steps, too.
 
 Owns: what of a configuration, its data and its checkpoint the plan is made of; the order of work; the output. Does not
-own: the arithmetic (``model/arithmetic.py``, ``plan/``). Invariant: nothing is written but ``plan.output``, and no GPU
-is used.
+own: the arithmetic (``model/arithmetic.py``, ``plan/``), commands that draw or score (``plan_serving.py``). Invariant:
+nothing is written but ``plan.output``, and no GPU is used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from steerlm_megatron.config import compose, load
 from steerlm_megatron.config.commands import COMMANDS
-from steerlm_megatron.config.schema import KEYS, Config
+from steerlm_megatron.config.schema import KEYS, Config, ParallelConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_json_atomic
 from steerlm_megatron.model.arithmetic import BYTES, checkpoint_bytes
@@ -22,10 +22,12 @@ from steerlm_megatron.plan import memory
 from steerlm_megatron.plan.hardware import Hardware, hardware
 from steerlm_megatron.plan.report import Plan, Stage, text
 from steerlm_megatron.plan.search import search
+from steerlm_megatron.plan.serving import ServingPlan
 from steerlm_megatron.plan.timing import step_time
 from steerlm_megatron.plan.workload import Workload, packed, stated
 from steerlm_megatron.stages import hub
 from steerlm_megatron.stages.plan_run import add_costs
+from steerlm_megatron.stages.plan_serving import DRAWING, SCORING, plan_of_serving
 
 _SAMPLED_ROWS = 256
 
@@ -38,21 +40,24 @@ def plan(arguments: Sequence[str]) -> None:
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks of a plan are on no device
     made = plan_of(arguments)
-    print(text(made))
+    print(text(made) if isinstance(made, Plan) else made.text())
     if not made.fits:
         raise UserError(f"does not fit: {made.peak / memory.GIB:.1f} GiB of {made.hardware.memory / memory.GIB:.1f}")
 
 
-def plan_of(arguments: Sequence[str]) -> Plan:
+def plan_of(arguments: Sequence[str]) -> Plan | ServingPlan:
     """Return the plan of a command line, without the word ``plan``."""
-    known = [name for name, command in COMMANDS.items() if command.trains]
+    trains = [name for name, command in COMMANDS.items() if command.trains]
+    known = [*trains, *SCORING, *DRAWING]
     if not arguments or arguments[0] not in known:
         raise UserError(f"steerlm plan COMMAND [key=value ...]: name the command first; legal: {' '.join(known)}")
     command, *overrides = arguments
     own = [override for override in overrides if override.startswith("plan.")]
+    # A checkpoint that is still to be trained has the shape that model.* says, which only training reads by itself.
+    shape = [o for o in overrides if command not in trains and o.partition("=")[0].split(".")[0] == "model"]
     if wrong := [key for key in (override.partition("=")[0] for override in own) if key not in KEYS]:
         raise UserError("\n".join(f"{key}: no such key{compose.nearest(key, KEYS)}" for key in wrong))
-    compose.check(command, [override for override in overrides if override not in own])
+    compose.check(command, [override for override in overrides if override not in (*own, *shape)])
     config = load.from_container(compose.composed(command, overrides))
     hub.resolve(config)
     if config.init_from is not None:
@@ -60,8 +65,11 @@ def plan_of(arguments: Sequence[str]) -> Plan:
 
         adopt_shape(config, overrides)
     ranks = config.plan.gpus or load.world_of(config)
-    load.finalize(config, ranks, alone=True)
-    made = training_plan(config, ranks)
+    if command not in trains and config.plan.search and ranks % load.world_of(config):
+        config.parallel = ParallelConfig()  # a recipe's layout for training; the search finds one for this command
+    load.finalize(config, ranks, alone=command in trains)  # another command may be planned before its inputs exist
+    made: Plan | ServingPlan
+    made = training_plan(config, ranks) if command in trains else plan_of_serving(config, ranks)
     if config.plan.output is not None:
         write_json_atomic(Path(config.plan.output), made.to_dict())
     return made

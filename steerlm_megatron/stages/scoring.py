@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from steerlm_megatron.config.inference import SCORED_TOKENS
 from steerlm_megatron.data.feed.collate import collate
 from steerlm_megatron.data.label_tokens import LabelTokens
 from steerlm_megatron.data.views import Sample, build_documents, make_sample
@@ -44,7 +45,7 @@ def default_batch_tokens() -> int:
     """Return the tokens of a forward pass for this device. On a CPU the activations of 2,048 tokens stay in its caches,
     and matrix products gain nothing from more (benchmarks/annotate.md); a GPU needs more to be busy.
     """
-    return 16384 if has_cuda() else 2048
+    return SCORED_TOKENS["cuda" if has_cuda() else "cpu"]
 
 
 def rows_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
