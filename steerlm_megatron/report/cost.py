@@ -39,6 +39,25 @@ def cost_table(cost: Mapping[str, Any]) -> dict[str, Any]:
     return {"header": HEADER, "rows": [*rows, _row("all steps", cost["total"])], "words": WORDS}
 
 
+def compared_costs(by_run: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return the section of a comparison about costs; ``by_run`` has the costs of each run's steps."""
+    steps = list(dict.fromkeys(step for run in by_run.values() for step in run))
+    each = [[step, *_row(run, found[step])] for step in steps for run, found in by_run.items() if step in found]
+    return {
+        "title": "What the runs cost",
+        "words": list(WORDS),
+        "plots": [],
+        "tables": [
+            {
+                "title": "All steps",
+                "columns": ["run", *HEADER[1:]],
+                "rows": [_row(run, combined(list(found.values()))) for run, found in by_run.items()],
+            },
+            {"title": "Step by step", "columns": ["step", "run", *HEADER[1:]], "rows": each, "folded": True},
+        ],
+    }
+
+
 def cost_line(cost: Mapping[str, Any]) -> str:
     """Return the cost of a run in one line for a terminal."""
     total = cost["total"]

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from steerlm_megatron.observe.progress import format_seconds
+from steerlm_megatron.report.cost import compared_costs
 from steerlm_megatron.report.words import number
 
 Section = dict[str, Any]
@@ -57,6 +58,8 @@ def comparison_sections(found: Mapping[str, Any]) -> list[Section]:
         sections.append(training_section(found["training"]))
     if found["distributions"]:
         sections.append(_means_of_levels(found["distributions"]))
+    if found.get("cost"):
+        sections.append(compared_costs(found["cost"]))
     if found["lineage"]:
         sections.append(lineage_section(found["lineage"]))
     return sections
@@ -249,9 +252,28 @@ def _means_of_levels(by_run: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> S
     for name, step in keys:
         cells = [run.get(name, {}).get(step, {}) for run in by_run.values()]
         rows.append([name, step, *(one.get("mean") for one in cells)])
+    names = dict.fromkeys(name for name, _ in keys)
+    plots: list[Plot] = [
+        (
+            f"levels of {name} in the data of each run's last step that trained on it",
+            partial(_drawn, "distributions_plot", name, _last_of_each(name, by_run)),
+            False,
+        )
+        for name in names
+    ]
     return {
         "title": "Levels in the training data",
-        "words": ["The mean value of the training responses of each step."],
-        "plots": [],
+        "words": ["The mean value of the training responses of each step. Plots are of the first four runs."],
+        "plots": plots,
         "tables": [{"title": "Mean by step", "columns": ["attribute", "step", *by_run], "rows": rows, "folded": True}],
     }
+
+
+def _last_of_each(name: str, by_run: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
+    """Return the levels of an attribute in the last step of each run that has some, by ``run: step``."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for run, attributes in by_run.items():
+        if steps := attributes.get(name):
+            step = list(steps)[-1]
+            found[f"{run}: {step}"] = steps[step]
+    return found

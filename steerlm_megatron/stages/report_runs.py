@@ -351,6 +351,7 @@ def compared(runs: Sequence[FoundRun]) -> dict[str, Any]:
             "training": {run.name: run.results["training"] for run in runs if run.results.get("training")},
             "lineage": {run.name: run.results["lineage"] for run in runs if run.results.get("lineage")},
             "distributions": {run.name: run.results["distributions"] for run in runs if "distributions" in run.results},
+            "cost": {run.name: run.results["cost"] for run in runs if run.results.get("cost")},
         },
         "responses": responses,
         "prompt_texts": prompts,

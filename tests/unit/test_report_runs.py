@@ -12,6 +12,7 @@ import yaml
 from steerlm_megatron.config.schema import DataConfig
 from steerlm_megatron.data.write.preprocess import preprocess
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.observe.cost import CostMeter, total
 from steerlm_megatron.report.write import write_report
 from steerlm_megatron.stages.report_lineage import distributions, followed, lineage, read_yaml, step_folders
 from steerlm_megatron.stages.report_runs import (
@@ -155,6 +156,24 @@ def test_runs_are_compared_with_the_first_one(runs: tuple[Path, Path], tmp_path:
     assert "Not measured in this run" not in page and "<h2>What was expected" not in page
     assert "| optim.lr | 0.001 | 0.002 |" in text and "| b | a | ap | acsft | quality | 1.000" in text
     assert json.loads(data.read_text())["responses"]["of"] == 12
+
+
+def test_costs_and_levels_of_runs_stand_beside_each_other(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    found = read_runs([str(path) for path in runs])
+    meters = [CostMeter(), CostMeter()]
+    meters[1].add(5e12, trained=70)
+    for run, meter in zip(found, meters, strict=True):
+        run.results["cost"] = {"07-acsft": total([meter.share()])}
+    found[1].results["cost"]["03-train_ap"] = total([meters[1].share()])
+    results = compared(found)
+    html, data = write_report(tmp_path, results)
+    page, text = html.read_text(), html.with_suffix(".md").read_text()
+    assert set(json.loads(data.read_text())["comparison"]["cost"]) == {"a", "b"}
+    assert "What the runs cost" in page and "levels of quality in the data of each run" in page
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    by_run = {row[0]: row for row in rows if len(row) == 11 and row[0] in ("a", "b")}
+    assert by_run["a"][7] == "–" and by_run["b"][7] == "10 T" and by_run["b"][5] == "140", "the sum of its two steps"
+    assert [row[1] for row in rows if row[0] == "07-acsft" and len(row) == 12] == ["a", "b"]
 
 
 def test_what_a_run_lacks_is_a_line_and_not_a_crash(runs: tuple[Path, Path], tmp_path: Path) -> None:
