@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 from transformers.utils import logging
 
+from steerlm_megatron.config.schema import EngineConfig, ParallelConfig
 from steerlm_megatron.data.batch import RowBatch
+from steerlm_megatron.model.gpt import PackedGPTModel, build_model
+from steerlm_megatron.model.hf import HFFolder
+from steerlm_megatron.model.predict import predict_values
+from steerlm_megatron.model.weights import fill
 from tests.helpers.engines import full_row
 
+ADDED = 3  # control tokens
+TOLERANCE = 1e-4
 VOCAB = 93  # an odd number of rows: the padded table has more, and two ranks do not divide it
 ORIGINAL = 32
 LENGTHS = (150, 1, 40)  # far beyond ORIGINAL, and packed
@@ -119,3 +127,24 @@ def their_logits(model: Any, batch: RowBatch) -> torch.Tensor:
     return torch.cat(
         [model(batch.tokens_T[None, a:b]).logits[0].float() for a, b in zip(bounds, bounds[1:], strict=False)]
     )
+
+
+def filled(folder: HFFolder, vocab_size: int = VOCAB + ADDED, precision: str = "fp32") -> PackedGPTModel:
+    """Return a model with the folder's weights, in evaluation mode."""
+    gpt = build_model(folder.model, ParallelConfig(), EngineConfig(precision=precision), vocab_size)
+    for parameter in gpt.parameters():
+        parameter.data.fill_(float("nan"))  # what is not filled is seen
+    fill(folder.weights(gpt, vocab_size))
+    return gpt.eval()
+
+
+def logits(gpt: PackedGPTModel, batch: Any) -> torch.Tensor:
+    """Return our logits at the batch's ``pool_P``, without rows of padding."""
+    found = predict_values(gpt, batch)
+    assert found is not None
+    return found[:, :VOCAB]
+
+
+def contents(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a folder by name."""
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
