@@ -291,8 +291,7 @@ def _rates(plan: ServingPlan) -> Iterator[str]:
         )
     if plan.seconds is not None:
         hours = plan.seconds / 3600
-        what = "responses" if task.draws else "conversations"
-        yield (
-            f"{task.sequences:,} {what} (prompts of {task.prompt:,.0f} tokens, responses of {task.response:,.0f}): "
-            f"{hours:.3g} hours, {hours * plan.ranks:,.3g} GPU-hours"
-        )
+        what = f"responses of {task.response:,.0f} tokens to prompts of {task.prompt:,.0f}"
+        if not task.draws:
+            what = f"conversations of {task.prompt + task.response:,.0f} tokens"
+        yield f"{task.sequences:,} {what}: {hours:.3g} hours, {hours * plan.ranks:,.3g} GPU-hours"

@@ -23,6 +23,7 @@ from steerlm_megatron.plan.serving import (
     serving_plan,
 )
 from steerlm_megatron.plan.workload import packed, stated
+from steerlm_megatron.stages.session import check_layout
 
 DRAWING = ("generate", "bootstrap", "serve")
 SCORING = ("annotate", "weigh")
@@ -40,6 +41,7 @@ def plan_of_serving(config: Config, ranks: int) -> ServingPlan:
     """
     gpu = hardware(config.plan.hardware)
     net = _net(config)
+    check_layout(net.model, config.parallel, "checkpoint" if config.checkpoint else "the configuration")
     task = _task(config, net)
     work = _work(net, task, config.engine)
     made = serving_plan(net, task, config.parallel, config.engine, gpu, ranks, work)

@@ -164,12 +164,12 @@ def test_commands_that_draw_or_score_have_plans(tmp_path: Path, monkeypatch: pyt
     serve, bootstrap, annotate, weigh, generate = found
     for words in ("serve on 2 x h100", "tensor 2, pipeline 1, 1 replica", "key/value cache", "lower bounds", "fits: "):
         assert words in serve[0]
-    assert "responses (prompts" not in serve[0], "a server has no end"
-    assert "300 responses (prompts of 400 tokens, responses of 400)" in bootstrap[0]
+    assert "responses of" not in serve[0], "a server has no end"
+    assert "300 responses of 400 tokens to prompts of 400: " in bootstrap[0]
     assert "steerlm plan annotate" in bootstrap[0]
     assert annotate[1]["replicas"] == 1 and len(annotate[1]["stages"]) == 4 and "a pass: " in annotate[0]
     assert annotate[1]["stages"][3]["parameters"] < weigh[1]["stages"][3]["parameters"], "a head of a few values"
-    assert weigh[1]["seconds"] > 0 and "conversations" in weigh[0]
+    assert weigh[1]["seconds"] > 0 and "100 conversations of 800 tokens" in weigh[0]
     assert generate[1]["command"] == "generate" and len(generate[1]["proposals"]) == 5
     assert generate[1]["fits"] and "fastest layouts that fit" in generate[0]
 
@@ -179,5 +179,7 @@ def test_what_cannot_be_planned_is_told() -> None:
         plan_of(["generate"])
     with pytest.raises(UserError, match=r"optim.lr: serve does not read it"):
         plan_of(["serve", *RECIPE, "optim.lr=1"])
+    with pytest.raises(UserError, match=r"parallel.tensor=3 must divide .*=40 of the model in the configuration"):
+        plan_of(["serve", *RECIPE, "plan.vocab_size=32000", "parallel.tensor=3", "parallel.sequence=false"])
     with pytest.raises(UserError, match="nowhere"):
         plan_of(["serve", "checkpoint=nowhere/at/all"])
