@@ -180,6 +180,16 @@ def test_what_cannot_be_planned_is_told() -> None:
     with pytest.raises(UserError, match=r"optim.lr: serve does not read it"):
         plan_of(["serve", *RECIPE, "optim.lr=1"])
     with pytest.raises(UserError, match=r"parallel.tensor=3 must divide .*=40 of the model in the configuration"):
-        plan_of(["serve", *RECIPE, "plan.vocab_size=32000", "parallel.tensor=3", "parallel.sequence=false"])
+        plan_of(
+            [
+                "serve",
+                *RECIPE,
+                "plan.vocab_size=32000",
+                "parallel.tensor=3",
+                "parallel.sequence=false",
+                "parallel.pipeline=1",
+                "plan.gpus=3",
+            ]
+        )
     with pytest.raises(UserError, match="nowhere"):
         plan_of(["serve", "checkpoint=nowhere/at/all"])
