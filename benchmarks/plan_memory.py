@@ -2,19 +2,20 @@
 
 Every case is trained for one step on real ranks (gloo, CPU), where each rank counts the bytes of its weights, gradients
 and optimizer, and of all other tensors at their peak. Beside that stands what ``plan/trace.py`` says of the same rank
-without computing anything (DeepSpeed's engine: the formulas of ``model/arithmetic.py``).
+without computing anything (of DeepSpeed's engine: activations alone, and the formulas of ``model/arithmetic.py``).
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from steerlm_megatron.config.schema import Config, EngineConfig, ModelConfig, OptimConfig, ParallelConfig
 from steerlm_megatron.data.batch import RowBatch
+from steerlm_megatron.model.arithmetic import zero_buffers
 from steerlm_megatron.model.gpt import build_model
 from steerlm_megatron.plan.memory import layout_of, stage_memory
 from steerlm_megatron.plan.trace import Held, batch_of, held_by, tensors_of, trace
@@ -128,9 +129,11 @@ def predict(case: Case, rank: int) -> Held:
     if case.engine.name == "deepspeed":
         run = layout_of(case.config, case.ranks, VOCAB)
         stage = stage_memory(case.config, run, 0)
+        buffers = zero_buffers(case.engine, stage.parameters, stage.trainable, overlap=False)  # as on CPUs
+        plain = replace(case, engine=replace(case.engine, name="megatron"))
         return Held(
             parameters=stage.parameters, weights=stage.state.weights, gradients=stage.state.gradients,
-            optimizer=stage.state.optimizer, activations=stage.activations,
+            optimizer=stage.state.optimizer, activations=predict(plain, rank).activations + buffers,
         )  # fmt: skip
     batches = [batch()] * case.micro_batches
     return trace(case.config, TokenObjective(), VOCAB, None, batches, "cpu", rank, case.ranks)

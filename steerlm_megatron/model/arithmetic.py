@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 
 BYTES = {"fp32": 4, "bf16": 2}
+# Elements, DeepSpeed's defaults: reduce_bucket_size, and of stage 3 max_live_parameters and prefetch_bucket_size.
+ZERO_BUCKET, ZERO_LIVE, ZERO_PREFETCH = 500_000_000, 1_000_000_000, 50_000_000
 _CROSS_ENTROPY_PART = 1 << 27  # bytes of float32 logits at a time on a GPU (model/cross_entropy.py)
 
 
@@ -221,6 +223,19 @@ def state_bytes(engine: EngineConfig, parameters: int, trainable: int, ranks: in
     if engine.offload == "all":
         return State(0, kept, 0, host, weights)
     return State(weights, kept, 0, host)
+
+
+def zero_buffers(engine: EngineConfig, parameters: int, trainable: int, overlap: bool = True) -> int:
+    """Return the bytes of ZeRO's buffers on one rank, beside what :func:`state_bytes` counts.
+
+    DeepSpeed allocates the bucket in which gradients are reduced as a whole: in stage 3 in the fp32 of communication,
+    else in the weights' precision and, with ``overlap`` (on GPUs), twice. In stage 3, gathered weights stay as long as
+    there are fewer than its limit, and those that are fetched ahead are there twice, as they come and in their shape.
+    """
+    size, bucket = BYTES[engine.precision], min(ZERO_BUCKET, trainable)
+    if engine.zero_stage == 3:
+        return 4 * bucket + size * (min(ZERO_LIVE, parameters) + min(ZERO_PREFETCH, parameters))
+    return bucket * size * (2 if overlap else 1)
 
 
 def checkpoint_bytes(

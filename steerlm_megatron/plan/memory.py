@@ -14,20 +14,18 @@ from steerlm_megatron.config.load import finalize, head_values, lays_out_trainin
 from steerlm_megatron.config.schema import Config, ParallelConfig
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.arithmetic import (
-    BYTES,
     Rows,
     State,
     activations,
-    layer_parameters,
     peak_activations,
     stage_parameters,
     state_bytes,
+    zero_buffers,
 )
 from steerlm_megatron.plan.hardware import hardware
 
 # A process on a GPU takes this beside tensors: CUDA's context and kernels, NCCL's buffers, the allocator's remains.
 RESERVED = 2_000_000_000
-_BUCKET = 500_000_000  # elements of DeepSpeed's reduce_bucket_size, its default
 GIB = 2**30
 
 
@@ -83,10 +81,7 @@ def stage_memory(config: Config, run: Layout, stage: int) -> StageMemory:
         kept = one.work  # nothing is kept of a frozen model
     buffers = 0
     if engine.name == "deepspeed" and trainable:
-        size = BYTES[engine.precision]
-        buffers = min(_BUCKET, trainable) * size
-        if engine.zero_stage == 3:  # two layers' weights, gathered, and the widest matrix beside them
-            buffers += 2 * layer_parameters(model, parallel.tensor) * size
+        buffers = zero_buffers(engine, parameters, trainable)
     logits = one.logits if stage == parallel.pipeline - 1 else 0
     return StageMemory(stage, parameters, trainable, state, kept, logits, buffers)
 

@@ -164,7 +164,8 @@ def workload_of(config: Config) -> tuple[Workload, int | None]:
 
 def stages_of(config: Config, run: memory.Layout, work: Workload) -> list[Stage]:
     """Return the bytes of every stage: those of the real engine on ``meta`` for the first, the second and the last
-    stage; the others are like the second one, by formula, put right by what its trace differs.
+    stage; the others are like the second one, by formula, put right by what its trace differs. Of DeepSpeed's engine
+    the activations are those of the same modules in Megatron-Core's, and all else is by formula.
     """
     rows = [memory.stage_memory(config, run, stage) for stage in range(config.parallel.pipeline)]
     out = [
@@ -174,11 +175,7 @@ def stages_of(config: Config, run: memory.Layout, work: Workload) -> list[Stage]
         )
         for one in rows
     ]  # fmt: skip
-    if config.engine.name == "deepspeed":
-        if config.train.async_save:  # the first replica puts whole parameters and their states together
-            for stage in out:
-                stage.host += stage.parameters * (BYTES[config.engine.precision] + 12)
-        return out
+    zero = config.engine.name == "deepspeed"
     from steerlm_megatron.plan import trace
     from steerlm_megatron.train.objective import RegressionObjective, TokenObjective
 
@@ -190,11 +187,16 @@ def stages_of(config: Config, run: memory.Layout, work: Workload) -> list[Stage]
     )
     world = run.ranks
     ranks = trace.stages(config, world)
+    if zero:
+        config = replace(config, engine=replace(config.engine, name="megatron", offload="none"))
     traced = sorted({0, min(1, len(out) - 1), len(out) - 1})
     for number in traced:
         held = trace.trace_deep(
             config, objective, run.vocab_size, run.attributes, batch, run.micro_batches, "cuda", ranks[number], world
         )
+        if zero:
+            out[number] = replace(out[number], activations=held.activations, traced=True)
+            continue
         out[number] = replace(
             out[number], parameters=held.parameters, weights=held.weights, gradients=held.gradients,
             optimizer=held.optimizer, activations=held.activations, traced=True,
@@ -203,9 +205,12 @@ def stages_of(config: Config, run: memory.Layout, work: Workload) -> list[Stage]
         more = out[1].activations - rows[1].activations
         for stage in out[2:-1]:
             stage.activations += more
-    if config.train.async_save:  # a rank copies what it writes: its share of the optimizer, and the weights
+    if config.train.async_save:
         for stage in out:
-            stage.host += stage.optimizer + stage.weights
+            # A rank copies what it writes: its share of the optimizer, and the weights. Under ZeRO the first replica
+            # puts whole parameters and their states together.
+            whole = stage.parameters * (BYTES[config.engine.precision] + 12)
+            stage.host += whole if zero else stage.optimizer + stage.weights
     return out
 
 

@@ -29,6 +29,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from steerlm_megatron.config.schema import EngineConfig, OptimConfig
 from steerlm_megatron.data.batch import RowBatch
+from steerlm_megatron.model.arithmetic import ZERO_BUCKET
 from steerlm_megatron.model.gpt import PackedGPTModel
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.model.lora import adapters
@@ -96,8 +97,9 @@ class DeepSpeedEngine(Engine):
             weight_decay=optim.weight_decay, fused=True,
         )  # fmt: skip
         self.ds, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=adam, config=_config(optim, engine), mpu=_Mpu(), dist_init_required=False
-        )
+            model=model, optimizer=adam, config=_config(optim, engine, self._trainable()), mpu=_Mpu(),
+            dist_init_required=False,
+        )  # fmt: skip
         self.adam = adam
         self._sum_sequence_parallel_gradients()
         self._guard_update()
@@ -108,6 +110,10 @@ class DeepSpeedEngine(Engine):
     def model(self) -> PackedGPTModel:
         """The model inside DeepSpeed's wrapper; under ZeRO 3 its parameters are empty outside a forward pass."""
         return self.ds.module
+
+    def _trainable(self) -> int:
+        """Return how many elements have a gradient; before ZeRO cuts the parameters up."""
+        return sum(parameter.numel() for parameter in self.parameters.values() if parameter.requires_grad)
 
     def _sum_sequence_parallel_gradients(self) -> None:
         """Norms and biases that see only this rank's share of the tokens get the gradient of all of them, before ZeRO
@@ -346,9 +352,12 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-def _config(optim: OptimConfig, engine: EngineConfig) -> dict[str, Any]:
-    """DeepSpeed's configuration. The loop decides when gradients are whole, so DeepSpeed counts no accumulation."""
-    zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": has_cuda()}
+def _config(optim: OptimConfig, engine: EngineConfig, trainable: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. The loop decides when gradients are whole, so DeepSpeed counts no accumulation. A
+    bucket of gradients is allocated as a whole, so it is no larger than the ``trainable`` elements.
+    """
+    bucket = max(1, min(ZERO_BUCKET, trainable))
+    zero: dict[str, Any] = {"stage": engine.zero_stage, "overlap_comm": has_cuda(), "reduce_bucket_size": bucket}
     if engine.offload in ("optimizer", "all"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": has_cuda()}
     if engine.offload == "all":
