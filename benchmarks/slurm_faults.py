@@ -109,9 +109,9 @@ class Bench:
                     found.append(process)
         return found
 
-    def weights(self, name: str) -> dict[str, Any]:
+    def weights(self, name: str, steps: int) -> dict[str, Any]:
         """Return everything in the run's final checkpoint."""
-        checkpoint = self.folder / name / "checkpoints" / f"step_{STEPS:08d}"
+        checkpoint = self.folder / name / "checkpoints" / f"step_{steps:08d}"
         with tempfile.TemporaryDirectory() as folder:
             dcp_to_torch_save(checkpoint, f"{folder}/all.pt")
             loaded: dict[str, Any] = torch.load(f"{folder}/all.pt", weights_only=False)
@@ -177,7 +177,8 @@ FAULTS: dict[str, tuple[Callable[[Bench, str, str], None], tuple[str, ...]]] = {
     "term": (cancel_term, ()),
     "kill_rank": (kill_rank, ()),
     "kill_slurmd": (kill_slurmd, ()),
-    "kill_slurmd_of_the_batch_script": (kill_slurmd_alone, ()),
+    # The ranks go on until SLURM takes the node for lost, which is a minute: the run has to be longer than that.
+    "kill_slurmd_of_the_batch_script": (kill_slurmd_alone, ("train.steps=3000", "train.save_every_steps=500")),
     "preempted": (preempt, ()),
     "dependent": (time_limit, ("cluster.requeue=dependent",)),
     "torchrun": (time_limit, ("cluster.starter=torchrun",)),
@@ -201,6 +202,11 @@ def events_in_words(events: list[dict[str, Any]]) -> str:
 def comes_back(bench: Bench, name: str, reference: dict[str, Any]) -> str:
     fault, more = FAULTS[name]
     start = time.monotonic()
+    steps = next((int(one.partition("=")[2]) for one in more if one.startswith("train.steps=")), STEPS)
+    if steps != STEPS:
+        bench.launch(f"{name}_undisturbed", *more)
+        bench.until_end(f"{name}_undisturbed")
+        reference = bench.weights(f"{name}_undisturbed", steps)
     job = bench.launch(name, *more)
     bench.until_step(name, 15)
     at = bench.step(name)
@@ -209,9 +215,9 @@ def comes_back(bench: Bench, name: str, reference: dict[str, Any]) -> str:
     for node in bench.slurm.nodes:
         if node not in bench.slurm.processes:
             bench.slurm.start_node(node)
-    same = equal(bench.weights(name), reference)
+    same = equal(bench.weights(name, steps), reference)
     rows = [json.loads(line) for line in (bench.folder / name / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, STEPS + 1)), "steps"
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, steps + 1)), "steps"
     assert same, f"{name}: another checkpoint"
     assert len([event for event in events if event["event"] == "start"]) > 1, f"{name} was not disturbed: {events}"
     return f"| {name} | {at} | {events_in_words(events)} | same bits | {time.monotonic() - start:.0f} s |"
@@ -340,7 +346,7 @@ def main() -> None:
                 bench.launch("undisturbed")
                 events = bench.until_end("undisturbed")
                 assert events[-1]["code"] == 0, events
-                reference = bench.weights("undisturbed")
+                reference = bench.weights("undisturbed", STEPS)
 
             def one(name: str) -> None:
                 try:
