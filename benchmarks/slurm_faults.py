@@ -178,7 +178,7 @@ FAULTS: dict[str, tuple[Callable[[Bench, str, str], None], tuple[str, ...]]] = {
     "kill_rank": (kill_rank, ()),
     "kill_slurmd": (kill_slurmd, ()),
     # The ranks go on until SLURM takes the node for lost, which is a minute: the run has to be longer than that.
-    "kill_slurmd_of_the_batch_script": (kill_slurmd_alone, ("train.steps=3000", "train.save_every_steps=500")),
+    "kill_slurmd_of_the_batch_script": (kill_slurmd_alone, ("train.steps=1200", "train.save_every_steps=400")),
     "preempted": (preempt, ()),
     "dependent": (time_limit, ("cluster.requeue=dependent",)),
     "torchrun": (time_limit, ("cluster.starter=torchrun",)),
