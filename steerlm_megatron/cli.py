@@ -1,29 +1,24 @@
 """``steerlm <command> [overrides]``: from a command line to a running command and its exit code.
 
-Owns: the order of work (report errors, start ranks, run), exit codes, which rank prints an error. Does not own: which
-commands there are (``config/commands.py``), configurations (``config/compose.py``), ranks (``launch/local.py``), what
-commands do (``stages``). Exit codes: 0 means done, 2 a configuration or input error, 75 that a signal stopped the
-command after it had saved, any other a fault. Modules that a help text does not need are imported where they are used,
-because importing torch takes seconds.
+Owns: the order of work (report errors, start ranks, run). Does not own: which commands there are
+(``config/commands.py``), configurations (``config/compose.py``), ranks (``launch/local.py``), how errors are said
+(``runtime/reporting.py``), what commands do (``stages``). Exit codes: 0 means done, 2 a configuration or input error,
+75 that a signal stopped the command after it had saved, any other a fault. Modules that a help text does not need are
+imported where they are used, because importing torch takes seconds.
 """
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
-import traceback
-from collections.abc import Callable
 from typing import Any
 
 from steerlm_megatron import __version__
 from steerlm_megatron.config.commands import COMMANDS, TOOLS
 from steerlm_megatron.config.help import show
-from steerlm_megatron.errors import Interrupted, ReportedElsewhere, UserError
-from steerlm_megatron.runtime import launcher
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+from steerlm_megatron.errors import Interrupted, UserError
+from steerlm_megatron.runtime import launcher, reporting, signals
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,14 +38,12 @@ def _main(arguments: list[str]) -> None:
             else:
                 _command(arguments[0], arguments[1:])
     except UserError as error:
-        _print_error(error)
+        reporting.print_error(error)
         raise SystemExit(error.code) from None
     except Interrupted as stop:
-        from steerlm_megatron.runtime import signals
-
         # One rank of many reports the stop. A launcher also stops the other ranks in this way after an error of rank 0.
         if stop.unsaid and launcher.global_rank() == 0:
-            print(f"{_prefix()}stopped by {stop.unsaid}: start the same command again", file=sys.stderr)
+            print(f"{reporting.prefix()}stopped by {stop.unsaid}: start the same command again", file=sys.stderr)
         signals.settle()
         raise
     except KeyboardInterrupt:
@@ -70,7 +63,6 @@ def _tool(tool: str, arguments: list[str]) -> None:
 def _command(command: str, arguments: list[str]) -> None:
     from steerlm_megatron.config import compose
     from steerlm_megatron.launch import local
-    from steerlm_megatron.runtime import signals
 
     if command != "serve":  # the server handles signals by itself and exits with 0
         signals.listen()
@@ -79,7 +71,7 @@ def _command(command: str, arguments: list[str]) -> None:
 
     def job(cfg: Any) -> None:  # Hydra would report our exceptions its way; SystemExit passes through it
         sys.argv = ["steerlm", command, *arguments]  # command.txt is written from it
-        _guarded(lambda: _job(command, cfg))
+        reporting.guarded(lambda: _job(command, cfg))
 
     compose.run(command, arguments, job)
 
@@ -125,48 +117,3 @@ def _job(command: str, cfg: Any) -> None:
     if world is not None and "steerlm_megatron.runtime.parallel" in sys.modules:
         # A rank that ends while another one still waits for it would make the other one abort.
         sys.modules["steerlm_megatron.runtime.parallel"].shutdown()
-
-
-def _guarded(run: Callable[[], None]) -> None:
-    """Call ``run()`` and turn what it raises into a message and an exit code."""
-    from steerlm_megatron.runtime import signals
-
-    try:
-        run()
-    except UserError as error:
-        _print_error(error)
-        raise SystemExit(error.code) from None
-    except OSError as error:
-        if error.errno not in _NO_ROOM:
-            traceback.print_exc()
-            raise SystemExit(1) from None
-        where = f"{error.filename}: " if error.filename else ""
-        _print_error(UserError(f"{where}{error.strerror}; make room there, then start the same command again"))
-        raise SystemExit(UserError.code) from None
-    except Exception as error:
-        if signals.leaving():  # other ranks have left already, so this error is a consequence of the stop
-            raise Interrupted(f"a signal ({type(error).__name__} while leaving)") from None
-        traceback.print_exc()
-        raise SystemExit(1) from None
-
-
-def _prefix() -> str:
-    rank = launcher.global_rank()
-    return f"steerlm: rank {rank}: " if rank else "steerlm: "
-
-
-def _is_first_to_report(text: str) -> bool:
-    """Return whether this rank is to print ``text``. Every rank finds what is wrong with an input, and one prints it;
-    before the ranks are connected, one rank of each host does.
-    """
-    if "steerlm_megatron.runtime.parallel" not in sys.modules:
-        return launcher.local_rank() == 0
-    from steerlm_megatron.runtime.collectives import first_to_report
-
-    return first_to_report(text)
-
-
-def _print_error(error: UserError) -> None:
-    if not isinstance(error, ReportedElsewhere) and _is_first_to_report(f"{error}"):
-        for line in str(error).splitlines():
-            print(f"{_prefix()}error: {line}", file=sys.stderr)
