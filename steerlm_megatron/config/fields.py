@@ -77,6 +77,16 @@ def each_of(*choices: str) -> Rule:
     return Rule(f"each of {' | '.join(choices)}", broken)
 
 
+def each_at_least(least: float) -> Rule:
+    """Require a list whose numbers are not below ``least``; an empty one passes."""
+    one = at_least(least)
+
+    def broken(value: Any) -> str | None:
+        return next((f"has {item}, which {words}" for item in value if (words := one.broken(item))), None)
+
+    return Rule(f"each {one.words}", broken)
+
+
 def a_path_or_several() -> Rule:
     """Require a path or a list of paths, none of them empty; null passes."""
 

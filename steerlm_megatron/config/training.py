@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from steerlm_megatron.config.fields import Rule, above, at_least, between, one_of, option
+from steerlm_megatron.config.fields import Rule, above, at_least, between, each_at_least, one_of, option
 
 
 @dataclass
@@ -237,7 +237,9 @@ class PlanConfig:
     search: bool = option(False, "plan: look for the fastest layouts of plan.gpus that fit, too")
     top: int = option(5, at_least(1), "plan.search: layouts that are shown")
     output: str | None = option(None, "plan: JSON file that the plan is written to as well")
-    lengths: list[int] = option([], "plan: lengths of documents where data.train is not there; empty: full rows")
+    lengths: list[int] = option(
+        [], each_at_least(1), "plan: lengths of documents where data.train is not there; empty: full rows"
+    )
     samples: int | None = option(
         None, at_least(1), "plan: conversations of the corpus where data.train is not there; prompts to draw for"
     )

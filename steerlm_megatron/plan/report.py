@@ -75,6 +75,11 @@ class Plan:
         return max(stage.total for stage in self.stages) + RESERVED
 
     @property
+    def lacking(self) -> str | None:
+        """What there is no room for, in words; None if all fits."""
+        return None if self.fits else f"{self.peak / GIB:.1f} GiB of {self.hardware.memory / GIB:.1f}"
+
+    @property
     def fits(self) -> bool:
         return self.peak <= self.hardware.memory
 

@@ -107,9 +107,20 @@ class ServingPlan:
         return max(stage.total for stage in self.stages) + RESERVED
 
     @property
+    def lacking(self) -> str | None:
+        """What there is no room for, in words; None if all fits: where responses are drawn, one sequence at least."""
+        if self.peak > self.hardware.memory:
+            return f"{self.peak / GIB:.1f} GiB of {self.hardware.memory / GIB:.1f}"
+        if self.task.draws and not self.holds:
+            return (
+                f"generation.memory_fraction={self.task.generation.memory_fraction:g} of what is left beside the model "
+                f"holds no sequence of {self.sequence:,} tokens"
+            )
+        return None
+
+    @property
     def fits(self) -> bool:
-        """Whether there is room, for one sequence of full length at least where responses are drawn."""
-        return self.peak <= self.hardware.memory and (self.holds > 0 or not self.task.draws)
+        return self.lacking is None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
@@ -164,7 +175,8 @@ def _add_cache(made: ServingPlan, net: Net, parallel: ParallelConfig, precision:
     made.sequence = min(wanted.max_sequence_tokens, net.model.max_position)
     needed = -(-made.sequence // size)
     block = kv_cache_bytes(net.model, parallel, size, precision)
-    free = made.hardware.memory - RESERVED - max(stage.weights + stage.work for stage in made.stages)
+    # The engine looks at what is free before its first pass, of which memory_fraction leaves the room.
+    free = made.hardware.memory - RESERVED - max(stage.weights for stage in made.stages)
     fitting = max(0, int(free * wanted.memory_fraction) // block)
     if wanted.max_cache_tokens is not None:
         made.blocks = max(-(-wanted.max_cache_tokens // size), needed)

@@ -50,10 +50,12 @@ class Workload:
         return rows if self.rows is None else min(rows, self.rows)
 
 
-def stated(config: Config) -> Workload:
-    """Return the workload of ``plan.lengths``, ``plan.samples`` and ``plan.loss_share``; full rows without lengths."""
-    row_tokens, share = config.train.row_tokens, config.plan.loss_share
-    lengths = [min(length, row_tokens) for length in config.plan.lengths if length > 0] or [row_tokens]
+def stated(config: Config, row_tokens: int | None = None) -> Workload:
+    """Return the workload of ``plan.lengths``, ``plan.samples`` and ``plan.loss_share``; full rows without lengths.
+    ``row_tokens``: of a row; None: ``train.row_tokens``.
+    """
+    row_tokens, share = row_tokens or config.train.row_tokens, config.plan.loss_share
+    lengths = [min(length, row_tokens) for length in config.plan.lengths] or [row_tokens]
     many = np.resize(np.array(lengths, np.int64), max(_DRAWN, len(lengths)))
     source = "plan.lengths" if config.plan.lengths else "rows of one document each (plan.lengths is empty)"
     return packed(many, row_tokens, share, config.plan.samples, source)

@@ -41,8 +41,8 @@ def plan(arguments: Sequence[str]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks of a plan are on no device
     made = plan_of(arguments)
     print(text(made) if isinstance(made, Plan) else made.text())
-    if not made.fits:
-        raise UserError(f"does not fit: {made.peak / memory.GIB:.1f} GiB of {made.hardware.memory / memory.GIB:.1f}")
+    if made.lacking is not None:
+        raise UserError(f"does not fit: {made.lacking}")
 
 
 def plan_of(arguments: Sequence[str]) -> Plan | ServingPlan:
@@ -71,7 +71,10 @@ def plan_of(arguments: Sequence[str]) -> Plan | ServingPlan:
     made: Plan | ServingPlan
     made = training_plan(config, ranks) if command in trains else plan_of_serving(config, ranks)
     if config.plan.output is not None:
-        write_json_atomic(Path(config.plan.output), made.to_dict())
+        try:
+            write_json_atomic(Path(config.plan.output), made.to_dict())
+        except OSError as error:
+            raise UserError(f"plan.output={config.plan.output} cannot be written ({error.strerror})") from None
     return made
 
 

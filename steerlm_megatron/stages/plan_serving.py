@@ -22,8 +22,8 @@ from steerlm_megatron.plan.serving import (
     propose,
     serving_plan,
 )
-from steerlm_megatron.plan.workload import packed, stated
-from steerlm_megatron.stages.session import check_layout
+from steerlm_megatron.plan.workload import stated
+from steerlm_megatron.stages.session import check_layout, check_task
 
 DRAWING = ("generate", "bootstrap", "serve")
 SCORING = ("annotate", "weigh")
@@ -80,12 +80,8 @@ def _net(config: Config) -> Net:
         from steerlm_megatron.stages.base import open_base
 
         meta = open_base(config.checkpoint, "checkpoint").meta
+        check_task(meta, "ap" if scores else "lm", f"checkpoint={config.checkpoint}")
         head = len((meta.schema or {}).get("names", ())) or 1 if meta.task == "ap_regression" else None
-        if head is not None and not scores:
-            raise UserError(
-                f"checkpoint={config.checkpoint} holds an attribute-prediction model; {config.command} takes a "
-                "language model"
-            )
         return Net(meta.model_config(), meta.vocab_size, head)
     if config.plan.vocab_size is None:
         raise UserError("set checkpoint, or an experiment (or model=NAME) with plan.vocab_size for a model to come")
@@ -116,14 +112,7 @@ def _task(config: Config, net: Net) -> Task:
             replace(limits),
         )  # fmt: skip
     tokens = config.scoring.batch_tokens or SCORED_TOKENS["cuda"]
-    if plan.lengths:
-        import numpy as np
-
-        lengths = np.resize(np.minimum(np.array(plan.lengths, np.int64), tokens), max(20_000, len(plan.lengths)))
-        work = packed(lengths, tokens, plan.loss_share, plan.samples, "plan.lengths")
-    else:
-        config.train.row_tokens = tokens
-        work = stated(config)
+    work = stated(config, tokens)
     length = work.tokens / work.samples
     share = plan.loss_share
     outputs = 0 if net.attributes is not None else max(1, round(tokens * share))

@@ -240,10 +240,8 @@ def open_checkpoint(
     """
     base = open_base(path, key)
     folder, meta = base.folder, base.meta
-    if head is not None and meta.predicts != (head == "ap"):
-        wanted = "an attribute-prediction model (train_ap)" if head == "ap" else "a language model (train_sft)"
-        held = "an attribute-prediction model" if meta.predicts else "a language model"
-        raise UserError(f"{key}={path} holds {held} (task '{meta.task}'), needed is {wanted}")
+    if head is not None:
+        check_task(meta, head, f"{key}={path}")
     if base.hf is not None and base.hf.head == "regression":
         return _open_classifier(base, base.hf, key, asked, attributes)
     if base.hf is not None:
@@ -363,6 +361,14 @@ def requested_best(config: Config, schema: AttributeSchema) -> dict[str, int]:
         if chosen.names and set(chosen.names) != set(schema.names):
             remedy = f"; attributes={chosen.name} is not what the checkpoint was trained with: leave it out"
         raise UserError(f"attributes.best: {error}{remedy}") from None
+
+
+def check_task(meta: CheckpointMeta, head: str, where: str) -> None:
+    """Refuse a model of another task than ``head`` (``lm`` or ``ap``); ``where`` is the key and its value."""
+    if meta.predicts != (head == "ap"):
+        wanted = "an attribute-prediction model (train_ap)" if head == "ap" else "a language model (train_sft)"
+        held = "an attribute-prediction model" if meta.predicts else "a language model"
+        raise UserError(f"{where} holds {held} (task '{meta.task}'), needed is {wanted}")
 
 
 def check_layout(model: ModelConfig, layout: ParallelConfig, key: str) -> None:
