@@ -177,7 +177,7 @@ FAULTS: dict[str, tuple[Callable[[Bench, str, str], None], tuple[str, ...]]] = {
     "term": (cancel_term, ()),
     "kill_rank": (kill_rank, ()),
     "kill_slurmd": (kill_slurmd, ()),
-    # The ranks go on until SLURM takes the node for lost, which is a minute: the run has to be longer than that.
+    # The ranks go on until SLURM takes the node for lost: 60 steps were over before, on a fast machine.
     "kill_slurmd_of_the_batch_script": (kill_slurmd_alone, ("train.steps=1200", "train.save_every_steps=400")),
     "preempted": (preempt, ()),
     "dependent": (time_limit, ("cluster.requeue=dependent",)),
