@@ -225,17 +225,21 @@ def state_bytes(engine: EngineConfig, parameters: int, trainable: int, ranks: in
     return State(weights, kept, 0, host)
 
 
-def zero_buffers(engine: EngineConfig, parameters: int, trainable: int, overlap: bool = True) -> int:
+def zero_buffers(
+    engine: EngineConfig, parameters: int, trainable: int, *, overlap: bool = True, least: bool = False
+) -> int:
     """Return the bytes of ZeRO's buffers on one rank, beside what :func:`state_bytes` counts.
 
     DeepSpeed allocates the bucket in which gradients are reduced as a whole: in stage 3 in the fp32 of communication,
     else in the weights' precision and, with ``overlap`` (on GPUs), twice. In stage 3, gathered weights stay as long as
     there are fewer than its limit, and those that are fetched ahead are there twice, as they come and in their shape.
+    ``least``: only what is there on every device, one bucket.
     """
     size, bucket = BYTES[engine.precision], min(ZERO_BUCKET, trainable)
+    gathered = size * (min(ZERO_LIVE, parameters) + min(ZERO_PREFETCH, parameters))
     if engine.zero_stage == 3:
-        return 4 * bucket + size * (min(ZERO_LIVE, parameters) + min(ZERO_PREFETCH, parameters))
-    return bucket * size * (2 if overlap else 1)
+        return 4 * bucket + (0 if least else gathered)
+    return bucket * size * (2 if overlap and not least else 1)
 
 
 def checkpoint_bytes(

@@ -49,13 +49,16 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the formulas need to know of a run: its ranks, its vocabulary, and a micro-batch."""
+    """What the formulas need to know of a run: its ranks, its vocabulary, and a micro-batch. ``least``: only what is
+    certain is counted, for a check that refuses nothing that fits.
+    """
 
     ranks: int
     vocab_size: int
     attributes: int | None
     micro_batches: int
     targets: int
+    least: bool = False
 
     def data(self, parallel: ParallelConfig) -> int:
         return max(1, self.ranks // (parallel.tensor * parallel.pipeline * parallel.context))
@@ -81,7 +84,7 @@ def stage_memory(config: Config, run: Layout, stage: int) -> StageMemory:
         kept = one.work  # nothing is kept of a frozen model
     buffers = 0
     if engine.name == "deepspeed" and trainable:
-        buffers = zero_buffers(engine, parameters, trainable)
+        buffers = zero_buffers(engine, parameters, trainable, least=run.least)
     logits = one.logits if stage == parallel.pipeline - 1 else 0
     return StageMemory(stage, parameters, trainable, state, kept, logits, buffers)
 
@@ -98,14 +101,17 @@ def layout_of(
     attributes: int | None = None,
     samples_per_row: float = 1.0,
     targets: int | None = None,
+    least: bool = False,
 ) -> Layout:
-    """Return what the formulas need. ``targets``: most tokens with loss in a row; None: all of them."""
+    """Return what the formulas need. ``targets``: most tokens with loss in a row; None: all of them. ``least``: see
+    :class:`Layout`.
+    """
     p, t = config.parallel, config.train
     data = max(1, ranks // (p.tensor * p.pipeline * p.context))
     rows = max(1, round(t.global_batch_samples / samples_per_row))
     micro = min(t.micro_batch_rows, -(-rows // data))
     wanted = t.micro_batch_rows * (t.row_tokens if targets is None else targets)
-    return Layout(ranks, vocab_size, attributes, -(-rows // (data * micro)), wanted)
+    return Layout(ranks, vocab_size, attributes, -(-rows // (data * micro)), wanted, least)
 
 
 def check_before_launch(config: Config, ranks: int) -> None:
@@ -119,7 +125,7 @@ def check_before_launch(config: Config, ranks: int) -> None:
         return
     gpu = hardware(config.plan.hardware)
     attributes = head_values(config)
-    run = layout_of(config, ranks, config.plan.vocab_size or 1, attributes, targets=1)  # at least that is certain
+    run = layout_of(config, ranks, config.plan.vocab_size or 1, attributes, targets=1, least=True)
     host = int(1e9 * gpu.host_memory_gb)
     refuse_what_cannot_fit(config, run, gpu.memory, f"plan.hardware={gpu.name}", host, gpu.gpus_per_node)
 

@@ -221,7 +221,7 @@ def check_memory(here: Session, vocab_size: int) -> None:
     if not has_cuda():
         where = f"a rank's share of this host's memory ({ranks} of them)" if ranks > 1 else "this host"
     # The fewest tokens with loss and the most samples in a row: what is refused cannot fit, whatever the data are.
-    run = layout_of(config, here.layout.world_size, vocab_size, attributes, targets=1)
+    run = layout_of(config, here.layout.world_size, vocab_size, attributes, targets=1, least=True)
     refuse_what_cannot_fit(config, run, share, where, host, ranks)
 
 

@@ -271,6 +271,19 @@ def test_what_cannot_fit_is_refused_with_a_layout_that_does() -> None:
         )
 
 
+def test_the_check_counts_of_zero_what_is_certain() -> None:
+    """By hand: 13e9 parameters are more than the bucket of 5e8, and than the 1e9 of which DeepSpeed keeps gathered."""
+    bucket = 500_000_000
+    for stage, planned, certain in ((2, 2 * 2 * bucket, 2 * bucket), (3, 4 * bucket + 2 * 1_050_000_000, 4 * bucket)):
+        made = config(data=16)
+        made.engine = EngineConfig(name="deepspeed", zero_stage=stage, precision="bf16")
+        for least, expected in ((False, planned), (True, certain)):
+            assert memory.largest(made, memory.layout_of(made, 16, 32000, least=least)).buffers == expected
+    made.model = replace(MODEL)
+    small = memory.largest(made, memory.layout_of(made, 16, 500, least=True))
+    assert small.buffers == 4 * small.trainable, "no bucket is larger than what is trained"
+
+
 def test_search_says_what_is_fast_and_why_others_fall() -> None:
     made = config()
     made.train.global_batch_samples = 8
