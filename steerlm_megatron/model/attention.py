@@ -244,12 +244,8 @@ def _varlen_function(windowed: bool) -> Callable[..., torch.Tensor] | None:
             extra["scale"] = scale
         if not has_scale:  # it scales by H^-1/2
             q_TNH = q_TNH * (scale * q_TNH.shape[-1] ** 0.5)
-        if q_TNH.shape[1] != k_TGH.shape[1]:
-            if has_gqa:
-                extra["enable_gqa"] = True
-            else:
-                repeat = q_TNH.shape[1] // k_TGH.shape[1]
-                k_TGH, v_TGH = k_TGH.repeat_interleave(repeat, 1), v_TGH.repeat_interleave(repeat, 1)
+        if has_gqa and q_TNH.shape[1] != k_TGH.shape[1]:  # older versions take groups without being told
+            extra["enable_gqa"] = True
         cu, cu_keys = packed.cu_seqlens, packed.cu_keys if packed.cu_keys is not None else packed.cu_seqlens
         assert cu is not None and cu_keys is not None
         # Where a document has more keys than queries, flash attention lets its last query see its last key.

@@ -10,6 +10,7 @@ and gradients as the formula, to rounding; tests compare both in float64.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,8 @@ from steerlm_megatron.runtime.device import on_gpu
 
 _silu_backward = torch.ops.aten.silu_backward.grad_input
 _gelu_backward = torch.ops.aten.gelu_backward.grad_input
+
+_MOST_KERNELS = 64  # of one formula, by inner sizes
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -63,8 +66,24 @@ def _rms_norm_formula(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> to
 
 @functools.cache
 def _compiled(formula: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """One kernel for any number of tokens: rows differ in it."""
-    return torch.compile(formula, dynamic=True)
+    """One kernel for any number of tokens, in which rows differ, and for each size of the other dimensions.
+
+    A kernel that knows the inner sizes reads memory in wide pieces and needs no division to find a number's place: with
+    inner sizes that it learnt when called, SwiGLU's backward pass ran at a fifth of an H200's memory rate
+    (``benchmarks/gpu.md``).
+    """
+    kernel = torch.compile(formula, dynamic=False)
+    # A kernel for widths of the model and of heads, for one token, with gradients and without: more than torch's limit.
+    dynamo = importlib.import_module("torch._dynamo")
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MOST_KERNELS)
+
+    def call(*inputs: Any) -> torch.Tensor:
+        for x in inputs:
+            if isinstance(x, torch.Tensor) and x.ndim > 1:
+                dynamo.maybe_mark_dynamic(x, 0)
+        return kernel(*inputs)
+
+    return call
 
 
 class _Rotate(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Patches for running Megatron-Core without CUDA, Transformer Engine or Apex.
 
 Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. Where CUDA is available, only
-the patches of the checkpoint's writer and of gradient clipping are applied. Does not own: the names of the replaced
+the patches of the checkpoint's writer, of gradient clipping and of gradient accumulation are applied. Does not own: the names of the replaced
 functions and classes (``mcore_private.py``). Invariant: :func:`apply` is idempotent and is called before the first
 Megatron-Core object is built.
 
@@ -174,6 +174,24 @@ def _patch_clipping() -> None:
         mcore_private.SCALE.set(scale)
 
 
+def add_weight_gradient(input_TD: torch.Tensor, grad_TF: torch.Tensor, sum_FD: torch.Tensor) -> None:
+    """Add a weight's gradient, ``grad_TF``ᵀ · ``input_TD``, to ``sum_FD`` in the matrix product itself, in its float32
+    arithmetic. The inputs have one dtype: that of ``sum_FD``, or on a GPU bf16 beside float32.
+    """
+    if input_TD.dtype is sum_FD.dtype:
+        sum_FD.addmm_(grad_TF.t(), input_TD)
+    else:
+        torch.ops.aten.addmm.dtype_out(sum_FD, grad_TF.t(), input_TD, sum_FD.dtype, out=sum_FD)
+
+
+def _patch_gradient_accumulation() -> None:
+    """Have torch's matrix product do on a GPU what Megatron-Core expects of Apex's extension. Without, every weight's
+    gradient is written in bf16, rounded, and added to the fp32 sum by a kernel of its own.
+    """
+    if not mcore_private.can_fuse_gradient_accumulation() and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        mcore_private.accumulate_gradients_by(add_weight_gradient)
+
+
 def _patch_checkpoint_writer() -> None:
     """Make a rank write its part of a checkpoint from threads instead of processes.
 
@@ -213,6 +231,7 @@ def apply() -> None:
     _patch_checkpoint_writer()
     _patch_clipping()
     if has_cuda():
+        _patch_gradient_accumulation()
         return
     _patch_torch_cuda()
     _patch_literals()

@@ -14,6 +14,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -191,8 +192,19 @@ _name(
 
 
 def can_fuse_gradient_accumulation() -> bool:
-    """Whether the kernel is installed that adds weight gradients to the fp32 ones in the matrix product (Apex's)."""
+    """Whether there is a matrix product that adds weight gradients to the fp32 ones: Apex's, or the one in its place
+    (:func:`accumulate_gradients_by`).
+    """
     return bool(_FUSION_AVAILABLE.get())
+
+
+def accumulate_gradients_by(product: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]) -> None:
+    """Have linear layers add their weights' gradients by ``product(inputs [T, D], output gradients [T, F], fp32
+    gradients [F, D])``, in the place of Apex's extension.
+    """
+    layers = importlib.import_module(f"megatron.core.{_FUSION_AVAILABLE.module}")
+    vars(layers)["fused_weight_gradient_mlp_cuda"] = SimpleNamespace(wgrad_gemm_accum_fp32=product)
+    _FUSION_AVAILABLE.set(True)
 
 
 def range_of(optimizer: Any, parameter: torch.nn.Parameter) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from steerlm_megatron.model.attention import attend_sdpa, attention_backend
 from steerlm_megatron.model.gpt import transformer_config
 from steerlm_megatron.model.inputs import on_device
 from steerlm_megatron.runtime import parallel
+from steerlm_megatron.runtime.mcore_compat import add_weight_gradient
 from tests.helpers.engines import (
     MODEL,
     OPTIM,
@@ -82,6 +83,18 @@ def test_training_on_the_gpu_is_the_references(objective: str, exact: None) -> N
     assert [r.loss for r in found] == pytest.approx([loss for loss, _ in expected], abs=1e-5)
     params = unsplit([shards([chunk.module for chunk in engine.chunks])])
     assert max(float((p.cpu() - reference.params[name]).abs().max()) for name, p in params.items()) <= 1e-5
+
+
+def test_weight_gradients_are_added_in_float32() -> None:
+    """The sum is that of exact products of bf16 inputs: each of them loses nothing by being written in bf16."""
+    g = torch.Generator().manual_seed(0)
+    inputs, grads = (torch.randn(4, 300, size, generator=g).cuda().bfloat16() for size in (64, 96))
+    found = torch.randn(96, 64, generator=g).cuda()
+    expected = found.double()
+    for input_TD, grad_TF in zip(inputs, grads, strict=True):
+        add_weight_gradient(input_TD, grad_TF, found)
+        expected += grad_TF.double().t() @ input_TD.double()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)  # bf16 would be off by 1e-1
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +10,14 @@ from megatron.core.tensor_parallel import layers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from steerlm_megatron.model.weights import initial_weights
+from steerlm_megatron.runtime.mcore_compat import add_weight_gradient
+from steerlm_megatron.runtime.mcore_private import accumulate_gradients_by
 from tests.helpers.engines import VOCAB, Case, bare, make, step_batches
 
 
-def test_weight_gradients_are_accumulated_by_the_matrix_product_where_apex_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torch in the place of Apex's extension, parameters are the same and every product's gradient goes through
-    it.
+def test_weight_gradients_are_accumulated_by_the_matrix_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With torch's product in the place of Apex's extension, as on GPUs, parameters are the same and every product's
+    gradient goes through it.
     """
 
     def trained() -> dict[str, torch.Tensor]:
@@ -30,11 +31,11 @@ def test_weight_gradients_are_accumulated_by_the_matrix_product_where_apex_is(mo
 
     def accumulate(inputs: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
         calls.append(main_grad.shape)
-        main_grad.add_(grad_output.t() @ inputs)
+        add_weight_gradient(inputs, grad_output, main_grad)
 
-    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
-    extension = SimpleNamespace(wgrad_gemm_accum_fp32=accumulate)
-    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", extension, raising=False)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)  # both go back after the test
+    monkeypatch.setattr(layers, "fused_weight_gradient_mlp_cuda", None, raising=False)
+    accumulate_gradients_by(accumulate)
     fused = trained()
     linear = [name for name in plain if "linear_" in name and "weight" in name and "norm" not in name]
     assert len(calls) == 2 * 4 * (len(linear) + 1), "steps x micro-batches x products, the output layer's too"
