@@ -114,6 +114,6 @@ def _job(command: str, cfg: Any) -> None:
         return
     cost.process_began(psutil.Process().create_time())
     importlib.import_module(f"steerlm_megatron.stages.{COMMANDS[command].module}").run(config)
-    if world is not None and "steerlm_megatron.runtime.parallel" in sys.modules:
-        # A rank that ends while another one still waits for it would make the other one abort.
+    if "steerlm_megatron.runtime.parallel" in sys.modules:
+        # A rank that ends while another one still waits for it would make the other one abort; NCCL wants it of one too.
         sys.modules["steerlm_megatron.runtime.parallel"].shutdown()

@@ -418,14 +418,17 @@ def _varlen(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, ma
 def _varlen_2_10(
     query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, is_causal: bool = False
 ) -> Any:
-    return _varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=is_causal)
+    # The first two versions hand grouped heads to the kernel without a word; it takes them (tests/gpu/test_cuda.py).
+    return _varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=is_causal, enable_gqa=True)
 
 
 def _varlen_2_11(
     query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, *,
     scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
 ) -> Any:  # fmt: skip
-    return _varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+    return _varlen(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=True
+    )
 
 
 def _varlen_2_13(
