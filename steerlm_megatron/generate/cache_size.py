@@ -32,6 +32,7 @@ class GenerationLike(Protocol):
     block_tokens: int
     chunk_tokens: int | None
     admission: str
+    cuda_graphs: bool
 
 
 def free_memory(device: torch.device) -> int:
@@ -101,6 +102,7 @@ def limits_for(
         block_tokens=size,
         chunk_tokens=chunk_tokens(wanted, device),
         reserve=wanted.admission == "reserve",
+        cuda_graphs=wanted.cuda_graphs,
         overlap=device.type == "cuda" and group.size == 1,  # other ranks get tokens by way of the host
     )
 

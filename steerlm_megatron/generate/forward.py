@@ -37,6 +37,8 @@ class CachedForward:
         self.shape: CacheShape = self.model.cache_shape()
         self.device, self.dtype = next(model.parameters()).device, self.shape.dtype
         self._path = InferencePath(model) if InferencePath.takes(model) else None
+        # Whether weights are bound once, so that a pass is a fixed list of operations for a number of tokens.
+        self.bound = self._path is not None
         self._hidden_size: int = getattr(config, "hidden_size", 0)
 
     def __call__(self, ids_T: torch.Tensor, packed: PackedTokens) -> torch.Tensor | None:

@@ -13,9 +13,12 @@ without any transposition.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,6 +64,7 @@ class _Step:
     singles: list[Span]  # sequences with one token, which come first
     longer: list[Span]
     slots_T: torch.Tensor  # where each token's keys and values go
+    rows_BX: torch.Tensor | None = None  # of the single tokens, where kernels read blocks (KVCache.rows)
     calls: dict[int | None, list[_Call]] = field(default_factory=dict)  # of the single tokens, by window
     gathered: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)  # blocks of a longer span
     masks: Masks = field(default_factory=dict)
@@ -103,6 +107,13 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return raw[first : first + length].view(dtype).view(size)
 
 
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The module of kernels that read blocks where they lie; None where Triton has none for the device."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("steerlm_megatron.generate.paged_kernels")
+
+
 class KVCache:
     """The blocks of all layers of this rank. Per step: :meth:`begin`, then one :meth:`attend` per layer."""
 
@@ -111,7 +122,9 @@ class KVCache:
         of 0, and 0 × NaN is NaN.
         """
         self.shape, self.blocks, self.block_tokens, self.device = shape, blocks, block_tokens, device
-        size = (2, shape.groups, blocks, block_tokens, shape.head_dim)
+        self.kernels: Any = _kernels(device)
+        # One block more than sequences have, for the rows that fill a batch up (cuda_graphs.py).
+        size = (2, shape.groups, blocks + (self.kernels is not None), block_tokens, shape.head_dim)
         self._layers = {n: _zeros(size, shape.dtype, device) for n in shape.layers}
         self._slots = {n: layer.flatten(2, 3).unbind(0) for n, layer in self._layers.items()}  # views: [G, slots, H]
         # On CPU two batched products beat SDPA several times at one query per head (measured: 0.8 against 2.2 ms, 64 ×
@@ -145,7 +158,34 @@ class KVCache:
         slots_T += positions_T % self.block_tokens
         both_2T = to_device(np.stack([slots_T, positions_T]), self.device)
         self._step = _Step(list(singles), list(longer), both_2T[0])
+        if self.kernels is not None and singles:
+            rows = self.rows(tables, rows_T[: len(singles)], positions_T[: len(singles)])
+            self._step.rows_BX = to_device(rows, self.device)
         return both_2T[1]
+
+    def rows(self, tables: BlockTables, rows_B: np.ndarray, positions_B: np.ndarray) -> np.ndarray:
+        """Return what kernels are told of sequences that are fed one token, int32 [B, 2 + blocks]: the slot of its keys
+        and values, its position, and the sequence's blocks. ``rows_B``: the sequences' rows in ``tables``.
+        """
+        size = self.block_tokens
+        rows = np.empty((len(rows_B), 2 + tables.blocks.shape[1]), np.int32)
+        rows[:, 2:] = tables.blocks[rows_B]
+        rows[:, 0] = tables.blocks[rows_B, positions_B // size] * size + positions_B % size
+        rows[:, 1] = positions_B
+        return rows
+
+    def spare_row(self, longest: int) -> np.ndarray:
+        """Return the same, int32 [2 + longest], of a sequence of one token that is in no sequence's blocks."""
+        row = np.full(2 + longest, self.blocks, np.int32)
+        row[0], row[1] = self.blocks * self.block_tokens, 0
+        return row
+
+    def begin_rows(self, rows_BX: torch.Tensor) -> torch.Tensor:
+        """Do what :meth:`begin` does for sequences that are fed one token each, of which :meth:`rows` are on the device
+        already: the tensor may get other values before what reads it is run once more. Returns positions, int32 [B].
+        """
+        self._step = _Step([], [], rows_BX[:, 0], rows_BX)
+        return rows_BX[:, 1]
 
     def attend(
         self,
@@ -165,9 +205,12 @@ class KVCache:
         step = self._step
         assert step is not None, "begin() before attend()"
         layer = self._layers[layer_number]
-        for slots_GSH, new_TGH in zip(self._slots[layer_number], (k_TGH, v_TGH), strict=True):
-            slots_GSH.index_copy_(1, step.slots_T, new_TGH.transpose(0, 1))
-        n = len(step.singles)
+        if self.kernels is not None:
+            self.kernels.store(layer, step.slots_T, k_TGH, v_TGH)
+        else:
+            for slots_GSH, new_TGH in zip(self._slots[layer_number], (k_TGH, v_TGH), strict=True):
+                slots_GSH.index_copy_(1, step.slots_T, new_TGH.transpose(0, 1))
+        n = len(step.singles) if step.rows_BX is None else len(step.rows_BX)
         outputs = [self._decode(step, layer, q_TNH[:n], scale, window, softcap)] if n else []
         start = n
         for i, span in enumerate(step.longer):
@@ -205,6 +248,9 @@ class KVCache:
         softcap: float | None,
     ) -> torch.Tensor:
         """Attention of single tokens, each over its own sequence's blocks."""
+        if step.rows_BX is not None:
+            found_BNH: torch.Tensor = self.kernels.attend(layer, step.rows_BX, q_BNH, scale, window, softcap)
+            return found_BNH
         calls = step.calls.get(window)
         if calls is None:
             calls = step.calls[window] = self._plan_calls(step.singles, layer, window)

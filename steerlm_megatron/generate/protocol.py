@@ -188,6 +188,7 @@ class Limits:
     chunk_tokens: int = 256  # tokens of prompts that a step takes beside the sequences that decode
     reserve: bool = False  # a sequence is admitted only with room for all of its tokens
     overlap: bool = False  # a step is queued before the tokens of the step before it are read
+    cuda_graphs: bool = True  # on a GPU, a step that decodes is recorded once for a size of batch
 
     def checked(self) -> Limits:
         """Return self, or raise UserError if no request could ever run."""

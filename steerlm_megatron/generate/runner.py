@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from steerlm_megatron.generate.cuda_graphs import DecodeGraphs
 from steerlm_megatron.generate.drawn import Drawn
 from steerlm_megatron.generate.forward import CachedForward
 from steerlm_megatron.generate.group import ModelGroup
@@ -96,7 +97,12 @@ class StepRunner:
         self.sampler = BatchSampler(vocabulary.size, sorted(vocabulary.banned_ids), self.device)
         self._rows: list[_Row] = []
         self._last_R = torch.zeros(0, dtype=torch.int64, device=self.device)  # the token that each row got last
-        self._tables = BlockTables(limits.max_batch, limits.blocks_for(limits.max_sequence_tokens))
+        longest = limits.blocks_for(limits.max_sequence_tokens)
+        self._tables = BlockTables(limits.max_batch, longest)
+        self._graphs: DecodeGraphs | None = None
+        # Messages between ranks are no part of a graph.
+        if limits.cuda_graphs and self.cache.kernels is not None and self._compute.bound and group.size == 1:
+            self._graphs = DecodeGraphs(self._decode, self.cache, limits.max_batch, longest)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -105,7 +111,8 @@ class StepRunner:
         before this one is read. Collective over the replica.
         """
         self._change_rows(plan)
-        fed = self._forward(dict(plan.chunks))
+        decodes = self._graphs is not None and not plan.chunks and self._rows
+        fed = self._forward_by_graph() if decodes else self._forward(dict(plan.chunks))
         scored_TX = self._score_prompts(fed) if fed.scores else None
         found_KX = self._draw(fed) if fed.rows else torch.zeros((0, 2), dtype=torch.float64)
         if plan.copies:
@@ -182,6 +189,20 @@ class StepRunner:
         except Exception:
             log.exception("drawing tokens for a batch raised; each row is drawn on its own")
         return self.sampler.sample_each(params, logits_KV, drawn)
+
+    def _forward_by_graph(self) -> _Fed:
+        """Feed each row the token that it got last."""
+        assert self._graphs is not None
+        logits_BV = self._graphs(self._last_R, self._tables, np.array([row.length for row in self._rows]))
+        for row in self._rows:
+            row.length += 1
+        return _Fed(logits_BV, list(self._rows), [], [])
+
+    def _decode(self, ids_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
+        """Return the logits [B, V] after a token of each sequence that the cache has been told of."""
+        logits_BV = self._compute(ids_B, PackedTokens(positions_T=positions_B, kv=self.cache))
+        assert logits_BV is not None
+        return logits_BV
 
     def _forward(self, chunks: dict[int, int]) -> _Fed:
         """Feed each row its tokens."""

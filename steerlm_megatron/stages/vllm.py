@@ -63,7 +63,7 @@ def open_vllm(here: Session, opened: OpenedCheckpoint, max_queue: int | None = N
         chunk_tokens=limits.chunk_tokens,
         cache_bytes=cache_bytes,
         memory_share=share,
-        eager=device().type != "cuda",
+        eager=device().type != "cuda" or not here.config.generation.cuda_graphs,
         devices=devices,
     )
     vllm: Vllm | None = None
