@@ -301,7 +301,7 @@ def training_step(
     """Measure steps of one model on micro-batches of ``micro_rows`` rows; ``engine`` are keys of its configuration."""
     from benchmarks import train_packed
 
-    precision, vocab, row, tokens = ("fp32", 512, 128, 400) if findings.tiny else ("bf16", 32000, 4096, 65536)
+    precision, vocab, row, tokens = ("fp32", 512, 128, 400) if findings.tiny else ("bf16", 32000, 4096, 128000)
     if shape == "3b":
         tokens //= 2
     start = time.perf_counter()
@@ -474,12 +474,15 @@ def part_decode(findings: Findings) -> None:
     measure("1b batch 1", partial(run, "1b", 1, prompt, new // 2), 5)
     measure("1b batch 256", partial(run, "1b", 4 * batch, prompt // 2, new), 12)
     measure("1b batch 64, mixed lengths", partial(run, "1b", batch, prompt, new, mixed=True), 8)
-    measure("1b batch 64, mixed lengths, no cudnn", partial(run, "1b", batch, prompt, new, cudnn=False, mixed=True), 8)
-    measure("1b batch 64, no cudnn", partial(run, "1b", batch, prompt, new, cudnn=False), 8)
-    measure("1b batch 64, compile=false", partial(run, "1b", batch, prompt, new, compiled=False), 10)
-    measure("7b batch 64", partial(run, "7b", batch, prompt, new), 15)
+    measure("1b batch 64, greedy", partial(run, "1b", batch, prompt, new, temperature=0.0), 8)
+    measure("1b batch 64, no graphs", partial(run, "1b", batch, prompt, new, graphs=False), 8)
+    ragged = 2 * batch
+    measure("1b ragged", partial(decoding.ragged, ragged, prompt, new), 10)
+    measure("1b batch 64, compile=false", partial(run, "1b", batch, prompt, new, compiled=False), 8)
+    measure("7b batch 64", partial(run, "7b", batch, prompt, new, profile=True), 15)
     measure("7b batch 1", partial(run, "7b", 1, prompt, new // 2), 6)
     decoding.forget()
+    measure("transformers 1b ragged (generate, left padding)", partial(decoding.ragged_by_peer, ragged, prompt, new), 15)
     name = "transformers 1b batch 64 (generate, dynamic cache)"
     measure(name, partial(decoding.theirs, batch, prompt, new), 12)
 
@@ -520,20 +523,19 @@ class Decoding:
         return self.models[shape, compiled]
 
     def run(
-        self, shape: str, batch: int, prompt: int, new: int, *, compiled: bool | None = None, cudnn: bool = True,
-        profile: bool = False, mixed: bool = False,
+        self, shape: str, batch: int, prompt: int, new: int, *, compiled: bool | None = None, graphs: bool = True,
+        profile: bool = False, mixed: bool = False, temperature: float = 1.0,
     ) -> dict[str, Any]:  # fmt: skip
         """Measure ``batch`` responses of ``new`` tokens to prompts of ``prompt`` tokens (``mixed``: half as many to
-        all), drawn twice. ``cudnn`` lets SDPA take cuDNN's kernels.
+        all), drawn twice.
         """
         from steerlm_megatron.generate.generator import Generator
         from steerlm_megatron.generate.protocol import Limits, Request, SamplingParams
 
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         model = self.model(shape, compiled)
         limits = Limits(
             batch, 4096, max_cache_tokens=max(4096, batch * (prompt + new + 64) * 2), chunk_tokens=8192,
-            overlap=torch.cuda.is_available(),
+            overlap=torch.cuda.is_available(), cuda_graphs=graphs,
         )  # fmt: skip
         generator = Generator(model, Numbers(self.vocab), NoTemplate(), limits)
         g = torch.Generator().manual_seed(0)
@@ -542,7 +544,7 @@ class Decoding:
         def requests() -> list[Request]:
             """Prompts that no step has seen, so that nothing of them is in the cache."""
             prompts = [tuple(torch.randint(1, self.vocab, (length,), generator=g).tolist()) for length in lengths]
-            return [Request(f"r{i}", ids, SamplingParams(max_tokens=new, seed=i)) for i, ids in enumerate(prompts)]
+            return [Request(f"r{i}", ids, SamplingParams(temperature, max_tokens=new, seed=i)) for i, ids in enumerate(prompts)]
 
         first = sum(step.seconds for step in drawn(generator, requests()))
         steps = drawn(generator, requests())
@@ -577,6 +579,59 @@ class Decoding:
         numbers = 2 * config.num_layers * (config.num_query_groups or config.num_heads) * head
         size = weights[0].element_size()
         return sum(p.numel() * p.element_size() for p in weights) + cached_tokens * numbers * size
+
+    def ragged_sizes(self, count: int, prompt: int, new: int) -> list[tuple[int, int]]:
+        """Return lengths of prompts, an eighth of ``prompt`` to all of it, and numbers of tokens to draw, a quarter of
+        ``new`` to twice ``new``: log-uniform, the lengths independent of the numbers.
+        """
+        g = torch.Generator().manual_seed(5)
+        share = torch.rand(2, count, generator=g)
+        lengths, numbers = (prompt * 8 ** (share[0] - 1)).int().tolist(), (new / 4 * 8 ** share[1]).int().tolist()
+        return list(zip((max(1, n) for n in lengths), (max(1, n) for n in numbers), strict=True))
+
+    def ragged(self, count: int, prompt: int, new: int) -> dict[str, Any]:
+        """Measure responses of different lengths to prompts of different lengths, greedy, of which up to 64 run at a
+        time.
+        """
+        from steerlm_megatron.generate.generator import Generator
+        from steerlm_megatron.generate.protocol import Limits, Request, SamplingParams
+
+        limits = Limits(64, 4096, max_cache_tokens=max(4096, 64 * (prompt + 2 * new)), chunk_tokens=2048,
+                        overlap=torch.cuda.is_available())  # fmt: skip
+        generator, g = Generator(self.model("1b", None), Numbers(self.vocab), NoTemplate(), limits), torch.Generator()
+        sizes, seconds = self.ragged_sizes(count, prompt, new), []
+        for _ in range(2):  # the first time, graphs are recorded
+            asked = [
+                Request(f"r{i}", tuple(torch.randint(1, self.vocab, (length,), generator=g).tolist()),
+                        SamplingParams(0.0, max_tokens=number, ignore_eos=True))
+                for i, (length, number) in enumerate(sizes)
+            ]  # fmt: skip
+            seconds += timed(lambda asked=asked: generator.generate(asked), 1)  # type: ignore[misc]
+        tokens = sum(number for _, number in sizes)
+        return {"tokens/s": round(tokens / seconds[1]), "first s": round(seconds[0], 2), "s": round(seconds[1], 2)}
+
+    def ragged_by_peer(self, count: int, prompt: int, new: int) -> dict[str, Any]:
+        """Measure the same with ``transformers.generate``: batches of 64 of like numbers of tokens to draw, prompts
+        padded on the left.
+        """
+        from steerlm_megatron.runtime.device import device, dtype_of
+
+        peer: Any = peer_on_device(self.shapes["1b"], self.vocab, "sdpa").to(dtype_of(self.precision)).eval()
+        sizes = sorted(self.ragged_sizes(count, prompt, new), key=lambda size: size[1])
+
+        @torch.inference_mode()
+        def draw(batch: list[tuple[int, int]], most: int) -> None:
+            longest = max(length for length, _ in batch)
+            ids = torch.randint(1, self.vocab, (len(batch), longest), device=device())
+            padding = torch.tensor([longest - length for length, _ in batch], device=device())
+            mask = (torch.arange(longest, device=device()) >= padding[:, None]).long()
+            peer.generate(ids, attention_mask=mask, max_new_tokens=most, min_new_tokens=most, do_sample=False,
+                          use_cache=True, pad_token_id=0, eos_token_id=None)  # fmt: skip
+
+        draw(sizes[:64], 4)
+        batches = [sizes[at : at + 64] for at in range(0, count, 64)]
+        took = timed(lambda: [draw(batch, batch[-1][1]) for batch in batches], 1)[0]
+        return {"tokens/s": round(sum(number for _, number in sizes) / took), "s": round(took, 2)}
 
     def theirs(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
         """Measure ``transformers.generate`` with prompts of one length, at which it need not pad."""

@@ -101,7 +101,7 @@ if [ -n "$TINY" ]; then
   TRAIN=(--shape tiny --dtype fp32 --tokens 1000 --row-tokens 256 --rounds 2 --vocab 512)
   ANNOTATE=(--shape tiny --dtype fp32 --tokens 1500 --longest 512 --rounds 2 --vocab 512 --slots 512 1024)
 else
-  TRAIN=(--shape 1b --dtype bf16 --tokens 65536 --row-tokens 4096 --rounds 7 --vocab 32000)
+  TRAIN=(--shape 1b --dtype bf16 --tokens 64500 --row-tokens 4096 --rounds 7 --vocab 32000)
   ANNOTATE=(--shape 1b --dtype bf16 --tokens 131072 --longest 4096 --rounds 7 --vocab 32000 --slots 4096 16384 65536)
 fi
 measure() { # NAME LIMIT NEED LOG PART ARGUMENTS...: a part of gpu_parts.py

@@ -167,7 +167,7 @@ class Adjustments:
                     _Cells([(i, id_) for i in early for id_ in self._rows[i].stop_ids], self.device),
                 )
             cells = self._too_early[1]
-            cells.write(logits_BV, logits_BV.new_tensor(float("-inf")))
+            cells.write(logits_BV, logits_BV.new_full((), float("-inf")))
         if self._biased is not None:
             cells, values = self._biased
             cells.write(logits_BV, cells.read(logits_BV) + values)

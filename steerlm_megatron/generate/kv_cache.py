@@ -224,6 +224,31 @@ class KVCache:
             start += span.count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether the step feeds every sequence one token, and there are kernels for it: :meth:`attend_to` is faster
+        then.
+        """
+        return self._step is not None and self._step.rows_BX is not None and not self._step.longer
+
+    def attend_to(
+        self,
+        layer_number: int,
+        qkv_TGSH: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Do what :meth:`attend` does of queries, key and value side by side, before RoPE, of which ``tables`` are the
+        cosines and sines [T, 1, R]. Only where :attr:`only_decodes`. Returns [T, N, H].
+        """
+        step, layer = self._step, self._layers[layer_number]
+        assert step is not None and step.rows_BX is not None and not step.longer
+        q_TNH = self.kernels.turn_and_store(layer, step.slots_T, qkv_TGSH, *tables)
+        out_TNH: torch.Tensor = self.kernels.attend(layer, step.rows_BX, q_TNH, scale, window, softcap)
+        return out_TNH
+
     def _prefix(
         self, step: _Step, layer: torch.Tensor, number: int, window: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Triton kernels over the blocks of the key/value cache: storing a step's keys and values, attention of single tokens.
+"""Triton kernels over the blocks of the key/value cache: RoPE and storing of a step's tokens, attention of single ones.
 
 Owns: the kernels and the sizes that they are started with. Does not own: the cache's layout and which blocks a sequence
 has (``kv_cache.py``). Invariant: a sequence's attention is computed from its own blocks alone and in an order that
@@ -37,6 +37,42 @@ def _store(
     target = layer + group * group_stride + slot * DIM + dim
     tl.store(target, k, mask=inside)
     tl.store(target + kv_stride, v, mask=inside)
+
+
+@triton.jit
+def _turn_and_store(
+    qkv, cos, sin, slots, layer, query, token_stride, slot_stride, kv_stride, group_stride, GROUPS: tl.constexpr,
+    SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
+    DIMS: tl.constexpr,
+):  # fmt: skip
+    token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + token * slot_stride).to(tl.int64)
+    source = qkv + token * token_stride + group * (SHARE + 2) * DIM
+    at_query = query + (token * GROUPS + group) * SHARE * DIM
+    at_key = layer + group.to(tl.int64) * group_stride + slot * DIM
+    # The queries of a group and its key, turned by the angle of the token's position.
+    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, HALVES)[None, :]
+    inside = (head <= SHARE) & (pair < HALF)
+    first = tl.load(source + head * DIM + pair, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(source + head * DIM + HALF + pair, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + token * HALF + pair, mask=pair < HALF, other=0.0).to(tl.float32)
+    s = tl.load(sin + token * HALF + pair, mask=pair < HALF, other=0.0).to(tl.float32)
+    low = (first * c - second * s).to(query.dtype.element_ty)
+    high = (second * c + first * s).to(query.dtype.element_ty)
+    is_query, is_key = inside & (head < SHARE), inside & (head == SHARE)
+    tl.store(at_query + head * DIM + pair, low, mask=is_query)
+    tl.store(at_query + head * DIM + HALF + pair, high, mask=is_query)
+    tl.store(at_key + pair + head * 0, low, mask=is_key)
+    tl.store(at_key + HALF + pair + head * 0, high, mask=is_key)
+    dim = tl.arange(0, DIMS)[None, :]
+    if 2 * HALF < DIM:
+        passed = (dim >= 2 * HALF) & (dim < DIM)
+        rest = tl.load(source + head * DIM + dim, mask=(head <= SHARE) & passed)
+        tl.store(at_query + head * DIM + dim, rest, mask=(head < SHARE) & passed)
+        tl.store(at_key + dim + head * 0, rest, mask=(head == SHARE) & passed)
+    dim = tl.arange(0, DIMS)
+    value = tl.load(source + (SHARE + 1) * DIM + dim, mask=dim < DIM)
+    tl.store(at_key + kv_stride + dim, value, mask=dim < DIM)
 
 
 @triton.jit
@@ -133,6 +169,24 @@ def store(layer: torch.Tensor, slots_T: torch.Tensor, k_TGH: torch.Tensor, v_TGH
         slots_T.stride(0), layer.stride(0), layer.stride(1), GROUPS=groups, DIM=dim,
         NUMBERS=triton.next_power_of_2(groups * dim),
     )  # fmt: skip
+
+
+def turn_and_store(
+    layer: torch.Tensor, slots_T: torch.Tensor, qkv_TGSH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor
+) -> torch.Tensor:
+    """Return queries with RoPE applied, [T, N, H], and put keys with RoPE and values into ``layer`` as :func:`store`
+    does, in one pass over ``qkv_TGSH``: of each of G groups its queries, its key and its value, dense but for tokens.
+    Tables as :func:`steerlm_megatron.model.fused.rotate` takes them, dense.
+    """
+    tokens, groups, heads, dim = qkv_TGSH.shape
+    share, half = heads - 2, cos_T1R.shape[-1]
+    query_TNH = torch.empty((tokens, groups * share, dim), dtype=qkv_TGSH.dtype, device=qkv_TGSH.device)
+    _turn_and_store[(tokens, groups)](
+        qkv_TGSH, cos_T1R, sin_T1R, slots_T, layer, query_TNH, qkv_TGSH.stride(0), slots_T.stride(0), layer.stride(0),
+        layer.stride(1), GROUPS=groups, SHARE=share, HEADS=triton.next_power_of_2(share + 1), DIM=dim, HALF=half,
+        HALVES=triton.next_power_of_2(half), DIMS=triton.next_power_of_2(dim),
+    )  # fmt: skip
+    return query_TNH
 
 
 def attend(

@@ -18,12 +18,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from steerlm_megatron.generate.adjust import Adjustments, History
 from steerlm_megatron.generate.drawn import NOT_DRAWN, NOT_FINITE
 from steerlm_megatron.generate.protocol import MAX_TOP_LOGPROBS, mix64
 from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.runtime.device import to_device
 
 log = get_logger(__name__)
 
@@ -221,11 +223,8 @@ class BatchSampler:
         if group.method[0] == "greedy":
             top_B, ids_B = logits_BV.max(1)  # the maximum of a row with a NaN is NaN
             return torch.where(top_B.isfinite(), ids_B, NOT_FINITE)
-        u_B1 = (
-            torch.tensor([uniform(self.rows[i].seed, indices[i]) for i in group.rows], dtype=torch.float64)
-            .unsqueeze(1)
-            .to(logits_BV.device, non_blocking=True)
-        )
+        numbers = np.array([[uniform(self.rows[i].seed, indices[i])] for i in group.rows])
+        u_B1 = to_device(numbers, logits_BV.device)  # by pinned memory: a copy of other memory may wait for the device
         probs_BK, ids_BK = distribution(logits_BV, group)
         index_B1 = _invert(probs_BK, u_B1)
         if ids_BK is None:

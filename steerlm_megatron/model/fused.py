@@ -64,8 +64,23 @@ def _rms_norm_formula(x: torch.Tensor, weight_D: torch.Tensor, eps: float) -> to
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight_D.to(wide.dtype)).to(x.dtype)
 
 
+def _sum_and_rms_norm_formula(
+    x: torch.Tensor, more: torch.Tensor, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x + more
+    return total, _rms_norm_formula(total, weight_D, eps)
+
+
+def sum_and_rms_norm(
+    x: torch.Tensor, more: torch.Tensor, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + more and its RMSNorm, each [..., D] in x's dtype, by one compiled kernel."""
+    total, normed = _compiled(_sum_and_rms_norm_formula)(x, more, weight_D, eps)
+    return total, normed
+
+
 @functools.cache
-def _compiled(formula: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
     """One kernel for any number of tokens, in which rows differ, and for each size of the other dimensions.
 
     A kernel that knows the inner sizes reads memory in wide pieces and needs no division to find a number's place: with
@@ -77,7 +92,7 @@ def _compiled(formula: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     dynamo = importlib.import_module("torch._dynamo")
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MOST_KERNELS)
 
-    def call(*inputs: Any) -> torch.Tensor:
+    def call(*inputs: Any) -> Any:
         for x in inputs:
             if isinstance(x, torch.Tensor) and x.ndim > 1:
                 dynamo.maybe_mark_dynamic(x, 0)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
-from steerlm_megatron.model.fused import rotate, rotated
+from steerlm_megatron.model.fused import rotate, rotated, sum_and_rms_norm
 from steerlm_megatron.model.gpt import LastLayer, LastParallelLayer, PackedGPTModel, ParallelLayer
 from steerlm_megatron.model.norm import NormedResidual, PackedNorm
 from steerlm_megatron.model.packed_tokens import PackedTokens, Rotary
@@ -45,6 +45,15 @@ class _Norm:
             return out
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x * norm.square_().div_(self.width).add_(self.eps).rsqrt_()).mul_(self.weight)
+
+    def of_sum(self, x: torch.Tensor, more: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + more, in one kernel with its norm where kernels are compiled, and the norm; ``more`` may be None."""
+        if more is None:
+            return x, self(x)
+        if self.module.compiled and self.module.rms:
+            return sum_and_rms_norm(x, more, self.weight, self.eps)
+        x = x + more
+        return x, self(x)
 
 
 def _linear(module: Any) -> Linear:
@@ -82,20 +91,33 @@ class _Layer:
         self.parallel = isinstance(layer, ParallelLayer)
         self.last = isinstance(layer, LastLayer | LastParallelLayer)
 
-    def __call__(self, x_TD: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
-        """[T, D] → [T, D]; the model's last layer gives the wanted tokens alone."""
-        out_TD = self._sum(self._attention(self.input_norm(x_TD), packed), self.proj)
-        before_TD = x_TD
+    def __call__(
+        self, x_TD: torch.Tensor, more_TD: torch.Tensor | None, packed: PackedTokens
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream [T, D] and what is to be added to it, as the layer before returned them → the same after
+        this layer; the model's last layer gives the wanted tokens alone.
+        """
+        x_TD, normed_TD = self.input_norm.of_sum(x_TD, more_TD)
+        out_TD, before_TD = self._sum(self._attention(normed_TD, packed), self.proj), x_TD
         if self.last and packed.output_index_K is not None:
             out_TD, before_TD = (x.index_select(0, packed.output_index_K) for x in (out_TD, before_TD))
-        x_TD = before_TD + (out_TD if self.after_attention is None else self.after_attention(out_TD))
-        out_TD = self._sum(self._mlp(self.mlp_norm(before_TD if self.parallel else x_TD)), self.fc2)
-        return x_TD.add_(out_TD if self.after_mlp is None else self.after_mlp(out_TD))
+        if self.after_attention is not None:
+            out_TD = self.after_attention(out_TD)
+        if self.parallel:
+            x_TD, normed_TD = before_TD + out_TD, self.mlp_norm(before_TD)
+        else:
+            x_TD, normed_TD = self.mlp_norm.of_sum(before_TD, out_TD)
+        out_TD = self._sum(self._mlp(normed_TD), self.fc2)
+        return x_TD, out_TD if self.after_mlp is None else self.after_mlp(out_TD)
 
     def _attention(self, x_TD: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
         assert packed.kv is not None
         qkv_TGSH = self.qkv(x_TD).view(-1, self.groups, self.share + 2, self.dim)
-        cos_T11R, sin_T11R = (table.unsqueeze(1) for table in packed.rotary(self.rotary, x_TD.dtype))
+        tables = packed.rotary(self.rotary, x_TD.dtype)
+        if self.q_norm is None and packed.kv.only_decodes:
+            out_TNH = packed.kv.attend_to(self.number, qkv_TGSH, tables, self.scale, self.window, self.softcap)
+            return out_TNH.flatten(1)
+        cos_T11R, sin_T11R = (table.unsqueeze(1) for table in tables)
         if self.q_norm is not None and self.k_norm is not None:
             q_TGSH, k_TGSH = self.q_norm(qkv_TGSH[:, :, : self.share]), self.k_norm(qkv_TGSH[:, :, self.share : -1])
             q_TGSH, k_TGSH = (self._turned(x, cos_T11R, sin_T11R) for x in (q_TGSH, k_TGSH))
@@ -171,10 +193,10 @@ class InferencePath:
         gpt: Any = self.gpt
         if hidden_T1D is None:
             hidden_T1D = gpt.embedding(input_ids=ids_T[None], position_ids=None)
-        x_TD = hidden_T1D.squeeze(1)
+        x_TD, more_TD = hidden_T1D.squeeze(1), None
         for layer in self.layers:
-            x_TD = layer(x_TD, packed)
-        x_T1D = x_TD.unsqueeze(1)
+            x_TD, more_TD = layer(x_TD, more_TD, packed)
+        x_T1D = (x_TD if more_TD is None else x_TD + more_TD).unsqueeze(1)
         if not gpt.post_process:
             return x_T1D
         if gpt.decoder.final_layernorm is not None:

@@ -59,6 +59,23 @@ class KVCacheLike(Protocol):
         """
         ...
 
+    @property
+    def only_decodes(self) -> bool:
+        """Whether :meth:`attend_to` can be called in this step, which spares passes over what it is given."""
+        ...
+
+    def attend_to(
+        self,
+        layer_number: int,
+        qkv_TGSH: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """Do the same of queries, key and value side by side in their groups, before RoPE."""
+        ...
+
 
 @dataclass(frozen=True)
 class Rotary:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from steerlm_megatron.model.fused import rotate
+
 
 def store(layer: torch.Tensor, slots_T: torch.Tensor, k_TGH: torch.Tensor, v_TGH: torch.Tensor) -> None:
     size = layer.shape[3]
@@ -29,3 +31,12 @@ def attend(
             score_NK = softcap * torch.tanh(score_NK / softcap)
         outputs.append(torch.einsum("nk,nkh->nh", score_NK.softmax(1), v_NKH))
     return torch.stack(outputs)
+
+
+def turn_and_store(
+    layer: torch.Tensor, slots_T: torch.Tensor, qkv_TGSH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor
+) -> torch.Tensor:
+    turned_TXH = rotate(qkv_TGSH[:, :, :-1].flatten(1, 2), cos_T1R, sin_T1R)
+    turned_TGSH = turned_TXH.unflatten(1, (qkv_TGSH.shape[1], -1))
+    store(layer, slots_T, turned_TGSH[:, :, -1], qkv_TGSH[:, :, -1])
+    return turned_TGSH[:, :, :-1].flatten(1, 2)

@@ -1,0 +1,146 @@
+"""Tests that need a GPU: kernels over the cache's blocks, CUDA graphs, and no waiting for the device on the way."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
+from steerlm_megatron.generate.generator import Generator
+from steerlm_megatron.generate.protocol import Request, SamplingParams
+from steerlm_megatron.model.gpt import build_model
+from steerlm_megatron.model.weights import initialize
+from steerlm_megatron.runtime import parallel
+from steerlm_megatron.runtime.device import dtype_of
+from tests.helpers import paged_reference
+from tests.helpers.fake_model import VOCAB, FakeTemplate, FakeTokenizer, limits
+
+pytestmark = pytest.mark.gpu
+
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"num_query_groups": 2},
+    "every head has a key": {"num_query_groups": 4, "head_dim": 128},
+    "windows": {"num_query_groups": 2, "sliding_window": 9},
+    "caps": {"num_query_groups": 1, "attention_softcap": 2.0},
+    "norms of heads": {"num_query_groups": 2, "qk_norm": True},
+    "part of a head turns": {"num_query_groups": 2, "rotary_percent": 0.5},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("groups", "share", "dim", "size", "window", "cap"),
+    [
+        (8, 4, 64, 16, None, None), (4, 1, 128, 16, None, None), (2, 3, 24, 4, 70, None), (1, 8, 16, 8, None, 2.0),
+        (2, 2, 80, 16, 300, 1.5), (2, 20, 256, 16, 9, None),
+    ],
+)  # fmt: skip
+def test_kernels_over_blocks_are_their_formula(
+    dtype: torch.dtype, groups: int, share: int, dim: int, size: int, window: int | None, cap: float | None
+) -> None:
+    """Over sequences of one token, of a part, of several, and over blocks of which the unseen hold NaN."""
+    from steerlm_megatron.generate import paged_kernels
+
+    torch.manual_seed(0)
+    lengths, width = [1, 5, 64, 257, 700, 512, 1], -(-700 // size)
+    blocks = list(range(len(lengths) * width))
+    random.Random(1).shuffle(blocks)
+    layer = torch.full((2, groups, len(blocks), size, dim), torch.nan, dtype=dtype, device="cuda")
+    rows = torch.zeros(len(lengths), 2 + width, dtype=torch.int32)
+    for row, length in enumerate(lengths):
+        mine = blocks[row * width : (row + 1) * width]
+        rows[row, 1:] = torch.tensor([length - 1, *mine])
+        rows[row, 0] = mine[(length - 1) // size] * size + (length - 1) % size
+        slots_T = torch.tensor([mine[t // size] * size + t % size for t in range(length)], device="cuda")
+        k_TGH, v_TGH = torch.randn(length, groups, 2, dim, dtype=dtype, device="cuda").unbind(2)
+        paged_kernels.store(layer, slots_T, k_TGH, v_TGH)
+    rows_BX = rows.cuda()
+    qkv_BGSH = torch.randn(len(lengths), groups, share + 2, dim, dtype=dtype, device="cuda")
+    cos, sin = (torch.rand(len(lengths), 1, dim // 4, dtype=dtype, device="cuda") for _ in range(2))
+    expected_layer, slots_B = layer.clone(), rows_BX[:, 0]
+    q_BNH = paged_kernels.turn_and_store(layer, slots_B, qkv_BGSH, cos, sin)
+    expected = paged_reference.turn_and_store(expected_layer, slots_B, qkv_BGSH, cos, sin)
+    near = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(q_BNH, expected, **near)
+    torch.testing.assert_close(layer, expected_layer, equal_nan=True, **near)
+    found = paged_kernels.attend(layer, rows_BX, q_BNH, dim**-0.5, window, cap)
+    wide = paged_reference.attend(layer.double(), rows_BX, q_BNH.double(), dim**-0.5, window, cap)
+    torch.testing.assert_close(found.double(), wide, **near)
+
+
+def _generator(kind: str, precision: str, **changes: Any) -> Generator:
+    parallel.initialize(ParallelConfig(), seed=1)
+    values = {"num_layers": 2, "hidden_size": 256, "num_heads": 4, "ffn_hidden_size": 96, "init_std": 0.2, **KINDS[kind]}
+    config = ModelConfig(**values)
+    model = build_model(config, ParallelConfig(), EngineConfig(precision=precision), VOCAB, gather_logits=True)
+    initialize(model, config, VOCAB, seed=3).to(dtype_of(precision)).eval().requires_grad_(False)
+    return Generator(model, FakeTokenizer(), FakeTemplate(), limits(max_batch=12, **changes))
+
+
+def _asked(count: int, **params: Any) -> list[Request]:
+    rng = random.Random(2)
+    prompts = [tuple(rng.randrange(62) for _ in range(rng.randint(1, 40))) for _ in range(count)]
+    return [
+        Request(f"r{i}", ids, SamplingParams(max_tokens=3 + 2 * (i % 25), seed=i, **params)) for i, ids in enumerate(prompts)
+    ]
+
+
+def _tokens(generator: Generator, asked: Sequence[Request]) -> list[tuple[int, ...]]:
+    return [result.token_ids for result in generator.generate(asked)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_give_the_tokens_of_passes_without_a_cache(kind: str) -> None:
+    """In fp32, with and without graphs, read at once or a step later; the first tokens' logits are compared with those
+    of the model itself.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        asked = _asked(30, temperature=0.0)
+        plain = _generator(kind, "fp32", cuda_graphs=False)
+        expected = _tokens(plain, asked)
+        assert plain.runner._graphs is None
+        for overlap in (False, True):
+            generator = _generator(kind, "fp32", overlap=overlap)
+            assert generator.runner._graphs is not None
+            assert _tokens(generator, asked) == expected
+            assert len(generator.runner._graphs._replays) > 3
+        model, request = plain.runner.model, asked[3]
+        ids = torch.tensor([*request.prompt_ids, *expected[3]], device="cuda")
+        from steerlm_megatron.model.packed_tokens import PackedTokens
+
+        positions_T, cu = torch.arange(len(ids), device="cuda"), torch.tensor([0, len(ids)], dtype=torch.int32)
+        packed = PackedTokens.from_cu_seqlens(cu, positions_T)
+        with torch.no_grad():
+            logits_TV = model(ids[None], positions_T[None], None, packed_seq_params=packed)[0, :, :VOCAB]
+        logits_TV[:, sorted(plain.vocabulary.banned_ids)] = -torch.inf
+        assert logits_TV[len(request.prompt_ids) - 1 : -1].argmax(1).tolist() == list(expected[3])
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("params", [{"temperature": 1.0, "top_k": 8}, {"temperature": 0.7, "top_p": 0.9, "logprobs": True}])
+def test_a_step_is_launched_without_waiting(params: dict[str, Any]) -> None:
+    """A step of decoding in bf16, recorded and sampled, makes the host wait for nothing until it is read."""
+    generator = _generator("llama", "bf16", overlap=True)
+    generator.submit_all(_asked(12, **params, ignore_eos=True), bounded=False)
+    for _ in range(4):
+        generator.step()
+    runner = generator.runner
+    plan = generator.scheduler.plan(lambda job: False)
+    assert plan is not None and not plan.chunks
+    runner.launch(plan).read()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        plan = generator.scheduler.plan(lambda job: False)
+        assert plan is not None
+        launched = runner.launch(plan)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(launched.read().ids) == len(runner._rows)
