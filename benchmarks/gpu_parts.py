@@ -482,7 +482,9 @@ def part_decode(findings: Findings) -> None:
     measure("7b batch 64", partial(run, "7b", batch, prompt, new, profile=True), 15)
     measure("7b batch 1", partial(run, "7b", 1, prompt, new // 2), 6)
     decoding.forget()
-    measure("transformers 1b ragged (generate, left padding)", partial(decoding.ragged_by_peer, ragged, prompt, new), 15)
+    measure(
+        "transformers 1b ragged (generate, left padding)", partial(decoding.ragged_by_peer, ragged, prompt, new), 15
+    )
     name = "transformers 1b batch 64 (generate, dynamic cache)"
     measure(name, partial(decoding.theirs, batch, prompt, new), 12)
 
@@ -544,7 +546,10 @@ class Decoding:
         def requests() -> list[Request]:
             """Prompts that no step has seen, so that nothing of them is in the cache."""
             prompts = [tuple(torch.randint(1, self.vocab, (length,), generator=g).tolist()) for length in lengths]
-            return [Request(f"r{i}", ids, SamplingParams(temperature, max_tokens=new, seed=i)) for i, ids in enumerate(prompts)]
+            return [
+                Request(f"r{i}", ids, SamplingParams(temperature, max_tokens=new, seed=i))
+                for i, ids in enumerate(prompts)
+            ]
 
         first = sum(step.seconds for step in drawn(generator, requests()))
         steps = drawn(generator, requests())

@@ -49,15 +49,18 @@ class DecodeGraphs:
         self._logits_BV: torch.Tensor | None = None
         self._replays: dict[int, Callable[[], None]] = {}
         self._pool = torch.cuda.graph_pool_handle() if cache.device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None  # in which passes are recorded
 
-    def __call__(self, ids_B: torch.Tensor, tables: BlockTables, positions_B: np.ndarray) -> torch.Tensor:
-        """Return logits [B, V] for rows 0..B-1 of ``tables``, whose next tokens ``ids_B`` stand at ``positions_B``. They
-        are overwritten by the next call, or by the caller.
+    def __call__(
+        self, ids_B: torch.Tensor, tables: BlockTables, rows_B: np.ndarray, positions_B: np.ndarray
+    ) -> torch.Tensor:
+        """Return logits [B, V] for the rows ``rows_B`` of ``tables``, whose next tokens ``ids_B`` stand at
+        ``positions_B``. They are overwritten by the next call, or by the caller.
         """
         count = len(ids_B)
         size = graph_rows(count, self._max_rows)
         rows_BX = np.empty((size, len(self._spare_X)), np.int32)
-        rows_BX[:count] = self._cache.rows(tables, np.arange(count), positions_B)
+        rows_BX[:count] = self._cache.rows(tables, rows_B, positions_B)
         rows_BX[count:] = self._spare_X
         self._ids_B[:count].copy_(ids_B)
         rows = torch.from_numpy(rows_BX)
@@ -82,16 +85,21 @@ class DecodeGraphs:
         """
         if self._pool is None:
             return lambda: self._pass(size)
-        began, here, beside = time.perf_counter(), torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(here)
-        with torch.cuda.stream(beside):
+        began, here, graph = time.perf_counter(), torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
+        self._stream.wait_stream(here)
+        with torch.cuda.stream(self._stream):
             for _ in range(2):
                 self._pass(size)
-        here.wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of a server may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._pass(size)
+            # torch.cuda.graph() would collect garbage and give memory back before, half a second a graph. Other threads
+            # of a server may use the device meanwhile.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                self._pass(size)
+            finally:
+                graph.capture_end()
+        here.wait_stream(self._stream)
         log.debug("recorded the graph of a step of %d rows in %.2f s", size, time.perf_counter() - began)
         replay: Callable[[], None] = graph.replay
         return replay

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from steerlm_megatron.model.attention import causal_attention
+from steerlm_megatron.model.attention import causal_attention, varlen_function
 from steerlm_megatron.model.cross_entropy import soft_capped
-from steerlm_megatron.model.packed_tokens import CacheShape, Masks
+from steerlm_megatron.model.packed_tokens import CacheShape, Masks, PackedTokens
 from steerlm_megatron.runtime.device import to_device
 
 # A call gathers about this many bytes: what it gathers is still in a CPU's cache when it is used (measured for 64
@@ -67,6 +67,8 @@ class _Step:
     rows_BX: torch.Tensor | None = None  # of the single tokens, where kernels read blocks (KVCache.rows)
     calls: dict[int | None, list[_Call]] = field(default_factory=dict)  # of the single tokens, by window
     gathered: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)  # blocks of a longer span
+    packed: PackedTokens | None = None  # the longer spans' boundaries, where one call takes all of them
+    key_slots_K: torch.Tensor | None = None  # and the slots of their keys, of earlier steps too
     masks: Masks = field(default_factory=dict)
 
 
@@ -130,6 +132,8 @@ class KVCache:
         # On CPU two batched products beat SDPA several times at one query per head (measured: 0.8 against 2.2 ms, 64 ×
         # 4 × 256).
         self.sdpa = device.type == "cuda"
+        flash = device.type == "cuda" and shape.dtype in (torch.bfloat16, torch.float16)
+        self._varlen: Any = varlen_function(windowed=True) if flash else None  # takes spans of all lengths in one call
         self._step: _Step | None = None
         self._tables = np.zeros((0, 0), np.int64)
 
@@ -210,28 +214,14 @@ class KVCache:
         else:
             for slots_GSH, new_TGH in zip(self._slots[layer_number], (k_TGH, v_TGH), strict=True):
                 slots_GSH.index_copy_(1, step.slots_T, new_TGH.transpose(0, 1))
-        n = len(step.singles) if step.rows_BX is None else len(step.rows_BX)
-        outputs = [self._decode(step, layer, q_TNH[:n], scale, window, softcap)] if n else []
-        start = n
-        for i, span in enumerate(step.longer):
-            part = slice(start, start + span.count)
-            k_GKH, v_GKH = k_TGH[part].transpose(0, 1), v_TGH[part].transpose(0, 1)
-            if span.start:
-                k_GKH, v_GKH = self._prefix(step, layer, i, window)
-            q_1NQH, k_1GKH, v_1GKH = q_TNH[part].transpose(0, 1)[None], k_GKH[None], v_GKH[None]
-            out = causal_attention(q_1NQH, k_1GKH, v_1GKH, scale, step.masks, window=window, softcap=softcap)
-            outputs.append(out[0].transpose(0, 1))
-            start += span.count
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self._attend(step, layer, q_TNH, k_TGH, v_TGH, scale, window, softcap)
 
     @property
-    def only_decodes(self) -> bool:
-        """Whether the step feeds every sequence one token, and there are kernels for it: :meth:`attend_to` is faster
-        then.
-        """
-        return self._step is not None and self._step.rows_BX is not None and not self._step.longer
+    def takes_qkv(self) -> bool:
+        """Whether :meth:`attend_qkv` can be called: it makes fewer passes over what it is given."""
+        return self.kernels is not None
 
-    def attend_to(
+    def attend_qkv(
         self,
         layer_number: int,
         qkv_TGSH: torch.Tensor,
@@ -241,13 +231,97 @@ class KVCache:
         softcap: float | None = None,
     ) -> torch.Tensor:
         """Do what :meth:`attend` does of queries, key and value side by side, before RoPE, of which ``tables`` are the
-        cosines and sines [T, 1, R]. Only where :attr:`only_decodes`. Returns [T, N, H].
+        cosines and sines [T, 1, R]. Only where :attr:`takes_qkv`. Returns [T, N, H].
         """
         step, layer = self._step, self._layers[layer_number]
-        assert step is not None and step.rows_BX is not None and not step.longer
-        q_TNH = self.kernels.turn_and_store(layer, step.slots_T, qkv_TGSH, *tables)
-        out_TNH: torch.Tensor = self.kernels.attend(layer, step.rows_BX, q_TNH, scale, window, softcap)
+        assert step is not None, "begin() before attend_qkv()"
+        q_TNH, k_TGH = self.kernels.turn_and_store(layer, step.slots_T, qkv_TGSH, *tables, keys=bool(step.longer))
+        return self._attend(step, layer, q_TNH, k_TGH, qkv_TGSH[:, :, -1], scale, window, softcap)
+
+    def _attend(
+        self,
+        step: _Step,
+        layer: torch.Tensor,
+        q_TNH: torch.Tensor,
+        k_TGH: torch.Tensor | None,
+        v_TGH: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Attention of a step whose keys and values are stored; ``k_TGH`` is needed for longer spans alone."""
+        n = len(step.singles) if step.rows_BX is None else len(step.rows_BX)
+        outputs = [self._decode(step, layer, q_TNH[:n], scale, window, softcap)] if n else []
+        if step.longer:
+            assert k_TGH is not None
+            if self._varlen is not None and softcap is None:
+                outputs.append(self._longer(step, layer, q_TNH[n:], k_TGH[n:], v_TGH[n:], scale, window))
+            else:
+                outputs += self._each_longer(step, layer, q_TNH[n:], k_TGH[n:], v_TGH[n:], scale, window, softcap)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _longer(
+        self,
+        step: _Step,
+        layer: torch.Tensor,
+        q_TNH: torch.Tensor,
+        k_TGH: torch.Tensor,
+        v_TGH: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attention of all longer spans in one call."""
+        if step.packed is None:
+            step.packed, step.key_slots_K = self._pack(step.longer)
+        if step.key_slots_K is not None:  # what earlier steps have stored belongs to them as well
+            k_KGH, v_KGH = layer.flatten(2, 3).index_select(2, step.key_slots_K).transpose(1, 2)
+        else:
+            k_KGH, v_KGH = k_TGH, v_TGH
+        out_TNH: torch.Tensor = self._varlen(q_TNH, k_KGH, v_KGH, step.packed, scale, window=window)
         return out_TNH
+
+    def _pack(self, spans: Sequence[Span]) -> tuple[PackedTokens, torch.Tensor | None]:
+        """Return the boundaries of spans' queries and keys, and the slots of all keys, int64 [K]; None for slots where
+        every span begins its sequence, so that its keys are those of the step.
+        """
+        size, counts = self.block_tokens, [span.count for span in spans]
+        ends = [span.start + span.count for span in spans]
+        cu, cu_keys = (np.cumsum([0, *lengths]).astype(np.int32) for lengths in (counts, ends))
+        packed = PackedTokens(
+            cu_seqlens=to_device(cu, self.device), cu_keys=to_device(cu_keys, self.device),
+            max_seqlen_q=max(counts), max_seqlen_kv=max(ends),
+        )  # fmt: skip
+        if not any(span.start for span in spans):
+            return packed, None
+        whole = [Span(span.row, 0, end) for span, end in zip(spans, ends, strict=True)]
+        rows_K, positions_K = _tokens(whole)
+        slots_K = self._tables[rows_K, positions_K // size] * size + positions_K % size
+        return packed, to_device(slots_K, self.device)
+
+    def _each_longer(
+        self,
+        step: _Step,
+        layer: torch.Tensor,
+        q_TNH: torch.Tensor,
+        k_TGH: torch.Tensor,
+        v_TGH: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> list[torch.Tensor]:
+        """Attention of longer spans, a call for each."""
+        outputs: list[torch.Tensor] = []
+        start = 0
+        for i, span in enumerate(step.longer):
+            part = slice(start, start + span.count)
+            k_GKH, v_GKH = k_TGH[part].transpose(0, 1), v_TGH[part].transpose(0, 1)
+            if span.start:
+                k_GKH, v_GKH = self._prefix(step, layer, i, window)
+            q_1NQH, k_1GKH, v_1GKH = q_TNH[part].transpose(0, 1)[None], k_GKH[None], v_GKH[None]
+            out = causal_attention(q_1NQH, k_1GKH, v_1GKH, scale, step.masks, window=window, softcap=softcap)
+            outputs.append(out[0].transpose(0, 1))
+            start += span.count
+        return outputs
 
     def _prefix(
         self, step: _Step, layer: torch.Tensor, number: int, window: int | None

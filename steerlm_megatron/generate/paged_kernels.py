@@ -41,8 +41,8 @@ def _store(
 
 @triton.jit
 def _turn_and_store(
-    qkv, cos, sin, slots, layer, query, token_stride, slot_stride, kv_stride, group_stride, GROUPS: tl.constexpr,
-    SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
+    qkv, cos, sin, slots, layer, query, key, token_stride, slot_stride, kv_stride, group_stride, GROUPS: tl.constexpr,
+    KEYS: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
     DIMS: tl.constexpr,
 ):  # fmt: skip
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -50,6 +50,7 @@ def _turn_and_store(
     source = qkv + token * token_stride + group * (SHARE + 2) * DIM
     at_query = query + (token * GROUPS + group) * SHARE * DIM
     at_key = layer + group.to(tl.int64) * group_stride + slot * DIM
+    also_key = key + (token * GROUPS + group) * DIM
     # The queries of a group and its key, turned by the angle of the token's position.
     head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, HALVES)[None, :]
     inside = (head <= SHARE) & (pair < HALF)
@@ -64,12 +65,17 @@ def _turn_and_store(
     tl.store(at_query + head * DIM + HALF + pair, high, mask=is_query)
     tl.store(at_key + pair + head * 0, low, mask=is_key)
     tl.store(at_key + HALF + pair + head * 0, high, mask=is_key)
+    if KEYS:
+        tl.store(also_key + pair + head * 0, low, mask=is_key)
+        tl.store(also_key + HALF + pair + head * 0, high, mask=is_key)
     dim = tl.arange(0, DIMS)[None, :]
     if 2 * HALF < DIM:
         passed = (dim >= 2 * HALF) & (dim < DIM)
         rest = tl.load(source + head * DIM + dim, mask=(head <= SHARE) & passed)
         tl.store(at_query + head * DIM + dim, rest, mask=(head < SHARE) & passed)
         tl.store(at_key + dim + head * 0, rest, mask=(head == SHARE) & passed)
+        if KEYS:
+            tl.store(also_key + dim + head * 0, rest, mask=(head == SHARE) & passed)
     dim = tl.arange(0, DIMS)
     value = tl.load(source + (SHARE + 1) * DIM + dim, mask=dim < DIM)
     tl.store(at_key + kv_stride + dim, value, mask=dim < DIM)
@@ -172,21 +178,29 @@ def store(layer: torch.Tensor, slots_T: torch.Tensor, k_TGH: torch.Tensor, v_TGH
 
 
 def turn_and_store(
-    layer: torch.Tensor, slots_T: torch.Tensor, qkv_TGSH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor
-) -> torch.Tensor:
+    layer: torch.Tensor,
+    slots_T: torch.Tensor,
+    qkv_TGSH: torch.Tensor,
+    cos_T1R: torch.Tensor,
+    sin_T1R: torch.Tensor,
+    keys: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return queries with RoPE applied, [T, N, H], and put keys with RoPE and values into ``layer`` as :func:`store`
     does, in one pass over ``qkv_TGSH``: of each of G groups its queries, its key and its value, dense but for tokens.
-    Tables as :func:`steerlm_megatron.model.fused.rotate` takes them, dense.
+    Tables as :func:`steerlm_megatron.model.fused.rotate` takes them, dense. With ``keys``, these are returned too,
+    [T, G, H].
     """
     tokens, groups, heads, dim = qkv_TGSH.shape
     share, half = heads - 2, cos_T1R.shape[-1]
     query_TNH = torch.empty((tokens, groups * share, dim), dtype=qkv_TGSH.dtype, device=qkv_TGSH.device)
+    key_TGH = torch.empty((tokens, groups, dim), dtype=qkv_TGSH.dtype, device=qkv_TGSH.device) if keys else None
     _turn_and_store[(tokens, groups)](
-        qkv_TGSH, cos_T1R, sin_T1R, slots_T, layer, query_TNH, qkv_TGSH.stride(0), slots_T.stride(0), layer.stride(0),
-        layer.stride(1), GROUPS=groups, SHARE=share, HEADS=triton.next_power_of_2(share + 1), DIM=dim, HALF=half,
-        HALVES=triton.next_power_of_2(half), DIMS=triton.next_power_of_2(dim),
+        qkv_TGSH, cos_T1R, sin_T1R, slots_T, layer, query_TNH, query_TNH if key_TGH is None else key_TGH,
+        qkv_TGSH.stride(0), slots_T.stride(0), layer.stride(0), layer.stride(1), GROUPS=groups, KEYS=keys, SHARE=share,
+        HEADS=triton.next_power_of_2(share + 1), DIM=dim, HALF=half, HALVES=triton.next_power_of_2(half),
+        DIMS=triton.next_power_of_2(dim),
     )  # fmt: skip
-    return query_TNH
+    return query_TNH, key_TGH
 
 
 def attend(

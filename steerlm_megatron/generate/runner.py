@@ -111,8 +111,7 @@ class StepRunner:
         before this one is read. Collective over the replica.
         """
         self._change_rows(plan)
-        decodes = self._graphs is not None and not plan.chunks and self._rows
-        fed = self._forward_by_graph() if decodes else self._forward(dict(plan.chunks))
+        fed = self._forward(dict(plan.chunks))
         scored_TX = self._score_prompts(fed) if fed.scores else None
         found_KX = self._draw(fed) if fed.rows else torch.zeros((0, 2), dtype=torch.float64)
         if plan.copies:
@@ -190,27 +189,51 @@ class StepRunner:
             log.exception("drawing tokens for a batch raised; each row is drawn on its own")
         return self.sampler.sample_each(params, logits_KV, drawn)
 
-    def _forward_by_graph(self) -> _Fed:
-        """Feed each row the token that it got last."""
+    def _forward(self, chunks: dict[int, int]) -> _Fed:
+        """Feed each row its tokens: by a graph those that get one, and after them, since prompts may share blocks that
+        they fill, the others.
+        """
+        decoding = [] if self._graphs is None else [n for n in range(len(self._rows)) if n not in chunks]
+        if not decoding:
+            return self._feed(chunks, range(len(self._rows)))[0]
+        logits_BV = self._feed_by_graph(decoding)
+        if not chunks:
+            return _Fed(logits_BV, list(self._rows), [], [])
+        fed, numbers = self._feed(chunks, sorted(chunks))
+        assert fed.logits_KV is not None
+        fed.logits_KV = torch.cat([logits_BV, fed.logits_KV])
+        both = [*decoding, *numbers]
+        if both != sorted(both):
+            order = np.concatenate([np.argsort(both), np.arange(len(both), len(fed.logits_KV))])
+            fed.logits_KV = fed.logits_KV.index_select(0, to_device(order, self.device))
+        fed.rows = [self._rows[number] for number in sorted(both)]
+        return fed
+
+    def _feed_by_graph(self, numbers: list[int]) -> torch.Tensor:
+        """Feed rows the tokens that they got last; return the logits after them, [B, V]."""
         assert self._graphs is not None
-        logits_BV = self._graphs(self._last_R, self._tables, np.array([row.length for row in self._rows]))
-        for row in self._rows:
+        rows = [self._rows[number] for number in numbers]
+        ids_B = self._last_R
+        if len(rows) < len(self._rows):
+            ids_B = self._last_R.index_select(0, to_device(np.array(numbers), self.device))
+        positions_B = np.array([row.length for row in rows])
+        for row in rows:
             row.length += 1
-        return _Fed(logits_BV, list(self._rows), [], [])
+        return self._graphs(ids_B, self._tables, np.array(numbers), positions_B)
 
     def _decode(self, ids_B: torch.Tensor, positions_B: torch.Tensor) -> torch.Tensor:
         """Return the logits [B, V] after a token of each sequence that the cache has been told of."""
-        logits_BV = self._compute(ids_B, PackedTokens(positions_T=positions_B, kv=self.cache))
+        logits_BV = self._compute(ids_B, PackedTokens(positions_T=positions_B, kv=self.cache, recorded=True))
         assert logits_BV is not None
         return logits_BV
 
-    def _forward(self, chunks: dict[int, int]) -> _Fed:
-        """Feed each row its tokens."""
+    def _feed(self, chunks: dict[int, int], rows: Sequence[int]) -> tuple[_Fed, list[int]]:
+        """Feed each of ``rows`` its tokens; return also the numbers of those that are sampled."""
         singles: list[tuple[Span, tuple[int, ...]]] = []  # 0 stands for a token that is on the device
         longer: list[tuple[Span, tuple[int, ...]]] = []
         following: dict[int, int] = {}  # the token after those that a scored row is fed
-        for number, row in enumerate(self._rows):
-            count = chunks.get(number, 1)
+        for number in rows:
+            row, count = self._rows[number], chunks.get(number, 1)
             tokens: tuple[int, ...] = row.tokens[:count] if number in chunks else (0,)
             row.tokens = row.tokens[count:]
             if row.scored and row.tokens:
@@ -222,10 +245,11 @@ class StepRunner:
         ids_T = self._ids(fed, chunks)
         positions_T = self.cache.begin(self._tables, [span for span, _ in singles], [span for span, _ in longer])
         end_of = dict(zip((span.row for span, _ in fed), np.cumsum([span.count for span, _ in fed]) - 1, strict=True))
-        for number, row in enumerate(self._rows):
+        for number in rows:
+            row = self._rows[number]
             if row.copy_of is not None:
                 end_of[number], row.copy_of = end_of[row.copy_of], None
-        numbers = [number for number, row in enumerate(self._rows) if not row.tokens and number in end_of]
+        numbers = [number for number in rows if not self._rows[number].tokens and number in end_of]
         wanted, done = [end_of[number] for number in numbers], _Fed(None, [self._rows[i] for i in numbers], [], [])
         for span, ids in fed:
             if self._rows[span.row].scored:
@@ -242,7 +266,7 @@ class StepRunner:
             output_index_K=None if every_token else to_device(wanted_K, self.device),
         )
         done.logits_KV = self._compute(ids_T, packed)
-        return done
+        return done, numbers
 
     def _ids(self, fed: Sequence[tuple[Span, tuple[int, ...]]], chunks: dict[int, int]) -> torch.Tensor:
         """Token ids of a step, int64 [T]: those of prompts, and those that rows got last, which stay on the device."""

@@ -211,7 +211,7 @@ def _attend_chunks(
     return torch.cat(outputs)
 
 
-def _varlen_function(windowed: bool) -> Callable[..., torch.Tensor] | None:
+def varlen_function(windowed: bool) -> Callable[..., torch.Tensor] | None:
     """torch's variable-length flash attention with causality bound the way this torch spells it, or None without it
     (or without windows, where the model is ``windowed``).
     """
@@ -267,7 +267,7 @@ def attention_backend(
     usable = usable and softcap is None
     if name == "sdpa" or (name == "auto" and not usable):
         return attend_sdpa
-    function = _varlen_function(config.window_size is not None) if usable else None
+    function = varlen_function(config.window_size is not None) if usable else None
     if function is None:
         if name == "auto":
             return attend_sdpa

@@ -17,13 +17,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
-from steerlm_megatron.model.fused import rotate, rotated, sum_and_rms_norm
+from steerlm_megatron.model.fused import rms_norm, rotate, rotated, sum_and_rms_norm
 from steerlm_megatron.model.gpt import LastLayer, LastParallelLayer, PackedGPTModel, ParallelLayer
 from steerlm_megatron.model.norm import NormedResidual, PackedNorm
 from steerlm_megatron.model.packed_tokens import PackedTokens, Rotary
 from steerlm_megatron.model.packed_weights import Linear, can_pack
 from steerlm_megatron.runtime import host_memory
 
+# A compiled kernel takes the host 80 µs to launch and an operation of torch 10 (benchmarks/gpu.md): with fewer tokens a
+# GPU would wait for the host. Where passes are recorded that does not matter, and on a CPU it is the work that counts.
+_COMPILED_FROM = 4096
 _COPY_SHARE = 1 / 8  # of the free memory: generation.memory_fraction, which is decided before, leaves more
 
 
@@ -38,22 +41,27 @@ class _Norm:
         self.eps, self.width = norm.eps, weight.shape[0]
         self.weight = weight + 1 if norm.one_plus else weight
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D] → [..., D]; RMSNorm in float32 as ``fused.rms_norm`` has it, in fewer calls."""
+    def __call__(self, x: torch.Tensor, compiled: bool = True) -> torch.Tensor:
+        """[..., D] → [..., D]; RMSNorm in float32 as ``fused.rms_norm`` has it, in fewer calls. ``compiled``: by the
+        compiled kernel, where the module has one.
+        """
+        if self.module.compiled and self.module.rms and not compiled:
+            wide = x.float() if self.module.one_plus else x
+            return rms_norm(wide, self.weight, self.eps).to(x.dtype)
         if not self.plain or x.dtype is not self.weight.dtype:
             out: torch.Tensor = self.module(x)
             return out
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return (x * norm.square_().div_(self.width).add_(self.eps).rsqrt_()).mul_(self.weight)
 
-    def of_sum(self, x: torch.Tensor, more: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return x + more, in one kernel with its norm where kernels are compiled, and the norm; ``more`` may be None."""
+    def of_sum(self, x: torch.Tensor, more: torch.Tensor | None, compiled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x + more and its norm, by one kernel where it is ``compiled``; ``more`` may be None."""
         if more is None:
-            return x, self(x)
-        if self.module.compiled and self.module.rms:
+            return x, self(x, compiled)
+        if compiled and self.module.compiled and self.module.rms:
             return sum_and_rms_norm(x, more, self.weight, self.eps)
         x = x + more
-        return x, self(x)
+        return x, self(x, compiled)
 
 
 def _linear(module: Any) -> Linear:
@@ -97,32 +105,35 @@ class _Layer:
         """The residual stream [T, D] and what is to be added to it, as the layer before returned them → the same after
         this layer; the model's last layer gives the wanted tokens alone.
         """
-        x_TD, normed_TD = self.input_norm.of_sum(x_TD, more_TD)
-        out_TD, before_TD = self._sum(self._attention(normed_TD, packed), self.proj), x_TD
+        many = packed.recorded or not x_TD.is_cuda or x_TD.shape[0] >= _COMPILED_FROM
+        compiled = self.compiled and many
+        x_TD, normed_TD = self.input_norm.of_sum(x_TD, more_TD, compiled)
+        out_TD, before_TD = self._sum(self._attention(normed_TD, packed, compiled), self.proj), x_TD
         if self.last and packed.output_index_K is not None:
             out_TD, before_TD = (x.index_select(0, packed.output_index_K) for x in (out_TD, before_TD))
         if self.after_attention is not None:
-            out_TD = self.after_attention(out_TD)
+            out_TD = self.after_attention(out_TD, compiled)
         if self.parallel:
-            x_TD, normed_TD = before_TD + out_TD, self.mlp_norm(before_TD)
+            x_TD, normed_TD = before_TD + out_TD, self.mlp_norm(before_TD, compiled)
         else:
-            x_TD, normed_TD = self.mlp_norm.of_sum(before_TD, out_TD)
-        out_TD = self._sum(self._mlp(normed_TD), self.fc2)
-        return x_TD, out_TD if self.after_mlp is None else self.after_mlp(out_TD)
+            x_TD, normed_TD = self.mlp_norm.of_sum(before_TD, out_TD, compiled)
+        out_TD = self._sum(self._mlp(normed_TD, compiled), self.fc2)
+        return x_TD, out_TD if self.after_mlp is None else self.after_mlp(out_TD, compiled)
 
-    def _attention(self, x_TD: torch.Tensor, packed: PackedTokens) -> torch.Tensor:
+    def _attention(self, x_TD: torch.Tensor, packed: PackedTokens, compiled: bool) -> torch.Tensor:
         assert packed.kv is not None
         qkv_TGSH = self.qkv(x_TD).view(-1, self.groups, self.share + 2, self.dim)
         tables = packed.rotary(self.rotary, x_TD.dtype)
-        if self.q_norm is None and packed.kv.only_decodes:
-            out_TNH = packed.kv.attend_to(self.number, qkv_TGSH, tables, self.scale, self.window, self.softcap)
+        if self.q_norm is None and packed.kv.takes_qkv:
+            out_TNH = packed.kv.attend_qkv(self.number, qkv_TGSH, tables, self.scale, self.window, self.softcap)
             return out_TNH.flatten(1)
         cos_T11R, sin_T11R = (table.unsqueeze(1) for table in tables)
         if self.q_norm is not None and self.k_norm is not None:
-            q_TGSH, k_TGSH = self.q_norm(qkv_TGSH[:, :, : self.share]), self.k_norm(qkv_TGSH[:, :, self.share : -1])
-            q_TGSH, k_TGSH = (self._turned(x, cos_T11R, sin_T11R) for x in (q_TGSH, k_TGSH))
+            q_TGSH = self.q_norm(qkv_TGSH[:, :, : self.share], compiled)
+            k_TGSH = self.k_norm(qkv_TGSH[:, :, self.share : -1], compiled)
+            q_TGSH, k_TGSH = (self._turned(x, cos_T11R, sin_T11R, compiled) for x in (q_TGSH, k_TGSH))
         else:  # the queries of a group and its key stand side by side
-            both_TGSH = self._turned(qkv_TGSH[:, :, :-1], cos_T11R, sin_T11R)
+            both_TGSH = self._turned(qkv_TGSH[:, :, :-1], cos_T11R, sin_T11R, compiled)
             q_TGSH, k_TGSH = both_TGSH[:, :, :-1], both_TGSH[:, :, -1:]
         k_TGH, v_TGH = k_TGSH[:, :, 0], qkv_TGSH[:, :, -1]
         out_TNH = packed.kv.attend(
@@ -130,17 +141,19 @@ class _Layer:
         )
         return out_TNH.flatten(1)
 
-    def _turned(self, x_TGSH: torch.Tensor, cos_T11R: torch.Tensor, sin_T11R: torch.Tensor) -> torch.Tensor:
-        if self.compiled:
+    def _turned(
+        self, x_TGSH: torch.Tensor, cos_T11R: torch.Tensor, sin_T11R: torch.Tensor, compiled: bool
+    ) -> torch.Tensor:
+        if compiled:
             return rotate(x_TGSH, cos_T11R, sin_T11R, compiled=True)
         return rotated(x_TGSH, cos_T11R, sin_T11R)
 
-    def _mlp(self, x_TD: torch.Tensor) -> torch.Tensor:
+    def _mlp(self, x_TD: torch.Tensor, compiled: bool) -> torch.Tensor:
         inner_TF = self.fc1(x_TD)
         if not self.gated:
             out_TF: torch.Tensor = self.activation(inner_TF)
             return out_TF
-        if self.compiled:
+        if compiled:
             out_TF = self.activate(inner_TF)
             return out_TF
         gate_TF, up_TF = inner_TF.chunk(2, -1)

@@ -60,11 +60,11 @@ class KVCacheLike(Protocol):
         ...
 
     @property
-    def only_decodes(self) -> bool:
-        """Whether :meth:`attend_to` can be called in this step, which spares passes over what it is given."""
+    def takes_qkv(self) -> bool:
+        """Whether :meth:`attend_qkv` can be called, which makes fewer passes over what it is given."""
         ...
 
-    def attend_to(
+    def attend_qkv(
         self,
         layer_number: int,
         qkv_TGSH: torch.Tensor,
@@ -144,6 +144,7 @@ class PackedTokens(PackedSeqParams):
     lengths: list[int] = field(default_factory=list)
     kv: KVCacheLike | None = None
     output_index_K: torch.Tensor | None = None  # int64, the tokens whose output is wanted; None: all of them
+    recorded: bool = False  # the pass is recorded, so that what it takes the host to launch a kernel does not count
     max_seqlen_q: int = 0
     max_seqlen_kv: int = 0
     cu_keys: torch.Tensor | None = None  # int32 [docs + 1], the same of keys; None: as cu_seqlens

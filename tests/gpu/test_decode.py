@@ -11,8 +11,10 @@ import torch
 
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.generate.generator import Generator
+from steerlm_megatron.generate.kv_cache import BlockTables, KVCache, Span
 from steerlm_megatron.generate.protocol import Request, SamplingParams
 from steerlm_megatron.model.gpt import build_model
+from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens, Rotary
 from steerlm_megatron.model.weights import initialize
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.device import dtype_of
@@ -62,19 +64,53 @@ def test_kernels_over_blocks_are_their_formula(
     qkv_BGSH = torch.randn(len(lengths), groups, share + 2, dim, dtype=dtype, device="cuda")
     cos, sin = (torch.rand(len(lengths), 1, dim // 4, dtype=dtype, device="cuda") for _ in range(2))
     expected_layer, slots_B = layer.clone(), rows_BX[:, 0]
-    q_BNH = paged_kernels.turn_and_store(layer, slots_B, qkv_BGSH, cos, sin)
-    expected = paged_reference.turn_and_store(expected_layer, slots_B, qkv_BGSH, cos, sin)
+    q_BNH, k_BGH = paged_kernels.turn_and_store(layer, slots_B, qkv_BGSH, cos, sin, keys=True)
+    expected = paged_reference.turn_and_store(expected_layer, slots_B, qkv_BGSH, cos, sin, keys=True)
     near = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(q_BNH, expected, **near)
+    torch.testing.assert_close((q_BNH, k_BGH), expected, **near)
     torch.testing.assert_close(layer, expected_layer, equal_nan=True, **near)
     found = paged_kernels.attend(layer, rows_BX, q_BNH, dim**-0.5, window, cap)
     wide = paged_reference.attend(layer.double(), rows_BX, q_BNH.double(), dim**-0.5, window, cap)
     torch.testing.assert_close(found.double(), wide, **near)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+def test_prompts_share_a_call(window: int | None) -> None:
+    """In bf16, prompts that begin and that go on give what each of them gives in a call for itself."""
+    shape, found = CacheShape((1,), 2, 64, torch.bfloat16), []
+    torch.manual_seed(0)
+    steps = [
+        [(0, 0, 5), (1, 0, 300), (2, 0, 1)],
+        [(0, 5, 40), (1, 300, 7), (2, 1, 2)],
+        [(0, 45, 1), (1, 307, 9), (2, 3, 2)],
+    ]
+    qkv = [torch.randn(sum(count for *_, count in spans), 2, 5, 64, device="cuda").bfloat16() for spans in steps]
+    for one_call in (True, False):
+        cache, tables = KVCache(shape, 90, 16, torch.device("cuda")), BlockTables(3, 30)
+        assert cache._varlen is not None and cache.takes_qkv
+        cache._varlen = cache._varlen if one_call else None
+        for row in range(3):
+            tables.add(range(30 * row, 30 * row + 30))
+        outputs = []
+        for spans, each in zip(steps, qkv, strict=True):
+            made = [Span(*span) for span in spans]
+            positions_T = cache.begin(tables, [s for s in made if s.count == 1], [s for s in made if s.count > 1])
+            cos, sin = PackedTokens(positions_T=positions_T).rotary(Rotary(64, 10000.0), torch.bfloat16)
+            outputs.append(cache.attend_qkv(1, each, (cos, sin), 0.125, window))
+        found.append(torch.cat(outputs).float())
+    assert float((found[0] - found[1]).norm() / found[1].norm()) < 0.02 and float(found[1].std()) > 0.1
+
+
 def _generator(kind: str, precision: str, **changes: Any) -> Generator:
     parallel.initialize(ParallelConfig(), seed=1)
-    values = {"num_layers": 2, "hidden_size": 256, "num_heads": 4, "ffn_hidden_size": 96, "init_std": 0.2, **KINDS[kind]}
+    values = {
+        "num_layers": 2,
+        "hidden_size": 256,
+        "num_heads": 4,
+        "ffn_hidden_size": 96,
+        "init_std": 0.2,
+        **KINDS[kind],
+    }
     config = ModelConfig(**values)
     model = build_model(config, ParallelConfig(), EngineConfig(precision=precision), VOCAB, gather_logits=True)
     initialize(model, config, VOCAB, seed=3).to(dtype_of(precision)).eval().requires_grad_(False)
@@ -85,7 +121,8 @@ def _asked(count: int, **params: Any) -> list[Request]:
     rng = random.Random(2)
     prompts = [tuple(rng.randrange(62) for _ in range(rng.randint(1, 40))) for _ in range(count)]
     return [
-        Request(f"r{i}", ids, SamplingParams(max_tokens=3 + 2 * (i % 25), seed=i, **params)) for i, ids in enumerate(prompts)
+        Request(f"r{i}", ids, SamplingParams(max_tokens=3 + 2 * (i % 25), seed=i, **params))
+        for i, ids in enumerate(prompts)
     ]
 
 
@@ -112,8 +149,6 @@ def test_graphs_give_the_tokens_of_passes_without_a_cache(kind: str) -> None:
             assert len(generator.runner._graphs._replays) > 3
         model, request = plain.runner.model, asked[3]
         ids = torch.tensor([*request.prompt_ids, *expected[3]], device="cuda")
-        from steerlm_megatron.model.packed_tokens import PackedTokens
-
         positions_T, cu = torch.arange(len(ids), device="cuda"), torch.tensor([0, len(ids)], dtype=torch.int32)
         packed = PackedTokens.from_cu_seqlens(cu, positions_T)
         with torch.no_grad():
@@ -124,7 +159,9 @@ def test_graphs_give_the_tokens_of_passes_without_a_cache(kind: str) -> None:
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("params", [{"temperature": 1.0, "top_k": 8}, {"temperature": 0.7, "top_p": 0.9, "logprobs": True}])
+@pytest.mark.parametrize(
+    "params", [{"temperature": 1.0, "top_k": 8}, {"temperature": 0.7, "top_p": 0.9, "logprobs": True}]
+)
 def test_a_step_is_launched_without_waiting(params: dict[str, Any]) -> None:
     """A step of decoding in bf16, recorded and sampled, makes the host wait for nothing until it is read."""
     generator = _generator("llama", "bf16", overlap=True)

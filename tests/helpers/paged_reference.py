@@ -34,9 +34,14 @@ def attend(
 
 
 def turn_and_store(
-    layer: torch.Tensor, slots_T: torch.Tensor, qkv_TGSH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor
-) -> torch.Tensor:
+    layer: torch.Tensor,
+    slots_T: torch.Tensor,
+    qkv_TGSH: torch.Tensor,
+    cos_T1R: torch.Tensor,
+    sin_T1R: torch.Tensor,
+    keys: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     turned_TXH = rotate(qkv_TGSH[:, :, :-1].flatten(1, 2), cos_T1R, sin_T1R)
     turned_TGSH = turned_TXH.unflatten(1, (qkv_TGSH.shape[1], -1))
     store(layer, slots_T, turned_TGSH[:, :, -1], qkv_TGSH[:, :, -1])
-    return turned_TGSH[:, :, :-1].flatten(1, 2)
+    return turned_TGSH[:, :, :-1].flatten(1, 2), turned_TGSH[:, :, -1] if keys else None

@@ -87,9 +87,10 @@ def test_the_runner_takes_graphs_where_it_can(by_blocks: None) -> None:
         assert (generator.runner._graphs is not None) is graphs
         results.append([result.token_ids for result in generator.generate(_asked(20))])
     assert results[0] == results[1]
-    assert not hasattr(FakeModel, "decoder") and Generator(
-        FakeModel(), FakeTokenizer(), FakeTemplate(), limits()
-    ).runner._graphs is None
+    assert (
+        not hasattr(FakeModel, "decoder")
+        and Generator(FakeModel(), FakeTokenizer(), FakeTemplate(), limits()).runner._graphs is None
+    )
 
 
 @pytest.mark.parametrize(("share", "dim"), [(1, 8), (1, 64), (4, 8), (4, 64)])

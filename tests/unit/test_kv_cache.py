@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from steerlm_megatron.generate.kv_cache import BlockTables, KVCache, Span, alike
-from steerlm_megatron.model.packed_tokens import CacheShape
+from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens
 
 GROUPS, SHARE, DIM, SIZE = 2, 3, 8, 4
 
@@ -28,13 +28,33 @@ def attention(
     return torch.einsum("nk,knh->nh", score_NK.softmax(1), v_KNH)
 
 
-@pytest.mark.parametrize("sdpa", [False, True])
+def in_one_call(
+    q_TNH: torch.Tensor,
+    k_KGH: torch.Tensor,
+    v_KGH: torch.Tensor,
+    packed: PackedTokens,
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """What ``attention.varlen_function`` promises, by the formula: the last query of a span is at its last key."""
+    assert packed.cu_seqlens is not None and packed.cu_keys is not None and scale == DIM**-0.5
+    starts, key_starts, outputs = packed.cu_seqlens.tolist(), packed.cu_keys.tolist(), []
+    assert packed.max_seqlen_q == np.diff(starts).max() and packed.max_seqlen_kv == np.diff(key_starts).max()
+    for start, stop, key_start, key_stop in zip(starts, starts[1:], key_starts, key_starts[1:], strict=False):
+        for query in range(start, stop):
+            keys = slice(key_start, key_stop - (stop - 1 - query))
+            outputs.append(attention(q_TNH[query], k_KGH[keys], v_KGH[keys], window, None))
+    assert len(outputs) == len(q_TNH)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("way", ["products", "sdpa", "one call"])
 @pytest.mark.parametrize(("window", "cap"), [(None, None), (6, None), (None, 2.0), (9, 1.5)])
-def test_equals_attention_over_the_sequence(sdpa: bool, window: int | None, cap: float | None) -> None:
+def test_equals_attention_over_the_sequence(way: str, window: int | None, cap: float | None) -> None:
     rng = random.Random(3)
     shape = CacheShape((1, 2), GROUPS, DIM, torch.float64)
     cache, tables = KVCache(shape, 64, SIZE, torch.device("cpu")), BlockTables(5, 12)
-    cache.sdpa = sdpa
+    cache.sdpa, cache._varlen = way == "sdpa", in_one_call if way == "one call" else None
     numbers = list(range(64))
     rng.shuffle(numbers)
     for row in range(5):
@@ -49,7 +69,7 @@ def test_equals_attention_over_the_sequence(sdpa: bool, window: int | None, cap:
         assert positions_T.tolist() == [p for s in packed for p in range(s.start, s.start + s.count)]
         q_TNH = torch.randn(len(positions_T), GROUPS * SHARE, DIM, dtype=torch.float64)
         k_TGH, v_TGH = (torch.randn(len(positions_T), GROUPS, DIM, dtype=torch.float64) for _ in range(2))
-        cache.attend(2, q_TNH, k_TGH + 1, v_TGH, 1.0)  # another layer
+        cache.attend(2, q_TNH, k_TGH + 1, v_TGH, DIM**-0.5)  # another layer
         out_TNH = cache.attend(1, q_TNH, k_TGH, v_TGH, DIM**-0.5, window, cap)
         at = 0
         for span in packed:
