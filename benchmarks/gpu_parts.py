@@ -470,23 +470,20 @@ def part_decode(findings: Findings) -> None:
     decoding = Decoding(findings, rate)
     new, prompt, batch = (6, 16, 2) if findings.tiny else (96, 512, 64)
     measure, run = findings.measure, decoding.run
+    ragged = 2 * batch
     measure("1b batch 64", partial(run, "1b", batch, prompt, new, profile=True))
     measure("1b batch 1", partial(run, "1b", 1, prompt, new // 2), 5)
-    measure("1b batch 256", partial(run, "1b", 4 * batch, prompt // 2, new), 12)
+    measure("1b batch 256", partial(run, "1b", 4 * batch, prompt // 2, new), 8)
+    measure("1b ragged", partial(decoding.ragged, ragged, prompt, new), 10)
+    measure("7b batch 64", partial(run, "7b", batch, prompt, new, profile=True), 12)
+    measure("7b batch 1", partial(run, "7b", 1, prompt, new // 2), 6)
+    decoding.forget()
+    measure("transformers 1b ragged", partial(decoding.ragged_by_peer, ragged, prompt, new), 15)
+    measure("transformers 1b batch 64", partial(decoding.theirs, batch, prompt, new), 8)
     measure("1b batch 64, mixed lengths", partial(run, "1b", batch, prompt, new, mixed=True), 8)
     measure("1b batch 64, greedy", partial(run, "1b", batch, prompt, new, temperature=0.0), 8)
     measure("1b batch 64, no graphs", partial(run, "1b", batch, prompt, new, graphs=False), 8)
-    ragged = 2 * batch
-    measure("1b ragged", partial(decoding.ragged, ragged, prompt, new), 10)
     measure("1b batch 64, compile=false", partial(run, "1b", batch, prompt, new, compiled=False), 8)
-    measure("7b batch 64", partial(run, "7b", batch, prompt, new, profile=True), 15)
-    measure("7b batch 1", partial(run, "7b", 1, prompt, new // 2), 6)
-    decoding.forget()
-    measure(
-        "transformers 1b ragged (generate, left padding)", partial(decoding.ragged_by_peer, ragged, prompt, new), 15
-    )
-    name = "transformers 1b batch 64 (generate, dynamic cache)"
-    measure(name, partial(decoding.theirs, batch, prompt, new), 12)
 
 
 class Decoding:
@@ -763,7 +760,7 @@ def compiled(formula: Callable[..., torch.Tensor], mode: str, tiny: bool) -> Cal
     from steerlm_megatron.model import fused
 
     if mode == "project" and not tiny:
-        return fused._compiled(formula)
+        return fused.one_kernel(formula)
     dynamic = {"project": True, "static shapes": False, "token dimension dynamic": None}[mode]
     return torch.compile(formula, dynamic=dynamic, backend="eager" if tiny else "inductor")
 

@@ -42,8 +42,8 @@ def _store(
 @triton.jit
 def _turn_and_store(
     qkv, cos, sin, slots, layer, query, key, token_stride, slot_stride, kv_stride, group_stride, GROUPS: tl.constexpr,
-    KEYS: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALVES: tl.constexpr,
-    DIMS: tl.constexpr,
+    KEYS: tl.constexpr, SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr,
+    HALVES: tl.constexpr, DIMS: tl.constexpr,
 ):  # fmt: skip
     token, group = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token * slot_stride).to(tl.int64)

@@ -76,12 +76,29 @@ def uniform(seed: int, index: int) -> float:
     return (mix64(mix64(seed) ^ mix64(index + 0x632BE59BD9B4E019)) >> 11) * 2.0**-53
 
 
+def uniforms(seeds_B: np.ndarray, indices_B: np.ndarray) -> np.ndarray:
+    """Return :func:`uniform` of each pair, float64 [B], of uint64 arrays: the loop over a large batch takes as long as
+    a small model's step.
+    """
+    mixed_B = _mix64(_mix64(seeds_B) ^ _mix64(indices_B + np.uint64(0x632BE59BD9B4E019)))
+    return (mixed_B >> np.uint64(11)) * 2.0**-53
+
+
+def _mix64(x: np.ndarray) -> np.ndarray:
+    """Do :func:`mix64` of uint64 numbers, which overflow as they should."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
 @dataclass
 class _Group:
     """Rows of a batch that go through the same torch calls."""
 
     rows: list[int]
     method: tuple[str, int]
+    seeds_B: np.ndarray  # uint64
     index_B: torch.Tensor | None  # None stands for all rows in order
     temperature_B1: torch.Tensor
     top_k_B1: torch.Tensor
@@ -141,6 +158,7 @@ class BatchSampler:
         return _Group(
             rows=members,
             method=(method[0], size),
+            seeds_B=np.array([row.seed for row in rows], np.uint64),
             index_B=None if all_rows else torch.tensor(members, dtype=torch.int64).to(self.device),
             temperature_B1=column([row.temperature for row in rows], torch.float64),
             top_k_B1=column([min(row.top_k or size, size) for row in rows], torch.int64),
@@ -223,8 +241,9 @@ class BatchSampler:
         if group.method[0] == "greedy":
             top_B, ids_B = logits_BV.max(1)  # the maximum of a row with a NaN is NaN
             return torch.where(top_B.isfinite(), ids_B, NOT_FINITE)
-        numbers = np.array([[uniform(self.rows[i].seed, indices[i])] for i in group.rows])
-        u_B1 = to_device(numbers, logits_BV.device)  # by pinned memory: a copy of other memory may wait for the device
+        indices_B = np.array([indices[i] for i in group.rows], np.uint64)
+        numbers_B = uniforms(group.seeds_B, indices_B)
+        u_B1 = to_device(numbers_B[:, None], logits_BV.device)  # by pinned memory: a copy of other memory may wait for the device
         probs_BK, ids_BK = distribution(logits_BV, group)
         index_B1 = _invert(probs_BK, u_B1)
         if ids_BK is None:

@@ -1,7 +1,7 @@
 """Cross-entropy of logits whose vocabulary is split over tensor-parallel ranks, a few rows at a time.
 
 Megatron-Core's own makes a float32 copy of all logits and keeps it for the backward pass: 4 GiB for 4,096 tokens of a
-vocabulary of 256,000. Here float32 is as large as a few rows, and what is kept are the logits as they are (bf16), which
+vocabulary of 256,000. Here float32 is as large as a few rows (none of it is in memory with ``engine.compile``), and what is kept are the logits as they are (bf16), which
 the gradient then overwrites. Invariant: the arithmetic is float32, whatever the logits' dtype.
 """
 
@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from steerlm_megatron.model.fused import one_kernel
 from steerlm_megatron.runtime.device import on_gpu
 
 # Bytes of float32 in work at a time: what stays in a CPU core's cache; on a GPU, enough to fill it.
@@ -32,6 +33,29 @@ def soft_capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return wide if cap is None else torch.tanh(wide / cap) * cap
 
 
+def _log_sums(logits_KV: torch.Tensor, words: int, cap: float | None) -> torch.Tensor:
+    """log Σ exp of each row's first ``words`` logits, float32 [K]; of no column it is -inf."""
+    return torch.logsumexp(soft_capped(logits_KV[:, :words], cap), 1)
+
+
+def _overwrite_by_gradient(
+    logits_KV: torch.Tensor,
+    log_sum_K1: torch.Tensor,
+    label_K1: torch.Tensor,
+    grad_K1: torch.Tensor,
+    words: int,
+    cap: float | None,
+) -> None:
+    """What :meth:`_CrossEntropy.backward` says, in one formula; a label that is another rank's is a negative one."""
+    capped_KV = soft_capped(logits_KV, cap)
+    column_V = torch.arange(logits_KV.shape[1], device=logits_KV.device)
+    soft_KV = torch.where(column_V < words, (capped_KV - log_sum_K1).exp(), 0.0)
+    out_KV = (soft_KV - (column_V == label_K1).float()) * grad_K1
+    if cap is not None:
+        out_KV = out_KV * (1.0 - (capped_KV / cap).square())
+    logits_KV.copy_(out_KV)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -42,15 +66,18 @@ class _CrossEntropy(torch.autograd.Function):
         words: int,
         group: dist.ProcessGroup | None,
         cap: float | None,
+        compiled: bool,
     ) -> torch.Tensor:
         width = logits_KV.shape[1]
         local_K = labels_K - first  # of labels in this rank's part of the vocabulary
         own_K = (local_K >= 0) & (local_K < width)
         local_K1 = local_K.clamp(0, width - 1).unsqueeze(1)
-        log_sum_K = torch.empty(len(labels_K), dtype=torch.float32, device=logits_KV.device)
-        for part in _parts(logits_KV):
-            # of no column it is -inf
-            log_sum_K[part] = torch.logsumexp(soft_capped(logits_KV[part, :words], cap), 1)
+        if compiled and words:
+            log_sum_K = one_kernel(_log_sums)(logits_KV, words, cap)
+        else:
+            log_sum_K = torch.empty(len(labels_K), dtype=torch.float32, device=logits_KV.device)
+            for part in _parts(logits_KV):
+                log_sum_K[part] = _log_sums(logits_KV[part], words, cap)
         wanted_K = soft_capped(logits_KV.gather(1, local_K1).squeeze(1), cap)
         if group is not None:
             # log Σ over ranks of exp(log-sum of a rank), with the largest taken out
@@ -60,15 +87,20 @@ class _CrossEntropy(torch.autograd.Function):
             dist.all_reduce(both_2K, dist.ReduceOp.SUM, group)
             log_sum_K, wanted_K = both_2K[0].log_().add_(peak_K), both_2K[1]
         ctx.save_for_backward(logits_KV, local_K1, own_K, log_sum_K)
-        ctx.words, ctx.cap = words, cap
+        ctx.words, ctx.cap, ctx.compiled = words, cap, compiled
         return log_sum_K - wanted_K
 
     @staticmethod
-    def backward(ctx: Any, grad_K: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, grad_K: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None, None]:
         """∂/∂logit_v = grad · (softmax_v − [v = label]), times 1 − tanh²(logit_v / cap) with a cap, written over the
         logits; 0 for padding (with a cap by the second factor).
         """
         logits_KV, local_K1, own_K, log_sum_K = ctx.saved_tensors
+        if ctx.compiled:
+            label_K1, grad_K1 = torch.where(own_K.unsqueeze(1), local_K1, -1), grad_K.float().unsqueeze(1)
+            write = one_kernel(_overwrite_by_gradient)
+            write(logits_KV, log_sum_K.unsqueeze(1), label_K1, grad_K1, ctx.words, ctx.cap)
+            return logits_KV, None, None, None, None, None, None
         logits_KV[:, ctx.words :] = -torch.inf
         minus_K1 = -own_K.float().unsqueeze(1)
         for part in _parts(logits_KV):
@@ -82,11 +114,11 @@ class _CrossEntropy(torch.autograd.Function):
                 soft_KV.mul_(capped_KV.div_(ctx.cap).square_().neg_().add_(1.0))
             if out is None:
                 logits_KV[part] = soft_KV
-        return logits_KV, None, None, None, None, None
+        return logits_KV, None, None, None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
-    logits_KV: torch.Tensor, labels_K: torch.Tensor, vocab_size: int, cap: float | None = None
+    logits_KV: torch.Tensor, labels_K: torch.Tensor, vocab_size: int, cap: float | None = None, compiled: bool = False
 ) -> torch.Tensor:
     """-log softmax(logits)[label] in float32 [K], of logits as :func:`soft_capped` gives them, over the first
     ``vocab_size`` columns of all ranks together: columns behind these belong to rows that only pad the output layer.
@@ -98,10 +130,11 @@ def vocab_parallel_cross_entropy(
         logits_KV: [K, V / tensor-parallel ranks], this rank's part of the vocabulary; any floating dtype.
         labels_K: int64 [K], ids below ``vocab_size``, the same on every rank of the group.
         cap: the model's ``logit_softcap``.
+        compiled: by one compiled kernel each way, which makes no float32 copy of any logits.
     """
     ranks, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     group = parallel_state.get_tensor_model_parallel_group() if ranks > 1 else None
     width = logits_KV.shape[1]
     words = min(max(vocab_size - rank * width, 0), width)
-    losses_K: torch.Tensor = _CrossEntropy.apply(logits_KV, labels_K, rank * width, words, group, cap)
+    losses_K: torch.Tensor = _CrossEntropy.apply(logits_KV, labels_K, rank * width, words, group, cap, compiled)
     return losses_K

@@ -48,7 +48,7 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: torch.Tensor, weight_D: torch.Tensor, eps: float, compiled: bool = False) -> torch.Tensor:
     """RMSNorm of x [..., D] in x's dtype, computed in float32 at least. CUDA has a kernel of torch's own."""
     if compiled:
-        return _compiled(_rms_norm_formula)(x, weight_D, eps)
+        return one_kernel(_rms_norm_formula)(x, weight_D, eps)
     if x.is_cuda:
         return F.rms_norm(x, weight_D.shape, weight_D.to(x.dtype), eps)
     if on_gpu(x):  # its stand-in: that kernel keeps what this function keeps
@@ -75,12 +75,12 @@ def sum_and_rms_norm(
     x: torch.Tensor, more: torch.Tensor, weight_D: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x + more and its RMSNorm, each [..., D] in x's dtype, by one compiled kernel."""
-    total, normed = _compiled(_sum_and_rms_norm_formula)(x, more, weight_D, eps)
+    total, normed = one_kernel(_sum_and_rms_norm_formula)(x, more, weight_D, eps)
     return total, normed
 
 
 @functools.cache
-def _compiled(formula: Callable[..., Any]) -> Callable[..., Any]:
+def one_kernel(formula: Callable[..., Any]) -> Callable[..., Any]:
     """One kernel for any number of tokens, in which rows differ, and for each size of the other dimensions.
 
     A kernel that knows the inner sizes reads memory in wide pieces and needs no division to find a number's place: with
@@ -136,7 +136,7 @@ def rotate(x_TNH: torch.Tensor, cos_T1R: torch.Tensor, sin_T1R: torch.Tensor, co
     with the next R, the rest pass unchanged. Tables [T, 1, R] in x's dtype. Returns [T, N, H].
     """
     if compiled:
-        return _compiled(_rotate_formula)(x_TNH, cos_T1R, sin_T1R)
+        return one_kernel(_rotate_formula)(x_TNH, cos_T1R, sin_T1R)
     out: torch.Tensor = _Rotate.apply(x_TNH, cos_T1R, sin_T1R)
     return out
 
@@ -200,7 +200,7 @@ class SwiGLU(torch.nn.Module):
     def forward(self, both: torch.Tensor) -> torch.Tensor:
         """[..., 2F] → [..., F]."""
         if self.compiled:
-            return _compiled(self.formula)(both)
+            return one_kernel(self.formula)(both)
         out: torch.Tensor = self.function.apply(both)
         return out
 

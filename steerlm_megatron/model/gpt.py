@@ -53,6 +53,7 @@ class PackedGPTModel(HookedGPTModel):
     post_process: bool
     words: int
     logit_softcap: float | None = None  # of ModelConfig
+    compiled: bool = False  # engine.compile, as it was decided
 
     def before_output(self, hidden_states: torch.Tensor, packed_seq_params: PackedTokens) -> torch.Tensor:
         if self.post_process and self.config.sequence_parallel:
@@ -66,7 +67,9 @@ class PackedGPTModel(HookedGPTModel):
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Labels [1, K] and this rank's logits [K, 1, V / tensor] → losses [1, K] in float32."""
-        losses_K = vocab_parallel_cross_entropy(logits.squeeze(1), labels.squeeze(0), self.words, self.logit_softcap)
+        losses_K = vocab_parallel_cross_entropy(
+            logits.squeeze(1), labels.squeeze(0), self.words, self.logit_softcap, self.compiled
+        )
         return losses_K.unsqueeze(0)
 
     def cache_shape(self) -> CacheShape:
@@ -334,7 +337,7 @@ def build_model(
             gpt.output_layer = RegressionHead(config, attributes, model.head_bias)
         if lora is not None:
             add_rows(gpt, lora)
-    gpt.logit_softcap = model.logit_softcap
+    gpt.logit_softcap, gpt.compiled = model.logit_softcap, _compiles(engine)
     if first and model.scale_embeddings:
         gpt.embedding.register_forward_hook(partial(_scaled, scale=_rounded(math.sqrt(model.hidden_size), config)))
     if last and attributes is None:

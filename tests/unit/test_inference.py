@@ -94,7 +94,7 @@ def test_with_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         kernels.append(formula.__name__)
         return formula
 
-    monkeypatch.setattr("steerlm_megatron.model.fused._compiled", formula_itself)
+    monkeypatch.setattr("steerlm_megatron.model.fused.one_kernel", formula_itself)
     for kind in ("llama", "gemma3"):
         expected, found = (built(compiled=compiled, **KINDS[kind]) for compiled in (False, True))
         kernels.clear()

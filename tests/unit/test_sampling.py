@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.protocol import SamplingParams, derive_seed
-from steerlm_megatron.generate.sampling import BatchSampler, RowParams, uniform
+from steerlm_megatron.generate.sampling import BatchSampler, RowParams, uniform, uniforms
 
 VOCAB = 200
 CPU = torch.device("cpu")
@@ -37,6 +38,9 @@ def test_uniform_is_uniform_and_fixed() -> None:
     assert len(set(values)) == len(values)
     # These values are frozen, since a change would alter every seeded result of every user.
     assert (uniform(1234, 0), uniform(0, 5)) == (0.0192574172783736, 0.4480180066472548)
+    seeds, indices = np.array([0, 1234, 2**63 - 1, 2**62 + 5], np.uint64), np.array([0, 3, 2**31, 77], np.uint64)
+    expected = [uniform(int(seed), int(index)) for seed, index in zip(seeds, indices, strict=True)]
+    assert uniforms(seeds, indices).tolist() == expected
 
 
 def test_greedy_is_argmax() -> None:
