@@ -880,7 +880,7 @@ def summary_lines(everything: dict[str, Any]) -> Iterable[str]:
     states = [case["state"] for case in tests.values()]
     if states:
         yield f"gpu tests: {', '.join(f'{states.count(state)} {state}' for state in sorted(set(states)))}"
-    for name in ("train_1b", "train_1b_small", "annotate"):
+    for name in ("train_1b", "train_1b_small", "train_1b_ap", "annotate"):
         part = everything.get(name)
         if part is not None:
             keys = ("tokens/s", "x faster than", "MFU of 989 TFLOP/s", "memory GiB", "ERROR")

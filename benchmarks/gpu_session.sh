@@ -111,6 +111,7 @@ measure train_1b 130 45 bench.log train -- "${TRAIN[@]}" --micro-rows 2
 if [ -z "$TINY" ] && wanted train && ! grep -q 'tokens/s' "$WORK/train_1b.json" 2>/dev/null; then # three peers may be too many for its memory
   measure train_1b_small 70 40 bench.log train -- "${TRAIN[@]}" --micro-rows 1 --peer sorted
 fi
+measure train_1b_ap 45 30 bench.log train -- "${TRAIN[@]}" --task ap --micro-rows 2
 measure step 95 40 step.log step
 measure annotate 60 30 bench.log annotate -- "${ANNOTATE[@]}"
 measure decode 100 40 decode.log decode

@@ -15,13 +15,12 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Any
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.generate.drawn import NOT_DRAWN, NOT_FINITE, Drawn
 from steerlm_megatron.generate.group import LocalGroup, ModelGroup
-from steerlm_megatron.generate.job import Handle, Job, outcome_of, resolve
+from steerlm_megatron.generate.job import Handle, Job, ended_by, resolve
 from steerlm_megatron.generate.protocol import (
     Delta,
     EngineDead,
@@ -225,8 +224,11 @@ class Engine(ABC):
             if job in self.waiting:
                 self.waiting.remove(job)
             del self.jobs[request_id]
-            outcome = outcome_of(job, lambda: self._result(job))
-        assert outcome is not None
+            outcome: Result | RequestFailed
+            try:
+                outcome = self._result(job)
+            except Exception as e:
+                outcome = ended_by(job, e)
         if isinstance(outcome, Result):
             self.on_result(outcome)
         resolve(job, outcome)
@@ -258,12 +260,17 @@ class Engine(ABC):
     def _take(self, jobs: list[Job], drawn: Drawn) -> None:
         """Append each job's new token to it, and resolve the requests that end with it."""
         ended: list[tuple[Job, Result | RequestFailed]] = []
+        outcome: Result | RequestFailed | None
         with self._lock:
             self.steps += 1
+            now = time.monotonic()
             for row, job in enumerate(jobs):
                 if job.reason is not None:  # cancelled while the step ran
                     continue
-                outcome = outcome_of(job, partial(self._take_token, job, row, drawn))
+                try:
+                    outcome = self._take_token(job, row, drawn, now)
+                except Exception as e:
+                    outcome = ended_by(job, e)
                 if outcome is not None:
                     ended.append((job, outcome))
                     del self.jobs[job.request.id]
@@ -272,20 +279,20 @@ class Engine(ABC):
                 self.on_result(outcome)
             resolve(job, outcome)
 
-    def _take_token(self, job: Job, row: int, drawn: Drawn) -> Result | None:
+    def _take_token(self, job: Job, row: int, drawn: Drawn, now: float) -> Result | None:
         """Append a token to a job and return its result if it ends. An exception here ends this job alone."""
         token_id = drawn.ids[row]
         if token_id < 0:
             job.failed = True
             raise RequestFailed(_NO_TOKEN[token_id])
         job.token_ids.append(token_id)
-        job.handle.times.token(time.monotonic())
+        job.handle.times.token(now)
         self.sampled_tokens += 1
         if job.row_params.logprobs:
             job.logprobs.append(drawn.logprobs[row])
         if job.row_params.top_logprobs:
             job.top_logprobs.append(drawn.top[row])
-        if row in drawn.prompts:
+        if drawn.prompts and row in drawn.prompts:
             chosen, top = drawn.prompts[row]
             job.prompt_logprobs = (None, *chosen), (None, *top)
         piece, job.reason = self._advance(job, token_id)

@@ -118,19 +118,16 @@ class Job:
         return len(self.prompt_ids) + self.request.params.max_tokens
 
 
-def outcome_of(job: Job, step: Callable[[], Result | None]) -> Result | RequestFailed | None:
-    """Return the result of ``step``. An exception in it ends this job and no other."""
-    try:
-        return step()
-    except Exception as e:
-        job.reason = "cancelled"
-        if isinstance(e, RequestFailed):
-            log.error("request %s ends: %s", job.request.id, e)
-            return e
-        log.exception("request %s ends on an error of its own", job.request.id)
-        failed = RequestFailed(f"{type(e).__name__}: {e}")
-        failed.__cause__ = e
-        return failed
+def ended_by(job: Job, error: Exception) -> RequestFailed:
+    """End a job on an error, which ends no other one; return what its future gets."""
+    job.reason = "cancelled"
+    if isinstance(error, RequestFailed):
+        log.error("request %s ends: %s", job.request.id, error)
+        return error
+    log.error("request %s ends on an error of its own", job.request.id, exc_info=error)
+    failed = RequestFailed(f"{type(error).__name__}: {error}")
+    failed.__cause__ = error
+    return failed
 
 
 def resolve(job: Job, outcome: Result | RequestFailed) -> None:

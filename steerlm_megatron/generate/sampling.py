@@ -243,7 +243,8 @@ class BatchSampler:
             return torch.where(top_B.isfinite(), ids_B, NOT_FINITE)
         indices_B = np.array([indices[i] for i in group.rows], np.uint64)
         numbers_B = uniforms(group.seeds_B, indices_B)
-        u_B1 = to_device(numbers_B[:, None], logits_BV.device)  # by pinned memory: a copy of other memory may wait for the device
+        # By pinned memory, since a copy of other memory may wait for the device.
+        u_B1 = to_device(numbers_B[:, None], logits_BV.device)
         probs_BK, ids_BK = distribution(logits_BV, group)
         index_B1 = _invert(probs_BK, u_B1)
         if ids_BK is None:

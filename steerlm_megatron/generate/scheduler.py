@@ -108,22 +108,26 @@ class Scheduler(Generic[S]):
 
     def plan(self, gone: Callable[[S], bool]) -> StepPlan | None:
         """Return the next step; None if there is nothing to do. Sequences that are ``gone`` leave their rows first."""
-        plan = StepPlan("run", self._wipe)
+        plan, staying = StepPlan("run", self._wipe), []
         for row in self.rows:
-            if gone(row.sequence):
-                if row.sequence.failed:
-                    self.pool.spoil(row.blocks)
-                self._wipe += self.pool.release(row.blocks)
-        self.rows = [row for row in self.rows if not gone(row.sequence)]
+            if not gone(row.sequence):
+                staying.append(row)
+                continue
+            if row.sequence.failed:
+                self.pool.spoil(row.blocks)
+            self._wipe += self.pool.release(row.blocks)
+        self.rows = staying
         budget, preempted = self._feed_rows(plan)
         if not preempted:
             self._admit(plan, budget)
         if not self.rows:
             return None
-        held = {id(row): i for i, row in enumerate(self._told)}
-        keep = [held[id(row)] for row in self.rows if id(row) in held]
-        plan.keep = None if len(keep) == len(self._told) else keep
-        self._told, self._wipe = list(self.rows), []
+        if self.rows != self._told:
+            held = {id(row): i for i, row in enumerate(self._told)}
+            keep = [held[id(row)] for row in self.rows if id(row) in held]
+            plan.keep = None if len(keep) == len(self._told) else keep
+            self._told = list(self.rows)
+        self._wipe = []
         return plan
 
     def sampling(self) -> list[S]:
@@ -133,10 +137,14 @@ class Scheduler(Generic[S]):
     def _feed_rows(self, plan: StepPlan) -> tuple[int, bool]:
         """Feed the rows there are. Return how many tokens of prompts the step may still take, and whether a row was
         preempted."""
-        budget, preempted, i = self.chunk_tokens, False, 0
+        budget, preempted, i, size = self.chunk_tokens, False, 0, self.pool.block_tokens
         while i < len(self.rows):
             row = self.rows[i]
             decodes = row.computed >= row.given
+            if decodes and row.computed < size * len(row.blocks) and (row.computed + 1) // size == row.listed:
+                row.computed += 1  # most steps: it goes on in a block that it has, and fills none
+                i += 1
+                continue
             tokens = 1 if decodes else min(row.given - row.computed, budget)
             missing = self.pool.blocks_for(row.computed + tokens) - len(row.blocks)
             while missing > self.pool.free and len(self.rows) > i:
