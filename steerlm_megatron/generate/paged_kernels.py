@@ -4,8 +4,8 @@ Owns: the kernels and the sizes that they are started with. Does not own: the ca
 has (``kv_cache.py``). Invariant: a sequence's attention is computed from its own blocks alone and in an order that
 depends on its own length alone, so that its values are the same in every batch.
 
-A sequence's tokens are cut into parts of a fixed number of tokens. A program takes one key/value head of one part of
-one sequence and all query heads that belong to it, and keeps the running maximum and sum of softmax's online form
+A sequence's tokens are cut into parts of a fixed number of tokens. A program takes one key/value head of a part of a
+sequence and all query heads that belong to it, and keeps the running maximum and sum of softmax's online form
 (Milakov & Gimelshein 2018, arXiv 1805.02867); a second kernel puts the parts together, as FlashDecoding does
 (https://pytorch.org/blog/flash-decoding/). Nothing is gathered: blocks are read where they lie.
 """
@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-_FEWEST_PART_TOKENS = 256
-_MOST_PARTS = 16
+_PART_TOKENS, _MOST_PARTS = 128, 32  # a part has more tokens where sequences may need more parts
+_PROGRAMS = 2048  # about so many fill a GPU; sequences of a large batch get fewer each
 _TILE = 64  # tokens whose keys are in work at a time
+_WARPS, _STAGES = 4, 3
 _SMALLEST_SIDE = 16  # of a matrix product in Triton
 
 
@@ -82,28 +83,27 @@ def _turn_and_store(
 
 
 @triton.jit
-def _attend_part(
-    query, layer, rows, sums, norms, scale, cap, row_stride_q, head_stride_q, row_width, kv_stride, group_stride,
+def _attend_parts(
+    query, layer, rows, sums, norms, scale, cap, row_stride_q, head_stride_q, row_width, kv_stride, group_stride, parts,
     SHARE: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, DIMS: tl.constexpr, SIZE: tl.constexpr,
     PART: tl.constexpr, TILE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    row, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, group = tl.program_id(0), tl.program_id(1)
     position = tl.load(rows + row * row_width + 1)
     first = 0
     if WINDOW > 0:
         first = tl.maximum(position - WINDOW + 1, 0)
-    begin, end = part * PART, tl.minimum(part * PART + PART, position + 1)
-    if (begin <= position) & (end > first):
-        table = rows + row * row_width + 2
-        head, dim = tl.arange(0, HEADS), tl.arange(0, DIMS)
-        in_head, in_dim = head < SHARE, dim < DIM
-        at_q = row.to(tl.int64) * row_stride_q + (group * SHARE + head) * head_stride_q
-        q = tl.load(query + at_q[:, None] + dim[None, :], mask=in_head[:, None] & in_dim[None, :], other=0.0)
+    table = rows + row * row_width + 2
+    head, dim = tl.arange(0, HEADS), tl.arange(0, DIMS)
+    in_head, in_dim = head < SHARE, dim < DIM
+    at_q = row.to(tl.int64) * row_stride_q + (group * SHARE + head) * head_stride_q
+    q = tl.load(query + at_q[:, None] + dim[None, :], mask=in_head[:, None] & in_dim[None, :], other=0.0)
+    # The programs of a sequence and group share its parts: one to each, or several where there are many.
+    for part in range(first // PART + tl.program_id(2), position // PART + 1, tl.num_programs(2)):
+        begin, end = tl.maximum(part * PART, first // TILE * TILE), tl.minimum(part * PART + PART, position + 1)
         most = tl.full([HEADS], -float("inf"), tl.float32)
         total = tl.zeros([HEADS], tl.float32)
         out = tl.zeros([HEADS, DIMS], tl.float32)
-        if WINDOW > 0:
-            begin = tl.maximum(begin, first // TILE * TILE)
         for start in range(begin, end, TILE):
             token = start + tl.arange(0, TILE)
             seen = (token < end) & (token >= first)
@@ -112,20 +112,18 @@ def _attend_part(
             source = layer + group.to(tl.int64) * group_stride + slot[:, None] * DIM + dim[None, :]
             inside = seen[:, None] & in_dim[None, :]
             k = tl.load(source, mask=inside, other=0.0)
+            v = tl.load(source + kv_stride, mask=inside, other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             if CAPPED:
                 score = cap * (2.0 * tl.sigmoid(2.0 * score / cap) - 1.0)  # cap · tanh(score / cap)
             score = tl.where(seen[None, :], score, -float("inf"))
-            # A tile that begins below the window has no key in sight: its maximum is -inf, and stays out of exp.
             higher = tl.maximum(most, tl.max(score, 1))
-            finite = tl.where(higher == -float("inf"), 0.0, higher)
-            weight = tl.exp(score - finite[:, None])
-            fade = tl.exp(most - finite)
-            v = tl.load(source + kv_stride, mask=inside, other=0.0)
+            weight = tl.exp(score - higher[:, None])
+            fade = tl.exp(most - higher)
             out = out * fade[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
             total = total * fade + tl.sum(weight, 1)
             most = higher
-        place = ((row * tl.num_programs(1) + group) * tl.num_programs(2) + part).to(tl.int64)
+        place = ((row * tl.num_programs(1) + group) * parts + part).to(tl.int64)
         at_sums = (place * SHARE + head[:, None]) * DIM + dim[None, :]
         tl.store(sums + at_sums, out, mask=in_head[:, None] & in_dim[None, :])
         at_norms = (place * SHARE + head) * 2
@@ -223,8 +221,9 @@ def attend(
     rows, heads, dim = q_BNH.shape
     groups, size = layer.shape[1], layer.shape[3]
     share, longest = heads // groups, (rows_BX.shape[1] - 2) * size
-    part = max(_FEWEST_PART_TOKENS, triton.next_power_of_2(-(-longest // _MOST_PARTS)))
+    part = max(_PART_TOKENS, triton.next_power_of_2(-(-longest // _MOST_PARTS)))
     parts = -(-longest // part)
+    programs = min(parts, -(-_PROGRAMS // (rows * groups)))
     sums = torch.empty((rows, groups, parts, share, dim), dtype=torch.float32, device=q_BNH.device)
     norms = torch.empty((rows, groups, parts, share, 2), dtype=torch.float32, device=q_BNH.device)
     out_BNH = torch.empty((rows, heads, dim), dtype=q_BNH.dtype, device=q_BNH.device)
@@ -233,9 +232,10 @@ def attend(
         "DIM": dim, "DIMS": max(_SMALLEST_SIDE, triton.next_power_of_2(dim)),
         "PART": part, "WINDOW": window or 0,
     }  # fmt: skip
-    _attend_part[(rows, groups, parts)](
+    _attend_parts[(rows, groups, programs)](
         q_BNH, layer, rows_BX, sums, norms, scale, softcap or 1.0, q_BNH.stride(0), q_BNH.stride(1), rows_BX.stride(0),
-        layer.stride(0), layer.stride(1), SIZE=size, TILE=_TILE, CAPPED=softcap is not None, **sides,
+        layer.stride(0), layer.stride(1), parts, SIZE=size, TILE=_TILE, CAPPED=softcap is not None, num_warps=_WARPS,
+        num_stages=_STAGES, **sides,
     )  # fmt: skip
     _combine_parts[(rows, groups)](sums, norms, rows_BX, out_BNH, rows_BX.stride(0), parts, **sides)
     return out_BNH
