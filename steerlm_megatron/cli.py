@@ -115,5 +115,6 @@ def _job(command: str, cfg: Any) -> None:
     cost.process_began(psutil.Process().create_time())
     importlib.import_module(f"steerlm_megatron.stages.{COMMANDS[command].module}").run(config)
     if "steerlm_megatron.runtime.parallel" in sys.modules:
-        # A rank that ends while another one still waits for it would make the other one abort; NCCL wants it of one too.
+        # A rank that ends while another one still waits for it would make the other one abort, and NCCL warns of groups
+        # that are left open, those of one rank too.
         sys.modules["steerlm_megatron.runtime.parallel"].shutdown()

@@ -55,8 +55,8 @@ class GenerationConfig:
         "reserve: a sequence starts when there is room for all its tokens; optimistic: the youngest may have to wait",
     )  # fmt: skip
     cuda_graphs: bool = option(
-        True, "on one GPU a step of decoding is recorded once for each size of batch, and launched as a whole; false: its "
-        "kernels are launched one by one, which is slower and names the one that fails"
+        True, "on one GPU a step of decoding is recorded once for each size of batch, and launched as a whole; false: "
+        "its kernels are launched one by one, which is slower and names the one that fails"
     )  # fmt: skip
     concurrency: int = option(64, at_least(1), "requests that are under way to the servers of server.urls")
 

@@ -10,6 +10,9 @@ sequence and all query heads that belong to it, and keeps the running maximum an
 (https://pytorch.org/blog/flash-decoding/). Nothing is gathered: blocks are read where they lie.
 """
 
+# Triton finds the types of a kernel's arguments by itself.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import torch

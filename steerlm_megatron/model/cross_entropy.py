@@ -1,8 +1,9 @@
 """Cross-entropy of logits whose vocabulary is split over tensor-parallel ranks, a few rows at a time.
 
 Megatron-Core's own makes a float32 copy of all logits and keeps it for the backward pass: 4 GiB for 4,096 tokens of a
-vocabulary of 256,000. Here float32 is as large as a few rows (none of it is in memory with ``engine.compile``), and what is kept are the logits as they are (bf16), which
-the gradient then overwrites. Invariant: the arithmetic is float32, whatever the logits' dtype.
+vocabulary of 256,000. Here float32 is as large as a few rows (with ``engine.compile`` it stays in registers), and what
+is kept are the logits as they are (bf16), which the gradient then overwrites. Invariant: the arithmetic is float32,
+whatever the logits' dtype.
 """
 
 from __future__ import annotations

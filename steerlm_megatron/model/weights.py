@@ -103,7 +103,7 @@ def _drawn(
             full[vocab_size:] = 0.0
         return tensor_parallel_part(full, parameter)
 
-    # A draw has one thread and takes 6 ns a number, a minute for 10 billion; draws of different parameters have several.
+    # A draw has one thread and takes 6 ns a number, a minute for 10 billion, so several parameters are drawn at a time.
     yield from _ahead(((parameter, partial(values, name, parameter, shape)) for name, parameter, shape in found))
 
 

@@ -1,9 +1,9 @@
 """Patches for running Megatron-Core without CUDA, Transformer Engine or Apex.
 
 Owns: every patch of Megatron-Core or torch.cuda in this project, each with its reason. Where CUDA is available, only
-the patches of the checkpoint's writer, of gradient clipping and of gradient accumulation are applied. Does not own: the names of the replaced
-functions and classes (``mcore_private.py``). Invariant: :func:`apply` is idempotent and is called before the first
-Megatron-Core object is built.
+the patches of the checkpoint's writer, of gradient clipping and of gradient accumulation are applied. Does not own: the
+names of the replaced functions and classes (``mcore_private.py``). Invariant: :func:`apply` is idempotent and is called
+before the first Megatron-Core object is built.
 
 Megatron-Core assumes CUDA in four ways (found by reading 0.16.1; 0.19.2 does so in the same files):
 
