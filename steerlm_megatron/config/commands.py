@@ -52,7 +52,7 @@ _LIMITS = tuple(
     f"generation.{key}"
     for key in (
         "engine", "max_batch", "max_sequence_tokens", "max_cache_tokens", "memory_fraction", "block_tokens",
-        "chunk_tokens", "admission",
+        "chunk_tokens", "admission", "cuda_graphs",
     )
 )  # fmt: skip
 _DRAWING = ("sampling", *_LIMITS, *_RANKS)
