@@ -18,7 +18,7 @@ from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens, Rotar
 from steerlm_megatron.model.weights import initialize
 from steerlm_megatron.runtime import parallel
 from steerlm_megatron.runtime.device import dtype_of
-from tests.helpers import paged_reference
+from tests.helpers import paged_cases
 from tests.helpers.fake_model import VOCAB, FakeTemplate, FakeTokenizer, limits
 
 pytestmark = pytest.mark.gpu
@@ -34,44 +34,9 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("groups", "share", "dim", "size", "window", "cap"),
-    [
-        (8, 4, 64, 16, None, None), (4, 1, 128, 16, None, None), (2, 3, 24, 4, 70, None), (1, 8, 16, 8, None, 2.0),
-        (2, 2, 80, 16, 300, 1.5), (2, 20, 256, 16, 9, None),
-    ],
-)  # fmt: skip
-def test_kernels_over_blocks_are_their_formula(
-    dtype: torch.dtype, groups: int, share: int, dim: int, size: int, window: int | None, cap: float | None
-) -> None:
-    """Over sequences of one token, of a part, of several, and over blocks of which the unseen hold NaN."""
-    from steerlm_megatron.generate import paged_kernels
-
-    torch.manual_seed(0)
-    lengths, width = [1, 5, 64, 257, 700, 512, 1], -(-700 // size)
-    blocks = list(range(len(lengths) * width))
-    random.Random(1).shuffle(blocks)
-    layer = torch.full((2, groups, len(blocks), size, dim), torch.nan, dtype=dtype, device="cuda")
-    rows = torch.zeros(len(lengths), 2 + width, dtype=torch.int32)
-    for row, length in enumerate(lengths):
-        mine = blocks[row * width : (row + 1) * width]
-        rows[row, 1:] = torch.tensor([length - 1, *mine])
-        rows[row, 0] = mine[(length - 1) // size] * size + (length - 1) % size
-        slots_T = torch.tensor([mine[t // size] * size + t % size for t in range(length)], device="cuda")
-        k_TGH, v_TGH = torch.randn(length, groups, 2, dim, dtype=dtype, device="cuda").unbind(2)
-        paged_kernels.store(layer, slots_T, k_TGH, v_TGH)
-    rows_BX = rows.cuda()
-    qkv_BGSH = torch.randn(len(lengths), groups, share + 2, dim, dtype=dtype, device="cuda")
-    cos, sin = (torch.rand(len(lengths), 1, dim // 4, dtype=dtype, device="cuda") for _ in range(2))
-    expected_layer, slots_B = layer.clone(), rows_BX[:, 0]
-    q_BNH, k_BGH = paged_kernels.turn_and_store(layer, slots_B, qkv_BGSH, cos, sin, keys=True)
-    expected = paged_reference.turn_and_store(expected_layer, slots_B, qkv_BGSH, cos, sin, keys=True)
-    near = {"rtol": 2e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close((q_BNH, k_BGH), expected, **near)
-    torch.testing.assert_close(layer, expected_layer, equal_nan=True, **near)
-    found = paged_kernels.attend(layer, rows_BX, q_BNH, dim**-0.5, window, cap)
-    wide = paged_reference.attend(layer.double(), rows_BX, q_BNH.double(), dim**-0.5, window, cap)
-    torch.testing.assert_close(found.double(), wide, **near)
+@pytest.mark.parametrize("case", paged_cases.CASES, ids=str)
+def test_kernels_over_blocks_are_their_formula(dtype: torch.dtype, case: paged_cases.PagedCase) -> None:
+    case.check("cuda", dtype)
 
 
 @pytest.mark.parametrize("window", [None, 9])
