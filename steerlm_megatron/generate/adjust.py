@@ -129,7 +129,8 @@ class Adjustments:
             )
             self._in_prompt_SV[slot] = False
             self._in_prompt_SV[slot].index_fill_(0, prompt, True)
-            self._count_SV[slot] = torch.bincount(output, minlength=self.vocab_size).int()
+            # torch.bincount would wait for the device, to look for the largest id.
+            self._count_SV[slot].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
             self._slots[history.key] = slot
 
     def set_rows(self, rows: Sequence[AdjustedRow]) -> None:
