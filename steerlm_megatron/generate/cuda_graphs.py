@@ -11,8 +11,10 @@ to step, tokens, positions and blocks, is written into the same tensors before e
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from steerlm_megatron.generate.kv_cache import BlockTables, KVCache
 from steerlm_megatron.observe.log import get_logger
 
 log = get_logger(__name__)
+
+_ROOM = 1 / 16  # of the device's memory: with less of it free, the allocator gives back what it keeps before recording
 
 Pass = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids int64 [B], positions int32 [B] → logits [B, V]
 
@@ -85,6 +89,10 @@ class DecodeGraphs:
         """
         if self._pool is None:
             return lambda: self._pass(size)
+        with torch.cuda.device(self._cache.device):
+            return self._record_graph(size)
+
+    def _record_graph(self, size: int) -> Callable[[], None]:
         began, here, graph = time.perf_counter(), torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         if self._stream is None:
             self._stream = torch.cuda.Stream()
@@ -92,14 +100,36 @@ class DecodeGraphs:
         with torch.cuda.stream(self._stream):
             for _ in range(2):
                 self._pass(size)
-            # torch.cuda.graph() would collect garbage and give memory back before, half a second a graph. Other threads
-            # of a server may use the device meanwhile.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                self._pass(size)
-            finally:
-                graph.capture_end()
+            # While it records, the allocator gives nothing back: what earlier passes have left must not be in the way.
+            free, total = torch.cuda.mem_get_info()
+            if free < _ROOM * total:
+                torch.cuda.empty_cache()
+            with _no_collection():  # torch.cuda.graph() collects garbage first, half a second a graph
+                self._capture(graph, size)
         here.wait_stream(self._stream)
         log.debug("recorded the graph of a step of %d rows in %.2f s", size, time.perf_counter() - began)
         replay: Callable[[], None] = graph.replay
         return replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, size: int) -> None:
+        # Other threads of a server may use the device meanwhile.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            self._pass(size)
+        except BaseException:
+            with suppress(RuntimeError):  # which says that the capture failed, and not why
+                graph.capture_end()
+            raise
+        graph.capture_end()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect no garbage inside the ``with``: to free a tensor or an event of the device may be forbidden there."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()

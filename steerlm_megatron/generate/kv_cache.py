@@ -13,7 +13,7 @@ without any transposition.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,15 +24,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from steerlm_megatron.model.attention import causal_attention, varlen_function
+from steerlm_megatron.model.attention import causal_attention, flash_takes, varlen_function
 from steerlm_megatron.model.cross_entropy import soft_capped
 from steerlm_megatron.model.packed_tokens import CacheShape, Masks, PackedTokens
-from steerlm_megatron.runtime.device import to_device
+from steerlm_megatron.runtime.device import compiles_kernels, to_device
 
 # A call gathers about this many bytes: what it gathers is still in a CPU's cache when it is used (measured for 64
 # sequences of 400 tokens, 5 heads of 64, float32: 28 ms in pieces of 2 MiB, 38 of 4, 80 in one). On a GPU calls cost
 # more than memory traffic, and one call takes all.
 _GATHER_BYTES = 2 << 20
+# A call over prompts that go on gathers at most this many keys, or those of one prompt: 128 MiB with 8 heads of 128 in
+# bf16.
+_CALL_KEYS = 32_768
 # Sequences share a call if the shortest has at least this share of the longest's blocks.
 _SHARE_OF_LONGEST = 0.7
 
@@ -58,6 +61,15 @@ class _Call:
 
 
 @dataclass
+class _Pack:
+    """Longer spans that share a call of attention."""
+
+    queries: int
+    bounds: PackedTokens  # of the spans' queries and keys
+    key_slots_K: torch.Tensor | None  # int64; None: every span begins its sequence, so its keys are those of the step
+
+
+@dataclass
 class _Step:
     """Index tensors of one step, shared by all layers."""
 
@@ -67,8 +79,7 @@ class _Step:
     rows_BX: torch.Tensor | None = None  # of the single tokens, where kernels read blocks (KVCache.rows)
     calls: dict[int | None, list[_Call]] = field(default_factory=dict)  # of the single tokens, by window
     gathered: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)  # blocks of a longer span
-    packed: PackedTokens | None = None  # the longer spans' boundaries, where one call takes all of them
-    key_slots_K: torch.Tensor | None = None  # and the slots of their keys, of earlier steps too
+    packs: list[_Pack] | None = None  # of the longer spans, where a call takes several of them
     masks: Masks = field(default_factory=dict)
 
 
@@ -110,8 +121,10 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 
 
 def _kernels(device: torch.device) -> ModuleType | None:
-    """The module of kernels that read blocks where they lie; None where Triton has none for the device."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    """The module of kernels that read blocks where they lie; None where Triton has none for the device, or no way to
+    make them.
+    """
+    if device.type != "cuda" or not compiles_kernels() or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     return importlib.import_module("steerlm_megatron.generate.paged_kernels")
 
@@ -132,8 +145,9 @@ class KVCache:
         # On CPU two batched products beat SDPA several times at one query per head (measured: 0.8 against 2.2 ms, 64 ×
         # 4 × 256).
         self.sdpa = device.type == "cuda"
-        flash = device.type == "cuda" and shape.dtype in (torch.bfloat16, torch.float16)
-        self._varlen: Any = varlen_function(windowed=True) if flash else None  # takes spans of all lengths in one call
+        # It takes spans of all lengths in one call.
+        flash = device.type == "cuda" and flash_takes(shape.head_dim, shape.dtype)
+        self._varlen: Any = varlen_function(windowed=True) if flash else None
         self._step: _Step | None = None
         self._tables = np.zeros((0, 0), np.int64)
 
@@ -270,20 +284,20 @@ class KVCache:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        """Attention of all longer spans in one call."""
-        if step.packed is None:
-            step.packed, step.key_slots_K = self._pack(step.longer)
-        if step.key_slots_K is not None:  # what earlier steps have stored belongs to them as well
-            k_KGH, v_KGH = layer.flatten(2, 3).index_select(2, step.key_slots_K).transpose(1, 2)
-        else:
-            k_KGH, v_KGH = k_TGH, v_TGH
-        out_TNH: torch.Tensor = self._varlen(q_TNH, k_KGH, v_KGH, step.packed, scale, window=window)
-        return out_TNH
+        """Attention of all longer spans, as many in a call as ``_CALL_KEYS`` allows."""
+        if step.packs is None:
+            step.packs = [self._pack(spans) for spans in _few_keys(step.longer)]
+        outputs, start = [], 0
+        for pack in step.packs:
+            part = slice(start, start + pack.queries)
+            k_KGH, v_KGH, start = k_TGH[part], v_TGH[part], part.stop
+            if pack.key_slots_K is not None:  # what earlier steps have stored belongs to them as well
+                k_KGH, v_KGH = layer.flatten(2, 3).index_select(2, pack.key_slots_K).transpose(1, 2)
+            outputs.append(self._varlen(q_TNH[part], k_KGH, v_KGH, pack.bounds, scale, window=window))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _pack(self, spans: Sequence[Span]) -> tuple[PackedTokens, torch.Tensor | None]:
-        """Return the boundaries of spans' queries and keys, and the slots of all keys, int64 [K]; None for slots where
-        every span begins its sequence, so that its keys are those of the step.
-        """
+    def _pack(self, spans: Sequence[Span]) -> _Pack:
+        """Return what a call of attention is told of ``spans``."""
         size, counts = self.block_tokens, [span.count for span in spans]
         ends = [span.start + span.count for span in spans]
         cu, cu_keys = (np.cumsum([0, *lengths]).astype(np.int32) for lengths in (counts, ends))
@@ -292,11 +306,11 @@ class KVCache:
             max_seqlen_q=max(counts), max_seqlen_kv=max(ends),
         )  # fmt: skip
         if not any(span.start for span in spans):
-            return packed, None
+            return _Pack(sum(counts), packed, None)
         whole = [Span(span.row, 0, end) for span, end in zip(spans, ends, strict=True)]
         rows_K, positions_K = _tokens(whole)
         slots_K = self._tables[rows_K, positions_K // size] * size + positions_K % size
-        return packed, to_device(slots_K, self.device)
+        return _Pack(sum(counts), packed, to_device(slots_K, self.device))
 
     def _each_longer(
         self,
@@ -426,6 +440,20 @@ def _tokens(spans: Sequence[Span]) -> tuple[np.ndarray, np.ndarray]:
     row_T = np.repeat(np.array([span.row for span in spans]), count_S)
     before_S = np.array([span.start for span in spans]) - (count_S.cumsum() - count_S)
     return row_T, np.repeat(before_S, count_S) + np.arange(len(row_T))
+
+
+def _few_keys(spans: Sequence[Span]) -> list[list[Span]]:
+    """Part spans, in order, into groups of at most ``_CALL_KEYS`` keys, where a single one does not have more."""
+    groups: list[list[Span]] = []
+    keys = 0
+    for span in spans:
+        own = span.start + span.count
+        if not groups or keys + own > _CALL_KEYS:
+            groups.append([])
+            keys = 0
+        groups[-1].append(span)
+        keys += own
+    return groups
 
 
 def alike(width_B: np.ndarray, most_blocks: int | None) -> list[np.ndarray]:

@@ -23,6 +23,7 @@ _PART_TOKENS, _MOST_PARTS = 128, 32  # a part has more tokens where sequences ma
 _PROGRAMS = 2048  # about so many fill a GPU; sequences of a large batch get fewer each
 _TILE = 64  # tokens whose keys are in work at a time
 _WARPS, _STAGES = 4, 3
+_WIDE_BYTES = 1024  # keys of a head with so many are not loaded ahead: a multiprocessor's memory would be too small
 _SMALLEST_SIDE = 16  # of a matrix product in Triton
 
 
@@ -38,7 +39,7 @@ def _store(
     inside = group < GROUPS
     k = tl.load(key + token * token_stride_k + group * head_stride_k + dim, mask=inside)
     v = tl.load(value + token * token_stride_v + group * head_stride_v + dim, mask=inside)
-    target = layer + group * group_stride + slot * DIM + dim
+    target = layer + group.to(tl.int64) * group_stride + slot * DIM + dim
     tl.store(target, k, mask=inside)
     tl.store(target + kv_stride, v, mask=inside)
 
@@ -198,7 +199,7 @@ def turn_and_store(
     _turn_and_store[(tokens, groups)](
         qkv_TGSH, cos_T1R, sin_T1R, slots_T, layer, query_TNH, query_TNH if key_TGH is None else key_TGH,
         qkv_TGSH.stride(0), slots_T.stride(0), layer.stride(0), layer.stride(1), GROUPS=groups, KEYS=keys, SHARE=share,
-        HEADS=triton.next_power_of_2(share + 1), DIM=dim, HALF=half, HALVES=triton.next_power_of_2(half),
+        HEADS=triton.next_power_of_2(share + 1), DIM=dim, HALF=half, HALVES=triton.next_power_of_2(max(1, half)),
         DIMS=triton.next_power_of_2(dim),
     )  # fmt: skip
     return query_TNH, key_TGH
@@ -235,10 +236,11 @@ def attend(
         "DIM": dim, "DIMS": max(_SMALLEST_SIDE, triton.next_power_of_2(dim)),
         "PART": part, "WINDOW": window or 0,
     }  # fmt: skip
+    wide = sides["DIMS"] * q_BNH.element_size() >= _WIDE_BYTES
     _attend_parts[(rows, groups, programs)](
         q_BNH, layer, rows_BX, sums, norms, scale, softcap or 1.0, q_BNH.stride(0), q_BNH.stride(1), rows_BX.stride(0),
         layer.stride(0), layer.stride(1), parts, SIZE=size, TILE=_TILE, CAPPED=softcap is not None, num_warps=_WARPS,
-        num_stages=_STAGES, **sides,
+        num_stages=1 if wide else _STAGES, **sides,
     )  # fmt: skip
     _combine_parts[(rows, groups)](sums, norms, rows_BX, out_BNH, rows_BX.stride(0), parts, **sides)
     return out_BNH

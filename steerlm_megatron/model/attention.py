@@ -211,6 +211,14 @@ def _attend_chunks(
     return torch.cat(outputs)
 
 
+def flash_takes(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether this process's GPU runs flash attention, which torch's varlen attention is: it pads no head, as SDPA
+    does.
+    """
+    usable = torch.cuda.is_available() and dtype in (torch.bfloat16, torch.float16)
+    return usable and head_dim % 8 == 0 and head_dim <= 256 and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def varlen_function(windowed: bool) -> Callable[..., torch.Tensor] | None:
     """torch's variable-length flash attention with causality bound the way this torch spells it, or None without it
     (or without windows, where the model is ``windowed``).
@@ -261,10 +269,11 @@ def attention_backend(
     name: str, config: TransformerConfig, softcap: float | None = None
 ) -> Callable[..., torch.Tensor]:
     """The function behind ``engine.attention``: ``auto`` takes ``varlen`` where it can run (CUDA, bf16, no dropout, no
-    soft cap).
+    soft cap, heads that flash attention takes).
     """
-    usable = torch.cuda.is_available() and config.params_dtype is not torch.float32 and config.attention_dropout == 0.0
-    usable = usable and softcap is None
+    assert config.kv_channels is not None
+    usable = flash_takes(config.kv_channels, config.params_dtype)
+    usable = usable and config.attention_dropout == 0.0 and softcap is None
     if name == "sdpa" or (name == "auto" and not usable):
         return attend_sdpa
     function = varlen_function(config.window_size is not None) if usable else None
@@ -272,8 +281,9 @@ def attention_backend(
         if name == "auto":
             return attend_sdpa
         raise UserError(
-            f"engine.attention={name} needs CUDA, engine.precision=bf16, model.dropout=0, no model.attention_softcap "
-            "and torch >= 2.10 (2.11 with model.sliding_window); use engine.attention=sdpa or auto"
+            f"engine.attention={name} needs a GPU of compute capability 8.0 or more, engine.precision=bf16, "
+            "model.dropout=0, no model.attention_softcap, heads of at most 256 dimensions and a multiple of 8, and "
+            "torch >= 2.10 (2.11 with model.sliding_window); use engine.attention=sdpa or auto"
         )
     return function
 

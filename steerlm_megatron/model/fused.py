@@ -88,11 +88,13 @@ def one_kernel(formula: Callable[..., Any]) -> Callable[..., Any]:
     (``benchmarks/gpu.md``).
     """
     kernel = torch.compile(formula, dynamic=False)
-    # A kernel for widths of the model and of heads, for one token, with gradients and without: more than torch's limit.
     dynamo = importlib.import_module("torch._dynamo")
-    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, _MOST_KERNELS)
 
     def call(*inputs: Any) -> Any:
+        # A kernel for widths of the model and of heads, for one token, with gradients and without: more than torch's
+        # limit, which every thread has for itself.
+        if dynamo.config.recompile_limit < _MOST_KERNELS:
+            dynamo.config.recompile_limit = _MOST_KERNELS
         for x in inputs:
             if isinstance(x, torch.Tensor) and x.ndim > 1:
                 dynamo.maybe_mark_dynamic(x, 0)

@@ -6,10 +6,7 @@ Owns: the mapping from ``ModelConfig`` to Megatron-Core, the layer spec. Does no
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import shutil
 from functools import partial
 from typing import Any
 
@@ -36,7 +33,7 @@ from steerlm_megatron.model.lora import Lora, LoraColumn, LoraRow, add_rows
 from steerlm_megatron.model.norm import CompiledHeadNorm, CompiledNorm, HeadNorm, NormedResidual, PackedNorm
 from steerlm_megatron.model.packed_tokens import CacheShape, PackedTokens, Rotary
 from steerlm_megatron.model.regression_head import RegressionHead
-from steerlm_megatron.runtime.device import device, dtype_of, has_cuda
+from steerlm_megatron.runtime.device import compiles_kernels, device, dtype_of
 from steerlm_megatron.runtime.mcore_private import HookedGPTModel, HookedTransformerLayer
 
 _ACTIVATIONS = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "squared_relu": squared_relu}
@@ -274,11 +271,8 @@ def layer_spec(
 
 
 def _compiles(engine: EngineConfig) -> bool:
-    """By itself only where torch.compile has all that it needs on a GPU: Triton, and a C compiler for its stubs."""
-    if engine.compile is not None:
-        return engine.compile
-    compiler = any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
-    return has_cuda() and importlib.util.find_spec("triton") is not None and compiler
+    """By itself only where torch.compile has all that it needs on a GPU."""
+    return compiles_kernels() if engine.compile is None else engine.compile
 
 
 def _norm(engine: EngineConfig) -> type[PackedNorm]:

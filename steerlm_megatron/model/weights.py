@@ -24,6 +24,7 @@ from steerlm_megatron.model.lora import initial_std, is_adapter
 
 HEAD = "output_layer."
 REGRESSION_HEAD = "output_layer.regression."
+_AHEAD_BYTES = 2 << 30  # of a rank's host memory
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
@@ -104,23 +105,28 @@ def _drawn(
         return tensor_parallel_part(full, parameter)
 
     # A draw has one thread and takes 6 ns a number, a minute for 10 billion, so several parameters are drawn at a time.
-    yield from _ahead(((parameter, partial(values, name, parameter, shape)) for name, parameter, shape in found))
+    yield from _ahead((parameter, world, partial(values, name, parameter, shape)) for name, parameter, shape in found)
 
 
 def _ahead(
-    asked: Iterable[tuple[torch.nn.Parameter, Callable[[], torch.Tensor]]],
+    asked: Iterable[tuple[torch.nn.Parameter, int, Callable[[], torch.Tensor]]],
 ) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
-    """What functions return, in order; as many of them run at a time as this process has threads."""
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads) as pool:
-        running: deque[tuple[torch.nn.Parameter, Future[torch.Tensor]]] = deque()
-        for parameter, function in asked:
-            running.append((parameter, pool.submit(function)))
-            if len(running) > threads:
-                first, drawn = running.popleft()
+    """What functions return, in order. As many of them run at a time as this process has threads, or as have values of
+    ``_AHEAD_BYTES`` together: a parameter's, in float32, times the ranks (second of ``asked``) that it is split over.
+    """
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        running: deque[tuple[torch.nn.Parameter, int, Future[torch.Tensor]]] = deque()
+        ahead = 0
+        for parameter, ranks, function in asked:
+            size = 4 * parameter.numel() * ranks
+            while running and (len(running) >= torch.get_num_threads() or ahead + size > _AHEAD_BYTES):
+                first, taken, drawn = running.popleft()
+                ahead -= taken
                 yield first, drawn.result()
+            running.append((parameter, size, pool.submit(function)))
+            ahead += size
         while running:
-            first, drawn = running.popleft()
+            first, _, drawn = running.popleft()
             yield first, drawn.result()
 
 

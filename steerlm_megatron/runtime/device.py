@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +61,12 @@ def device() -> torch.device:
 def device_name() -> str:
     """Return the GPU's name as torch gives it; ``cpu`` where there is no GPU."""
     return torch.cuda.get_device_name() if has_cuda() else "cpu"
+
+
+def compiles_kernels() -> bool:
+    """Return whether kernels can be made on this process's GPU: Triton is there, and a C compiler for its stubs."""
+    compiler = any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang"))
+    return has_cuda() and importlib.util.find_spec("triton") is not None and compiler
 
 
 def total_memory() -> int:

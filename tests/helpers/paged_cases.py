@@ -67,6 +67,7 @@ CASES = (
     PagedCase(1, 8, 16, 8, cap=2.0, rotary=2),
     PagedCase(2, 2, 80, 16, window=300, cap=1.5),
     PagedCase(2, 20, 256, 16, window=9),
+    PagedCase(2, 2, 16, 16, rotary=32),  # no dimension turns
 )
 
 if __name__ == "__main__":

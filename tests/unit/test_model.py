@@ -17,7 +17,7 @@ from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelCo
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.model import attention, cross_entropy
 from steerlm_megatron.model.arithmetic import model_flops, multiplied_parameters, padded_vocab_size
-from steerlm_megatron.model.attention import attend_sdpa, attention_backend, causal_attention
+from steerlm_megatron.model.attention import attend_sdpa, attention_backend, causal_attention, flash_takes
 from steerlm_megatron.model.cross_entropy import vocab_parallel_cross_entropy
 from steerlm_megatron.model.fused import rotate
 from steerlm_megatron.model.gpt import LastLayer, LastParallelLayer, build_model, transformer_config
@@ -387,13 +387,26 @@ def test_the_attention_backend_is_chosen_or_refused(cpu: None, monkeypatch: pyte
         attention_backend("varlen", config)
     # On a GPU, what lacks caps or windows is passed over, and refused when it is asked for.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     windowed = replace(SMALL, sliding_window=9)
     for model, cap, version in ((SMALL, 2.0, _varlen_2_13), (windowed, None, _varlen_2_10)):
         monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", version)
         config = transformer_config(model, ParallelConfig(), EngineConfig(precision="bf16"))
         assert attention_backend("auto", config, cap) is attend_sdpa
-        with pytest.raises(UserError, match="no model.attention_softcap and torch >= 2.10 .2.11 with model.sliding_wi"):
+        with pytest.raises(UserError, match="no model.attention_softcap.* torch >= 2.10 .2.11 with model.sliding_wi"):
             attention_backend("varlen", config, cap)
+
+
+def test_flash_attention_takes_some_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's varlen attention hands heads on as they are, and its kernel has none for others."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert [flash_takes(dim, torch.bfloat16) for dim in (64, 100, 256, 288)] == [True, False, True, False]
+    assert not flash_takes(64, torch.float32)
+    config = transformer_config(replace(SMALL, head_dim=20), ParallelConfig(), EngineConfig(precision="bf16"))
+    assert attention_backend("auto", config) is attend_sdpa
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert not flash_takes(64, torch.bfloat16)
 
 
 def _varlen(q: Any, k: Any, v: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: int, max_k: int, **kwargs: Any) -> Any:
@@ -463,6 +476,7 @@ def test_the_varlen_backend_asks_for_what_sdpa_computes(
     config = transformer_config(model, ParallelConfig(), EngineConfig(precision="bf16"))
     with monkeypatch.context() as on_a_gpu:
         on_a_gpu.setattr(torch.cuda, "is_available", lambda: True)
+        on_a_gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
         varlen = attention_backend("auto", config)
     packed, g = _packed([5, 1, 700, 10], None), torch.Generator().manual_seed(0)
     queries = keys = 716

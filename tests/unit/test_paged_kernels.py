@@ -12,9 +12,7 @@ import pytest
 from tests.helpers.paged_cases import CASES
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is installed with Python 3.12"
-)
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is installed with Python 3.12")
 def test_kernels_in_the_interpreter_are_their_formula() -> None:
     """In a process of its own: whether Triton interprets is decided when it is imported."""
     done = subprocess.run(
