@@ -23,7 +23,7 @@ _PART_TOKENS, _MOST_PARTS = 128, 32  # a part has more tokens where sequences ma
 _PROGRAMS = 2048  # about so many fill a GPU; sequences of a large batch get fewer each
 _TILE = 64  # tokens whose keys are in work at a time
 _WARPS, _STAGES = 4, 3
-_WIDE_BYTES = 1024  # keys of a head with so many are not loaded ahead: a multiprocessor's memory would be too small
+_WIDE_BYTES = 1024  # keys of so many bytes are fewer at a time, and not loaded ahead: 100 KiB may be all there is
 _SMALLEST_SIDE = 16  # of a matrix product in Triton
 
 
@@ -239,7 +239,7 @@ def attend(
     wide = sides["DIMS"] * q_BNH.element_size() >= _WIDE_BYTES
     _attend_parts[(rows, groups, programs)](
         q_BNH, layer, rows_BX, sums, norms, scale, softcap or 1.0, q_BNH.stride(0), q_BNH.stride(1), rows_BX.stride(0),
-        layer.stride(0), layer.stride(1), parts, SIZE=size, TILE=_TILE, CAPPED=softcap is not None, num_warps=_WARPS,
+        layer.stride(0), layer.stride(1), parts, SIZE=size, TILE=_TILE // 2 if wide else _TILE, CAPPED=softcap is not None, num_warps=_WARPS,
         num_stages=1 if wide else _STAGES, **sides,
     )  # fmt: skip
     _combine_parts[(rows, groups)](sums, norms, rows_BX, out_BNH, rows_BX.stride(0), parts, **sides)
