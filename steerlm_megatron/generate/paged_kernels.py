@@ -237,10 +237,11 @@ def attend(
         "PART": part, "WINDOW": window or 0,
     }  # fmt: skip
     wide = sides["DIMS"] * q_BNH.element_size() >= _WIDE_BYTES
+    tile, stages = (_TILE // 2, 1) if wide else (_TILE, _STAGES)
     _attend_parts[(rows, groups, programs)](
         q_BNH, layer, rows_BX, sums, norms, scale, softcap or 1.0, q_BNH.stride(0), q_BNH.stride(1), rows_BX.stride(0),
-        layer.stride(0), layer.stride(1), parts, SIZE=size, TILE=_TILE // 2 if wide else _TILE, CAPPED=softcap is not None, num_warps=_WARPS,
-        num_stages=1 if wide else _STAGES, **sides,
+        layer.stride(0), layer.stride(1), parts, SIZE=size, TILE=tile, CAPPED=softcap is not None, num_warps=_WARPS,
+        num_stages=stages, **sides,
     )  # fmt: skip
     _combine_parts[(rows, groups)](sums, norms, rows_BX, out_BNH, rows_BX.stride(0), parts, **sides)
     return out_BNH
