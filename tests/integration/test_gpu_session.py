@@ -24,14 +24,15 @@ MODES = ("project", "static shapes", "token dimension dynamic", "without compile
 MEASURED = {
     "env": ("torch", "versions", "import steerlm_megatron.cli", "copy GB/s (read + written)", "gemm TFLOP/s bf16"),
     "train_1b": ("tokens/s", "x faster than", "MFU of gemm peak", "first losses", "done"),
+    "train_1b_ap": ("tokens/s", "x faster than", "MFU of gemm peak", "first losses", "done"),
     "step": (
         "1b micro 2", "1b micro 2, compile=false", "1b micro 4", "3b micro 1", "1b micro 1",
         "1b micro 2, attention=sdpa", "1b micro 4, recompute=selective",
     ),
     "decode": (
-        "1b batch 64", "1b batch 1", "1b batch 256", "1b batch 64, mixed lengths", "1b batch 64, no cudnn",
-        "1b batch 64, mixed lengths, no cudnn", "1b batch 64, compile=false", "7b batch 64", "7b batch 1",
-        "transformers 1b batch 64 (generate, dynamic cache)",
+        "1b batch 64", "1b batch 1", "1b batch 256", "1b ragged", "7b batch 64", "7b batch 1", "transformers 1b ragged",
+        "transformers 1b batch 64", "1b batch 64, mixed lengths", "1b batch 64, greedy", "1b batch 64, no graphs",
+        "1b batch 64, compile=false",
     ),
     "kernels": tuple(f"{kernel}: {mode}" for kernel in KERNELS for mode in MODES),
 }  # fmt: skip
@@ -68,7 +69,7 @@ def test_parts_measure_what_they_say(tmp_path: Path) -> None:
 
 def profiles(results: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """Yield the profiles of steps."""
-    for part, name in (("step", "1b micro 2"), ("decode", "1b batch 64")):
+    for part, name in (("step", "1b micro 2"), ("decode", "1b batch 64"), ("decode", "7b batch 64")):
         yield results[part][name]["profile"]
 
 
