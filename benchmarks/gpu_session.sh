@@ -115,7 +115,7 @@ measure train_1b_ap 45 30 bench.log train -- "${TRAIN[@]}" --task ap --micro-row
 measure step 95 40 step.log step
 measure annotate 60 30 bench.log annotate -- "${ANNOTATE[@]}"
 measure decode 100 40 decode.log decode
-measure kernels 60 25 step.log kernels
+measure kernels 70 25 step.log kernels
 
 cat "$OUT/env.log" "$OUT/tests.log" >"$OUT/tests_and_env.log" 2>/dev/null
 rm -f "$OUT/env.log" "$OUT/tests.log"

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import peers
-from benchmarks.gpu_parts import NoTemplate, Numbers
+from benchmarks.gpu_decode import NoTemplate, Numbers
 from benchmarks.measure import Spread, commit, interleave, machine, markdown, rates, ratio
 from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelConfig
 from steerlm_megatron.generate.generator import Generator

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_parts import device_time
+from benchmarks.gpu_profile import device_time
 from tests.helpers.commands import ENVIRONMENT
 
 ROOT = Path(__file__).resolve().parents[2]
