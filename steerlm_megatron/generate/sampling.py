@@ -23,7 +23,7 @@ import torch
 
 from steerlm_megatron.generate.adjust import Adjustments, History
 from steerlm_megatron.generate.drawn import NOT_DRAWN, NOT_FINITE
-from steerlm_megatron.generate.protocol import MAX_TOP_LOGPROBS, mix64
+from steerlm_megatron.generate.protocol import MAX_TOP_LOGPROBS
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.runtime.device import to_device
 
@@ -71,21 +71,16 @@ class RowParams:
         return replace(self, history=replace(self.history, output_ids=tuple(output_ids)))
 
 
-def uniform(seed: int, index: int) -> float:
-    """Return a number in [0, 1), the ``index``-th of stream ``seed``: SplitMix64 over both, top 53 bits."""
-    return (mix64(mix64(seed) ^ mix64(index + 0x632BE59BD9B4E019)) >> 11) * 2.0**-53
-
-
 def uniforms(seeds_B: np.ndarray, indices_B: np.ndarray) -> np.ndarray:
-    """Return :func:`uniform` of each pair, float64 [B], of uint64 arrays: the loop over a large batch takes as long as
-    a small model's step.
+    """Return the ``indices_B``-th number of each of the streams ``seeds_B`` (uint64 [B] each): float64 [B] in [0, 1),
+    SplitMix64 over both, top 53 bits.
     """
     mixed_B = _mix64(_mix64(seeds_B) ^ _mix64(indices_B + np.uint64(0x632BE59BD9B4E019)))
     return (mixed_B >> np.uint64(11)) * 2.0**-53
 
 
 def _mix64(x: np.ndarray) -> np.ndarray:
-    """Do :func:`mix64` of uint64 numbers, which overflow as they should."""
+    """Do :func:`steerlm_megatron.generate.protocol.mix64` of uint64 numbers, which overflow as they should."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
