@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 PYTHON ?=
 TESTS ?= tests
 
-.PHONY: help install quickstart smollm2 test test-model check lint types format docs clean FORCE
+.PHONY: help install quickstart smollm2 test clients test-model check lint types format docs clean FORCE
 
 help:
 	@sed -n '2,9p' Makefile | sed 's/^#//'
@@ -57,6 +57,10 @@ smollm2: $(STAMP)
 # worksteal: each worker starts at its own end of the suite, so the two rarely wait for each other.
 test: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(TESTS)
+
+# Clients of other projects that tests ask the server with; too large for everyone, so that their tests are skipped without them.
+clients: $(STAMP)
+	@$(PY) -m pip --disable-pip-version-check --no-input install -qq -c constraints-$$($(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt -e '.[clients]'
 
 # What Megatron-Core's version may change: CI runs it with the older one as well, and the whole suite with the newer.
 MODEL_TESTS = tests/parity tests/distributed $(shell grep -lE '$(USES_MEGATRON)' tests/unit/test_*.py)

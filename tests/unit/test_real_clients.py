@@ -1,6 +1,5 @@
-"""lm-eval and litellm against the server. They are no dependencies: a test is skipped where its package is absent.
-
-``pip install "lm_eval[api]" litellm`` installs both. The openai client has tests in ``test_server.py`` and
+"""lm-eval and litellm against the server. They are large, and no dependencies: a test is skipped where its package is
+absent. ``make clients`` installs both, as CI does. The openai client has tests in ``test_server.py`` and
 ``test_sampling_requests.py``.
 """
 
@@ -43,8 +42,8 @@ def test_lm_eval_gets_our_own_log_probabilities_and_texts(
 ) -> None:
     for name, value in (("HF_HOME", str(tmp_path)), ("HF_HUB_OFFLINE", "1"), ("OPENAI_API_KEY", "none")):
         monkeypatch.setenv(name, value)
-    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'lm_eval[api]'")
-    pytest.importorskip("tenacity", reason="lm-eval's extra for APIs is not installed: pip install 'lm_eval[api]'")
+    lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: make clients")
+    pytest.importorskip("tenacity", reason="lm-eval's extra for APIs is not installed: make clients")
     data = tmp_path / "questions.jsonl"
     data.write_text("".join(json.dumps(one) + "\n" for one in QUESTIONS))
     choose = {"doc_to_choice": "{{choices}}", "doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}]}
@@ -86,7 +85,7 @@ def test_lm_eval_gets_our_own_log_probabilities_and_texts(
 
 def test_litellm_chats_streams_and_completes(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # without it, importing asks the network
-    litellm = pytest.importorskip("litellm", reason="litellm is not installed: pip install litellm")
+    litellm = pytest.importorskip("litellm", reason="litellm is not installed: make clients")
     to: dict[str, Any] = {"model": "openai/steerlm", "api_base": f"{server.url}/v1", "api_key": "none"}
     options = {"max_tokens": 9, "seed": 4, "logprobs": True, "top_logprobs": 2, "allowed_openai_params": ["seed"]}
     whole = litellm.completion(messages=USER, n=2, **options, **to)
