@@ -64,7 +64,7 @@ clients: $(STAMP)
 
 # What Megatron-Core's version may change: CI runs it with the older one as well, and the whole suite with the newer.
 MODEL_TESTS = tests/parity tests/distributed $(shell grep -lE '$(USES_MEGATRON)' tests/unit/test_*.py)
-USES_MEGATRON := megatron\.core|steerlm_megatron\.(runtime|model|train|generate|serve)|helpers\.(dist|engines|reference)
+USES_MEGATRON := megatron\.core|steerlm_megatron\.(runtime|model|train|generate|serve)|helpers\.(dist|engines|reference|paged_cases)
 
 test-model: $(STAMP)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal $(MODEL_TESTS)
