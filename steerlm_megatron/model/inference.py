@@ -40,6 +40,7 @@ class _Norm:
         self.plain = norm.rms and wide and not norm.compiled and not weight.is_cuda
         self.eps, self.width = norm.eps, weight.shape[0]
         self.weight = weight + 1 if norm.one_plus else weight
+        self.cast = self.weight  # in the type of what it was applied to last
 
     def __call__(self, x: torch.Tensor, compiled: bool = True) -> torch.Tensor:
         """[..., D] → [..., D]; RMSNorm in float32 as ``fused.rms_norm`` has it, in fewer calls. ``compiled``: by the
@@ -47,7 +48,9 @@ class _Norm:
         """
         if self.module.compiled and self.module.rms and not compiled:
             wide = x.float() if self.module.one_plus else x
-            return rms_norm(wide, self.weight, self.eps).to(x.dtype)
+            if self.cast.dtype is not wide.dtype:
+                self.cast = self.weight.to(wide.dtype)
+            return rms_norm(wide, self.cast, self.eps).to(x.dtype)
         if not self.plain or x.dtype is not self.weight.dtype:
             out: torch.Tensor = self.module(x)
             return out

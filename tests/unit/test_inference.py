@@ -11,7 +11,7 @@ from steerlm_megatron.config.schema import EngineConfig, ModelConfig, ParallelCo
 from steerlm_megatron.generate.kv_cache import BlockTables, KVCache, Span
 from steerlm_megatron.model.arithmetic import kv_cache_bytes
 from steerlm_megatron.model.gpt import PackedGPTModel, build_model
-from steerlm_megatron.model.inference import InferencePath
+from steerlm_megatron.model.inference import InferencePath, _Norm
 from steerlm_megatron.model.lora import Lora
 from steerlm_megatron.model.packed_tokens import PackedTokens
 from steerlm_megatron.model.packed_weights import Linear, can_pack
@@ -104,6 +104,22 @@ def test_with_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
         named = {"_rms_norm_formula", "_sum_and_rms_norm_formula", "_rotate_formula"}
         assert named < set(kernels) and len(set(kernels)) == 4
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_few_tokens_pass_a_norm_without_its_compiled_kernel(kind: str) -> None:
+    """As on a GPU, where launching the kernel takes longer than few tokens do; bf16 and float32 in turns."""
+    model = built(compiled=True, **KINDS[kind])
+    norm = model.decoder.layers[0].input_layernorm
+    norm.weight.copy_(torch.linspace(-1, 1, len(norm.weight)))
+    ours, weight = _Norm(norm), norm.weight + 1 if norm.one_plus else norm.weight
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16):
+        x = torch.randn(5, len(weight), dtype=dtype)
+        wide = x.double()
+        expected = wide * (wide.square().mean(-1, keepdim=True) + norm.eps).rsqrt() * weight.double()
+        near = 2e-2 if dtype is torch.bfloat16 else 1e-5
+        torch.testing.assert_close(ours(x, compiled=False).double(), expected, rtol=near, atol=near)
 
 
 def test_the_cache_takes_what_the_arithmetic_says() -> None:
