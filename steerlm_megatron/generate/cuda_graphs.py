@@ -104,7 +104,8 @@ class DecodeGraphs:
             free, total = torch.cuda.mem_get_info()
             if free < _ROOM * total:
                 torch.cuda.empty_cache()
-            with _no_collection():  # torch.cuda.graph() collects garbage first, half a second a graph
+            # Without torch.cuda.graph(), which collects all garbage and gives all kept memory back before every graph.
+            with _no_collection():
                 self._capture(graph, size)
         here.wait_stream(self._stream)
         log.debug("recorded the graph of a step of %d rows in %.2f s", size, time.perf_counter() - began)
