@@ -192,6 +192,10 @@ def _wrong(command: str, overrides: list[str], more: list[str]) -> list[str]:
     return found or ([together] if together else [])
 
 
+# The line of an error of Hydra or OmegaConf with one of these says what is wrong with a value.
+_REASONS = ("could not be converted", "is not a valid", "Invalid", "mismatched", "not assignable")
+
+
 def _explain(error: Exception, command: str) -> str:
     """Return one line for a Hydra error: the key that is wrong, and the nearest right one."""
     chain, text = error, str(error)
@@ -211,7 +215,7 @@ def _explain(error: Exception, command: str) -> str:
     full = re.search(r"full_key: ([\w.\[\]]+)", text)
     first = next((line for line in text.splitlines() if line.strip()), "invalid override")
     for line in text.splitlines():
-        if "could not be converted" in line or "Invalid" in line or "mismatched" in line or "not assignable" in line:
+        if any(words in line for words in _REASONS):
             first = line
     return f"{full.group(1) + ': ' if full else ''}{first.strip()}"
 

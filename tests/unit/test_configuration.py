@@ -78,6 +78,7 @@ def test_a_key_that_a_command_does_not_read_is_refused_and_a_reader_named(data: 
         (["serve", "optim=tiny", "checkpoint=x"], ["optim: serve does not read it; train_ap, train_sft and run do"]),
         (["annotate", "+train.steps=1"], ["train.steps: annotate does not read it"]),
         (["annotate", "train.stepz=1"], ["train.stepz: no such key"]),
+        (["generate", "generation.cuda_graphs=maybe"], ["generation.cuda_graphs: Value 'maybe' is not a valid bool"]),
         (["run", "experiment=quickstart", "server.port=1"], ["server.port: run does not read it; serve does"]),
         (
             ["annotate"],
