@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from steerlm_megatron.generate.kv_cache import BlockTables, KVCache
+from steerlm_megatron.generate.protocol import EngineDead
 from steerlm_megatron.observe.log import get_logger
 
 log = get_logger(__name__)
@@ -89,8 +90,14 @@ class DecodeGraphs:
         """
         if self._pool is None:
             return lambda: self._pass(size)
-        with torch.cuda.device(self._cache.device):
-            return self._record_graph(size)
+        try:
+            with torch.cuda.device(self._cache.device):
+                return self._record_graph(size)
+        except torch.OutOfMemoryError as error:
+            raise EngineDead(
+                f"the GPU has no memory left to record a step of {size} sequences: lower generation.memory_fraction, "
+                f"generation.max_cache_tokens or generation.max_batch, or set generation.cuda_graphs=false ({error})"
+            ) from error
 
     def _record_graph(self, size: int) -> Callable[[], None]:
         began, here, graph = time.perf_counter(), torch.cuda.current_stream(), torch.cuda.CUDAGraph()

@@ -100,9 +100,20 @@ class StepRunner:
         longest = limits.blocks_for(limits.max_sequence_tokens)
         self._tables = BlockTables(limits.max_batch, longest)
         self._graphs: DecodeGraphs | None = None
-        # Messages between ranks are no part of a graph.
-        if limits.cuda_graphs and self.cache.kernels is not None and self._compute.bound and group.size == 1:
+        lacking = self._lacks_for_graphs()
+        if limits.cuda_graphs and lacking is None:
             self._graphs = DecodeGraphs(self._decode, self.cache, limits.max_batch, longest)
+        elif limits.cuda_graphs and self.device.type == "cuda":
+            log.info("steps that decode are launched kernel by kernel, not as CUDA graphs: %s", lacking)
+
+    def _lacks_for_graphs(self) -> str | None:
+        """Return why steps cannot be recorded, or None."""
+        if self.cache.kernels is None:
+            return "kernels need Triton, a C compiler and a GPU of compute capability 8.0 or more"
+        if not self._compute.bound:
+            return "adapters are not merged, or tensor-parallel ranks share a key/value head"
+        # Messages between ranks are no part of a graph.
+        return None if self.group.size == 1 else f"the replica has {self.group.size} ranks"
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from steerlm_megatron.generate import kv_cache
 from steerlm_megatron.generate.cuda_graphs import DecodeGraphs, graph_rows
 from steerlm_megatron.generate.generator import Generator
-from steerlm_megatron.generate.protocol import Request, SamplingParams
+from steerlm_megatron.generate.protocol import EngineDead, Request, SamplingParams
 from tests.helpers import paged_reference
 from tests.helpers.fake_model import VOCAB, FakeModel, FakeTemplate, FakeTokenizer, limits
 
@@ -53,6 +54,35 @@ def test_graphs_give_the_tokens_of_single_steps(by_blocks: None, changes: dict[s
     assert [result.token_ids for result in generator.generate(asked)] == expected
     assert len(seen) == len(set(seen)) >= 3, "one graph a size"
     assert generator.counters()["preemptions_total"] > 0 or "max_cache_tokens" not in changes
+
+
+def test_a_gpu_without_memory_to_record_says_what_to_lower(by_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine ends with what to change, and every request is told."""
+
+    def full(graphs: DecodeGraphs, size: int) -> None:
+        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(DecodeGraphs, "_record_graph", full)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    generator = Generator(FakeModel(), FakeTokenizer(), FakeTemplate(), limits())
+    runner = generator.runner
+    runner._graphs = DecodeGraphs(runner._decode, runner.cache, 8, runner._tables.blocks.shape[1])
+    runner._graphs._pool = (0, 1)
+    handle = generator.submit(_asked(1)[0])
+    with pytest.raises(EngineDead, match="record a step of 1 sequences: lower generation.memory_fraction"):
+        while generator.step():
+            pass
+    told = handle.future.exception(0)
+    assert isinstance(told, EngineDead) and "tried to allocate 2.00 GiB" in str(told)
+
+
+def test_why_steps_are_not_recorded(by_blocks: None) -> None:
+    runner = Generator(FakeModel(), FakeTokenizer(), FakeTemplate(), limits()).runner
+    assert "adapters are not merged" in str(runner._lacks_for_graphs())
+    runner._compute.bound = True
+    assert runner._lacks_for_graphs() is None
+    runner.cache.kernels = None
+    assert "kernels need Triton" in str(runner._lacks_for_graphs())
 
 
 def test_spare_rows_touch_no_block_of_a_sequence(by_blocks: None) -> None:
