@@ -21,13 +21,13 @@ from steerlm_megatron.data.text.sentencepiece_json import converted, is_converte
 from steerlm_megatron.data.text.tokenizer import Tokenizer
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import read_json_object
-from steerlm_megatron.model.hf import HFFolder, PeftFolder, base_of, is_hf_folder, is_peft_folder
+from steerlm_megatron.model.hf import SECTION, HFFolder, PeftFolder, base_of, is_hf_folder, is_peft_folder
 from steerlm_megatron.model.lora import Lora
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.observe.runfolder import hub_source
 from steerlm_megatron.stages import hub
-from steerlm_megatron.stages.prompt_tokens import PROMPTS, difference
-from steerlm_megatron.stages.published import kept_of, told_of_classifier
+from steerlm_megatron.stages.prompt_tokens import PROMPTS, difference, prompts_for
+from steerlm_megatron.stages.published import TOKENIZER_CONFIG, kept_of, told_of_classifier, told_of_language_model
 from steerlm_megatron.steer.jinja_sandbox import render_chat_template
 from steerlm_megatron.steer.jinja_template import JinjaTemplate
 from steerlm_megatron.steer.prefix_blanks import are_apart, with_blanks
@@ -100,10 +100,10 @@ def open_base(path: str, key: str, under: str | None = None) -> Base:
             f"{key}={path}: its tokenizer has {tokenizer.base_size} ids, and config.json says vocab_size="
             f"{hf.vocab_size}: they are not of one model"
         )
-    told = {} if hf.head == "lm" else told_of_classifier(hf)
+    told = told_of_language_model(hf) if hf.head == "lm" else told_of_classifier(hf)
     meta = CheckpointMeta(
         step=0,
-        task="lm" if hf.head == "lm" else "ap_regression",
+        task=told.get("task", "lm") if hf.head == "lm" else "ap_regression",
         model=dataclasses.asdict(hf.model),
         vocab_size=max(hf.vocab_size, tokenizer.vocab_size),
         schema=told.get("attributes"),
@@ -114,7 +114,29 @@ def open_base(path: str, key: str, under: str | None = None) -> Base:
         label_counts=told.get("label_counts", {}),
         base=kept_of(hf.folder, hf),
     )
+    if hf.head == "lm" and meta.template:
+        meta = _if_still_asked_so(meta, hf)
     return Base(hf.folder, meta, hf)
+
+
+def _if_still_asked_so(meta: CheckpointMeta, hf: HFFolder) -> CheckpointMeta:
+    """Return ``meta`` of a language model that was exported here; without what it says of attributes and format where
+    the folder's chat template writes other prompts, and is then all that says how to ask the model.
+    """
+    template, schema = Template.from_dict(meta.template), meta.attributes()
+    levels = None if schema is None else schema.complete({})
+    source, tokens = _chat_template(hf.folder) or "", _special_tokens(hf.folder)
+    if all(
+        _rendered(source, tokens, messages) == join(template.prefix(messages, schema, levels))
+        for messages in prompts_for(template)
+    ):
+        return meta
+    get_logger(__name__).warning(
+        "%s=%s: its chat template is not the one that its model was exported with, and is taken as it stands: "
+        "attributes and format that %s names under %s are left out",
+        hf.key, hf.folder, TOKENIZER_CONFIG, SECTION,
+    )  # fmt: skip
+    return dataclasses.replace(meta, task="lm", schema=None, template={}, label_counts={})
 
 
 def _base_of_adapter(path: Path, key: str, under: str | None) -> HFFolder:
@@ -331,7 +353,7 @@ def _chat_template(folder: Path) -> str | None:
             return file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    found = read_json_object(folder / "tokenizer_config.json").get("chat_template")
+    found = read_json_object(folder / TOKENIZER_CONFIG).get("chat_template")
     if isinstance(found, list):  # of several, by name
         named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
         found = named[0].get("template") if named else None
@@ -341,7 +363,7 @@ def _chat_template(folder: Path) -> str | None:
 def _special_tokens(folder: Path) -> dict[str, str]:
     """Return ``bos_token`` and the like, which chat templates write."""
     out = {}
-    for key, value in read_json_object(folder / "tokenizer_config.json").items():
+    for key, value in read_json_object(folder / TOKENIZER_CONFIG).items():
         text = value.get("content") if isinstance(value, dict) else value
         if key.endswith("_token") and isinstance(text, str):
             out[key] = text

@@ -24,6 +24,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import put_folder, take_back, write_bytes_atomic, write_json_atomic
 from steerlm_megatron.model.hf import (
     FAMILIES,
+    SECTION,
     Family,
     Labels,
     classifier_config,
@@ -48,7 +49,7 @@ from steerlm_megatron.stages.prompt_tokens import (
     prompts_for,
     text_difference,
 )
-from steerlm_megatron.stages.published import section_of
+from steerlm_megatron.stages.published import TOKENIZER_CONFIG, section_of
 from steerlm_megatron.stages.scored_tokens import scored_difference, scored_for, scored_ids, scored_segments
 from steerlm_megatron.stages.session import LoadedModel, OpenedCheckpoint
 from steerlm_megatron.steer.chat_template import chat_template, scored_template, variable
@@ -60,7 +61,7 @@ from steerlm_megatron.steer.templates import join
 # What a folder of Hugging Face has beside its weights and config.json; one that came as such keeps its own.
 _FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -263,7 +264,7 @@ def _stops(opened: OpenedCheckpoint) -> int | list[int]:
 def _write_tokenizer(opened: OpenedCheckpoint, work: Path, stops: int | list[int]) -> None:
     """Write the tokenizer's files and, of a language model, how responses are drawn."""
     write_json_atomic(work / "tokenizer.json", exported_tokenizer(opened.tokenizer))
-    write_json_atomic(work / "tokenizer_config.json", _tokenizer_config(opened))
+    write_json_atomic(work / TOKENIZER_CONFIG, _tokenizer_config(opened))
     if opened.meta.head == "lm":
         generation = {**opened.meta.base.get("generation_config", {}), "eos_token_id": stops}
         write_json_atomic(work / "generation_config.json", generation)
@@ -283,6 +284,7 @@ def _tokenizer_config(loaded: OpenedCheckpoint) -> dict[str, Any]:
         "eos_token": stop,
         "pad_token": pad if text not in (None, loaded.template.label_marker) else stop,
         **named,
+        **({SECTION: section_of(loaded.meta)} if loaded.meta.head == "lm" else {}),
         "clean_up_tokenization_spaces": False,
         "model_max_length": kept.get("model_max_length", loaded.model_config.max_position),
         "chat_template": _chat_template(loaded),

@@ -1,7 +1,10 @@
 """What a Hugging Face folder says beside its weights: what of it a trained model keeps, and what one of ours says.
 
-Owns: the files of a base that survive training, our section of ``config.json``, the names of a classifier's values.
-Does not own: the model's shape and the labels' names (``model/hf``), writing a folder (``export_hf.py``).
+Owns: the files of a base that survive training, our section ``steerlm``, the names of a classifier's values. Does not
+own: the model's shape and the labels' names (``model/hf``), writing a folder (``export_hf.py``).
+
+The section of a classifier stands in ``config.json``, beside the names of its values. That of a language model stands
+in ``tokenizer_config.json``, beside the chat template that it describes, which an adapter's folder has as well.
 """
 
 from __future__ import annotations
@@ -18,10 +21,12 @@ from steerlm_megatron.model.hf import SECTION, HFFolder, unnamed
 from steerlm_megatron.observe.runfolder import hub_source
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
-from steerlm_megatron.train.meta import CheckpointMeta
+from steerlm_megatron.train.meta import TASKS, CheckpointMeta
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # Of the tokenizer's settings: a model that was trained has its own chat template and its own list of tokens.
-_NOT_KEPT = ("chat_template", "added_tokens_decoder")
+_NOT_KEPT = ("chat_template", "added_tokens_decoder", SECTION)
+_LANGUAGE_TASKS = tuple(name for name, task in TASKS.items() if task.head == "lm" and not task.predicts)
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
@@ -31,16 +36,15 @@ def kept_of(folder: Path, hf: HFFolder) -> dict[str, Any]:
     of ``config.json``, ``generation_config.json`` and ``tokenizer_config.json``, the licence that its model card names,
     and the commit (``revision``) of a model that came from the hub.
     """
-    section = hf.config.get(SECTION)
+    tokenizer = read_json_object(folder / TOKENIZER_CONFIG)
+    section = (tokenizer if hf.head == "lm" else hf.config).get(SECTION)
     source = hub_source(folder)
     out: dict[str, Any] = {
         "name": folder.resolve().name if source is None else source[0],
         "family": hf.family.name,
         "config": {key: value for key, value in hf.config.items() if key != SECTION},
         "generation_config": read_json_object(folder / "generation_config.json"),
-        "tokenizer_config": {
-            k: v for k, v in read_json_object(folder / "tokenizer_config.json").items() if k not in _NOT_KEPT
-        },
+        "tokenizer_config": {k: v for k, v in tokenizer.items() if k not in _NOT_KEPT},
         "licence": _licence(folder),
     }
     if source is not None:
@@ -69,13 +73,9 @@ def _licence(folder: Path) -> dict[str, str]:
 
 
 def section_of(meta: CheckpointMeta) -> dict[str, Any]:
-    """Return our section of the ``config.json`` of an attribute-prediction model: what it needs to come back."""
-    out = {
-        "attributes": meta.schema,
-        "template": meta.template,
-        "label_counts": meta.label_counts,
-        "label_mean": meta.label_mean,
-    }
+    """Return our section of the folder of a model that was trained here: what it needs to come back."""
+    out = {"attributes": meta.schema, "template": meta.template, "label_counts": meta.label_counts}
+    out |= {"label_mean": meta.label_mean} if meta.head == "regression" else {"task": meta.task}
     name = meta.base.get("trained_from") or meta.base.get("name")
     return out | ({"base": name} if name else {})
 
@@ -91,22 +91,50 @@ def told_of_classifier(hf: HFFolder) -> dict[str, Any]:
     if not isinstance(section, Mapping) or "attributes" not in section:
         return {}
     assert hf.labels is not None
-    attributes, template = section["attributes"], section.get("template", {})
-    if not isinstance(attributes, Mapping) or not isinstance(template, Mapping):
+    out = _read_section(section, told)
+    if len(out["attributes"]["names"]) != len(hf.labels.names):
+        raise UserError(
+            f"{told}: attributes names {len(out['attributes']['names'])} of {len(hf.labels.names)} values"
+        )
+    mean = section.get("label_mean") or []
+    if not isinstance(mean, list) or not all(isinstance(value, int | float | None) for value in mean):
+        raise UserError(f"{told}.label_mean is not a list of numbers")
+    return {**out, "label_mean": mean}
+
+
+def told_of_language_model(hf: HFFolder) -> dict[str, Any]:
+    """Return what our section of a language model's ``tokenizer_config.json`` says, by :func:`section_of`'s keys;
+    nothing of one that somebody else made.
+
+    Raises:
+        UserError: the section is not what we write.
+    """
+    section = read_json_object(hf.folder / TOKENIZER_CONFIG).get(SECTION)
+    told = f"{hf.key}={hf.folder}: {TOKENIZER_CONFIG}: {SECTION}"
+    if not isinstance(section, Mapping) or not section.get("template"):
+        return {}
+    task = section.get("task")
+    if not isinstance(task, str) or task not in _LANGUAGE_TASKS:
+        raise UserError(f"{told}.task={task!r}, this version knows: {' '.join(_LANGUAGE_TASKS)}")
+    if TASKS[task].conditioned == (section.get("attributes") is None):
+        raise UserError(f"{told}: attributes are of a model of task acsft, and of no other")
+    return {**_read_section(section, told), "task": task}
+
+
+def _read_section(section: Mapping[str, Any], told: str) -> dict[str, Any]:
+    """Return what the section of either kind of model says: ``attributes``, ``template`` and ``label_counts``."""
+    attributes, template = section.get("attributes"), section.get("template", {})
+    if not isinstance(attributes, Mapping | None) or not isinstance(template, Mapping):
         raise UserError(f"{told}: attributes and template must be objects")
     try:
-        schema = AttributeSchema.from_dict(attributes)
+        schema = None if attributes is None else AttributeSchema.from_dict(attributes).to_dict()
         kept = Template.from_dict(template).to_dict() if template else {}
     except UserError as error:
         raise UserError(f"{told}: {error}") from None
-    if len(schema.names) != len(hf.labels.names):
-        raise UserError(f"{told}: attributes names {len(schema.names)} of {len(hf.labels.names)} values")
-    counts, mean = section.get("label_counts") or {}, section.get("label_mean") or []
+    counts = section.get("label_counts") or {}
     if not isinstance(counts, Mapping) or not all(isinstance(count, int) for count in counts.values()):
         raise UserError(f"{told}.label_counts is not an object of whole numbers")
-    if not isinstance(mean, list) or not all(isinstance(value, int | float | None) for value in mean):
-        raise UserError(f"{told}.label_mean is not a list of numbers")
-    return {"attributes": schema.to_dict(), "template": kept, "label_counts": dict(counts), "label_mean": mean}
+    return {"attributes": schema, "template": kept, "label_counts": dict(counts)}
 
 
 def schema_of_labels(names: Sequence[str], chosen: AttributesConfig | None, told: str) -> AttributeSchema:

@@ -242,6 +242,8 @@ def open_checkpoint(
     folder, meta = base.folder, base.meta
     if head is not None:
         check_task(meta, head, f"{key}={path}")
+    if base.hf is not None and meta.template:
+        return _open_exported(base, key)
     if base.hf is not None and base.hf.head == "regression":
         return _open_classifier(base, base.hf, key, asked, attributes)
     if base.hf is not None:
@@ -263,18 +265,23 @@ def open_checkpoint(
     return OpenedCheckpoint(folder, meta, tokenizer, meta.attributes(), Template.from_dict(meta.template))
 
 
+def _open_exported(base: Base, key: str) -> OpenedCheckpoint:
+    """Read a Hugging Face folder that we exported."""
+    template = Template.from_dict(base.meta.template)
+    tokenizer = Tokenizer.from_path(base.folder, template.control_strings)
+    if lacking := [text for text in template.control_strings if text in tokenizer.added]:
+        raise UserError(
+            f"{key}={base.folder}: its tokenizer lacks {' '.join(lacking)}, which the model was trained with"
+        )
+    return OpenedCheckpoint(base.folder, base.meta, tokenizer, base.meta.attributes(), template, hf=base.hf)
+
+
 def _open_classifier(
     base: Base, hf: HFFolder, key: str, asked: bool, attributes: AttributesConfig | None
 ) -> OpenedCheckpoint:
-    """Read a Hugging Face folder with a regression head: one that we exported, or one of somebody else."""
+    """Read a Hugging Face folder with a regression head that somebody else made."""
     told, meta = f"{key}={base.folder}", base.meta
     assert hf.labels is not None
-    if meta.template:  # of ours
-        template = Template.from_dict(meta.template)
-        tokenizer = Tokenizer.from_path(base.folder, template.control_strings)
-        if lacking := [text for text in template.control_strings if text in tokenizer.added]:
-            raise UserError(f"{told}: its tokenizer lacks {' '.join(lacking)}, which the model was trained with")
-        return OpenedCheckpoint(base.folder, meta, tokenizer, meta.attributes(), template, hf=hf)
     if not asked:
         tokenizer, template = Tokenizer.from_path(base.folder), Template.from_config({"name": "steerlm"})
         return OpenedCheckpoint(base.folder, meta, tokenizer, meta.attributes(), template, hf=hf)

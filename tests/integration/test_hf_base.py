@@ -143,7 +143,9 @@ def test_out_again_it_is_bit_equal(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("template", ["chatml", "steerlm", "auto"])
-def test_a_trained_model_leaves_with_its_chat_template(folder: Path, template: str) -> None:
+def test_a_trained_model_leaves_with_its_chat_template(
+    folder: Path, template: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without our code, ``transformers`` writes our prompts and draws our responses."""
     import transformers
 
@@ -184,6 +186,29 @@ def test_a_trained_model_leaves_with_its_chat_template(folder: Path, template: s
             env=ENVIRONMENT, text=True, capture_output=True, check=True,
         )  # fmt: skip
         assert done.stdout == f"helpfulness=3: {next(iter(read_records('answers.jsonl'))).messages[-1].content}\n"
+    _it_comes_back(template, sampling, capsys)
+
+
+def _it_comes_back(template: str, sampling: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder ``model`` takes attributes as the checkpoint does, and leaves once more as it is."""
+    asked = ("input=prompts.jsonl", *sampling)
+    assert run("generate", "checkpoint=model", *asked, "output=again.jsonl", "run_dir=gen2") == 0
+    assert Path("again.jsonl").read_text() == Path("answers.jsonl").read_text()
+    assert run("generate", "checkpoint=model", *asked, "attributes.best.fun=3", "output=no.jsonl", "run_dir=gen3") == 2
+    assert run("export", "checkpoint=model", "output=model2", "export.format=hf", "run_dir=export2") == 0
+    names = sorted(path.name for path in Path("model").iterdir())
+    assert names == sorted(path.name for path in Path("model2").iterdir())
+    assert [n for n in names if Path("model", n).read_bytes() != Path("model2", n).read_bytes()] == []
+    # Somebody trains it on with another tool, which writes a chat template without attributes.
+    path = Path("model2/tokenizer_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": CHATML}))
+    capsys.readouterr()
+    plain = ("generate", "checkpoint=model2", "input=prompts.jsonl", *sampling[:2], "output=plain.jsonl")
+    assert run(*plain, sampling[2], "run_dir=gen4") == 2
+    said = capsys.readouterr().err
+    if template == "chatml":
+        assert "is not the one that its model was exported with" in said and "has no attributes" in said
+        assert run(*plain, "run_dir=gen5") == 0 and "requested" not in Path("plain.jsonl").read_text()
 
 
 def test_a_shape_that_a_user_states_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,8 @@ def test_adapters_from_a_folder_to_a_folder(folder: Path, capsys: pytest.Capture
     assert run("export", f"checkpoint={folder}", "output=no", *alone[1:3], "run_dir=export4") == 2
     assert "has no adapter" in capsys.readouterr().err
 
+    # Both folders take attributes as the checkpoint does.
+    assert answers("merged", "asked_merged") == answers("adapter", "asked_adapter") == expected
     ids, logits = _what_peft_loads_is_the_merged_model(first)
 
     # The adapter comes in again: as a model, merged; to be trained on, whose shape nobody repeats.

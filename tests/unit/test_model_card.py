@@ -19,7 +19,13 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.model.hf import FAMILIES, HFFolder, Labels
 from steerlm_megatron.report.model_card import render_card
 from steerlm_megatron.stages.model_card import RunFacts, model_card, read_evaluation
-from steerlm_megatron.stages.published import kept_of, schema_of_labels, section_of, told_of_classifier
+from steerlm_megatron.stages.published import (
+    kept_of,
+    schema_of_labels,
+    section_of,
+    told_of_classifier,
+    told_of_language_model,
+)
 from steerlm_megatron.stages.session import OpenedCheckpoint
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.templates import Template
@@ -167,6 +173,34 @@ def test_what_we_say_of_a_classifier_is_read_or_refused(tmp_path: Path) -> None:
         assert str(raised.value).startswith(f"checkpoint={tmp_path}: config.json: steerlm") and words in str(
             raised.value
         )
+
+
+def test_what_we_say_of_a_language_model_is_read_or_refused(tmp_path: Path) -> None:
+    hf.make("llama", tmp_path)
+
+    def told(section: Any) -> dict[str, Any]:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"steerlm": section}))
+        return told_of_language_model(HFFolder.open(tmp_path, "checkpoint"))
+
+    section = section_of(opened("acsft", base=BASE).meta)
+    assert section["base"] == "fox/Fox-1B" and "label_mean" not in section
+    assert told(section) == {key: value for key, value in section.items() if key != "base"}
+    assert kept_of(tmp_path, HFFolder.open(tmp_path, "init_from"))["trained_from"] == "fox/Fox-1B"
+    assert told({**section, "task": "sft", "attributes": None})["attributes"] is None
+    assert told({}) == told("x") == told({"attributes": section["attributes"]}) == {}
+    for wrong, words in (
+        ({"task": "ap_generative"}, ".task='ap_generative', this version knows: lm sft acsft"),
+        ({"task": ["acsft"]}, ".task=['acsft']"),
+        ({"task": "sft"}, "attributes are of a model of task acsft, and of no other"),
+        ({"attributes": None}, "attributes are of a model of task acsft, and of no other"),
+        ({"attributes": []}, "attributes and template must be objects"),
+        ({"template": {"name": "gone"}}, "template.name='gone'"),
+        ({"label_counts": {"quality": "many"}}, "label_counts is not an object of whole numbers"),
+    ):
+        with pytest.raises(UserError) as raised:
+            told({**section, **wrong})
+        said = str(raised.value)
+        assert said.startswith(f"checkpoint={tmp_path}: tokenizer_config.json: steerlm") and words in said
 
 
 def test_a_schema_names_somebody_elses_values() -> None:
