@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.between_steps import BetweenSteps
 from steerlm_megatron.generate.drawn import NOT_DRAWN, NOT_FINITE, Drawn
 from steerlm_megatron.generate.group import LocalGroup, ModelGroup
 from steerlm_megatron.generate.job import Handle, Job, ended_by, resolve
@@ -73,6 +74,7 @@ class Engine(ABC):
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._last_message_sec = time.monotonic()
+        self.between = BetweenSteps(self.group, lambda work: self._send(StepPlan("between", work=work)), self.wake)
 
     # ---- what an engine has of its own ----
 
@@ -357,18 +359,29 @@ class Engine(ABC):
             job.reason = "cancelled"
             if not job.handle.future.done():
                 job.handle.future.set_exception(kind(reason))
+        self.between.end(kind(reason))
 
     def run_until(self, stop: threading.Event) -> None:
         """Step until ``stop`` is set, and sleep while there is nothing to do. Only the leader calls it."""
         while not stop.is_set():
-            if self.step():
+            worked = self._between_steps()
+            if self.step() or worked:
                 continue
             self.last_beat_sec = time.monotonic()
             if self.group.size > 1 and time.monotonic() - self._last_message_sec > self.group.heartbeat_sec:
                 self._send(StepPlan("idle"))
             with self._lock:
-                if not self.jobs and not stop.is_set():
+                if not self.jobs and not self.between.waits and not stop.is_set():
                     self._work.wait(timeout=0.5)
+
+    def _between_steps(self) -> bool:
+        """Do one piece of other work, if some waits; return whether there was. Collective over the replica then."""
+        self.last_beat_sec = time.monotonic()
+        try:
+            return self.between.do_one()
+        except BaseException as e:
+            self.fail(str(e) if isinstance(e, EngineDead) else f"{type(e).__name__}: {e}")
+            raise
 
     def wake(self) -> None:
         """Wake a sleeping :meth:`run_until`, so that it checks its stop event."""
@@ -389,6 +402,8 @@ class Engine(ABC):
                 return
             if plan.kind == "idle":
                 self.group.wait_for_all()
+            if plan.kind == "between":
+                self.between.follow(plan.work)
             if plan.kind == "run":
                 self._follow(plan)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from steerlm_megatron.generate.block_pool import BlockPool
 from steerlm_megatron.generate.sampling import RowParams
@@ -61,13 +61,14 @@ class StepPlan:
     come. A row gets a token once all its tokens are fed.
     """
 
-    kind: Literal["run", "idle", "stop"]
+    kind: Literal["run", "between", "idle", "stop"]
     wipe: list[int] = field(default_factory=list)  # blocks to be filled with zeros
     keep: list[int] | None = None  # rows of the step before that stay, in order; None: all
     new: list[NewRow] = field(default_factory=list)  # rows that follow them
     blocks: list[tuple[int, int]] = field(default_factory=list)  # (row, block): blocks that rows get, in order
     chunks: list[tuple[int, int]] = field(default_factory=list)  # (row, tokens of its prompt that it is fed)
     copies: list[tuple[int, int]] = field(default_factory=list)  # (block, block that gets what it holds after the step)
+    work: Any = None  # of kind between: what is done in the place of a step (``between_steps.py``)
 
 
 @dataclass(eq=False)

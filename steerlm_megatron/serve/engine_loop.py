@@ -20,7 +20,7 @@ from steerlm_megatron.runtime.watch import Watch
 log = get_logger(__name__)
 
 SHUTTING_DOWN = "the server is shutting down"
-_FIRST_STEP_SEC = 120.0  # the first step of a large model can take long
+_FIRST_STEP_SEC = 120.0  # the first step of a large model can take long, and so can work between steps
 _STALL_SEC = 30.0
 _IDLE_SEC = 15.0  # an idle leader hears of the other ranks every few seconds (group.HEARTBEAT_SEC)
 _SLOW_STEPS = 10  # a step that takes as long as so many of the slowest before it counts as a stall
@@ -94,6 +94,8 @@ class EngineLoop:
 
     def _patience_sec(self) -> float:
         """Return how long the engine may be silent: it is when ranks compute a step, and when one does not answer."""
+        if self.generator.between.running:
+            return _FIRST_STEP_SEC
         if not self.generator.jobs:
             return _IDLE_SEC
         if not self.generator.steps:

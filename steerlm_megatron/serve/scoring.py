@@ -3,8 +3,10 @@
 Owns: the thread in which that model computes, what waits for it, and the batches that it gets. Does not own: how values
 are computed (``stages/scoring.py``), bodies of requests and responses (``more_routes.py``). Invariants: every
 conversation that was submitted gets values or an exception; one that cannot be scored does not affect those that were
-in its batch; the engine that draws responses never waits for any of this; what nobody waits for any
-more is not computed.
+in its batch; what nobody waits for any more is not computed.
+
+On one rank, the engine that draws responses never waits for any of this. On several, whose messages must have one
+order, the two models take turns: a few conversations, then a step (:class:`TakingTurns`).
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from typing import Protocol
 
-from steerlm_megatron.generate.protocol import QueueFull, RequestFailed, ShuttingDown
+from steerlm_megatron.generate.engine import Engine
+from steerlm_megatron.generate.protocol import EngineDead, QueueFull, RequestFailed, ShuttingDown
 from steerlm_megatron.observe.log import get_logger
 from steerlm_megatron.serve.engine_loop import SHUTTING_DOWN
 from steerlm_megatron.steer.attributes import AttributeSchema
@@ -25,6 +28,7 @@ from steerlm_megatron.steer.records import Conversation
 log = get_logger(__name__)
 
 _BATCH = 256  # conversations that are given to the model at a time, unless one request has more
+_TURN = 8  # conversations that are scored between two steps of an engine of several ranks
 TurnValues = Mapping[int, Mapping[str, float]]  # index of an assistant's message -> attribute -> value
 
 
@@ -42,6 +46,28 @@ class ScorerLike(Protocol):
 def responses_of(conversations: Sequence[Conversation]) -> int:
     """Return the number of messages that get values."""
     return sum(message.role == "assistant" for one in conversations for message in one.messages)
+
+
+class TakingTurns:
+    """A scorer over the ranks of ``engine``'s replica, which computes between the engine's steps. Every rank makes one,
+    and the leader's scores.
+    """
+
+    def __init__(self, scorer: ScorerLike, engine: Engine) -> None:
+        self.schema, self._between = scorer.schema, engine.between
+        self._between.compute = scorer.score
+
+    def score(
+        self, conversations: Sequence[Conversation], progress: Callable[[int], None] | None = None
+    ) -> Sequence[TurnValues]:
+        """Return what the scorer does, for the leader. Raises EngineDead, and what the scorer raises."""
+        out: list[TurnValues] = []
+        for at in range(0, len(conversations), _TURN):
+            part = list(conversations[at : at + _TURN])
+            out += self._between.submit(part).result()
+            if progress is not None:
+                progress(responses_of(part))
+        return out
 
 
 class _NobodyWaits(Exception):
@@ -83,7 +109,7 @@ class ScoreQueue:
 
     def submit(self, conversations: Sequence[Conversation]) -> Future[list[TurnValues]]:
         """Queue the conversations of one request; the future has values for each, or an exception (``RequestFailed``,
-        ``ShuttingDown``). Cancelling it withdraws them.
+        ``EngineDead``, ``ShuttingDown``). Cancelling it withdraws them.
 
         Raises QueueFull, ShuttingDown."""
         job = _Job(conversations)
@@ -143,6 +169,10 @@ class ScoreQueue:
         try:
             scores = self.scorer.score([conversation for job in jobs for conversation in job.conversations], progress)
         except _NobodyWaits:
+            return
+        except EngineDead as e:
+            for job in jobs:
+                _resolve(job, e)
             return
         except Exception as e:
             if len(jobs) > 1:

@@ -74,7 +74,7 @@ def _licence(folder: Path) -> dict[str, str]:
 
 def section_of(meta: CheckpointMeta) -> dict[str, Any]:
     """Return our section of the folder of a model that was trained here: what it needs to come back."""
-    out = {"attributes": meta.schema, "template": meta.template, "label_counts": meta.label_counts}
+    out: dict[str, Any] = {"attributes": meta.schema, "template": meta.template, "label_counts": meta.label_counts}
     out |= {"label_mean": meta.label_mean} if meta.head == "regression" else {"task": meta.task}
     name = meta.base.get("trained_from") or meta.base.get("name")
     return out | ({"base": name} if name else {})
@@ -93,9 +93,7 @@ def told_of_classifier(hf: HFFolder) -> dict[str, Any]:
     assert hf.labels is not None
     out = _read_section(section, told)
     if len(out["attributes"]["names"]) != len(hf.labels.names):
-        raise UserError(
-            f"{told}: attributes names {len(out['attributes']['names'])} of {len(hf.labels.names)} values"
-        )
+        raise UserError(f"{told}: attributes names {len(out['attributes']['names'])} of {len(hf.labels.names)} values")
     mean = section.get("label_mean") or []
     if not isinstance(mean, list) or not all(isinstance(value, int | float | None) for value in mean):
         raise UserError(f"{told}.label_mean is not a list of numbers")

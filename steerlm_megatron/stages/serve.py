@@ -18,8 +18,8 @@ from steerlm_megatron.files import write_text_atomic
 from steerlm_megatron.generate.protocol import EngineDead, SamplingParams
 from steerlm_megatron.observe.cost import CostMeter
 from steerlm_megatron.runtime import launcher
-from steerlm_megatron.runtime.parallel import Layout
 from steerlm_megatron.serve.orderly import check_server
+from steerlm_megatron.serve.scoring import TakingTurns
 from steerlm_megatron.serve.server import Running, serve
 from steerlm_megatron.stages.sampling import (
     ADDRESS,
@@ -60,8 +60,9 @@ def run(config: Config) -> None:
         loaded = open_drawing(config)
         if schema is not None:
             schema = replace(schema, best=best)
-        scorer = open_scorer(config, here.layout, here.cost)
+        own = open_scorer(config, here.cost)
         engine = open_engine(here, loaded, config.server.max_queue)
+        scorer = own if own is None or engine.group.size == 1 else TakingTurns(own, engine)
         engine.on_result = lambda result: count_response(here.cost, result, loaded)
         if not here.layout.is_main:
             # A launcher signals every rank. The main rank finishes running requests and then stops the others.
@@ -100,18 +101,10 @@ def _leave_at_once() -> None:
     atexit.register(leave)
 
 
-def open_scorer(config: Config, layout: Layout, cost: CostMeter | None = None) -> Scorer | None:
-    """Return what answers ``/v1/score``, if ``ap_checkpoint`` names a model for it.
-
-    Raises UserError with several ranks: those that follow the leader wait for its steps and could not compute values.
-    """
+def open_scorer(config: Config, cost: CostMeter | None = None) -> Scorer | None:
+    """Return what answers ``/v1/score``, if ``ap_checkpoint`` names a model for it. Collective over the world."""
     if config.ap_checkpoint is None:
         return None
-    if layout.world_size > 1:
-        raise UserError(
-            f"ap_checkpoint={config.ap_checkpoint}: a server of {layout.world_size} ranks (parallel.*) cannot score "
-            "beside drawing; leave ap_checkpoint out, or serve a model that fits one rank"
-        )
     ap = load_model(config.ap_checkpoint, config, "ap_checkpoint", head="ap")
     return Scorer(ap, config.scoring.batch_tokens, config.scoring.decode, cost)
 

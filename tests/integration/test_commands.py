@@ -265,9 +265,12 @@ def test_generate_answers_every_prompt(work: Path) -> None:
 
 @pytest.mark.parametrize("layout", [(), ("parallel.tensor=2",)], ids=["1 rank", "TP2"])
 def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> None:
-    """The server answers sixteen concurrent chats with different attribute values, then ends cleanly on SIGTERM."""
+    """The server answers sixteen concurrent chats with different attribute values, scores them beside, and ends cleanly
+    on SIGTERM.
+    """
     openai = pytest.importorskip("openai", reason="needs the openai client (pip install -e '.[dev]')")
-    server = start("serve", "checkpoint=run/10-bootstrapped", "server.port=0", *layout, cwd=work)
+    models = ("checkpoint=run/10-bootstrapped", "ap_checkpoint=run/03-train_ap")
+    server = start("serve", *models, "server.port=0", *layout, cwd=work)
     lines: list[str] = []
     reader = threading.Thread(target=lambda: lines.extend(iter(server.stdout.readline, "")), daemon=True)  # type: ignore[union-attr]
     reader.start()
@@ -290,8 +293,16 @@ def test_the_openai_client_is_served(work: Path, layout: tuple[str, ...]) -> Non
             assert reply.usage.completion_tokens <= 8
             return str(reply.choices[0].message.content)
 
+        def values(_: int) -> dict[str, float]:
+            turns = [{"role": "user", "content": "Question?"}, {"role": "assistant", "content": "An answer."}]
+            (one,) = client.post("/score", cast_to=object, body={"messages": turns})["data"]  # type: ignore[index]
+            return dict(one["values"][0]["attributes"])
+
         with ThreadPoolExecutor(16) as pool:
+            scored = pool.map(values, range(3))
             together = list(pool.map(chat, range(16)))
+        first, *others = scored
+        assert set(first) == {"quality", "helpfulness", "verbosity", "humor", "toxicity"} and others == [first, first]
         assert together == [chat(index) for index in range(16)], "a response depends on what else is in the batch"
         with pytest.raises(openai.BadRequestError, match="qualty"):
             client.chat.completions.create(

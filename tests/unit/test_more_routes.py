@@ -11,12 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from steerlm_megatron.config.schema import Config, ParallelConfig
-from steerlm_megatron.errors import UserError
+from steerlm_megatron.generate.between_steps import BetweenSteps
+from steerlm_megatron.generate.group import LocalGroup
 from steerlm_megatron.generate.protocol import EngineDead, QueueFull, RequestFailed, ShuttingDown
-from steerlm_megatron.runtime.parallel import Layout
 from steerlm_megatron.serve.scoring import ScoreQueue
-from steerlm_megatron.stages.serve import open_scorer
 from steerlm_megatron.steer.records import Conversation, Message
 from tests.helpers.server import SCHEMA, TEMPLATE, TOKENIZER, USER, Server, running, wait_for
 
@@ -253,9 +251,40 @@ def test_what_is_too_much_to_score_is_refused_before_any_work() -> None:
         assert answer.status_code == 400 and "characters together, more than 8000" in answer.json()["error"]["message"]
 
 
-def test_several_ranks_cannot_score_beside_drawing() -> None:
-    layout = Layout(rank=0, world_size=2, tp_rank=0, tp_size=2, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1)
-    config = Config(ap_checkpoint="run/ap", parallel=ParallelConfig(tensor=2))
-    with pytest.raises(UserError, match="ap_checkpoint=run/ap: a server of 2 ranks"):
-        open_scorer(config, layout)
-    assert open_scorer(Config(), layout) is None
+class TwoRanks(LocalGroup):
+    """The leader of two ranks, of which the other one fails where ``other_fails``."""
+
+    size, other_fails = 2, False
+
+    def least(self, value: int) -> int:
+        return min(value, int(not self.other_fails))
+
+
+def test_work_between_steps_ends_with_a_result_or_a_reason() -> None:
+    """On several ranks the leader tells the others first; what fails on all ranks alike is an error of the request."""
+    told: list[Any] = []
+    group = TwoRanks()
+    between = BetweenSteps(group, told.append, lambda: None)
+    scorer = Scorer()
+    between.compute = scorer.score
+    fine, broken = (Conversation("a", (Message("user", "a"), Message("assistant", text))) for text in ("bb", "broken"))
+    assert not between.do_one()
+    futures = [between.submit([fine]), between.submit([broken]), between.submit([fine]), between.submit([fine])]
+    assert futures[2].cancel() and between.waits
+    assert all(between.do_one() for _ in range(4)) and not between.waits and told == [[fine], [broken], [fine]]
+    assert futures[0].result(0)[0][1]["quality"] == futures[3].result(0)[0][1]["quality"] == 2.0
+    with pytest.raises(ZeroDivisionError):
+        futures[1].result(0)
+    between.follow([broken])  # of another rank, which goes on as well
+
+    # What some ranks have computed and others have not is the end of both models' lockstep.
+    group.other_fails = True
+    lost, waits = between.submit([fine]), between.submit([fine])
+    with pytest.raises(EngineDead, match="another rank could not"):
+        between.do_one()
+    with pytest.raises(EngineDead, match="another rank could not"):
+        lost.result(0)
+    between.end(ShuttingDown("the end"))
+    for future in (waits, between.submit([fine])):
+        with pytest.raises(ShuttingDown, match="the end"):
+            future.result(0)
