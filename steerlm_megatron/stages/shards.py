@@ -33,8 +33,7 @@ def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
     texts = training_texts(files, schema_of(config), template, config.data) if config.tokenizer.train else None
     tokenizer = Tokenizer.from_config(config.tokenizer, strings, texts)
     _check_labels(tokenizer, config)
-    if tokenizer.model_kind == "huggingface":
-        _warn_of_other_tokens(tokenizer, template, config)
+    _warn_of_other_tokens(tokenizer, template, config)
     if tokenizer.added:
         get_logger(__name__).info(
             "the tokenizer's %d ids are followed by %d added ones: %s",
@@ -44,8 +43,14 @@ def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
 
 
 def _warn_of_other_tokens(tokenizer: Tokenizer, template: Template, config: Config) -> None:
-    """Say before any work that a model trained on these shards could not leave as a Hugging Face folder."""
-    if said := difference(tokenizer, template, schema_of(config), exported_tokenizer(tokenizer)):
+    """Say before any work that a model trained on these shards could not leave as a Hugging Face folder, if the template
+    is what forbids it. (A tokenizer that has no such form at all is a choice of its own.)
+    """
+    try:
+        theirs = exported_tokenizer(tokenizer)
+    except UserError:
+        return
+    if said := difference(tokenizer, template, schema_of(config), theirs):
         get_logger(__name__).warning(
             "template.name=%s with this tokenizer: a chat template would give other tokens than training does (%s). "
             "Training and steerlm serve are not concerned; export.format=hf will refuse the model",

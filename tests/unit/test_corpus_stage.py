@@ -125,6 +125,19 @@ def test_a_tokenizer_that_cannot_tell_labels_apart(tmp_path: Path) -> None:
     check_tokenizer(cfg)
 
 
+def test_a_format_in_which_no_model_could_leave_is_told_before_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the format llama2 a blank stands before a response, which tokenizers join with its first word."""
+    cfg = config(OASST, input=write(tmp_path / "r.jsonl", {"messages": []}))
+    cfg.tokenizer.path = str(corpora.shared_data("mistral_v1.spm.model"))
+    for template, told in (("llama2", True), ("chatml", False), ("steerlm", False)):
+        caplog.clear()
+        cfg.template.name = template
+        make_tokenizer(cfg, [])
+        assert ("export.format=hf will refuse the model" in caplog.text) == told, template
+
+
 def test_every_key_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     named = set(re.findall(r"data\.(\w+)", text))
