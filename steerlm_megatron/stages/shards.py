@@ -43,8 +43,8 @@ def make_tokenizer(config: Config, files: Sequence[str]) -> Tokenizer:
 
 
 def _warn_of_other_tokens(tokenizer: Tokenizer, template: Template, config: Config) -> None:
-    """Say before any work that a model trained on these shards could not leave as a Hugging Face folder, if the template
-    is what forbids it. (A tokenizer that has no such form at all is a choice of its own.)
+    """Say before any work that a model trained on these shards could not leave as a Hugging Face folder, if the
+    template is what forbids it. (A tokenizer that has no such form at all is a choice of its own.)
     """
     try:
         theirs = exported_tokenizer(tokenizer)
