@@ -197,6 +197,7 @@ class Engine(ABC):
             include_stop=params.include_stop_str_in_output,
             min_tokens=params.min_tokens,
             silent_ids=silent,
+            prefix=request.text_prefix,
         )
 
     def refuse_waiting(self, error: Exception) -> int:

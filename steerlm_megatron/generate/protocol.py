@@ -116,11 +116,15 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Request:
-    """A request for one response. The caller chooses ``id``, which is unique among the requests in flight."""
+    """A request for one response. The caller chooses ``id``, which is unique among the requests in flight.
+
+    ``text_prefix``: what the response's text is without, if it begins with that (``Template.response_prefix``).
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams = SamplingParams()
+    text_prefix: str = ""
 
 
 @dataclass(frozen=True)

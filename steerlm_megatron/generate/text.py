@@ -128,8 +128,10 @@ class ResponseText:
         include_stop: bool = False,
         min_tokens: int = 0,
         silent_ids: frozenset[int] = frozenset(),
+        prefix: str = "",
     ) -> None:
-        """``suffix`` is the text that a template puts between a response and its stop token (``response_suffix``).
+        """``prefix`` is left out where a response begins with it (``response_prefix``). ``suffix`` is the text that a
+        template puts between a response and its stop token (``response_suffix``).
         ``include_stop``: the stop string is part of the text. A stop string that is complete within the first
         ``min_tokens`` tokens is ordinary text. ``silent_ids`` are tokens that are no text.
         """
@@ -144,13 +146,14 @@ class ResponseText:
         self._held = [*self._stops, *([_Match(suffix + "\0")] if suffix else [])]
         self._returned: list[str] = []
         self._open = ""  # text that follows what was returned
+        self._prefix, self._begun = prefix, ""  # what may be left out, and as much of the text as may be that
         self.stopped_at: int | None = None  # index at which the text ends, since a stop string was found
         self.stop: str | None = None  # that stop string
 
     @property
     def whole(self) -> bool:
         """Whether :meth:`push` has returned the text of all tokens so far."""
-        return not self._open and self._detokenizer.whole
+        return not self._open and not self._begun and self._detokenizer.whole
 
     def push(self, token_id: int) -> str:
         """Add a token and return the text that has become final. ``stopped_at`` is set when a stop string was found."""
@@ -167,6 +170,7 @@ class ResponseText:
 
     def _add(self, text: str) -> None:
         """Add final text, up to the first stop string in it."""
+        text = self._without_prefix(text)
         if not text or self.stopped_at is not None:
             return
         ends = [(match, match.push(text)) for match in self._held]
@@ -181,6 +185,17 @@ class ResponseText:
             start, end, self.stop = min(hits)
             self._open = self._open[: end if self._include_stop else max(0, start)]
             self.stopped_at = sum(map(len, self._returned)) + len(self._open)
+
+    def _without_prefix(self, text: str) -> str:
+        """Return what of the text is certain not to be the prefix."""
+        if not self._prefix:
+            return text
+        self._begun += text
+        if len(self._begun) < len(self._prefix) and self._prefix.startswith(self._begun):
+            return ""
+        text, self._begun = self._begun.removeprefix(self._prefix), ""
+        self._prefix = ""
+        return text
 
     def finish(self, ids: Sequence[int], by_control: bool) -> tuple[str, str]:
         """Return the complete text, and the part of it that :meth:`push` has not returned yet.
@@ -199,6 +214,9 @@ class ResponseText:
                     self._add(self._detokenizer.push(token_id))
                 whole = self._detokenizer.rest()
             self._add(whole)
+        if self._begun:  # it ended within what may have been the prefix, and was not
+            begun, self._begun, self._prefix = self._begun, "", ""
+            self._add(begun)
         if self.stopped_at is None and by_control:
             self._open = self._open.removesuffix(self._suffix)
         return "".join(self._returned) + self._open, self._open

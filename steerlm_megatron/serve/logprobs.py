@@ -73,19 +73,20 @@ class TokenTexts:
         )
 
     def place(
-        self, ids: Sequence[int], silent: Set[int] = frozenset(), shown: str | None = None
+        self, ids: Sequence[int], silent: Set[int] = frozenset(), shown: str | None = None, prefix: str = ""
     ) -> tuple[list[bytes], list[int]]:
         """Return the bytes that each token contributes to a text, and the index of the character where it begins.
 
         ``silent`` tokens contribute none. ``shown`` is the text if it is cut off (by a stop string, or by a template's
-        suffix); None stands for the complete one.
+        suffix); None stands for the complete one. ``prefix`` is what is left out where the text begins with it.
         """
         parts = [b"" if i in silent else self.bytes_of(i) for i in ids]
         text = self.tokenizer.decode([i for i in ids if i not in silent])
         characters = character_of_each_byte(b"".join(parts), text)
         count = characters[-1] + 1 if characters else 0
+        begin = len(prefix) if text.startswith(prefix) else 0
         # Counted from the end of the text, where it was cut off.
-        cut = len(text) - len(shown) if shown is not None and text.startswith(shown) else 0
+        cut = len(text) - begin - len(shown) if shown is not None and text.startswith(shown, begin) else 0
         kept = count - cut
         offsets: list[int] = []
         at = 0
@@ -95,16 +96,16 @@ class TokenTexts:
                 offsets.append(count)
             else:
                 offsets.append(own[0] if own else characters[at])
-            parts[i] = bytes(byte for byte, of in zip(part, own, strict=True) if of < kept)
+            parts[i] = bytes(byte for byte, of in zip(part, own, strict=True) if begin <= of < kept)
             at += len(part)
         return parts, offsets
 
-    def of_result(self, result: Result, silent: Set[int]) -> Scored:
+    def of_result(self, result: Result, silent: Set[int], prefix: str = "") -> Scored:
         """Return the tokens of a response. Those that ended it (a stop token, a stop string) contribute no bytes to its
-        text, nor does any of ``silent``.
+        text, nor does any of ``silent``, nor a ``prefix`` that its text is without.
         """
         assert result.logprobs is not None
-        parts, offsets = self.place(result.token_ids, silent, result.text)
+        parts, offsets = self.place(result.token_ids, silent, result.text, prefix)
         return Scored(result.token_ids, parts, result.logprobs, result.top_logprobs, offsets)
 
     def of_prompt(self, ids: Sequence[int], result: Result) -> Scored:
@@ -113,11 +114,13 @@ class TokenTexts:
         assert result.prompt_logprobs is not None
         return Scored(ids, parts, result.prompt_logprobs, result.prompt_top_logprobs, offsets)
 
-    def of_stream(self, pending: Pending, silent: Set[int]) -> Scored:
-        """Return the tokens that a stream has taken in and not shown, all of whose text it has, and mark them shown."""
+    def of_stream(self, pending: Pending, silent: Set[int], prefix: str = "") -> Scored:
+        """Return the tokens that a stream has taken in and not shown, all of whose text it has, and mark them shown.
+        ``prefix`` is what the text is without, if it begins with that.
+        """
         new = slice(pending.shown, None)
         ids = pending.ids[new]
-        parts, offsets = self.place(ids, silent)
+        parts, offsets = self.place(ids, silent, prefix="" if pending.shown else prefix)
         scored = Scored(
             ids, parts, pending.logprobs[new], pending.top[new] or None, [pending.place + at for at in offsets]
         )

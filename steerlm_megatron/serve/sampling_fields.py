@@ -89,6 +89,7 @@ def result_of(request: Request, choice: Mapping[str, Any], usage: Mapping[str, A
     echoed = len(request.prompt_ids) if params.prompt_logprobs is not None else 0
     if echoed:
         text = text[shown["text_offset"][echoed] :]
+    text = text.removeprefix(request.text_prefix)  # servers give all of a completion's text
     return Result(
         id=request.id,
         token_ids=tuple(choice["token_ids"]),

@@ -216,7 +216,8 @@ class Service:
             raise ApiError(400, "stream_options needs stream=true", "stream_options")
         request_id = f"{prefix}-{uuid.uuid4().hex}"
         base_seed = body.seed_from(drawn=random.SystemRandom().getrandbits(62))
-        param = "messages" if prefix == "chatcmpl" else "prompt"
+        is_chat = prefix == "chatcmpl"
+        param, text_prefix = ("messages", self.template.response_prefix) if is_chat else ("prompt", "")
         defaults = self.sampling
         requests: list[Request] = []
         for p, ids in enumerate(prompts):
@@ -231,7 +232,7 @@ class Service:
                 params = params_of(body, defaults, wanted, derive_seed(base_seed, p * body.n + choice))
                 if not requests:
                     self._check_params(body, params)
-                requests.append(Request(f"{request_id}-{p}-{choice}", prompt_ids, params))
+                requests.append(Request(f"{request_id}-{p}-{choice}", prompt_ids, params, text_prefix))
         return Ask(request_id, kind, body, requests, len(prompts), int(time.time()))
 
     def _check_params(self, body: ChatBody | CompletionBody, params: SamplingParams) -> None:
@@ -283,12 +284,15 @@ class Service:
         return self.generator.vocabulary.stop_ids | set(stops)
 
     def _logprobs(self, ask: Ask, index: int, result: Result) -> dict[str, Any]:
-        pieces = [] if ask.prompt_alone else [self.texts.of_result(result, self._silent(ask))]
+        pieces = [] if ask.prompt_alone else [self._scored(ask, index, result)]
         if ask.echoed:
             for piece in pieces:
                 piece.offsets = [at + len(self._echo(ask, index)) for at in piece.offsets]
             pieces.insert(0, self.texts.of_prompt(ask.requests[index].prompt_ids, result))
         return self._shown(ask, pieces)
+
+    def _scored(self, ask: Ask, index: int, result: Result) -> Scored:
+        return self.texts.of_result(result, self._silent(ask), ask.requests[index].text_prefix)
 
     def _shown(self, ask: Ask, pieces: Sequence[Scored]) -> dict[str, Any]:
         body = ask.body
@@ -329,19 +333,19 @@ class Service:
         else:
             choice["text"] = echo + (text or "")
         if index in ask.pending:
-            choice["logprobs"] = self._chunk_logprobs(ask, ask.pending[index], text or "", whole, result)
+            choice["logprobs"] = self._chunk_logprobs(ask, index, text or "", whole, result)
         if ask.body.return_token_ids:
             choice["token_ids"] = list(ids)
         return {**self._head(ask, chunk=True), "choices": [choice]}
 
     def _chunk_logprobs(
-        self, ask: Ask, pending: Pending, text: str, whole: bool, result: Result | None
+        self, ask: Ask, index: int, text: str, whole: bool, result: Result | None
     ) -> dict[str, Any] | None:
-        scored = None
+        pending, scored = ask.pending[index], None
         if result is not None:
-            scored = self.texts.of_result(result, self._silent(ask)).after(pending.shown)
+            scored = self._scored(ask, index, result).after(pending.shown)
         elif whole:
-            scored = self.texts.of_stream(pending, self._silent(ask))
+            scored = self.texts.of_stream(pending, self._silent(ask), ask.requests[index].text_prefix)
         pending.take(text)
         return self._shown(ask, [scored]) if scored is not None and scored.ids else None
 

@@ -322,6 +322,7 @@ class Upstream:
                 raise ValueError(f"finish_reason is {reason!r}")
             if self.expected is not None:
                 text = self._text(ids, request.params, reason) if ids else self._cut(text, reason)
+            text = text.removeprefix(request.text_prefix)
             return Result(
                 id=request.id,
                 token_ids=tuple(ids),

@@ -217,7 +217,7 @@ def request_for(
         messages = rest
         ids = _encode(prompt, messages, opened)
     params = SamplingParams.from_config(sampling, seed=derive_seed(sampling.seed, index))
-    return Request(prompt.id, tuple(ids), params)
+    return Request(prompt.id, tuple(ids), params, opened.template.response_prefix)
 
 
 def requests_for(

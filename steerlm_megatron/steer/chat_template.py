@@ -208,7 +208,9 @@ def _foreign(template: JinjaTemplate) -> str:
     # Where the chat template takes away blanks around texts, the label line follows what is left of a user's.
     blanks = template.blanks.get("user")
     place = _PLACES[template.label_at].replace("@BLANKS@", f".{blanks}()" if blanks else "")
-    last = "{%- if add_generation_prompt -%}{{- label(requested) -}}{%- endif -%}"
+    prefix = f"{_quoted(template.response_prefix)} + " if template.response_prefix else ""
+    asked = "add_generation_prompt and label(requested)" if prefix else "add_generation_prompt"
+    last = f"{{%- if {asked} -%}}{{{{- {prefix}label(requested) -}}}}{{%- endif -%}}"
     return _foreign_head(template, place) + template.source + (last if template.label_at == "response" else "")
 
 

@@ -5,8 +5,9 @@ chat template comes from (``stages/base.py``), whether a tokenizer agrees with i
 one out (``chat_template.py``). Invariants: the text of ``prefix`` without a label line is what the chat template
 renders; and what precedes a response is the same whether more turns follow it or not, which is tried for every
 combination of roles (in long conversations, for the first and the last turns). A chat template for which that does not
-hold is refused. Thoughts that it leaves out of earlier responses are left out of prompts alone: training keeps them,
-since the response that has them is trained.
+hold is refused. (Blanks may stand before a response that do not stand in a request for one: the model begins with them,
+and they are the ``response_prefix``.) Thoughts that it leaves out of earlier responses are left out of prompts alone:
+training keeps them, since the response that has them is trained.
 
 A conversation is rendered with marks in the place of its texts. Between two control strings everything is one segment,
 so that its tokens are those of the whole text; only a response is a segment of its own, since it is generated so.
@@ -156,6 +157,13 @@ class JinjaTemplate(Template):
     def response_suffix(self) -> str:
         return self._closing[0]
 
+    @cached_property
+    def response_prefix(self) -> str:  # type: ignore[override]
+        (first, _), (conversation, _) = self._probes(None)
+        asked, earlier = self._marked(first, True), self._marked(conversation, True).partition("\ue0001\ue001")[0]
+        found = earlier.removeprefix(asked) if earlier.startswith(asked) else ""
+        return found if found.isspace() else ""
+
     def refusal(self, messages: Sequence[Spoken]) -> str | None:
         """Return why the chat template cannot write a conversation, None if it can."""
         try:
@@ -176,7 +184,8 @@ class JinjaTemplate(Template):
         segments = self._filled(messages, schema, training, True)
         trained = training and final.weight > 0
         suffix, stop = self._closing
-        segments.append(Segment(final.content, False, trained, Part.RESPONSE, turn))
+        prefix = "" if self._has_label_line(final, schema) else self.response_prefix
+        segments.append(Segment(prefix + final.content, False, trained, Part.RESPONSE, turn))
         if suffix:
             segments.append(Segment(suffix, False, trained, Part.END, turn))
         segments.append(Segment(stop, True, trained, Part.END, turn))
@@ -193,6 +202,10 @@ class JinjaTemplate(Template):
         label = schema.format(levels) if schema is not None and levels else ""
         earlier = [replace(m, content=self._remembered(m.content)) if m.role == "assistant" else m for m in messages]
         return self._filled([*earlier, Message("assistant", "")], schema, False, True, label)
+
+    def _has_label_line(self, message: Message, schema: AttributeSchema | None) -> bool:
+        """Whether a label line stands right before a response."""
+        return self.label_at == "response" and bool(self.label(message, schema))
 
     def _remembered(self, content: str) -> str:
         """Return what the chat template writes of an earlier response, which may be without its thoughts. Blanks around
@@ -368,7 +381,7 @@ class JinjaTemplate(Template):
             tried = len(turns) <= _LONG or at < _TRIED_TURNS or at >= len(turns) - _TRIED_TURNS
             if messages[i].role == "assistant" and tried:
                 before = self._marked(messages[:i], True)
-                if not text.startswith(before + mark + self._between[0]):
+                if not text.startswith(before + self.response_prefix + mark + self._between[0]):
                     raise UserError(_another_history(before, text.partition(mark)[0]))
         pieces: list[_Piece] = []
         header = self._header(text, messages)
@@ -445,9 +458,11 @@ class JinjaTemplate(Template):
         at_user = self.label_at == "user"
         last = len(messages) - 1 if generate else -1
         for parts, control, part, turn in self._layout((body, shift), generate):
-            if part is Part.RESPONSE and not at_user:
-                out += self._label(labels.get(turn, ""), turn)
             text = "".join([p if isinstance(p, str) else contents[p] for p in parts])
+            if part is Part.RESPONSE and not at_user and labels.get(turn):
+                out += self._label(labels[turn], turn)
+            elif part is Part.RESPONSE and self.response_prefix:
+                text = _taken_off(out, self.response_prefix) + text
             message = messages[turn] if 0 <= turn < len(messages) else None
             trained = training and message is not None and message.weight > 0 and part in (Part.RESPONSE, Part.END)
             out.append(Segment(text, control, trained, part, turn))
@@ -460,8 +475,9 @@ class JinjaTemplate(Template):
                 out += self._label(labels.pop(turn + 1), turn + 1)
         if at_user and any(labels.values()):
             raise UserError("template.label_at=user: a response with attributes answers no user message")
-        if generate and not at_user:
-            out += self._label(labels.get(last, ""), last)
+        if generate and not at_user and labels.get(last):
+            _put_on(out, self.response_prefix, last)
+            out += self._label(labels[last], last)
         return out
 
     def _label(self, text: str, turn: int) -> list[Segment]:
@@ -471,3 +487,23 @@ class JinjaTemplate(Template):
             Segment(self.label_marker, True, False, Part.LABEL, turn),
             Segment(text, False, False, Part.LABEL, turn),
         ]
+
+
+def _taken_off(segments: list[Segment], end: str) -> str:
+    """Take ``end`` off the text of the last segment, which ends with it; return ``end``."""
+    last = segments.pop()
+    if rest := last.text.removesuffix(end):
+        segments.append(last._replace(text=rest))
+    return end
+
+
+def _put_on(segments: list[Segment], end: str, turn: int) -> None:
+    """Write ``end`` behind the last segment: into it, unless that is a control string, since the tokens between two
+    control strings are those of the whole text.
+    """
+    if not end:
+        return
+    if segments and not segments[-1].control:
+        segments[-1] = segments[-1]._replace(text=segments[-1].text + end)
+    else:
+        segments.append(Segment(end, False, False, Part.ROLE, turn))

@@ -133,6 +133,13 @@ class Template(ABC):
     def response_suffix(self) -> str:
         """The trained text between the response and the stop string."""
 
+    @property
+    def response_prefix(self) -> str:
+        """The blanks that stand before a response in a conversation, which a model that is asked for one begins with.
+        They are a part of its first token, and none of its text. A response with a label line has them before that.
+        """
+        return ""
+
     def refusal(self, messages: Sequence[Spoken]) -> str | None:
         """Return why the template cannot write a conversation of such roles; None if it can."""
         return None

@@ -35,6 +35,11 @@ OTHER = (
     "{{ '<|endoftext|>' + m.role + ': ' + m.content | trim + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|endoftext|>assistant: ' }}{% endif %}"
 )
+# A blank stands before a response, and not where one is asked for: the model begins with it.
+BLANK = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}"
+    "{{ ' ' + m.content + '<|im_end|>' }}{% endif %}{% endfor %}"
+)
 WORDS = ["Tell me about the red fox.", "The fox is red.", "Hello, who are you?", "I am a model of language."]
 SHARDS = ("data.input=records.jsonl", "data.output_dir=shards")
 TINY = ("engine.precision=fp32", "run_dir=out")
@@ -82,11 +87,11 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     yield
 
 
-@pytest.mark.parametrize("own_format", [False, True])
-def test_greedy_responses_are_those_of_transformers(folder: Path, own_format: bool) -> None:
+@pytest.mark.parametrize("source", [CHATML, OTHER, BLANK], ids=["chatml", "other", "blank"])
+def test_greedy_responses_are_those_of_transformers(folder: Path, source: str) -> None:
     import transformers
 
-    folder = with_format(folder, OTHER) if own_format else folder
+    folder = folder if source == CHATML else with_format(folder, source)
 
     sampling = ("sampling=greedy", "sampling.max_tokens=12", "data.on_error=skip")
     assert run("generate", f"checkpoint={folder}", "input=prompts.jsonl", "output=answers.jsonl", *sampling, *TINY) == 0
@@ -101,7 +106,7 @@ def test_greedy_responses_are_those_of_transformers(folder: Path, own_format: bo
             0, ids["input_ids"].shape[1] :
         ]
         expected = tokenizer.decode(drawn, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert answer.messages[-1].content == expected
+        assert answer.messages[-1].content == (expected.removeprefix(" ") if source == BLANK else expected)
 
 
 @pytest.mark.parametrize("command", ["train_ap", "train_sft"])
@@ -142,7 +147,7 @@ def test_out_again_it_is_bit_equal(folder: Path) -> None:
     assert run("export", f"checkpoint={folder}", "output=again", *more) == 0 and not list(Path().glob(".again*"))
 
 
-@pytest.mark.parametrize("template", ["chatml", "steerlm", "auto"])
+@pytest.mark.parametrize("template", ["chatml", "steerlm", "auto", "blank"])
 def test_a_trained_model_leaves_with_its_chat_template(
     folder: Path, template: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,6 +157,8 @@ def test_a_trained_model_leaves_with_its_chat_template(
     place: tuple[str, ...] = ()
     if template == "auto":
         folder, place = with_format(folder, OTHER), ("template.label_at=user",)
+    if template == "blank":
+        folder, template = with_format(folder, BLANK), "auto"
     data = ("data.source=messages", "data.valid_fraction=0", f"template={template}", "attributes=demo")
     made = ("data.input=records.jsonl", "data.output_dir=shards", f"tokenizer.path={folder}", *place)
     assert run("preprocess", *data, *made) == 0

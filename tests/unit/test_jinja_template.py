@@ -88,6 +88,25 @@ VICUNA = (
     "{% endif %}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ASSISTANT:' }}"
     "{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}"
 )
+LLAMA2 = (  # a blank stands before a response of the history, and not where one is asked for
+    "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}{% set system_message = "
+    "messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system_message = false %}{% endif %}"
+    "{% for message in loop_messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if loop.index0 == 0 and system_message != false %}{% set content = '<<SYS>>\n' + system_message + "
+    "'\n<</SYS>>\n\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+OPENCHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ 'GPT4 Correct ' + message['role'].title() + ': ' + "
+    "message['content'] + '<|end_of_turn|>'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ 'GPT4 Correct Assistant:' }}{% endif %}"
+)
+HELD = (  # the prefix follows a control string
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>' + m.content + '<|im_end|>' }}{% else %}"
+    "{{ '\n  ' + m.content + '</s>' }}{% endif %}{% endfor %}"
+)
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -96,7 +115,7 @@ HEADERS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
 PLAIN = {"bos_token": "<s>", "eos_token": "</s>"}
 KNOWN = [
     "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>",
-    "<s>", "</s>", "<bos>", "<|im_start|>", "<|im_end|>", "<think>", "</think>",
+    "<s>", "</s>", "<bos>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<|end_of_turn|>",
 ]  # fmt: skip
 # name: source, special tokens, stop string, whether there are system texts, whether a label may follow a user's text
 KINDS: dict[str, tuple[str, dict[str, str], str, bool, bool]] = {
@@ -110,7 +129,11 @@ KINDS: dict[str, tuple[str, dict[str, str], str, bool, bool]] = {
     "halves": (HALVES, {}, "<|im_end|>", True, True),
     "vicuna": (VICUNA, PLAIN, "</s>", True, False),
     "chatml": (CHATML, {}, "<|im_end|>", True, True),
+    "llama2": (LLAMA2, PLAIN, "</s>", True, False),
+    "openchat": (OPENCHAT, PLAIN, "<|end_of_turn|>", True, True),
+    "held": (HELD, {}, "</s>", False, True),
 }
+PREFIXES = {"llama2": " ", "openchat": " ", "held": "\n  "}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -140,7 +163,9 @@ def rendered(source: str, kind: str, messages: list[Message], generate: bool = T
 def test_prompts_are_what_the_chat_template_renders(kind: str, turns: int, system: bool) -> None:
     template, messages = make(kind), conversation(kind, turns, system)[:-1]
     assert join(template.prefix(messages)) == rendered(KINDS[kind][0], kind, messages)
-    assert template.stop_strings == (KINDS[kind][2],) and template.response_suffix == ""
+    assert template.stop_strings == (KINDS[kind][2],)
+    assert template.response_suffix == (" " if kind == "llama2" else "")
+    assert template.response_prefix == PREFIXES.get(kind, "")
     again = Template.from_dict(template.to_dict())
     assert again == template and again.prefix(messages) == template.prefix(messages)
 
@@ -154,6 +179,8 @@ def test_a_prompt_and_its_response_are_what_is_trained(kind: str, label_at: str)
         return
     template, messages = make(kind, label_at=label_at), conversation(kind, 3, labels=True)
     trained = template.render(Conversation("x", tuple(messages)), SCHEMA)
+    closed = [text for text in (template.response_suffix, template.stop_strings[0]) if text]
+    texts: list[str] = []
     for turn, message in enumerate(messages):
         if message.role != "assistant":
             continue
@@ -161,14 +188,17 @@ def test_a_prompt_and_its_response_are_what_is_trained(kind: str, label_at: str)
         prompt = template.prefix(messages[:turn], SCHEMA, levels)
         plain = [segment._replace(trained=False) for segment in trained[: len(prompt)]]
         assert [segment._replace(turn=0) for segment in plain] == [segment._replace(turn=0) for segment in prompt]
-        response = trained[len(prompt)]
-        assert response == (message.content, False, True, Part.RESPONSE, turn)
-        assert trained[len(prompt) + 1][:4] == (template.stop_strings[0], True, True, Part.END)
-    assert [s.text for s in trained if s.trained] == [
-        text for m in messages if m.role == "assistant" for text in (m.content, template.stop_strings[0])
-    ]
+        # What stands before a response is a part of it, unless a label line stands there.
+        before = "" if levels and label_at == "response" else template.response_prefix
+        closing = [(text, text == template.stop_strings[0], True, Part.END) for text in closed]
+        assert trained[len(prompt)] == (before + message.content, False, True, Part.RESPONSE, turn)
+        assert [segment[:4] for segment in trained[len(prompt) + 1 :][: len(closed)]] == closing
+        texts += [before + message.content, *closed]
+    assert [s.text for s in trained if s.trained] == texts
     unlabelled = template.render(Conversation("x", tuple(messages)))
-    assert [segment for segment in trained if segment.part is not Part.LABEL] == unlabelled
+    bare = [segment for segment in trained if segment.part is not Part.LABEL]
+    assert join(bare) == join(unlabelled)
+    assert bare == unlabelled or (template.response_prefix and label_at == "response")
 
 
 @each_kind
@@ -186,7 +216,7 @@ def test_every_message_is_one_turn_of_a_document(kind: str) -> None:
         assert (text[label:label_end] != "") == bool(message.attributes)
     bos = KINDS[kind][1].get("bos_token", "")
     assert text[: header[1]].startswith(bos if bos in KINDS[kind][0] or "bos_token" in KINDS[kind][0] else "")
-    if kind == "gemma3":
+    if kind in ("gemma3", "llama2"):
         assert "Be brief." in text[turns[0][3] : turns[0][4]]
     elif KINDS[kind][3]:
         assert "Be brief." in text[slice(*header)] and "Question" not in text[slice(*header)]
@@ -295,7 +325,7 @@ def test_an_earlier_response_stays_as_it_was_generated(kind: str, answer: str) -
     messages = [Message("user", "One?"), Message("assistant", answer), Message("user", "Two?")]
     trained = template.render(Conversation("x", tuple(messages)))
     prompt = template.prefix(messages)
-    assert [s.text for s in prompt if s.part is Part.RESPONSE] == [answer]
+    assert [s.text for s in prompt if s.part is Part.RESPONSE] == [PREFIXES.get(kind, "") + answer]
     ends = 1 + max(at for at, s in enumerate(trained) if s.part is Part.END)
     assert [s._replace(trained=False) for s in trained[:ends]] == prompt[:ends]
 

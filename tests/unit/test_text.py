@@ -128,9 +128,12 @@ def test_one_text_where_later_bytes_change_how_earlier_ones_are_shown(runs: list
     st.lists(st.text("ab\n", min_size=1, max_size=6), max_size=4),
     st.sampled_from(["", "\n", "ab"]),
     st.booleans(),
+    st.sampled_from(["", "\n", "a"]),
 )
-def test_stop_strings_and_suffix(tokens: list[str], stops: list[str], suffix: str, by_control: bool) -> None:
-    text = ResponseText(lambda ids: "".join(tokens[i] for i in ids), stops, suffix)
+def test_stop_strings_prefix_and_suffix(
+    tokens: list[str], stops: list[str], suffix: str, by_control: bool, prefix: str
+) -> None:
+    text = ResponseText(lambda ids: "".join(tokens[i] for i in ids), stops, suffix, prefix=prefix)
     streamed, seen = "", 0
     for i in range(len(tokens)):
         streamed += text.push(i)
@@ -140,8 +143,8 @@ def test_stop_strings_and_suffix(tokens: list[str], stops: list[str], suffix: st
     whole, rest = text.finish(list(range(seen)), by_control)
     # Expected: the first token that completes a stop string ends the text where the earliest stop string begins.
     grown, expected = "", None
-    for token in tokens:
-        grown += token
+    for i, token in enumerate(tokens):
+        grown += token.removeprefix(prefix) if i == 0 else token
         hits = [grown.find(stop) for stop in stops if stop in grown]
         if hits:
             expected = grown[: min(hits)]
@@ -153,6 +156,26 @@ def test_stop_strings_and_suffix(tokens: list[str], stops: list[str], suffix: st
         assert text.stopped_at == len(expected)
     assert streamed + rest == whole == expected
     assert whole.startswith(streamed)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "streamed", "whole"),
+    [
+        (["\n", " ", " Hi", "."], ["", "", "Hi", "."], "Hi."),
+        (["\n  Hi"], ["Hi"], "Hi"),
+        (["\n", " Hi"], ["", "\n Hi"], "\n Hi"),  # it only looked like the prefix
+        ([" ", "\n  Hi"], [" ", "\n  Hi"], " \n  Hi"),
+        (["\n", " "], ["", ""], "\n "),
+        (["\n  ", "\n  x"], ["", "\n  x"], "\n  x"),
+    ],
+)
+def test_a_prefix_comes_in_several_tokens_or_does_not_come(tokens: list[str], streamed: list[str], whole: str) -> None:
+    text = ResponseText(lambda ids: "".join(tokens[i] for i in ids), (), "", prefix="\n  ")
+    assert [text.push(i) for i in range(len(tokens))] == streamed
+    ids = list(range(len(tokens)))
+    assert text.finish(ids, False) == (whole, whole.removeprefix("".join(streamed)))
+    at_once = ResponseText(lambda ids: "".join(tokens[i] for i in ids), (), "", prefix="\n  ")
+    assert at_once.finish(ids, False) == (whole, whole)
 
 
 @pytest.mark.parametrize("kind", [lossy, per_byte, all_or_nothing])

@@ -19,9 +19,9 @@ REASONS = (
     "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + '<|eos|>' }}{%- endif %}{%- endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\\n' }}{% endif %}\n"
 )
-# Of the kind of OpenChat's: a blank stands before a response of the history alone.
-BLANK = (
-    "{% for m in messages %}{{ 'GPT4 ' + m.role + ': ' + m.content + '<|eos|>' }}{% endfor %}"
+# A word stands before a response of the history alone.
+ANOTHER = (
+    "{% for m in messages %}{{ 'GPT4 ' + m.role + ': so ' + m.content + '<|eos|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'GPT4 assistant:' }}{% endif %}"
 )
 KNOWN = ("<s>", "<|User|>", "<|Assistant|>", "<|eos|>")
@@ -49,6 +49,6 @@ def test_prompts_are_written_as_the_history_is() -> None:
 
 def test_another_opening_is_refused_with_both() -> None:
     with pytest.raises(
-        UserError, match="opens a response with '' where it asks for one, and with ' ' in the history; tr"
+        UserError, match="opens a response with '' where it asks for one, and with ' so ' in the history; tr"
     ):
-        JinjaTemplate.of(BLANK, {}, KNOWN)
+        JinjaTemplate.of(ANOTHER, {}, KNOWN)
