@@ -40,6 +40,7 @@ _TRIED = ("What is 2 + 2?\nShow {{ your }} work.", "It is <b>4</b>.", "Thanks! A
 _AROUND = " \n\t {}\t \n "
 # What a chat template may do with blanks around a text, as the name of a method of str.
 _BLANKS = ("", "lstrip", "rstrip", "strip")
+_BEHIND_SYSTEM = "user behind system"
 
 
 def _roles(messages: Sequence[Spoken]) -> str:
@@ -158,7 +159,7 @@ class JinjaTemplate(Template):
         return self._closing[0]
 
     @cached_property
-    def response_prefix(self) -> str:  # type: ignore[override]
+    def response_prefix(self) -> str:
         (first, _), (conversation, _) = self._probes(None)
         asked, earlier = self._marked(first, True), self._marked(conversation, True).partition("\ue0001\ue001")[0]
         found = earlier.removeprefix(asked) if earlier.startswith(asked) else ""
@@ -173,9 +174,14 @@ class JinjaTemplate(Template):
             return str(error)
         return None
 
-    def written(self, role: str, content: str) -> str:
-        blanks = self.blanks.get(role)
-        return getattr(content, blanks)() if blanks else content
+    def written(self, messages: Sequence[Spoken]) -> list[str]:
+        has_system = bool(self.system or (messages and messages[0].role == "system"))
+        first = next((i for i, m in enumerate(messages) if m.role == "user"), None) if has_system else None
+        out = []
+        for i, message in enumerate(messages):
+            blanks = self.blanks.get(_BEHIND_SYSTEM if i == first else message.role)
+            out.append(getattr(message.content, blanks)() if blanks else message.content)
+        return out
 
     def segments(self, messages: Sequence[Message], schema: AttributeSchema | None, training: bool) -> list[Segment]:
         if not messages or messages[-1].role != "assistant":
@@ -294,12 +300,13 @@ class JinjaTemplate(Template):
 
     @cached_property
     def blanks(self) -> Mapping[str, str]:
-        """What texts of users and systems lose of the blanks around them: the names of methods of ``str``."""
+        """What texts of users and systems lose of the blanks around them: the names of methods of ``str``. The text of
+        a user behind that of a system may lose others, since some chat templates join the two.
+        """
         found = {}
-        for role in ("user", "system"):
-            text = _AROUND.format("x")
-            messages = [Message("system", text)] if role == "system" else []
-            messages.append(Message("user", text if role == "user" else "y"))
+        text = _AROUND.format("x")
+        for role, system, user in (("user", "", text), ("system", text, "y"), (_BEHIND_SYSTEM, "y", text)):
+            messages = [*([Message("system", system)] if system else []), Message("user", user)]
             try:
                 rendered = self._rendered(messages, True)
             except UserError:
@@ -333,6 +340,11 @@ class JinjaTemplate(Template):
                             "(template=chatml) may do"
                         )
         if self.label_at == "user":
+            if self.blanks.get(_BEHIND_SYSTEM, self.blanks.get("user")) != self.blanks.get("user"):
+                raise UserError(
+                    "template.label_at=user: the chat template takes other blanks away from a user's text that follows "
+                    "a system text than from others; take template.label_at=response"
+                )
             self.prefix([Message("user", "x")], AttributeSchema("x", ("x",), 9, "x"), {"x": 0})
 
     # -- segments -----------------------------------------------------------------------------------------------------
@@ -453,7 +465,7 @@ class JinjaTemplate(Template):
         labels = {i: self.label(m, schema) for i, m in enumerate(messages) if m.role == "assistant" and m.attributes}
         if last_label is not None:
             labels[len(messages) - 1] = last_label
-        contents = [self.written(m.role, m.content) for m in body]
+        contents = self.written(body)
         out: list[Segment] = []
         at_user = self.label_at == "user"
         last = len(messages) - 1 if generate else -1

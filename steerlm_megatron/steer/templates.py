@@ -144,9 +144,9 @@ class Template(ABC):
         """Return why the template cannot write a conversation of such roles; None if it can."""
         return None
 
-    def written(self, role: str, content: str) -> str:
-        """Return the text of a message as the template writes it."""
-        return content
+    def written(self, messages: Sequence[Spoken]) -> list[str]:
+        """Return the text of each message of a conversation as the template writes it."""
+        return [message.content for message in messages]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data from which ``from_dict`` makes the template, to be stored in shards and checkpoints."""

@@ -22,7 +22,7 @@ from steerlm_megatron.serve.client import SamplingClient, ServerFailure
 from steerlm_megatron.serve.orderly import check_port
 from steerlm_megatron.serve.server import serve
 from steerlm_megatron.steer.records import Message
-from tests.helpers.server import SCHEMA, TOKENIZER, USER, Server, expected, make_generator, running, wait_for
+from tests.helpers.server import SCHEMA, TEMPLATE, TOKENIZER, USER, Server, expected, make_generator, running, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -386,3 +386,35 @@ def test_64_streams_some_of_which_are_left_leave_no_row() -> None:
         assert all(chunks)
         wait_for(lambda: not server.generator.scheduler.running and not server.generator.jobs)
         assert server.post("completions", prompt="hello", max_tokens=2).status_code == 200
+
+
+def test_what_a_format_writes_before_a_response_is_none_of_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of chats, whole and streamed, with the bytes of tokens; not of completions, whose prompt is no format's."""
+    chat = {"messages": USER, "seed": 3, "max_tokens": 9, "logprobs": True}
+    asked = {"prompt": "hello", "seed": 3, "max_tokens": 9, "logprobs": 0}
+    with running() as server:
+        before = server.client.post(f"{server.url}/v1/chat/completions", json=chat).json()["choices"][0]
+        completed = server.client.post(f"{server.url}/v1/completions", json=asked).json()["choices"][0]["text"]
+    text = before["message"]["content"]
+    assert len(text) > 4 and len(completed) > 4
+    monkeypatch.setattr(type(TEMPLATE), "response_prefix", text[:3])
+    with running() as server:
+        after = server.client.post(f"{server.url}/v1/chat/completions", json=chat).json()["choices"][0]
+        assert after["message"]["content"] == text[3:]
+        whole, rest = (bytes(sum((t["bytes"] for t in one["logprobs"]["content"]), [])) for one in (before, after))
+        # A byte that is no character's is shown as one.
+        assert rest == whole[sum(1 if char == "\ufffd" else len(char.encode()) for char in text[:3]) :]
+        streamed = server.client.post(f"{server.url}/v1/chat/completions", json={**chat, "stream": True})
+        lines = streamed.text.split("\n\n")
+        parts = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines if line.startswith("data: {")]
+        assert "".join(part["delta"].get("content") or "" for part in parts) == text[3:]
+        shown = [token for part in parts if part["logprobs"] for token in part["logprobs"]["content"]]
+        assert bytes(sum((token["bytes"] for token in shown), [])) == rest
+        assert server.client.post(f"{server.url}/v1/completions", json=asked).json()["choices"][0]["text"] == completed
+
+        # Commands ask servers for completions, and their prompts are of a format.
+        ids = tuple(TOKENIZER.encode("hello"))
+        params = SamplingParams(max_tokens=9, seed=3)
+        (plain,) = SamplingClient([server.url]).generate([Request("a", ids, params)])
+        (bare,) = SamplingClient([server.url]).generate([Request("b", ids, params, plain.text[:3])])
+        assert len(plain.text) > 3 and bare.text == plain.text[3:] and bare.token_ids == plain.token_ids

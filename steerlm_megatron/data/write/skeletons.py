@@ -68,8 +68,7 @@ class SkeletonCache:
         """Return the skeleton of a conversation, and the texts that fill its gaps. ``UserError`` as of
         ``Template.render``.
         """
-        written = self._template.written
-        contents = [written(message.role, message.content) for message in messages]
+        contents = self._template.written(messages)
         attributes = [message.attributes for message in messages]
         labels: list[str] = []
         if any(attributes):
@@ -108,8 +107,7 @@ class SkeletonCache:
                 return None
             filled.append(bool(found or label))
         skeleton = self._skeleton(messages, marked, gaps, filled)
-        written = self._template.written
-        texts = iter(skeleton.texts([written(message.role, message.content) for message in messages] + labels))
+        texts = iter(skeleton.texts(self._template.written(messages) + labels))
         again = [s._replace(text=next(texts)) if gap else s for s, gap in zip(marked, filled, strict=True)]
         return skeleton if again == self._render(messages, [message.content for message in messages]) else None
 
