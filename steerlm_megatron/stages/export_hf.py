@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from steerlm_megatron.config.schema import Config
+from steerlm_megatron.data.text.sentencepiece_json import MODEL
+from steerlm_megatron.data.text.sentencepiece_model import sentencepiece_model
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import put_folder, take_back, write_bytes_atomic, write_json_atomic
 from steerlm_megatron.model.hf import (
@@ -66,7 +68,7 @@ _FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
-    "tokenizer.model",
+    MODEL,
     "chat_template.jinja",
     "generation_config.json",
     "README.md",
@@ -91,6 +93,10 @@ _SAID_BY_TOKENIZER = (
     "tokenizer_file",
     "use_default_system_prompt",
 )
+
+
+# The exported tokenizer.json puts nothing before or after a text. llama.cpp does, where these keys do not say so.
+_NOTHING_PUT_BEFORE = {"add_bos_token": False, "add_eos_token": False, "add_prefix_space": False}
 
 
 def check(config: Config, opened: OpenedCheckpoint) -> None:
@@ -263,8 +269,16 @@ def _stops(opened: OpenedCheckpoint) -> int | list[int]:
 
 def _write_tokenizer(opened: OpenedCheckpoint, work: Path, stops: int | list[int]) -> None:
     """Write the tokenizer's files and, of a language model, how responses are drawn."""
-    write_json_atomic(work / "tokenizer.json", exported_tokenizer(opened.tokenizer))
-    write_json_atomic(work / TOKENIZER_CONFIG, _tokenizer_config(opened))
+    content, config = exported_tokenizer(opened.tokenizer), _tokenizer_config(opened)
+    write_json_atomic(work / "tokenizer.json", content)
+    if (model := sentencepiece_model(content)) is not None:
+        write_bytes_atomic(work / MODEL, model)
+        # Whoever reads that file finds here what follows its pieces.
+        flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+        config["added_tokens_decoder"] = {
+            str(token["id"]): {key: token[key] for key in flags} for token in content["added_tokens"]
+        }
+    write_json_atomic(work / TOKENIZER_CONFIG, config)
     if opened.meta.head == "lm":
         generation = {**opened.meta.base.get("generation_config", {}), "eos_token_id": stops}
         write_json_atomic(work / "generation_config.json", generation)
@@ -285,6 +299,7 @@ def _tokenizer_config(loaded: OpenedCheckpoint) -> dict[str, Any]:
         "pad_token": pad if text not in (None, loaded.template.label_marker) else stop,
         **named,
         **({SECTION: section_of(loaded.meta)} if loaded.meta.head == "lm" else {}),
+        **_NOTHING_PUT_BEFORE,
         "clean_up_tokenization_spaces": False,
         "model_max_length": kept.get("model_max_length", loaded.model_config.max_position),
         "chat_template": _chat_template(loaded),

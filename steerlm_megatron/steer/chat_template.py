@@ -27,17 +27,21 @@ _HEAD = """\
 {%- set state.system = messages[0]['content'] -%}{%- set state.turns = messages[1:] -%}
 {%- endif -%}
 """
+# Rounding is half to even, as that of ``AttributeSchema``, by arithmetic: llama.cpp's Jinja has no filter ``round``.
 _LABEL = """\
 {%- set requested = {@REQUESTED@} -%}
 {%- macro label(values) -%}
-{%- set found = namespace(text='') -%}
+{%- set found = namespace(text='', level=0) -%}
 {%- for name in @NAMES@ -%}
 {%- if values and values[name] is defined and values[name] is not none -%}
-{%- set level = values[name] | float(-1) | round | int -%}
-{%- if level < 0 or level > @MAX@ -%}
+{%- set value = values[name] | float(-1) -%}
+{%- set found.level = value | int -%}
+{%- set more = value - found.level -%}
+{%- if more > 0.5 or (more == 0.5 and found.level % 2 == 1) -%}{%- set found.level = found.level + 1 -%}{%- endif -%}
+{%- if value < -0.5 or found.level > @MAX@ -%}
 {{- raise_exception(name + ' must be a number from 0 to @MAX@') -}}
 {%- endif -%}
-{%- set found.text = found.text + (',' if found.text else '') + name + ':' + (level | string) -%}
+{%- set found.text = found.text + (',' if found.text else '') + name + ':' + (found.level | string) -%}
 {%- endif -%}
 {%- endfor -%}
 {%- if found.text -%}{{- @MARKER@ + found.text + '\\n' -}}{%- endif -%}
@@ -156,8 +160,8 @@ _TAKEN = frozenset(
     "and as block break call continue do elif else endfor endif false False filter for from if import in include "
     "is loop macro none None not or recursive self set true True with without caller range dict lipsum cycler "
     "joiner namespace raise_exception strftime_now messages message state requested label found level name values "
-    "tools documents add_generation_prompt conversation chat_template continue_final_message tokenize padding "
-    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs bos_token "
+    "value more tools documents add_generation_prompt conversation chat_template continue_final_message tokenize "
+    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs bos_token "
     "eos_token pad_token unk_token".split()
 )
 

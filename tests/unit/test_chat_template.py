@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -78,3 +79,19 @@ def test_what_no_prompt_has_is_refused(name: str) -> None:
     environment.globals["raise_exception"] = refuse
     with pytest.raises(TemplateError, match="user or assistant"):
         environment.from_string(source).render(messages=[{"role": "tool", "content": "42"}])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_it_asks_little_of_a_jinja(name: str) -> None:
+    """Programs in other languages have a Jinja of their own: llama.cpp's has no filter ``round``."""
+    source = chat_template(Template.from_config({"name": name}), SCHEMA, {})
+    assert set(re.findall(r" \| (\w+)", source)) == {"float", "int", "string"}
+    asked = conversation(1, None)[:1]
+    levels = {0: 0, 0.5: 0, 1.5: 2, 2.5: 2, 2.51: 3, 3.5: 4, -0.5: 0, 9.4: 9, "7": 7}
+    for value, level in levels.items():
+        found = rendered(source, asked, add_generation_prompt=True, quality=value)
+        assert f"quality:{level}\n" in found, value
+        assert isinstance(value, str) or value < 0 or SCHEMA.levels({"quality": value}) == {"quality": level}
+    for value in (-0.51, 9.51, -1, 10, "x"):
+        with pytest.raises(TemplateError, match="quality must be a number from 0 to 9"):
+            rendered(source, asked, add_generation_prompt=True, quality=value)
