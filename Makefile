@@ -62,7 +62,7 @@ test: $(STAMP)
 clients: $(STAMP)
 	@$(PY) -m pip --disable-pip-version-check --no-input install -qq -c constraints-$$($(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt -e '.[clients]'
 
-# What Megatron-Core's version may change: CI runs it with the newer one as well, and the whole suite with the older.
+# What Megatron-Core's version may change: CI runs it with the older one as well, and the whole suite with the newer.
 MODEL_TESTS = tests/parity tests/distributed $(shell grep -lE '$(USES_MEGATRON)' tests/unit/test_*.py)
 USES_MEGATRON := megatron\.core|steerlm_megatron\.(runtime|model|train|generate|serve)|helpers\.(dist|engines|reference|paged_cases)
 

@@ -89,13 +89,18 @@ stay_alive() {
 
 # supervise COMMAND…: run it in the background, pass signals on to it, and set code to its exit code.
 supervise() {
-  local start=$SECONDS pulse child
-  "$@" &
-  child=$!
+  local start=$SECONDS pulse child="" early=""
   stopped=""
-  pass_on() { signalled=1 stopped=$1; kill "-$1" "$child" 2>/dev/null; }
+  # A signal may come as soon as the command runs, and would end this shell if nothing waited for it yet.
+  pass_on() {
+    signalled=1 stopped=$1
+    if [ -n "$child" ]; then kill "-$1" "$child" 2>/dev/null; else early=$1; fi
+  }
   trap 'say "got USR1: the ranks save and stop"; pass_on USR1' USR1
   trap 'say "got TERM: the ranks save and stop"; pass_on TERM' TERM
+  "$@" &
+  child=$!
+  [ -z "$early" ] || kill "-$early" "$child" 2>/dev/null
   stay_alive </dev/null >/dev/null 2>&1 &
   pulse=$!
   while :; do

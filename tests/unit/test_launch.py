@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -420,6 +421,22 @@ def test_signals_reach_the_ranks(
     assert job([], starts=1) == ["75 requeue: saved and stopped"]
     programs("srun", "kill -USR1 $PPID; sleep 20; exit 9")  # it does not listen yet
     assert job([], starts=1)[1:] == ["75 requeue: saved and stopped"]
+
+
+def test_a_signal_that_comes_at_once_is_passed_on(tmp_path: Path) -> None:
+    """Each command of the shell takes a moment here, so that the signal comes before the next one."""
+    source = (Path(__file__).parents[2] / "launch" / "slurm" / "job.sh").read_text()
+    supervise = source[source.index("supervise() {") :].partition("\n}\n")[0] + "\n}\n"
+    program = (
+        "import os, signal, time; signal.signal(signal.SIGUSR1, lambda *_: os._exit(75)); "
+        "os.kill(os.getppid(), signal.SIGUSR1); time.sleep(20)"
+    )
+    script = (
+        f"say() {{ :; }}; stay_alive() {{ :; }}\n{supervise}set -T; trap 'sleep 0.1' DEBUG\n"
+        f"supervise {sys.executable} -c '{program}'\necho $code $stopped\n"
+    )
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() in (["75", "USR1"], ["138", "USR1"]), done
 
 
 def test_the_script_for_one_machine_starts_again(tmp_path: Path, programs: Callable[[str, str], None]) -> None:
