@@ -31,14 +31,16 @@ _HEAD = """\
 _LABEL = """\
 {%- set requested = {@REQUESTED@} -%}
 {%- macro label(values) -%}
-{%- set found = namespace(text='', level=0) -%}
+{%- set found = namespace(text='', value=0, level=0, rest=0) -%}
 {%- for name in @NAMES@ -%}
 {%- if values and values[name] is defined and values[name] is not none -%}
-{%- set value = values[name] | float(-1) -%}
-{%- set found.level = value | int -%}
-{%- set more = value - found.level -%}
-{%- if more > 0.5 or (more == 0.5 and found.level % 2 == 1) -%}{%- set found.level = found.level + 1 -%}{%- endif -%}
-{%- if value < -0.5 or found.level > @MAX@ -%}
+{%- set found.value = values[name] | float(-1) -%}
+{%- set found.level = found.value | int -%}
+{%- set found.rest = found.value - found.level -%}
+{%- if found.rest > 0.5 or (found.rest == 0.5 and found.level % 2 == 1) -%}
+{%- set found.level = found.level + 1 -%}
+{%- endif -%}
+{%- if found.value < -0.5 or found.level > @MAX@ -%}
 {{- raise_exception(name + ' must be a number from 0 to @MAX@') -}}
 {%- endif -%}
 {%- set found.text = found.text + (',' if found.text else '') + name + ':' + (found.level | string) -%}
@@ -159,9 +161,9 @@ _SCORED_LAST = """\
 _TAKEN = frozenset(
     "and as block break call continue do elif else endfor endif false False filter for from if import in include "
     "is loop macro none None not or recursive self set true True with without caller range dict lipsum cycler "
-    "joiner namespace raise_exception strftime_now messages message state requested label found level name values "
-    "value more tools documents add_generation_prompt conversation chat_template continue_final_message tokenize "
-    "padding truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs bos_token "
+    "joiner namespace raise_exception strftime_now messages message state requested label found name values "
+    "tools documents add_generation_prompt conversation chat_template continue_final_message tokenize padding "
+    "truncation max_length return_tensors return_dict return_assistant_tokens_mask tokenizer_kwargs bos_token "
     "eos_token pad_token unk_token".split()
 )
 
