@@ -1,13 +1,13 @@
 """A model's own Jinja chat template as a prompt template, into which label lines are put.
 
-Owns: rendering a chat template, and finding in what it renders the segments of a conversation. Does not own: where a
-chat template comes from (``stages/base.py``), whether a tokenizer agrees with it (``stages/prompt_tokens.py``), writing
-one out (``chat_template.py``). Invariants: the text of ``prefix`` without a label line is what the chat template
-renders; and what precedes a response is the same whether more turns follow it or not, which is tried for every
-combination of roles (in long conversations, for the first and the last turns). A chat template for which that does not
-hold is refused. (Blanks may stand before a response that do not stand in a request for one: the model begins with them,
-and they are the ``response_prefix``.) Thoughts that it leaves out of earlier responses are left out of prompts alone:
-training keeps them, since the response that has them is trained.
+Owns: finding the segments of a conversation in what a chat template renders. Does not own: rendering it
+(``jinja_rendering.py``), where a chat template comes from (``stages/base.py``), whether a tokenizer agrees with it
+(``stages/prompt_tokens.py``), writing one out (``chat_template.py``). Invariants: the text of ``prefix`` without a
+label line is what the chat template renders; and what precedes a response is the same whether more turns follow it or
+not, which is tried for every combination of roles (in long conversations, for the first and the last turns). A chat
+template for which that does not hold is refused. (Blanks may stand before a response that do not stand in a request for
+one: the model begins with them, and they are the ``response_prefix``.) Thoughts that it leaves out of earlier responses
+are left out of prompts alone: training keeps them, since the response that has them is trained.
 
 A conversation is rendered with marks in the place of its texts. Between two control strings everything is one segment,
 so that its tokens are those of the whole text; only a response is a segment of its own, since it is generated so.
@@ -16,9 +16,8 @@ so that its tokens are those of the whole text; only a response is a segment of 
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
@@ -26,21 +25,13 @@ from typing import Any, ClassVar, NamedTuple
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.jinja_sandbox import render_chat_template
+from steerlm_megatron.steer.jinja_rendering import AROUND, BEHIND_SYSTEM, MARK, Rendering, probes
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import Part, Segment, Spoken, Template, join
 
-# Characters of Unicode's private use, which no chat template treats in a special way.
-_MARK = re.compile("\ue000(\\d+)\ue001")
 _MOST_LAYOUTS = 1024  # of conversations of at most _LONG messages
 _LONG = 64
 _TRIED_TURNS = 4  # of a conversation that is longer: at its start, and at its end
-# Texts on which a chat template could do more than write them.
-_TRIED = ("What is 2 + 2?\nShow {{ your }} work.", "It is <b>4</b>.", "Thanks! And in 1984?")
-_AROUND = " \n\t {}\t \n "
-# What a chat template may do with blanks around a text, as the name of a method of str.
-_BLANKS = ("", "lstrip", "rstrip", "strip")
-_BEHIND_SYSTEM = "user behind system"
 
 
 def _roles(messages: Sequence[Spoken]) -> str:
@@ -55,7 +46,7 @@ def _another_history(asked: str, earlier: str) -> str:
     said = "the chat template writes a history in another way than it was generated"
     common = os.path.commonprefix([asked, earlier])
     opens, opened = asked[len(common) :], earlier[len(common) :]
-    if opens != opened and not _MARK.search(opens + opened):
+    if opens != opened and not MARK.search(opens + opened):
         said += f": it opens a response with {opens!r} where it asks for one, and with {opened!r} in the history"
     return f"{said}; train the model in a format of ours (template=chatml, template=steerlm)"
 
@@ -107,14 +98,14 @@ class JinjaTemplate(Template):
         """Make the template of a chat template. ``known``: all strings that the tokenizer has one token for."""
         day = day or date.today()
         bare = cls(system, "", source, dict(tokens), (), day.isoformat(), label_at)
-        texts = [bare._marked(messages, generate) for messages, generate in bare._probes(system=None)]
+        texts = [bare._rendering.marked(messages, generate) for messages, generate in probes(system=None)]
         try:
-            texts += [bare._marked(messages, generate) for messages, generate in bare._probes(system="x")]
+            texts += [bare._rendering.marked(messages, generate) for messages, generate in probes(system="x")]
         except UserError as error:
             # It has no system text: a conversation with one is refused when it comes.
             if system:
                 raise UserError(f"template.system={system!r} cannot be used: {error}") from None
-        texts = [_MARK.sub("\ue000", text) for text in texts]
+        texts = [MARK.sub("\ue000", text) for text in texts]
         controls = tuple(sorted({text for text in known if text and any(text in found for found in texts)}))
         made = replace(bare, controls=controls)
         made._check()
@@ -152,18 +143,24 @@ class JinjaTemplate(Template):
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        return (self._closing[1],)
+        return (self._rendering.closing[1],)
 
     @property
     def response_suffix(self) -> str:
-        return self._closing[0]
+        return self._rendering.closing[0]
+
+    @property
+    def response_prefix(self) -> str:
+        return self._rendering.response_prefix
+
+    @property
+    def blanks(self) -> Mapping[str, str]:
+        """What texts lose of the blanks around them, by role (``Rendering.blanks``)."""
+        return self._rendering.blanks
 
     @cached_property
-    def response_prefix(self) -> str:
-        (first, _), (conversation, _) = self._probes(None)
-        asked, earlier = self._marked(first, True), self._marked(conversation, True).partition("\ue0001\ue001")[0]
-        found = earlier.removeprefix(asked) if earlier.startswith(asked) else ""
-        return found if found.isspace() else ""
+    def _rendering(self) -> Rendering:
+        return Rendering(self.source, self.tokens, self.controls, self.day)
 
     def refusal(self, messages: Sequence[Spoken]) -> str | None:
         """Return why the chat template cannot write a conversation, None if it can."""
@@ -179,7 +176,7 @@ class JinjaTemplate(Template):
         first = next((i for i, m in enumerate(messages) if m.role == "user"), None) if has_system else None
         out = []
         for i, message in enumerate(messages):
-            blanks = self.blanks.get(_BEHIND_SYSTEM if i == first else message.role)
+            blanks = self.blanks.get(BEHIND_SYSTEM if i == first else message.role)
             out.append(getattr(message.content, blanks)() if blanks else message.content)
         return out
 
@@ -189,7 +186,7 @@ class JinjaTemplate(Template):
         final, turn = messages[-1], len(messages) - 1
         segments = self._filled(messages, schema, training, True)
         trained = training and final.weight > 0
-        suffix, stop = self._closing
+        suffix, stop = self._rendering.closing
         prefix = "" if self._has_label_line(final, schema) else self.response_prefix
         segments.append(Segment(prefix + final.content, False, trained, Part.RESPONSE, turn))
         if suffix:
@@ -217,9 +214,9 @@ class JinjaTemplate(Template):
         """Return what the chat template writes of an earlier response, which may be without its thoughts. Blanks around
         a response stay, as they do in training.
         """
-        before, after = self._around_response
-        question, _, next_question = self._probes(None)[1][0]
-        text = self._rendered([question, Message("assistant", content), next_question], True)
+        before, after = self._rendering.around_response
+        question, _, next_question = probes(None)[1][0]
+        text = self._rendering.rendered([question, Message("assistant", content), next_question], True)
         if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
             return content
         found = text[len(before) : len(text) - len(after)]
@@ -228,119 +225,28 @@ class JinjaTemplate(Template):
     def _open_response(self, turn: int, follows: bool) -> list[Segment]:
         raise AssertionError("what opens a response follows from what the chat template renders")
 
-    # -- what the chat template renders -------------------------------------------------------------------------------
-
-    def _rendered(self, messages: Sequence[Message], generate: bool) -> str:
-        plain = [{"role": message.role, "content": message.content} for message in messages]
-        return render_chat_template(self.source, plain, self.tokens, generate, date.fromisoformat(self.day))
-
-    def _marked(self, messages: Sequence[Spoken], generate: bool) -> str:
-        """Render with a mark in the place of each text. An empty system text stays empty: it may have no place."""
-        marks = [
-            Message(m.role, f"\ue000{i}\ue001" if m.content or m.role != "system" else "")
-            for i, m in enumerate(messages)
-        ]
-        return self._rendered(marks, generate)
-
-    @staticmethod
-    def _probes(system: str | None) -> list[tuple[list[Message], bool]]:
-        """Conversations to try: one prompt, and one with a history."""
-        head = [] if system is None else [Message("system", system)]
-        first, answer, second = (
-            Message(role, text) for role, text in zip(("user", "assistant", "user"), _TRIED, strict=True)
-        )
-        return [([*head, first], True), ([*head, first, answer, second], True)]
-
-    @cached_property
-    def _pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.controls, key=len, reverse=True)
-        return re.compile(f"{_MARK.pattern}|(?P<control>{'|'.join(map(re.escape, longest_first))})")
-
-    def _split(self, text: str) -> list[tuple[str, bool]]:
-        """Return the text cut at control strings: pieces, and whether each is a control string."""
-        if not self.controls:
-            return [(text, False)]
-        pieces, at = [], 0
-        for match in self._pattern.finditer(text):
-            if match["control"] is None:  # a mark, whose number may look like a control string
-                continue
-            pieces += [(text[at : match.start()], False), (match[0], True)]
-            at = match.end()
-        return [piece for piece in (*pieces, (text[at:], False)) if piece[0]]
-
-    @cached_property
-    def _between(self) -> tuple[str, str]:
-        """What stands between a response and the next user's text, cut behind the stop string."""
-        messages, _ = self._probes(None)[1]
-        text = self._marked(messages, True)
-        between = text.partition("\ue0001\ue001")[2].partition("\ue0002\ue001")[0]
-        before = ""
-        for piece, control in self._split(between):
-            before += piece
-            if control:
-                return before, between[len(before) :]
-        raise UserError(
-            "the chat template closes a response with no token that ends it; a format of ours (template=chatml) may do"
-        )
-
-    @cached_property
-    def _closing(self) -> tuple[str, str]:
-        """The text between a response and its stop string, and the stop string."""
-        pieces = self._split(self._between[0])
-        return "".join(text for text, control in pieces if not control), pieces[-1][0]
-
-    @cached_property
-    def _around_response(self) -> tuple[str, str]:
-        """The text before and after an earlier response, between two questions."""
-        messages, _ = self._probes(None)[1]
-        answer = messages[1].content
-        text = self._rendered([messages[0], replace(messages[1], content="\ue0001\ue001"), messages[2]], True)
-        before, found, after = text.partition("\ue0001\ue001")
-        return (before, after) if found else (text + answer, "")
-
-    @cached_property
-    def blanks(self) -> Mapping[str, str]:
-        """What texts of users and systems lose of the blanks around them: the names of methods of ``str``. The text of
-        a user behind that of a system may lose others, since some chat templates join the two.
-        """
-        found = {}
-        text = _AROUND.format("x")
-        for role, system, user in (("user", "", text), ("system", text, "y"), (_BEHIND_SYSTEM, "y", text)):
-            messages = [*([Message("system", system)] if system else []), Message("user", user)]
-            try:
-                rendered = self._rendered(messages, True)
-            except UserError:
-                continue  # it has no system text
-            change: Callable[[str], str]
-            for name in _BLANKS:
-                change = getattr(str, name) if name else str
-                if change(text) in rendered:
-                    found[role] = name
-                    break
-        return found
-
     def _check(self) -> None:
         """Compare the texts of prompts with what the chat template renders. ``UserError`` if they differ."""
         for system in (None, "Be brief."):
-            for messages, _ in self._probes(system):
+            for messages, _ in probes(system):
                 try:
-                    expected = self._rendered(messages, True)
+                    expected = self._rendering.rendered(messages, True)
                 except UserError:
                     if system is None:
                         raise
                     continue  # it has no system text
                 padded = [
-                    m if m.role == "assistant" else replace(m, content=_AROUND.format(m.content)) for m in messages
+                    m if m.role == "assistant" else replace(m, content=AROUND.format(m.content)) for m in messages
                 ]
                 bare = replace(self, system="")
-                for tried, wanted in ((messages, expected), (padded, self._rendered(padded, True))):
+                for tried, wanted in ((messages, expected), (padded, self._rendering.rendered(padded, True))):
                     if join(bare.prefix(tried)) != wanted:
                         raise UserError(
                             "the chat template changes what a user or an assistant wrote; a format of ours "
                             "(template=chatml) may do"
                         )
         if self.label_at == "user":
-            if self.blanks.get(_BEHIND_SYSTEM, self.blanks.get("user")) != self.blanks.get("user"):
+            if self.blanks.get(BEHIND_SYSTEM, self.blanks.get("user")) != self.blanks.get("user"):
                 raise UserError(
                     "template.label_at=user: the chat template takes other blanks away from a user's text that follows "
                     "a system text than from others; take template.label_at=response"
@@ -382,9 +288,9 @@ class JinjaTemplate(Template):
         return known
 
     def _pieces(self, messages: list[Spoken], shift: int, generate: bool) -> list[_Piece]:
-        text = self._marked(messages, generate)
+        text = self._rendering.marked(messages, generate)
         turns = [i for i, m in enumerate(messages) if m.role != "system"]
-        written = Counter(map(int, _MARK.findall(text)))
+        written = Counter(map(int, MARK.findall(text)))
         if any(written[i] != 1 for i in turns):
             raise UserError("the chat template leaves out a text, or writes it twice")
         for at, i in enumerate(turns):
@@ -392,14 +298,14 @@ class JinjaTemplate(Template):
             # Each try renders all that comes before, so in a long conversation there are few.
             tried = len(turns) <= _LONG or at < _TRIED_TURNS or at >= len(turns) - _TRIED_TURNS
             if messages[i].role == "assistant" and tried:
-                before = self._marked(messages[:i], True)
-                if not text.startswith(before + self.response_prefix + mark + self._between[0]):
+                before = self._rendering.marked(messages[:i], True)
+                if not text.startswith(before + self.response_prefix + mark + self._rendering.between[0]):
                     raise UserError(_another_history(before, text.partition(mark)[0]))
         pieces: list[_Piece] = []
         header = self._header(text, messages)
         owner, closes = -1, False  # the turn of what comes, and whether that is still what closes its text
         for part, chunk in ((Part.HEADER, text[:header]), (Part.ROLE, text[header:])):
-            for piece, control in self._split(chunk):
+            for piece, control in self._rendering.split(chunk):
                 for parts, index in self._cut(piece, messages):
                     if part is Part.HEADER:
                         pieces.append(_Piece(parts, control, part, -1))
@@ -423,7 +329,7 @@ class JinjaTemplate(Template):
         """Return where the first turn starts: behind the system text and what the chat template writes before it."""
         first = next((i for i, m in enumerate(messages) if m.role != "system"), None)
         before = text if first is None else text.partition(f"\ue000{first}\ue001")[0]
-        opening = self._between[1]
+        opening = self._rendering.between[1]
         if first is not None and messages[first].role == "user" and before.endswith(opening):
             return len(before) - len(opening)
         bos = self.tokens.get("bos_token", "")
@@ -433,7 +339,7 @@ class JinjaTemplate(Template):
         """Yield the parts of segments, and which turn's text is in each: a response is one by itself."""
         parts: list[str | int] = []
         index: int | None = None
-        for at, found in enumerate(_MARK.split(piece)):
+        for at, found in enumerate(MARK.split(piece)):
             if at % 2 == 0:
                 parts += [found] if found else []
                 continue

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from steerlm_megatron.data.views import turn_positions
 from steerlm_megatron.data.write.skeletons import SkeletonCache
 from steerlm_megatron.errors import UserError
-from steerlm_megatron.steer import jinja_template
+from steerlm_megatron.steer import jinja_rendering
 from steerlm_megatron.steer.attributes import AttributeSchema
 from steerlm_megatron.steer.chat_template import chat_template, variable
 from steerlm_megatron.steer.jinja_sandbox import render_chat_template
@@ -350,7 +350,7 @@ def test_a_long_conversation_is_rendered_a_few_times(monkeypatch: pytest.MonkeyP
         sizes.append(len(found))
         return render_chat_template(source, found, *rest)
 
-    monkeypatch.setattr(jinja_template, "render_chat_template", counted)
+    monkeypatch.setattr(jinja_rendering, "render_chat_template", counted)
     assert join(template.prefix(messages)) == rendered(LLAMA3, "llama3", messages)
     assert sum(sizes) < 20 * len(messages)
     with pytest.raises(UserError, match=r"roles: system user .* and \d+ more"):
