@@ -253,9 +253,11 @@ clients_left() {
 }
 
 until_done() { # the ranks of a server end when the job that draws from them does
+  local server="" early=""
+  trap 'if [ -n "$server" ]; then kill -TERM "$server"; else early=1; fi' TERM USR1
   ranks "$PYTHON" -u -m steerlm_megatron "$@" &
-  local server=$!
-  trap 'kill -TERM $server' TERM USR1
+  server=$!
+  [ -z "$early" ] || kill -TERM "$server"
   while kill -0 $server 2>/dev/null; do
     if [ -e "$SERVED/done" ] || ! clients_left; then kill -TERM $server; wait $server; return 0; fi
     sleep 2

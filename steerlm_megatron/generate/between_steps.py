@@ -27,14 +27,18 @@ class BetweenSteps:
     Attributes:
         compute: from what was submitted to its result; the same on every rank. It may exchange messages with the other
             ranks.
-        running: whether the leader computes now.
+        beat: called by ``compute`` as it goes on, so that long work does not look like a stop.
     """
 
-    def __init__(self, group: ModelGroup, send: Callable[[Any], None], wake: Callable[[], None]) -> None:
-        """``send`` tells the other ranks of a piece of work; ``wake`` ends the sleep of the engine's thread."""
-        self._group, self._send, self._wake = group, send, wake
+    def __init__(
+        self, group: ModelGroup, send: Callable[[Any], None], wake: Callable[[], None], beat: Callable[[], None]
+    ) -> None:
+        """``send`` tells the other ranks of a piece of work; ``wake`` ends the sleep of the engine's thread; ``beat``
+        notes a sign of life of it.
+        """
+        self._group, self._send, self._wake, self.beat = group, send, wake, beat
         self.compute: Callable[[Any], Any] | None = None
-        self.running = False
+        self._computing: Future[Any] | None = None
         self._waiting: deque[tuple[Any, Future[Any]]] = deque()
         self._ended: EngineDead | None = None
         self._lock = threading.Lock()
@@ -57,6 +61,11 @@ class BetweenSteps:
         """Whether there is work to do."""
         return bool(self._waiting)
 
+    @property
+    def running(self) -> bool:
+        """Whether the leader computes now."""
+        return self._computing is not None
+
     def do_one(self) -> bool:
         """Do the piece of work that waits longest; return whether there was one. The engine's thread of the leader
         calls it; collective over the replica if there is one.
@@ -68,9 +77,9 @@ class BetweenSteps:
             if not self._waiting:
                 return False
             work, future = self._waiting.popleft()
-        if not future.set_running_or_notify_cancel():
-            return True
-        self.running = True
+            if not future.set_running_or_notify_cancel():
+                return True
+            self._computing = future
         try:
             self._send(work)
             outcome = self._computed(work)
@@ -78,7 +87,7 @@ class BetweenSteps:
             _resolve(future, error if isinstance(error, EngineDead) else EngineDead(f"{type(error).__name__}: {error}"))
             raise
         finally:
-            self.running = False
+            self._computing = None
         _resolve(future, outcome)
         return True
 
@@ -89,24 +98,31 @@ class BetweenSteps:
             log.warning("work beside drawing raised %s: %s", type(outcome).__name__, outcome)
 
     def _computed(self, work: Any) -> Any:
-        """Return the result, or the exception that was raised on all ranks."""
+        """Return the result, or the exception that was raised on all ranks. EngineDead where some ranks have a result
+        and others an exception: they may have gone different ways, and the next message could wait for ever.
+        """
         assert self.compute is not None, "set compute on every rank"
         try:
             outcome = self.compute(work)
         except Exception as error:
             outcome = error
-        failed = isinstance(outcome, Exception)
-        if self._group.size > 1 and not self._group.least(int(not failed)) and not failed:
-            raise EngineDead("another rank could not compute what was asked beside drawing; its log has the reason")
+        failed = int(isinstance(outcome, Exception))
+        if self._group.size > 1 and self._group.least(failed) != -self._group.least(-failed):
+            raise EngineDead(
+                f"what was asked beside drawing failed on this rank alone ({type(outcome).__name__}: {outcome})"
+                if failed
+                else "another rank could not compute what was asked beside drawing; its log has the reason"
+            )
         return outcome
 
     def end(self, error: EngineDead) -> None:
-        """End what waits, and what comes later, with ``error``."""
+        """End what waits or is computed, and what comes later, with ``error``."""
         with self._lock:
             self._ended = self._ended or error
-            waiting = list(self._waiting)
+            futures = [future for _, future in self._waiting]
+            futures += [self._computing] if self._computing is not None else []
             self._waiting.clear()
-        for _, future in waiting:
+        for future in futures:
             _resolve(future, error)
 
 

@@ -74,7 +74,9 @@ class Engine(ABC):
         self._lock = threading.RLock()
         self._work = threading.Condition(self._lock)
         self._last_message_sec = time.monotonic()
-        self.between = BetweenSteps(self.group, lambda work: self._send(StepPlan("between", work=work)), self.wake)
+        self.between = BetweenSteps(
+            self.group, lambda work: self._send(StepPlan("between", work=work)), self.wake, self._beat
+        )
 
     # ---- what an engine has of its own ----
 
@@ -375,9 +377,12 @@ class Engine(ABC):
                 if not self.jobs and not self.between.waits and not stop.is_set():
                     self._work.wait(timeout=0.5)
 
+    def _beat(self) -> None:
+        self.last_beat_sec = time.monotonic()
+
     def _between_steps(self) -> bool:
         """Do one piece of other work, if some waits; return whether there was. Collective over the replica then."""
-        self.last_beat_sec = time.monotonic()
+        self._beat()
         try:
             return self.between.do_one()
         except BaseException as e:

@@ -118,7 +118,7 @@ class SamplingParams:
 class Request:
     """A request for one response. The caller chooses ``id``, which is unique among the requests in flight.
 
-    ``text_prefix``: what the response's text is without, if it begins with that (``Template.response_prefix``).
+    ``text_prefix`` is removed from the start of the response's text, if it is there (``Template.response_prefix``).
     """
 
     id: str

@@ -146,7 +146,7 @@ class ResponseText:
         self._held = [*self._stops, *([_Match(suffix + "\0")] if suffix else [])]
         self._returned: list[str] = []
         self._open = ""  # text that follows what was returned
-        self._prefix, self._begun = prefix, ""  # what may be left out, and as much of the text as may be that
+        self._prefix, self._begun = prefix, ""  # the prefix that may still come; the text that may be its beginning
         self.stopped_at: int | None = None  # index at which the text ends, since a stop string was found
         self.stop: str | None = None  # that stop string
 
@@ -187,7 +187,7 @@ class ResponseText:
             self.stopped_at = sum(map(len, self._returned)) + len(self._open)
 
     def _without_prefix(self, text: str) -> str:
-        """Return what of the text is certain not to be the prefix."""
+        """Return the part of the text that is certain not to belong to the prefix."""
         if not self._prefix:
             return text
         self._begun += text
@@ -214,7 +214,7 @@ class ResponseText:
                     self._add(self._detokenizer.push(token_id))
                 whole = self._detokenizer.rest()
             self._add(whole)
-        if self._begun:  # it ended within what may have been the prefix, and was not
+        if self._begun:  # the text has ended before the prefix was complete
             begun, self._begun, self._prefix = self._begun, "", ""
             self._add(begun)
         if self.stopped_at is None and by_control:

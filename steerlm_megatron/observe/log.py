@@ -21,6 +21,7 @@ ROOT_NAME = "steerlm"
 _FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 _DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 _fatal: IO[str] | None = None
+_warned: set[str] = set()  # by the command that logs now
 
 
 class _StderrHandler(logging.StreamHandler):
@@ -47,6 +48,15 @@ def get_logger(name: str = "") -> logging.Logger:
     return logging.getLogger(f"{ROOT_NAME}.{name}" if name else ROOT_NAME)
 
 
+def warn_once(name: str, message: str) -> None:
+    """Log a warning that a command would give several times: opening a model to check it, and again to use it, is one
+    opening to whoever reads the log.
+    """
+    if message not in _warned:
+        _warned.add(message)
+        get_logger(name).warning("%s", message)
+
+
 def setup_logging(
     run_dir: str | Path | None = None, rank: int = 0, *, level: str = "INFO", terminal: bool | None = None
 ) -> logging.Logger:
@@ -59,6 +69,7 @@ def setup_logging(
     """
     logger = logging.getLogger(ROOT_NAME)
     close_logging()
+    _warned.clear()
     logger.setLevel(level)
     for name, known in logging.root.manager.loggerDict.items():
         if name.split(".")[0] == ROOT_NAME and isinstance(known, logging.Logger):

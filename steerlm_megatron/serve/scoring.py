@@ -28,7 +28,7 @@ from steerlm_megatron.steer.records import Conversation
 log = get_logger(__name__)
 
 _BATCH = 256  # conversations that are given to the model at a time, unless one request has more
-_TURN = 8  # conversations that are scored between two steps of an engine of several ranks
+_TURN, _TURN_CHARS = 8, 32_768  # conversations and their characters, scored between two steps of several ranks
 TurnValues = Mapping[int, Mapping[str, float]]  # index of an assistant's message -> attribute -> value
 
 
@@ -55,19 +55,28 @@ class TakingTurns:
 
     def __init__(self, scorer: ScorerLike, engine: Engine) -> None:
         self.schema, self._between = scorer.schema, engine.between
-        self._between.compute = scorer.score
+        self._between.compute = lambda given: scorer.score(given, lambda _: engine.between.beat())
 
     def score(
         self, conversations: Sequence[Conversation], progress: Callable[[int], None] | None = None
     ) -> Sequence[TurnValues]:
         """Return what the scorer does, for the leader. Raises EngineDead, and what the scorer raises."""
         out: list[TurnValues] = []
-        for at in range(0, len(conversations), _TURN):
-            part = list(conversations[at : at + _TURN])
+        while len(out) < len(conversations):
+            part = _turn(conversations[len(out) :])
             out += self._between.submit(part).result()
             if progress is not None:
                 progress(responses_of(part))
         return out
+
+
+def _turn(conversations: Sequence[Conversation]) -> list[Conversation]:
+    """Return the first conversations, as many as are scored between two steps: one in any case."""
+    sizes = [sum(len(message.content) for message in one.messages) for one in conversations[:_TURN]]
+    count = 1
+    while count < len(sizes) and sum(sizes[: count + 1]) <= _TURN_CHARS:
+        count += 1
+    return list(conversations[:count])
 
 
 class _NobodyWaits(Exception):

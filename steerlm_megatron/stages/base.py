@@ -23,7 +23,7 @@ from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import read_json_object
 from steerlm_megatron.model.hf import SECTION, HFFolder, PeftFolder, base_of, is_hf_folder, is_peft_folder
 from steerlm_megatron.model.lora import Lora
-from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.observe.log import get_logger, warn_once
 from steerlm_megatron.observe.runfolder import hub_source
 from steerlm_megatron.stages import hub
 from steerlm_megatron.stages.prompt_tokens import PROMPTS, difference, prompts_for
@@ -126,16 +126,16 @@ def _if_still_asked_so(meta: CheckpointMeta, hf: HFFolder) -> CheckpointMeta:
     template, schema = Template.from_dict(meta.template), meta.attributes()
     levels = None if schema is None else schema.complete({})
     source, tokens = _chat_template(hf.folder) or "", _special_tokens(hf.folder)
-    if all(
-        _rendered(source, tokens, messages) == join(template.prefix(messages, schema, levels))
-        for messages in prompts_for(template)
+    prompts = prompts_for(template)
+    if prompts and all(
+        _rendered(source, tokens, messages) == join(template.prefix(messages, schema, levels)) for messages in prompts
     ):
         return meta
-    get_logger(__name__).warning(
-        "%s=%s: its chat template is not the one that its model was exported with, and is taken as it stands: "
-        "attributes and format that %s names under %s are left out",
-        hf.key, hf.folder, TOKENIZER_CONFIG, SECTION,
-    )  # fmt: skip
+    warn_once(
+        __name__,
+        f"{hf.key}={hf.folder}: its chat template is not the one that its model was exported with, and is taken as it "
+        f"stands: attributes and format that {TOKENIZER_CONFIG} names under {SECTION} are left out",
+    )
     return dataclasses.replace(meta, task="lm", schema=None, template={}, label_counts={})
 
 

@@ -273,11 +273,16 @@ def _write_tokenizer(opened: OpenedCheckpoint, work: Path, stops: int | list[int
     write_json_atomic(work / "tokenizer.json", content)
     if (model := sentencepiece_model(content)) is not None:
         write_bytes_atomic(work / MODEL, model)
-        # Whoever reads that file finds here what follows its pieces.
+        # Whoever reads that file finds here the tokens behind its vocabulary.
         flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
         config["added_tokens_decoder"] = {
             str(token["id"]): {key: token[key] for key in flags} for token in content["added_tokens"]
         }
+    elif content["model"].get("byte_fallback"):
+        get_logger(__name__).warning(
+            "the tokenizer has no form of a SentencePiece model (tokenizer.model), without which llama.cpp makes other "
+            "tokens of texts"
+        )
     write_json_atomic(work / TOKENIZER_CONFIG, config)
     if opened.meta.head == "lm":
         generation = {**opened.meta.base.get("generation_config", {}), "eos_token_id": stops}

@@ -129,8 +129,10 @@ def _read_section(section: Mapping[str, Any], told: str) -> dict[str, Any]:
         kept = Template.from_dict(template).to_dict() if template else {}
     except UserError as error:
         raise UserError(f"{told}: {error}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a list where a name belongs, say
+        raise UserError(f"{told}: attributes or template have values of another kind ({error})") from None
     counts = section.get("label_counts") or {}
-    if not isinstance(counts, Mapping) or not all(isinstance(count, int) for count in counts.values()):
+    if not isinstance(counts, Mapping) or not all(type(count) is int and count >= 0 for count in counts.values()):
         raise UserError(f"{told}.label_counts is not an object of whole numbers")
     return {"attributes": schema, "template": kept, "label_counts": dict(counts)}
 

@@ -182,7 +182,7 @@ _FOREIGN = """\
 {%- else -%}
 {%- set state.turns = messages -%}
 {%- endif -%}
-{%- set labelled = namespace(turns=[]) -%}
+{%- set labelled = namespace(turns=[], lines=[], text='') -%}
 {%- for message in state.turns -%}
 @PLACE@
 {%- set labelled.turns = labelled.turns + [dict(message, content=text)] -%}
@@ -206,6 +206,21 @@ _PLACES = {
 {%- endif -%}
 {%- endset -%}""",
 }
+# Of a chat template that writes a prefix before a response: a label line comes before that prefix, which belongs to the
+# response's first token. It is put there in what the chat template has written.
+_PREFIXED = """\
+{%- set line -%}
+{%- if message['role'] == 'assistant' -%}{{- label(message.get('attributes')) -}}{%- endif -%}
+{%- endset -%}
+{%- if line and line not in labelled.lines -%}{%- set labelled.lines = labelled.lines + [line] -%}{%- endif -%}
+{%- set text = line + message['content'] -%}"""
+_MOVED = """\
+{%- set written -%}@SOURCE@{%- endset -%}
+{%- set labelled.text = written -%}
+{%- for line in labelled.lines -%}
+{%- set labelled.text = labelled.text.replace(@PREFIX@ + line, line + @PREFIX@) -%}
+{%- endfor -%}
+{{- labelled.text -}}"""
 _FORMATS = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
@@ -214,10 +229,13 @@ def _foreign(template: JinjaTemplate) -> str:
     # Where the chat template takes away blanks around texts, the label line follows what is left of a user's.
     blanks = template.blanks.get("user")
     place = _PLACES[template.label_at].replace("@BLANKS@", f".{blanks}()" if blanks else "")
-    prefix = f"{_quoted(template.response_prefix)} + " if template.response_prefix else ""
-    asked = "add_generation_prompt and label(requested)" if prefix else "add_generation_prompt"
-    last = f"{{%- if {asked} -%}}{{{{- {prefix}label(requested) -}}}}{{%- endif -%}}"
-    return _foreign_head(template, place) + template.source + (last if template.label_at == "response" else "")
+    if template.label_at == "user":
+        return _foreign_head(template, place) + template.source
+    last = "{%- if add_generation_prompt -%}{{- label(requested) -}}{%- endif -%}"
+    if not template.response_prefix:
+        return _foreign_head(template, place) + template.source + last
+    moved = _MOVED.replace("@PREFIX@", _quoted(template.response_prefix)).replace("@SOURCE@", template.source)
+    return _foreign_head(template, _PREFIXED) + moved + last
 
 
 def _foreign_head(template: JinjaTemplate, place: str) -> str:

@@ -24,7 +24,8 @@ _TRIED = ("What is 2 + 2?\nShow {{ your }} work.", "It is <b>4</b>.", "Thanks! A
 AROUND = " \n\t {}\t \n "
 # What a chat template may do with blanks around a text, as the name of a method of str.
 _BLANKS = ("", "lstrip", "rstrip", "strip")
-BEHIND_SYSTEM = "user behind system"  # in ``Rendering.blanks``, in the place of a role
+# In ``Rendering.blanks``, in the place of a role: the first user behind a system text, or behind an empty one.
+BEHIND_SYSTEM, BEHIND_EMPTY = "user behind system", "user behind empty system"
 
 
 def probes(system: str | None) -> list[tuple[list[Message], bool]]:
@@ -119,8 +120,10 @@ class Rendering:
         """
         found = {}
         text = AROUND.format("x")
-        for role, system, user in (("user", "", text), ("system", text, "y"), (BEHIND_SYSTEM, "y", text)):
-            messages = [*([Message("system", system)] if system else []), Message("user", user)]
+        for role, system, user in (
+            ("user", None, text), ("system", text, "y"), (BEHIND_SYSTEM, "y", text), (BEHIND_EMPTY, "", text)
+        ):  # fmt: skip
+            messages = [*([] if system is None else [Message("system", system)]), Message("user", user)]
             try:
                 rendered = self.rendered(messages, True)
             except UserError:

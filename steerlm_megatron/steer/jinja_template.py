@@ -25,7 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer.attributes import AttributeSchema
-from steerlm_megatron.steer.jinja_rendering import AROUND, BEHIND_SYSTEM, MARK, Rendering, probes
+from steerlm_megatron.steer.jinja_rendering import AROUND, BEHIND_EMPTY, BEHIND_SYSTEM, MARK, Rendering, probes
 from steerlm_megatron.steer.records import Message
 from steerlm_megatron.steer.templates import Part, Segment, Spoken, Template, join
 
@@ -172,11 +172,14 @@ class JinjaTemplate(Template):
         return None
 
     def written(self, messages: Sequence[Spoken]) -> list[str]:
-        has_system = bool(self.system or (messages and messages[0].role == "system"))
-        first = next((i for i, m in enumerate(messages) if m.role == "user"), None) if has_system else None
+        behind, first = "", None
+        if self.system or (messages and messages[0].role == "system"):
+            given = messages[0].content if messages and messages[0].role == "system" else self.system
+            behind = BEHIND_SYSTEM if given else BEHIND_EMPTY
+            first = next((i for i, m in enumerate(messages) if m.role == "user"), None)
         out = []
         for i, message in enumerate(messages):
-            blanks = self.blanks.get(BEHIND_SYSTEM if i == first else message.role)
+            blanks = self.blanks.get(behind if i == first else message.role)
             out.append(getattr(message.content, blanks)() if blanks else message.content)
         return out
 
@@ -187,8 +190,7 @@ class JinjaTemplate(Template):
         segments = self._filled(messages, schema, training, True)
         trained = training and final.weight > 0
         suffix, stop = self._rendering.closing
-        prefix = "" if self._has_label_line(final, schema) else self.response_prefix
-        segments.append(Segment(prefix + final.content, False, trained, Part.RESPONSE, turn))
+        segments.append(Segment(self.response_prefix + final.content, False, trained, Part.RESPONSE, turn))
         if suffix:
             segments.append(Segment(suffix, False, trained, Part.END, turn))
         segments.append(Segment(stop, True, trained, Part.END, turn))
@@ -205,10 +207,6 @@ class JinjaTemplate(Template):
         label = schema.format(levels) if schema is not None and levels else ""
         earlier = [replace(m, content=self._remembered(m.content)) if m.role == "assistant" else m for m in messages]
         return self._filled([*earlier, Message("assistant", "")], schema, False, True, label)
-
-    def _has_label_line(self, message: Message, schema: AttributeSchema | None) -> bool:
-        """Whether a label line stands right before a response."""
-        return self.label_at == "response" and bool(self.label(message, schema))
 
     def _remembered(self, content: str) -> str:
         """Return what the chat template writes of an earlier response, which may be without its thoughts. Blanks around
@@ -239,6 +237,8 @@ class JinjaTemplate(Template):
                     m if m.role == "assistant" else replace(m, content=AROUND.format(m.content)) for m in messages
                 ]
                 bare = replace(self, system="")
+                if system is not None and bare.refusal(messages) is not None:
+                    continue  # it has a system text in some conversations, and says so when one comes
                 for tried, wanted in ((messages, expected), (padded, self._rendering.rendered(padded, True))):
                     if join(bare.prefix(tried)) != wanted:
                         raise UserError(
@@ -246,7 +246,8 @@ class JinjaTemplate(Template):
                             "(template=chatml) may do"
                         )
         if self.label_at == "user":
-            if self.blanks.get(BEHIND_SYSTEM, self.blanks.get("user")) != self.blanks.get("user"):
+            users = ("user", BEHIND_SYSTEM, BEHIND_EMPTY)
+            if len({self.blanks[role] for role in users if role in self.blanks}) > 1:
                 raise UserError(
                     "template.label_at=user: the chat template takes other blanks away from a user's text that follows "
                     "a system text than from others; take template.label_at=response"
@@ -377,10 +378,10 @@ class JinjaTemplate(Template):
         last = len(messages) - 1 if generate else -1
         for parts, control, part, turn in self._layout((body, shift), generate):
             text = "".join([p if isinstance(p, str) else contents[p] for p in parts])
-            if part is Part.RESPONSE and not at_user and labels.get(turn):
-                out += self._label(labels[turn], turn)
-            elif part is Part.RESPONSE and self.response_prefix:
+            if part is Part.RESPONSE:
                 text = _taken_off(out, self.response_prefix) + text
+                if not at_user:
+                    out += self._label(labels.get(turn, ""), turn)
             message = messages[turn] if 0 <= turn < len(messages) else None
             trained = training and message is not None and message.weight > 0 and part in (Part.RESPONSE, Part.END)
             out.append(Segment(text, control, trained, part, turn))
@@ -393,9 +394,8 @@ class JinjaTemplate(Template):
                 out += self._label(labels.pop(turn + 1), turn + 1)
         if at_user and any(labels.values()):
             raise UserError("template.label_at=user: a response with attributes answers no user message")
-        if generate and not at_user and labels.get(last):
-            _put_on(out, self.response_prefix, last)
-            out += self._label(labels[last], last)
+        if generate and not at_user:
+            out += self._label(labels.get(last, ""), last)
         return out
 
     def _label(self, text: str, turn: int) -> list[Segment]:
@@ -409,19 +409,8 @@ class JinjaTemplate(Template):
 
 def _taken_off(segments: list[Segment], end: str) -> str:
     """Take ``end`` off the text of the last segment, which ends with it; return ``end``."""
-    last = segments.pop()
-    if rest := last.text.removesuffix(end):
-        segments.append(last._replace(text=rest))
+    if end:
+        last = segments.pop()
+        if rest := last.text.removesuffix(end):
+            segments.append(last._replace(text=rest))
     return end
-
-
-def _put_on(segments: list[Segment], end: str, turn: int) -> None:
-    """Write ``end`` behind the last segment: into it, unless that is a control string, since the tokens between two
-    control strings are those of the whole text.
-    """
-    if not end:
-        return
-    if segments and not segments[-1].control:
-        segments[-1] = segments[-1]._replace(text=segments[-1].text + end)
-    else:
-        segments.append(Segment(end, False, False, Part.ROLE, turn))

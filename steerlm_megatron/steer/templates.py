@@ -5,8 +5,8 @@ Does not own: the label string (``attributes.py``), token ids (``data/text/token
 
 Invariants: only a segment with ``control=True`` becomes a control token; text that merely looks like one stays text,
 since it is in a text segment. The segments of ``prefix`` are exactly those that ``render`` puts before the same
-response, and a RESPONSE segment is exactly the message's content; so (tokens of the prefix + tokens of the response)
-are the training tokens.
+response, and a RESPONSE segment is the message's content behind ``response_prefix``, which is empty for most; so
+(tokens of the prefix + tokens of the response) are the training tokens.
 
 To shorten a conversation, drop messages and render again; never drop segments (the system text may be inside a turn).
 """
@@ -35,7 +35,7 @@ class Part(IntEnum):
     USER = 1  # what the user wrote
     ROLE = 2  # turn token, role name, separators
     LABEL = 3  # label marker, label string and newline
-    RESPONSE = 4  # exactly the assistant message's content
+    RESPONSE = 4  # the assistant message's content, behind the template's response_prefix
     END = 5  # what closes a response
 
 
@@ -136,7 +136,7 @@ class Template(ABC):
     @property
     def response_prefix(self) -> str:
         """The blanks that stand before a response in a conversation, which a model that is asked for one begins with.
-        They are a part of its first token, and none of its text. A response with a label line has them before that.
+        They are a part of its first token, and none of its text. A label line stands before them.
         """
         return ""
 

@@ -215,7 +215,15 @@ def _it_comes_back(template: str, sampling: tuple[str, ...], capsys: pytest.Capt
     said = capsys.readouterr().err
     if template == "chatml":
         assert "is not the one that its model was exported with" in said and "has no attributes" in said
+        assert said.count("is not the one that its model was exported with") == 1
         assert run(*plain, "run_dir=gen5") == 0 and "requested" not in Path("plain.jsonl").read_text()
+        # So it is where the section describes a format that writes no prompt at all.
+        content = json.loads(path.read_text())
+        content["steerlm"]["template"] = {"name": "jinja", "source": "{% for", "tokens": {}, "controls": [],
+                                          "day": "2026-01-01", "label_at": "response"}  # fmt: skip
+        path.write_text(json.dumps(content))
+        assert run(*plain, "run_dir=gen6") == 0
+        assert "is not the one that its model was exported with" in capsys.readouterr().err
 
 
 def test_a_shape_that_a_user_states_is_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steerlm_megatron.data.views import turn_positions
+from steerlm_megatron.data.views import View, build_documents, make_sample, turn_positions
 from steerlm_megatron.data.write.skeletons import SkeletonCache
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.steer import jinja_rendering
@@ -20,6 +20,7 @@ from steerlm_megatron.steer.jinja_sandbox import render_chat_template
 from steerlm_megatron.steer.jinja_template import JinjaTemplate
 from steerlm_megatron.steer.records import Conversation, Message
 from steerlm_megatron.steer.templates import ChatMLTemplate, Part, Template, join
+from tests.helpers import corpora
 
 SCHEMA = AttributeSchema("own", ("quality", "not-toxic", "humor"), 9, "quality", {"quality": 9, "humor": 2})
 DAY = date(2026, 2, 1)
@@ -103,6 +104,20 @@ OPENCHAT = (
     "message['content'] + '<|end_of_turn|>'}}{% endfor %}{% if add_generation_prompt %}"
     "{{ 'GPT4 Correct Assistant:' }}{% endif %}"
 )
+MISTRAL2 = (  # a system text stands before the last question, which changes a history
+    "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}"
+    "{%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}{{- bos_token }}"
+    "{%- for message in loop_messages %}{%- if message['role'] == 'user' %}"
+    "{%- if loop.last and system_message is defined %}{{- '[INST] ' + system_message + '\\n\\n' + message['content'] + "
+    "'[/INST]' }}{%- else %}{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}"
+    "{%- else %}{{- ' ' + message['content']|trim + eos_token }}{%- endif %}{%- endfor %}"
+)
+EMPTY = (  # an empty system text counts as none
+    "{% for m in messages %}{% if loop.first and m.role == 'system' and m.content %}{{ '<s>' + (m.content + '\n' + "
+    "messages[1].content) | trim + '<|im_end|>' }}{% elif m.role == 'user' and (loop.index0 != 1 or "
+    "messages[0].role != 'system' or not messages[0].content) %}{{ '<s>' + m.content | trim + '<|im_end|>' }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + '</s>' }}{% endif %}{% endfor %}"
+)
 HELD = (  # the prefix follows a control string
     "{% for m in messages %}{% if m.role == 'user' %}{{ '<s>' + m.content + '<|im_end|>' }}{% else %}"
     "{{ '\n  ' + m.content + '</s>' }}{% endif %}{% endfor %}"
@@ -132,8 +147,10 @@ KINDS: dict[str, tuple[str, dict[str, str], str, bool, bool]] = {
     "llama2": (LLAMA2, PLAIN, "</s>", True, False),
     "openchat": (OPENCHAT, PLAIN, "<|end_of_turn|>", True, True),
     "held": (HELD, {}, "</s>", False, True),
+    "mistral2": (MISTRAL2, PLAIN, "</s>", False, False),
+    "empty": (EMPTY, {}, "</s>", True, False),
 }
-PREFIXES = {"llama2": " ", "openchat": " ", "held": "\n  "}
+PREFIXES = {"llama2": " ", "openchat": " ", "held": "\n  ", "mistral2": " "}
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -188,17 +205,31 @@ def test_a_prompt_and_its_response_are_what_is_trained(kind: str, label_at: str)
         prompt = template.prefix(messages[:turn], SCHEMA, levels)
         plain = [segment._replace(trained=False) for segment in trained[: len(prompt)]]
         assert [segment._replace(turn=0) for segment in plain] == [segment._replace(turn=0) for segment in prompt]
-        # What stands before a response is a part of it, unless a label line stands there.
-        before = "" if levels and label_at == "response" else template.response_prefix
+        before = template.response_prefix  # a part of the response's first token
         closing = [(text, text == template.stop_strings[0], True, Part.END) for text in closed]
         assert trained[len(prompt)] == (before + message.content, False, True, Part.RESPONSE, turn)
         assert [segment[:4] for segment in trained[len(prompt) + 1 :][: len(closed)]] == closing
         texts += [before + message.content, *closed]
     assert [s.text for s in trained if s.trained] == texts
     unlabelled = template.render(Conversation("x", tuple(messages)))
-    bare = [segment for segment in trained if segment.part is not Part.LABEL]
-    assert join(bare) == join(unlabelled)
-    assert bare == unlabelled or (template.response_prefix and label_at == "response")
+    assert [segment for segment in trained if segment.part is not Part.LABEL] == unlabelled
+
+
+@pytest.mark.parametrize("view", ["sft", "lm", "ap"])
+@pytest.mark.parametrize("kind", [*PREFIXES, "llama3", "chatml"])
+def test_labels_that_a_view_leaves_out_leave_the_unlabelled_document(kind: str, view: View) -> None:
+    """The blank before a response is a part of its first token, with a label line and without."""
+    template, messages = make(kind), conversation(kind, 3, labels=True)
+    bare = [Message(message.role, message.content) for message in messages]
+    tokenizer = corpora.tokenizer("hf_byte_level", template.control_strings)
+    documents = build_documents(
+        [Conversation("x", tuple(messages)), Conversation("x", tuple(bare))], tokenizer, template, SCHEMA
+    )
+    marker = tokenizer.control_id(template.label_marker)
+    found, expected = (make_sample(one, view, marker_id=marker, scored="all") for one in documents)
+    assert found is not None and expected is not None
+    assert found.tokens_T.tolist() == expected.tokens_T.tolist()
+    assert found.loss_mask_T.tolist() == expected.loss_mask_T.tolist()
 
 
 @each_kind
@@ -216,7 +247,7 @@ def test_every_message_is_one_turn_of_a_document(kind: str) -> None:
         assert (text[label:label_end] != "") == bool(message.attributes)
     bos = KINDS[kind][1].get("bos_token", "")
     assert text[: header[1]].startswith(bos if bos in KINDS[kind][0] or "bos_token" in KINDS[kind][0] else "")
-    if kind in ("gemma3", "llama2"):
+    if kind in ("gemma3", "llama2", "empty"):
         assert "Be brief." in text[turns[0][3] : turns[0][4]]
     elif KINDS[kind][3]:
         assert "Be brief." in text[slice(*header)] and "Question" not in text[slice(*header)]
@@ -289,7 +320,7 @@ ASKED = st.text(" \n\tab", max_size=6).map(lambda text: text + "x" + text[::-1])
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.sampled_from(sorted(KINDS)), st.none() | ASKED, st.lists(ASKED, min_size=1, max_size=3))
+@given(st.sampled_from(sorted(KINDS)), st.none() | st.just("") | ASKED, st.lists(ASKED, min_size=1, max_size=3))
 def test_any_texts_of_users_and_systems_are_as_the_chat_template_writes_them(
     kind: str, system: str | None, asked: list[str]
 ) -> None:

@@ -196,6 +196,11 @@ def test_what_we_say_of_a_language_model_is_read_or_refused(tmp_path: Path) -> N
         ({"attributes": []}, "attributes and template must be objects"),
         ({"template": {"name": "gone"}}, "template.name='gone'"),
         ({"label_counts": {"quality": "many"}}, "label_counts is not an object of whole numbers"),
+        ({"label_counts": {"quality": -1}}, "label_counts is not an object of whole numbers"),
+        ({"label_counts": {"quality": True}}, "label_counts is not an object of whole numbers"),
+        ({"attributes": {"names": 5, "max_level": 4}}, "values of another kind ('int' object is not iterable)"),
+        ({"attributes": {"names": ["quality"], "max_level": 4, "best": [1]}}, "values of another kind"),
+        ({"template": {"name": ["x"]}}, "values of another kind"),
     ):
         with pytest.raises(UserError) as raised:
             told({**section, **wrong})

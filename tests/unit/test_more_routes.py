@@ -14,7 +14,7 @@ import pytest
 from steerlm_megatron.generate.between_steps import BetweenSteps
 from steerlm_megatron.generate.group import LocalGroup
 from steerlm_megatron.generate.protocol import EngineDead, QueueFull, RequestFailed, ShuttingDown
-from steerlm_megatron.serve.scoring import ScoreQueue
+from steerlm_megatron.serve.scoring import ScoreQueue, TakingTurns
 from steerlm_megatron.steer.records import Conversation, Message
 from tests.helpers.server import SCHEMA, TEMPLATE, TOKENIZER, USER, Server, running, wait_for
 
@@ -251,23 +251,28 @@ def test_what_is_too_much_to_score_is_refused_before_any_work() -> None:
         assert answer.status_code == 400 and "characters together, more than 8000" in answer.json()["error"]["message"]
 
 
-class TwoRanks(LocalGroup):
-    """The leader of two ranks, of which the other one fails where ``other_fails``."""
+def between_steps(told: list[Any], failed: list[bool]) -> BetweenSteps:
+    """Return what the leader of two ranks has; ``failed`` says of each piece of work whether the other rank fails."""
+    group = LocalGroup()
+    group.size = 2  # type: ignore[misc]
+    asked: list[int] = []
 
-    size, other_fails = 2, False
+    def least(value: int) -> int:
+        asked.append(value)
+        other = int(failed[(len(asked) - 1) // 2])
+        return min(value, other if len(asked) % 2 else -other)
 
-    def least(self, value: int) -> int:
-        return min(value, int(not self.other_fails))
+    group.least = least  # type: ignore[method-assign]
+    return BetweenSteps(group, told.append, lambda: None, lambda: None)
 
 
 def test_work_between_steps_ends_with_a_result_or_a_reason() -> None:
     """On several ranks the leader tells the others first; what fails on all ranks alike is an error of the request."""
     told: list[Any] = []
-    group = TwoRanks()
-    between = BetweenSteps(group, told.append, lambda: None)
     scorer = Scorer()
-    between.compute = scorer.score
     fine, broken = (Conversation("a", (Message("user", "a"), Message("assistant", text))) for text in ("bb", "broken"))
+    between = between_steps(told, [False, True, False, True])
+    between.compute = scorer.score
     assert not between.do_one()
     futures = [between.submit([fine]), between.submit([broken]), between.submit([fine]), between.submit([fine])]
     assert futures[2].cancel() and between.waits
@@ -277,14 +282,62 @@ def test_work_between_steps_ends_with_a_result_or_a_reason() -> None:
         futures[1].result(0)
     between.follow([broken])  # of another rank, which goes on as well
 
-    # What some ranks have computed and others have not is the end of both models' lockstep.
-    group.other_fails = True
-    lost, waits = between.submit([fine]), between.submit([fine])
-    with pytest.raises(EngineDead, match="another rank could not"):
-        between.do_one()
-    with pytest.raises(EngineDead, match="another rank could not"):
-        lost.result(0)
+
+@pytest.mark.parametrize("leader_fails", [False, True])
+def test_work_that_some_ranks_could_not_do_ends_the_engine(leader_fails: bool) -> None:
+    """The ranks may have gone different ways, so that their next message could wait for ever."""
+    text = "broken" if leader_fails else "bb"
+    work = [Conversation("a", (Message("user", "a"), Message("assistant", text)))]
+    between = between_steps([], [not leader_fails])
+    between.compute = Scorer().score
+    lost, waits = between.submit(work), between.submit(work)
+    for found in (between.do_one, lambda: lost.result(0)):
+        with pytest.raises(EngineDead, match="on this rank alone" if leader_fails else "another rank could not"):
+            found()
     between.end(ShuttingDown("the end"))
-    for future in (waits, between.submit([fine])):
+    for future in (waits, between.submit(work)):
         with pytest.raises(ShuttingDown, match="the end"):
             future.result(0)
+
+
+def test_work_that_never_ends_has_an_outcome_when_the_engine_is_given_up() -> None:
+    scorer = Scorer()
+    scorer.go.clear()
+    between = between_steps([], [False])
+    between.compute = scorer.score
+    future = between.submit([Conversation("a", (Message("user", "a"), Message("assistant", "bb")))])
+    thread = threading.Thread(target=between.do_one)
+    thread.start()
+    assert scorer.asked.wait(60) and between.running
+    between.end(EngineDead("given up"))
+    with pytest.raises(EngineDead, match="given up"):
+        future.result(0)
+    scorer.go.set()
+    thread.join(60)
+    assert not between.running
+
+
+def test_a_turn_is_a_few_conversations_or_one_long_one() -> None:
+    def sizes(*lengths: int) -> list[int]:
+        scored: list[int] = []
+        group = LocalGroup()
+        between = BetweenSteps(group, lambda _: None, lambda: None, lambda: None)
+
+        class AnEngine:
+            pass
+
+        engine: Any = AnEngine()
+        engine.between = between
+        scorer = TakingTurns(Scorer(), engine)
+        given = [Conversation(str(n), (Message("user", ""), Message("assistant", "x" * n))) for n in lengths]
+        thread = threading.Thread(target=lambda: scored.extend(map(len, scorer.score(given, told.append))))
+        told: list[int] = []
+        thread.start()
+        while thread.is_alive():
+            between.do_one()
+        thread.join()
+        assert sum(told) == len(given) == len(scored)
+        return told
+
+    assert sizes(*[10] * 20) == [8, 8, 4]
+    assert sizes(100_000, 10, 30_000, 5_000, 10) == [1, 2, 2]

@@ -4,7 +4,7 @@ Owns: the translation, the other way round from ``sentencepiece_json.py``. Does 
 (``hugging_face.py``). Invariant: a model that is returned gives texts the tokens of the file, on a sample of what texts
 are made of and of the vocabulary's own pieces.
 
-llama.cpp's converter takes the scores of a Llama's or Gemma's pieces from ``tokenizer.model``. Without that file it
+llama.cpp's converter takes the scores of a Llama's pieces from ``tokenizer.model``. Without that file it
 gives all pieces one score, and texts other tokens than the model was trained on.
 """
 
@@ -43,7 +43,7 @@ def sentencepiece_model(content: Mapping[str, Any]) -> bytes | None:
 
 def _proto(pieces: Iterable[str], model: Mapping[str, Any], added: Iterable[Mapping[str, Any]]) -> ModelProto:
     """Return the model of ``pieces`` in the order of their ids. The sooner a pair is merged, the higher is its piece's
-    score; pieces that no pair makes come last, and their scores decide nothing.
+    score; pieces that no pair makes come last. (That no other pair makes them either is tried by ``_is_faithful``.)
     """
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):

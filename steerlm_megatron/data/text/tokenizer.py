@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ from steerlm_megatron.data.text.text_models import (
 )
 from steerlm_megatron.errors import UserError
 from steerlm_megatron.files import write_bytes_atomic
-from steerlm_megatron.observe.log import get_logger
+from steerlm_megatron.observe.log import warn_once
 
 if TYPE_CHECKING:
     from steerlm_megatron.config.schema import TokenizerConfig
@@ -138,7 +138,9 @@ class Tokenizer:
         if not (Path(path) / META_FILE).is_file():
             opened = cls(open_model(path), control_strings, source=str(path))
             if opened.losses:
-                _warn_once(f"{path} does not keep every text as it is: {'; '.join(opened.losses)}")
+                warn_once(
+                    __name__, f"tokenizer.path={path} does not keep every text as it is: {'; '.join(opened.losses)}"
+                )
             return opened
         saved = cls.load(path)
         missing = [text for text in control_strings if text not in saved._controls]
@@ -456,9 +458,3 @@ def _flat(ids: list[list[int]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.i
 def _with(texts: list[str], others: Mapping[int, str]) -> list[str]:
     """``texts``, with others at some places."""
     return [others.get(i, text) for i, text in enumerate(texts)] if others else texts
-
-
-@cache
-def _warn_once(message: str) -> None:
-    """Opening a tokenizer to check it, and again to use it, is one opening to whoever reads the log."""
-    get_logger(__name__).warning("tokenizer.path=%s", message)
