@@ -85,7 +85,7 @@ format: $(STAMP)
 
 # NO_MKDOCS_2_WARNING: the theme announces its successor at every build, in the midst of what this build has to say.
 docs: $(STAMP)
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "documentation: site/index.html"
 
 # What commands and tools leave behind; environments and run folders stay.

@@ -42,7 +42,7 @@ class Part(IntEnum):
 class Segment(NamedTuple):
     """A part of a prompt that is encoded by itself. It is a tuple because a corpus has millions of them.
 
-    Args:
+    Attributes:
         text: the characters.
         control: whether ``text`` is a control string, which becomes exactly one token; otherwise it is plain text.
         trained: whether the loss is taken on the segment's tokens.
