@@ -92,6 +92,8 @@ def told_of_classifier(hf: HFFolder) -> dict[str, Any]:
         return {}
     assert hf.labels is not None
     out = _read_section(section, told)
+    if out["attributes"] is None:
+        raise UserError(f"{told}: attributes and template must be objects")
     if len(out["attributes"]["names"]) != len(hf.labels.names):
         raise UserError(f"{told}: attributes names {len(out['attributes']['names'])} of {len(hf.labels.names)} values")
     mean = section.get("label_mean") or []

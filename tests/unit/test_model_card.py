@@ -162,6 +162,7 @@ def test_what_we_say_of_a_classifier_is_read_or_refused(tmp_path: Path) -> None:
     assert told({}) == told("x") == {}
     for wrong, words in (
         ({"attributes": 3}, "attributes and template must be objects"),
+        ({"attributes": None}, "attributes and template must be objects"),
         ({"attributes": {"names": ["a"]}}, "attributes.max_level is missing"),
         ({"attributes": {"names": ["a"], "max_level": 4, "quality": "a"}}, "attributes names 1 of 3 values"),
         ({**section, "template": {"name": "gone"}}, "template.name='gone'"),
