@@ -327,7 +327,7 @@ def load_model(
         merge(model)
         meta = dataclasses.replace(meta, lora=None)
     model.to(dtype_of(config.engine.precision)).eval().requires_grad_(False)
-    get_logger(__name__).info("loaded %s (step %d)", folder, meta.step)
+    get_logger(__name__).info("loaded %s%s", folder, "" if opened.hf is not None else f" (step {meta.step})")
     return LoadedModel(
         folder, meta, opened.tokenizer, schema, opened.template, model, layout, hf=opened.hf, after=opened.after
     )
